@@ -1,0 +1,15 @@
+"""Model families in flax linen, their checkpoints, and the hook through which methods enter them."""
+
+from methods.models.decoder import Decoder, DecoderConfig
+from methods.models.hooks import ACTIVATION_SITES, LINEAR_SITES, SITES, Chain, Hook, identity
+
+__all__ = [
+    "ACTIVATION_SITES",
+    "LINEAR_SITES",
+    "SITES",
+    "Chain",
+    "Decoder",
+    "DecoderConfig",
+    "Hook",
+    "identity",
+]
