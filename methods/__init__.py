@@ -1,0 +1,1 @@
+"""LoRA methods as instances of bilevel problems, and what they stand on."""
