@@ -1,0 +1,20 @@
+"""Hyper-parameters found by differentiating through training."""
+
+from bilevel.data import Batches as Batches
+from bilevel.data import FullBatch as FullBatch
+from bilevel.data import Indexed as Indexed
+from bilevel.fit import fit as fit
+from bilevel.guards import StructuralZeroWarning as StructuralZeroWarning
+from bilevel.hypergradients import Aux as Aux
+from bilevel.hypergradients import Estimate as Estimate
+from bilevel.hypergradients import FirstOrder as FirstOrder
+from bilevel.hypergradients import Hypergradient as Hypergradient
+from bilevel.hypergradients import Unrolled as Unrolled
+from bilevel.hypergradients import value_and_hypergrad as value_and_hypergrad
+from bilevel.inner import InnerState as InnerState
+from bilevel.problem import Problem as Problem
+from bilevel.run import Result as Result
+from bilevel.run import run as run
+from bilevel.schedules import Levels as Levels
+from bilevel.solvers import Nested as Nested
+from bilevel.solvers import Solver as Solver

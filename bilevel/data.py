@@ -1,0 +1,158 @@
+"""Batches: what an inner step and an outer step are given, without copying the data.
+
+An estimator takes `inner_batches` in one of four forms. A pytree of arrays leads with an axis of length `steps`, one
+slice an inner step. `Indexed(arrays, index)` holds the data once and an `index[steps, size]`; the step gathers its
+rows itself. `FullBatch(arrays)` is the same whole data at every step. `None` is for losses that need no batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.trees import PyTree, leaf_names
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Indexed:
+    """Rows `index` of `arrays`: a batch (`index[size]`) or `steps` batches (`index[steps, size]`), not yet gathered.
+
+    Attributes:
+      arrays: pytree of arrays with a common leading axis of length N.
+      index: integers in `[0, N)`.
+    """
+
+    arrays: PyTree
+    index: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullBatch:
+    """The whole of `arrays` as the batch of every step."""
+
+    arrays: PyTree
+
+
+def resolve(batch: PyTree) -> PyTree:
+    """The arrays a loss sees: an `Indexed` is gathered, a `FullBatch` opened, anything else left as it is."""
+    if isinstance(batch, Indexed):
+        return jax.tree.map(lambda a: jnp.take(a, batch.index, axis=0), batch.arrays)
+    if isinstance(batch, FullBatch):
+        return batch.arrays
+    return batch
+
+
+def slots(batches: PyTree, steps: int) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """`(xs, bind)`: what a scan over `steps` slices, and the batch that a slice stands for.
+
+    Raises:
+      ValueError: if a leading axis is not `steps` long.
+    """
+    if isinstance(batches, FullBatch):
+        return None, lambda x: batches
+    xs = batches.index if isinstance(batches, Indexed) else batches
+    for name, leaf in zip(leaf_names(xs), jax.tree.leaves(xs), strict=True):
+        if jnp.ndim(leaf) == 0 or leaf.shape[0] != steps:
+            raise ValueError(
+                f"inner_batches leaf {name} has shape {jnp.shape(leaf)}, but {steps} inner steps need a leading axis "
+                f"of {steps}: stack one batch a step, or pass FullBatch(arrays) for the same data at every step."
+            )
+    if isinstance(batches, Indexed):
+        return xs, lambda x: Indexed(batches.arrays, x)
+    return xs, lambda x: x
+
+
+def narrow(batches: PyTree, start: int, stop: int) -> PyTree:
+    """The batches of inner steps `start` to `stop - 1`."""
+    if isinstance(batches, FullBatch):
+        return batches
+    if isinstance(batches, Indexed):
+        return Indexed(batches.arrays, batches.index[start:stop])
+    return jax.tree.map(lambda x: x[start:stop], batches)
+
+
+def rows(arrays: PyTree) -> int:
+    """The common length of the leading axes of `arrays`.
+
+    Raises:
+      ValueError: if there is no array, an array is empty, or lengths differ.
+    """
+    leaves = jax.tree.leaves(arrays)
+    lengths = {leaf.shape[0] if jnp.ndim(leaf) else 0 for leaf in leaves}
+    if not leaves or 0 in lengths:
+        raise ValueError("The data set is empty: every array needs a leading axis with at least one row.")
+    if len(lengths) > 1:
+        named = ", ".join(f"{n}: {jnp.shape(x)}" for n, x in zip(leaf_names(arrays), leaves, strict=True))
+        raise ValueError(f"The arrays of a data set must have one row count, but have shapes {named}.")
+    return lengths.pop()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Shuffled mini-batches of `size` rows, without replacement, drawn inside the compiled step.
+
+    Each epoch is a fresh pseudo-random permutation, cut into `N // size` batches (the remainder waits for another
+    epoch). Batch number `b` is a function of `key` and `b` alone, so a run resumes exactly from its step number.
+
+    Args:
+      arrays: pytree of arrays with a common leading axis of length N.
+      size: rows a batch, `1 <= size <= N`.
+
+    Raises:
+      ValueError: for an empty data set, unequal lengths, or a size that is not in `[1, N]`.
+    """
+
+    arrays: PyTree
+    size: int = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        leaves = jax.tree.leaves(self.arrays)
+        if leaves and not all(hasattr(leaf, "shape") for leaf in leaves):
+            return  # a tree transformation holds placeholders here
+        count = rows(self.arrays)
+        if not 1 <= self.size <= count:
+            raise ValueError(
+                f"Batches(size={self.size}) on {count} rows: the batch size must be between 1 and the number of rows."
+            )
+
+    def take(self, key: jax.Array, first: Any, count: int) -> Indexed:
+        """Batches number `first` to `first + count - 1` of the stream that `key` names: `index[count, size]`."""
+        n = rows(self.arrays)
+        per_epoch = n // self.size
+        number = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+        epoch, offset = jnp.divmod(number, jnp.uint32(per_epoch))
+        position = offset[:, None] * jnp.uint32(self.size) + jnp.arange(self.size, dtype=jnp.uint32)[None]
+        index = jax.vmap(lambda e, p: _permute(jax.random.fold_in(key, e), p, n))(epoch, position)
+        return Indexed(self.arrays, index.astype(jnp.int32))
+
+
+def _permute(key: jax.Array, index: jax.Array, n: int) -> jax.Array:
+    """Images of `index` under a pseudo-random permutation of `0..n-1`, in O(len(index)).
+
+    Rounds of (xor, odd multiplication, xor-shift) are a bijection of b-bit words; words that land outside `[0, n)` are
+    sent round again (cycle walking), which keeps the map a bijection of `[0, n)`. A sort of all n rows a step, which
+    `jax.random.permutation` needs, would cost more than the gradient of a small problem.
+    """
+    if n == 1:
+        return jnp.zeros_like(index)
+    bits = (n - 1).bit_length()
+    mask, shift = jnp.uint32(2**bits - 1), jnp.uint32((bits + 1) // 2)
+    words = jax.random.bits(key, (5, 2), jnp.uint32)
+
+    def scramble(x):
+        for xor, multiplier in words:
+            x = ((x ^ xor) * (multiplier | jnp.uint32(1))) & mask
+            x = x ^ (x >> shift)
+        return x
+
+    inside = lambda x: x < jnp.uint32(n)  # noqa: E731
+    return jax.lax.while_loop(
+        lambda x: ~jnp.all(inside(x)), lambda x: jnp.where(inside(x), x, scramble(x)), scramble(index)
+    )

@@ -1,0 +1,88 @@
+"""The final training: the inner problem alone, at the outer variable that was found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from bilevel.hypergradients.base import Trained
+from bilevel.inner import InnerState
+from bilevel.optimizers import Optimizer
+from bilevel.problem import Problem
+from bilevel.progress import Callback
+from bilevel.run import Result, run
+from bilevel.trees import PyTree, advance_keys
+
+
+class TrainingState(NamedTuple):
+    """State of a training: `outer` (constant but for its random keys), the inner problem, the step and its key."""
+
+    outer: PyTree
+    inner: InnerState
+    step: jax.Array
+    key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """One inner step an iteration, as a solver."""
+
+    problem: Problem
+    trained: Trained
+    outer: PyTree
+
+    inner_batches = 1
+
+    def init(self, key: jax.Array) -> TrainingState:
+        inner_key, key = jax.random.split(key)
+        state = self.trained.init(self.problem, self.outer, inner_key)
+        return TrainingState(self.outer, state, state.step, key)
+
+    def step(self, state: TrainingState, inner_batches: PyTree, outer_batch: PyTree):
+        next_key, key = jax.random.split(state.key)
+        inner, trace = self.trained.trajectory(self.problem, state.inner, state.outer, inner_batches, key)
+        new = TrainingState(advance_keys(state.outer), inner, state.step + 1, next_key)
+        return new, {"inner_loss": trace.value[0]}
+
+
+def fit(
+    problem: Problem,
+    outer: PyTree,
+    *,
+    optimizer: Optimizer,
+    data: Any = None,
+    steps: int,
+    key: jax.Array | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+) -> Result:
+    """Trains the inner problem from `init_inner` for `steps` steps at a fixed `outer`.
+
+    Args:
+      problem, outer: the problem, and the outer variable to train at.
+      optimizer: as for `Unrolled`.
+      data: as `inner_data` of `run`.
+      steps, key, progress, callbacks, checkpoint: as for `run`.
+
+    Returns:
+      A `Result`; `result.inner.params` is the trained inner variable.
+
+    Raises:
+      As `run`.
+    """
+    training = _Training(problem, Trained(optimizer, 1), outer)
+    return run(
+        training,
+        inner_data=data,
+        steps=steps,
+        key=key,
+        progress=progress,
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+    )

@@ -1,0 +1,43 @@
+"""The direct term alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.guards import value_and_grad
+from bilevel.hypergradients.base import Aux, Estimate, Trained
+from bilevel.trees import combine, partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FirstOrder(Trained):
+    r"""Trains K steps, then takes :math:`\partial_\lambda F(w_K, \lambda)` with :math:`w_K` held constant.
+
+    It leaves out :math:`(dw_K/d\lambda)^\top \partial_w F`, the whole effect of training. It is right when the inner
+    problem does not depend on `outer`, or when :math:`\partial_w F(w_K, \lambda) = 0` (inner and outer loss share
+    their minimiser); it is exactly 0 for variables that act only inside training (learning rates, dropout rates,
+    regularisation weights), for which a `StructuralZeroWarning` names the leaf.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+
+    Raises:
+      ValueError: for steps < 1.
+
+    References:
+      Liu et al. 2019 (DARTS, "first-order approximation"), arXiv 1806.09055.
+    """
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` inner gradients and one outer gradient."""
+        moving, fixed = partition(outer)
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+
+        def objective(moving):
+            return self.outer_loss(problem, state.params, combine(moving, fixed), outer_batch, key)
+
+        (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", sees_training=False)
+        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))

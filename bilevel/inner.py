@@ -1,0 +1,94 @@
+"""The inner problem in training: its state, and the differentiable map of K optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from bilevel import optimizers
+from bilevel.data import slots
+from bilevel.gradients import Gradient, Point, mixed_gradient
+from bilevel.optimizers import Optimizer
+from bilevel.problem import Problem
+from bilevel.schedules import INNER_GRADIENT, Checkpoint, scan
+from bilevel.trees import PyTree, at_step, combine, partition
+
+
+class InnerState(NamedTuple):
+    """Where the inner problem stands.
+
+    Attributes:
+      params: the inner variable.
+      opt_state: state of the inner optimizer.
+      step: inner steps taken since the start, int32.
+      extra: what an estimator carries from one outer iteration to the next (an adjoint, particles); None otherwise.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    step: jax.Array
+    extra: PyTree = None
+
+
+class Trace(NamedTuple):
+    """What K inner steps reported: `value[K]`, the inner losses, and `aux` stacked along a leading axis K."""
+
+    value: jax.Array
+    aux: PyTree
+
+
+def start(problem: Problem, optimizer: Optimizer, outer: PyTree, key: jax.Array) -> InnerState:
+    """The state before the first inner step: `init_inner(key, outer)` and a fresh optimizer."""
+    params = problem.start_inner(key, outer)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        opt_state = optimizers.transformation(optimizer, outer).init(partition(params)[0])
+    return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
+
+
+def train(
+    problem: Problem,
+    optimizer: Optimizer,
+    state: InnerState,
+    outer: PyTree,
+    batches: PyTree,
+    keys: jax.Array,
+    *,
+    first: int = 0,
+    gradient: Callable[[Point], Gradient] = mixed_gradient,
+    checkpoint: Checkpoint = "none",
+) -> tuple[InnerState, Trace]:
+    r"""`len(keys)` inner steps, :math:`w_{t+1} = U(w_t, \nabla_w f(w_t, \lambda; b_t, k_t), \lambda)`.
+
+    Step t sees the t-th of `batches` and of `keys`, and every random key inside `outer` folded with `first + t`. Inner
+    leaves that are not inexact are constants. Differentiable in `state` and `outer`, as `gradient` and `checkpoint` say.
+    """
+    steps = keys.shape[0]
+    moving, fixed = partition(state.params)
+    outer_moving, outer_fixed = partition(outer)
+    transform = optimizers.transformation(optimizer, outer)
+    xs, bind = slots(batches, steps)
+
+    def step(carry, x):
+        params, opt_state = carry
+        t, slot, key = x
+        point = Point(params, outer_moving, fixed, at_step(outer_fixed, t), problem, bind(slot), key)
+        result = gradient(point)
+        grad = jax.tree.map(partial(checkpoint_name, name=INNER_GRADIENT), result.grad)
+        updates, new_opt_state = optimizers.update(transform, grad, opt_state, params, result.value)
+        opt_state = jax.tree.map(_like, new_opt_state, opt_state)
+        return (optimizers.apply(params, updates), opt_state), Trace(result.value, result.aux)
+
+    times = first + jnp.arange(steps, dtype=jnp.int32)
+    (moving, opt_state), trace = scan(checkpoint, step, (moving, state.opt_state), (times, xs, keys), steps)
+    trace = jax.tree.map(jax.lax.stop_gradient, trace)
+    return InnerState(combine(moving, fixed), opt_state, state.step + steps, state.extra), trace
+
+
+def _like(new: Any, old: Any) -> Any:
+    # A schedule may return a wider type than its state started with; a loop keeps the type it started with.
+    return new if jax.dtypes.issubdtype(new.dtype, jax.dtypes.prng_key) else new.astype(jnp.result_type(old))

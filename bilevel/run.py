@@ -1,0 +1,220 @@
+"""The host loop around any solver: data, progress, metrics, checkpoints, callbacks, early stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from bilevel.checkpoints import Checkpoints
+from bilevel.data import Batches, FullBatch, rows
+from bilevel.diagnosis import describe_failure
+from bilevel.progress import Callback, Progress
+from bilevel.solvers.base import Solver
+from bilevel.trees import PyTree
+
+CHUNK_SECONDS = 1.0
+"""Device time between two returns to the host."""
+CHECKPOINT_SECONDS = 60.0
+"""Least time between two checkpoints."""
+CAPACITY = 512
+"""Most steps between two returns to the host."""
+
+
+class Result(NamedTuple):
+    """What a run found.
+
+    Attributes:
+      outer: the outer variable.
+      inner: the state of the inner problem (`InnerState`, or the solver's own).
+      history: name -> array with one row a step.
+      state: the solver's whole state, to continue from.
+    """
+
+    outer: PyTree
+    inner: Any
+    history: dict[str, np.ndarray]
+    state: Any
+
+
+def run(
+    solver: Solver,
+    *,
+    inner_data: Any = None,
+    outer_data: Any = None,
+    steps: int,
+    key: jax.Array | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    checkpoint: str | Path | None = None,
+    record: Callable[[Any], dict[str, Any]] | None = None,
+) -> Result:
+    """`steps` outer iterations of `solver`.
+
+    Steps run on the device in chunks of about a second; the compiled step is traced once. Batches are a function of the
+    step number, so that a run that was killed and resumed equals one that was not, bit for bit.
+
+    Args:
+      solver: any `Solver`.
+      inner_data, outer_data: `Batches(arrays, size)` for mini-batches; arrays for the full batch at every step; an
+        iterator of batches (one an inner step, or one an outer step); None where the loss reads no batch.
+      steps: outer iterations in all, resumed ones included.
+      key: randomness of the run; None is `jax.random.key(0)`.
+      progress: whether to show progress on stderr.
+      callbacks: called as `callback(step, state, metrics)` between chunks; a true return value stops the run.
+      checkpoint: folder to save the state in, about once a minute and at the end, and to resume from.
+      record: `record(state) -> {name: array}`, computed after every step and added to the history.
+
+    Raises:
+      ValueError: for steps < 1 or unusable data.
+      FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"run(steps={steps!r}): the number of outer steps must be an integer >= 1.")
+    key = jax.random.key(0) if key is None else key
+    solver_key, inner_key, outer_key = jax.random.split(key, 3)
+    feeds = _Feed.of("inner_data", inner_data, inner_key), _Feed.of("outer_data", outer_data, outer_key)
+    state = solver.init(solver_key)
+    history: list[dict[str, np.ndarray]] = []
+    store = Checkpoints(checkpoint) if checkpoint is not None else None
+    if store and (latest := store.latest()) is not None:
+        state, history = _restore(store, latest, state, solver, record, feeds)
+    saved = time.monotonic()
+    done, count, capacity = int(state.step), 1, min(CAPACITY, steps)
+    if any(feed.is_iterator for feed in feeds):
+        capacity = 1
+    try:
+        with Progress("outer steps", steps, start=done, show=progress) as display:
+            while done < steps:
+                begun = time.monotonic()
+                before, count = state, min(count, steps - done, capacity)
+                data = [feed.next(n, done) for feed, n in zip(feeds, (solver.inner_batches, 1), strict=True)]
+                state, buffer = _chunk(solver, record, capacity, state, data, count)
+                rows_ = {name: np.asarray(value[:count]) for name, value in buffer.items()}
+                _check_finite(solver, record, before, data, rows_, done)
+                history.append(rows_)
+                done += count
+                elapsed = time.monotonic() - begun
+                count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
+                display.advance(done, {n: float(v[-1]) for n, v in rows_.items() if v.ndim == 1})
+                stop = [bool(callback(done, state, rows_)) for callback in callbacks]
+                if store and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    _save(store, done, state, history)
+                    saved = time.monotonic()
+                if any(stop):
+                    break
+    finally:
+        # An interrupt keeps what is done.
+        if store and history and store.latest() != done and int(state.step) == done:
+            _save(store, done, state, history)
+    return Result(state.outer, state.inner, _concatenate(history), state)
+
+
+class _Feed:
+    """Where the batches of one loss come from."""
+
+    def __init__(self, source: Any, key: jax.Array, is_iterator: bool):
+        self.source, self.key, self.is_iterator = source, key, is_iterator
+
+    @classmethod
+    def of(cls, name: str, data: Any, key: jax.Array) -> _Feed:
+        if data is None or isinstance(data, (Batches, FullBatch)):
+            return cls(data, key, False)
+        if isinstance(data, Iterator):
+            return cls(data, key, True)
+        try:
+            arrays = jax.tree.map(jnp.asarray, data)
+            rows(arrays)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is a {type(data).__name__} that is neither Batches, arrays, an iterator nor None: {error}"
+            ) from None
+        return cls(FullBatch(arrays), key, False)
+
+    def next(self, count: int, step: int) -> tuple[Any, jax.Array]:
+        """`(source, key)` for a chunk that starts at outer step `step`; an iterator is read `count` times."""
+        if not self.is_iterator:
+            return self.source, self.key
+        batches = []
+        for _ in range(count):
+            try:
+                batches.append(next(self.source))
+            except StopIteration:
+                raise ValueError(
+                    f"The data iterator ended at outer step {step}: give one that repeats, or run fewer steps."
+                ) from None
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *batches), self.key
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _chunk(solver, record, capacity, state, data, count):
+    """`count` steps on the device; rows of metrics in buffers of `capacity` rows."""
+
+    def one(state):
+        state, metrics = _step(solver, state, data)
+        return state, metrics | (record(state) if record else {})
+
+    # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
+    step, shapes = jax.make_jaxpr(one, return_shape=True)(state)
+    buffer = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes[1])
+
+    def body(i, carry):
+        state, buffer = carry
+        leaves = jaxpr_as_fun(step)(*jax.tree.leaves(state))
+        state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        return state, jax.tree.map(lambda rows, new: rows.at[i].set(new), buffer, metrics)
+
+    return jax.lax.fori_loop(0, count, body, (state, buffer))
+
+
+def _step(solver, state, data):
+    (inner_source, inner_key), (outer_source, outer_key) = data
+    wanted = solver.inner_batches
+    inner = inner_source
+    if isinstance(inner_source, Batches):
+        inner = inner_source.take(inner_key, state.step * wanted, wanted)
+    outer = outer_source
+    if isinstance(outer_source, Batches):
+        outer = outer_source.take(outer_key, state.step, 1)
+        outer = type(outer)(outer.arrays, outer.index[0])
+    elif outer_source is not None and not isinstance(outer_source, FullBatch):
+        outer = jax.tree.map(lambda x: x[0], outer_source)
+    return solver.step(state, inner, outer)
+
+
+def _check_finite(solver, record, before, data, rows_, done):
+    numbers = {n: v for n, v in rows_.items() if np.issubdtype(v.dtype, np.inexact)}
+    bad = [int(np.argmin(np.isfinite(v.reshape(len(v), -1)).all(1))) for v in numbers.values() if not np.isfinite(v).all()]
+    if not bad:
+        return
+    state = before
+    if min(bad):
+        state, _ = _chunk(solver, record, len(next(iter(rows_.values()))), before, data, min(bad))
+    raise FloatingPointError(describe_failure(solver, state, partial(_step, data=data), done + min(bad)))
+
+
+def _concatenate(history):
+    return {name: np.concatenate([rows_[name] for rows_ in history]) for name in history[0]} if history else {}
+
+
+def _save(store, step, state, history):
+    store.save(step, {"state": state, "history": _concatenate(history)})
+
+
+def _restore(store, step, state, solver, record, feeds):
+    if any(feed.is_iterator and not hasattr(feed.source, "set_state") for feed in feeds):
+        raise ValueError(
+            "The run cannot be resumed exactly from a plain iterator: pass Batches(arrays, size), arrays, or an "
+            "iterator with get_state and set_state."
+        )
+    data = [(feed.source, feed.key) for feed in feeds]
+    metrics = jax.eval_shape(lambda s: _chunk(solver, record, step, s, data, 1)[1], state)
+    saved = store.restore(step, {"state": state, "history": jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metrics)})
+    return saved["state"], [jax.tree.map(np.asarray, saved["history"])]

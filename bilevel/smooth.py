@@ -1,0 +1,127 @@
+"""Differentiating optimizers where their formula is not differentiable.
+
+`optax.adam` divides by `sqrt(nu)`. At a gradient entry that is exactly 0 the derivative of the root is infinite, the
+derivative of `nu` is 0, and their product is NaN, although the update itself has a derivative there. In LoRA that
+is the first step, since B = 0. `smooth(update)` computes the same values, bit for bit, with the convention
+0 * inf = 0 in the derivative: it traces `update` and evaluates roots and divisions in the double-where form.
+
+A `custom_jvp` root would be shorter, but gives NaN when a gradient through a scan is differentiated again;
+evaluating at a nudged point changes values (and is wrong for trust-ratio optimizers such as LAMB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
+
+
+def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with finite derivatives at the zeros of its square roots and denominators.
+
+    Values are bit-equal to `function`'s. Derivatives are equal wherever those of `function` are finite; the derivative of
+    `sqrt(x)`, `rsqrt(x)` and `n / d` with respect to x, and to n and d, is taken as 0 at x = 0 and d = 0.
+    """
+
+    def wrapped(*args):
+        # Transformations of optax mix dtypes and ranks; they run under the promotion rules they were written for.
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        flat = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shape), flat)
+
+    return wrapped
+
+
+def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
+    values: dict[Any, Any] = {}
+
+    def read(atom):
+        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+
+    values.update(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        rule = _RULES.get(eqn.primitive.name)
+        outputs = rule(eqn, *inputs) if rule else _bind(eqn, *inputs)
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _closed(closed: Any) -> Callable[..., list[Any]]:
+    return lambda *args: _evaluate(closed.jaxpr, closed.consts, args)
+
+
+def _bind(eqn, *inputs):
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 / later
+    result = eqn.primitive.bind(*functions, *inputs, **params)
+    return result if eqn.primitive.multiple_results else [result]
+
+
+def _at_nonzero(eqn, x, others=()):
+    """The primitive of `eqn` at `x`, differentiated only where `x` is not 0."""
+    zero = x == jnp.zeros((), jnp.result_type(x))
+    safe = jnp.where(zero, jnp.ones((), jnp.result_type(x)), x)
+    frozen = [jax.lax.stop_gradient(value) for value in (*others, x)]
+    return [jnp.where(zero, _bind(eqn, *frozen)[0], _bind(eqn, *others, safe)[0])]
+
+
+def _sqrt(eqn, x):
+    return _at_nonzero(eqn, x)
+
+
+def _div(eqn, numerator, denominator):
+    if not jnp.issubdtype(jnp.result_type(denominator), jnp.inexact) or isinstance(eqn.invars[1], jex.Literal):
+        return _bind(eqn, numerator, denominator)
+    return _at_nonzero(eqn, denominator, (numerator,))
+
+
+def _call(eqn, *inputs):
+    return _closed(eqn.params["jaxpr"])(*inputs)
+
+
+def _cond(eqn, index, *inputs):
+    branches = [_closed(branch) for branch in eqn.params["branches"]]
+    return jax.lax.switch(index, branches, *inputs)
+
+
+def _scan(eqn, *inputs):
+    params = eqn.params
+    consts = inputs[: params["num_consts"]]
+    carry = inputs[params["num_consts"] : params["num_consts"] + params["num_carry"]]
+    xs = inputs[params["num_consts"] + params["num_carry"] :]
+    body = _closed(params["jaxpr"])
+
+    def step(carry, x):
+        out = body(*consts, *carry, *x)
+        return out[: params["num_carry"]], out[params["num_carry"] :]
+
+    carry, ys = jax.lax.scan(
+        step, list(carry), list(xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*carry, *ys]
+
+
+def _while(eqn, *inputs):
+    params = eqn.params
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts, carry = inputs[:n_cond], inputs[n_cond : n_cond + n_body], inputs[n_cond + n_body :]
+    cond, body = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
+    return jax.lax.while_loop(lambda c: cond(*cond_consts, *c)[0], lambda c: body(*body_consts, *c), list(carry))
+
+
+_RULES: dict[str, Callable[..., list[Any]]] = {
+    "sqrt": _sqrt,
+    "rsqrt": _sqrt,
+    "div": _div,
+    "jit": _call,
+    "pjit": _call,
+    "cond": _cond,
+    "scan": _scan,
+    "while": _while,
+}

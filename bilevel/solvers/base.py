@@ -1,0 +1,37 @@
+"""The contract of a solver."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+
+from bilevel.problem import Problem
+from bilevel.trees import PyTree
+
+
+class SolverState(Protocol):
+    """What every solver state has."""
+
+    outer: PyTree
+    inner: Any
+    step: jax.Array
+    key: jax.Array
+
+
+class Solver(Protocol):
+    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function.
+
+    Attributes:
+      problem: the bilevel problem.
+      inner_batches: inner batches a step wants, the leading axis of `step`'s `inner_batches`.
+    """
+
+    problem: Problem
+
+    @property
+    def inner_batches(self) -> int: ...
+
+    def init(self, key: jax.Array) -> Any: ...
+
+    def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]: ...

@@ -1,0 +1,93 @@
+"""Train, differentiate, move: the solver made of a problem, a hypergradient and an outer optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import optimizers
+from bilevel.hypergradients.base import Hypergradient, static
+from bilevel.inner import InnerState
+from bilevel.optimizers import Optimizer
+from bilevel.problem import Problem
+from bilevel.trees import PyTree, advance_keys, combine, global_norm, partition
+
+
+class NestedState(NamedTuple):
+    """State of `Nested`: the outer variable, the inner problem, the outer optimizer, the iteration and its key."""
+
+    outer: PyTree
+    inner: InnerState
+    opt_state: PyTree
+    step: jax.Array
+    key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    r"""One outer iteration: :math:`\lambda \leftarrow \Pi(\lambda + \mathrm{update}(\hat\nabla F(\lambda)))`.
+
+    Args:
+      problem: the bilevel problem.
+      hypergradient: how :math:`\hat\nabla F` is estimated.
+      outer_optimizer: an `optax.GradientTransformation`; it sees `outer` with None at leaves that are not inexact.
+      inner_start: `"warm"` continues training where the last outer iteration ended (its start is then a constant);
+        `"cold"` starts it anew each time, inside the differentiated map.
+
+    Raises:
+      ValueError: for an unknown `inner_start`.
+
+    Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`.
+    """
+
+    problem: Problem
+    hypergradient: Hypergradient
+    outer_optimizer: Optimizer = static()
+    inner_start: str = static("warm", kw_only=True)
+
+    def __post_init__(self):
+        if self.inner_start not in ("warm", "cold"):
+            raise ValueError(f"Nested(inner_start={self.inner_start!r}): must be 'warm' or 'cold'.")
+
+    @property
+    def inner_batches(self) -> int:
+        """Inner batches a step wants: the estimator's inner steps."""
+        return self.hypergradient.steps
+
+    def init(self, key: jax.Array) -> NestedState:
+        """The state before the first outer iteration."""
+        outer_key, inner_key, key = jax.random.split(key, 3)
+        outer = self.problem.start_outer(outer_key)
+        inner = self.hypergradient.init(self.problem, outer, inner_key)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            opt_state = self._transform(outer).init(partition(outer)[0])
+        return NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key)
+
+    def step(
+        self, state: NestedState, inner_batches: PyTree, outer_batch: PyTree
+    ) -> tuple[NestedState, dict[str, jax.Array]]:
+        """One outer iteration; `inner_batches` as `Hypergradient.estimate` takes them."""
+        next_key, key = jax.random.split(state.key)
+        warm = state.inner if self.inner_start == "warm" else None
+        estimate = self.hypergradient.estimate(self.problem, warm, state.outer, inner_batches, outer_batch, key)
+        outer, opt_state = self._move(state, estimate)
+        metrics = {
+            "outer_loss": estimate.value,
+            "inner_loss": estimate.aux.info["inner_loss"][-1],
+            "hypergradient_norm": global_norm(estimate.grad),
+        }
+        return NestedState(outer, estimate.inner_state, opt_state, state.step + 1, next_key), metrics
+
+    def _transform(self, outer: PyTree):
+        return optimizers.transformation(self.outer_optimizer, outer)
+
+    def _move(self, state: NestedState, estimate: Any) -> tuple[PyTree, PyTree]:
+        moving, fixed = partition(state.outer)
+        transform = self._transform(state.outer)
+        updates, opt_state = optimizers.update(transform, estimate.grad, state.opt_state, moving, estimate.value)
+        outer = combine(optimizers.apply(moving, updates), advance_keys(fixed))
+        return (self.problem.project(outer) if self.problem.project else outer), opt_state

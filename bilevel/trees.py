@@ -1,0 +1,79 @@
+"""Pytrees whose leaves have kinds: differentiable arrays, typed random keys, and constants.
+
+An `outer` (or `inner`) tree may mix all three. Everything that differentiates or updates works on
+`moving(tree)`, the tree with `None` where a leaf is not of inexact dtype, and puts the leaves back with
+`combine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether `leaf` is an array of typed random keys (`jax.random.key`)."""
+    return jnp.issubdtype(getattr(leaf, "dtype", None) or jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether `leaf` is floating point or complex, that is, whether it can carry a derivative."""
+    return not is_key(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+    """`tree` with Python and NumPy numbers as strongly typed arrays, so that an update does not change a type."""
+    return jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
+    """`(moving, fixed)`: the inexact leaves and all others, with `None` in each other's places."""
+    moving = jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
+    fixed = jax.tree.map(lambda x: None if is_inexact(x) else x, tree)
+    return moving, fixed
+
+
+def moving(tree: PyTree) -> PyTree:
+    """The inexact leaves of `tree`, `None` elsewhere."""
+    return partition(tree)[0]
+
+
+def combine(moving: PyTree, fixed: PyTree) -> PyTree:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, moving, fixed, is_leaf=lambda x: x is None)
+
+
+def _map_keys(function, tree: PyTree) -> PyTree:
+    def visit(leaf):
+        if not is_key(leaf):
+            return leaf
+        flat = jax.vmap(function)(leaf.reshape(-1))
+        return flat.reshape(leaf.shape)
+
+    return jax.tree.map(visit, tree)
+
+
+def at_step(tree: PyTree, step: Any) -> PyTree:
+    """`tree` as inner step `step` sees it: every random key `k` becomes `fold_in(k, step)`."""
+    return _map_keys(lambda key: jax.random.fold_in(key, step), tree)
+
+
+def advance_keys(tree: PyTree) -> PyTree:
+    """`tree` for the next outer iteration: every random key is replaced by a child of itself."""
+    return _map_keys(lambda key: jax.random.split(key, 2)[1], tree)
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """A readable path for every leaf of `tree`, in flattening order; the root leaf is called `.`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path) or "." for path, _ in paths]
+
+
+def global_norm(tree: PyTree) -> jax.Array:
+    """Euclidean norm of all leaves together."""
+    leaves = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(leaves)) if leaves else jnp.zeros(())
