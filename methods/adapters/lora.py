@@ -5,8 +5,7 @@ At a site of layer i the model has `y = x W + b` and calls `adapt(site, x, y)`, 
     y + g_i * s * (x A_i) B_i,        s = alpha / r   (alpha / sqrt(r) with rslora)
 
 with A_i `[in, r]`, B_i `[r, out]` and a gate g_i. Parameters are stacked over layers and are all that is
-trained: `{site: {"a": [L, in, r], "b": [L, r, out]}}`. What is frozen is `LoRAConfig`, and `LoRAConfig.bind` puts
-the two together.
+trained: `{site: {"a": [L, in, r], "b": [L, r, out]}}`. What is frozen is `LoRAConfig`; its `bind` joins them.
 
 Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. arXiv:2106.09685.
 """
@@ -48,7 +47,7 @@ class LoRA:
         """The adapted output of one layer (the leaves are this layer's, without the layer axis).
 
         x `[..., in]` is the linear's input, y `[..., out]` its output. The update is computed in the dtype of
-        the parameters and added in the dtype of y. A masked layer returns y, bit for bit, and has no gradient.
+        the parameters and added in the dtype of y. A masked layer returns y, bit for bit, without gradient.
         """
         if site not in self.params:
             return y
@@ -89,7 +88,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"LoRA rank {self.rank!r} is not a positive integer: to not adapt a site, leave it out.")
+            raise ValueError(f"LoRA rank {self.rank!r} is not a positive integer.")
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ValueError(f"LoRA alpha {self.alpha!r} is not a positive number: it scales the update.")
         if not self.targets:
@@ -99,7 +98,7 @@ class LoRAConfig:
         if self.layers is not None:
             layers = tuple(sorted({int(layer) for layer in self.layers}))
             if not layers or layers[0] < 0:
-                raise ValueError(f"LoRA layers {layers} must be indices from 0 up, at least one; None means all.")
+                raise ValueError(f"LoRA layers {layers} must be one or more indices from 0 up (None: all).")
             object.__setattr__(self, "layers", layers)
 
     @property
@@ -161,7 +160,7 @@ class LoRAConfig:
           mask: in the same forms, False where a layer or a rank is to be absent; joined with `layers`.
 
         Raises:
-          ValueError: if a layer index is out of range, or a gate or mask has another shape or an unknown site.
+          ValueError: if a layer is out of range, or a gate or mask has another shape or an unknown site.
         """
         layers, rank = _dimensions(params)
         masks = {site: m.astype(bool) for site, m in _per_site("mask", mask, params, layers, rank).items()}
@@ -177,7 +176,7 @@ class LoRAConfig:
     def merge(
         self, kernels: Mapping[str, jax.Array], params: Params, gate: PerLayer = None, mask: PerLayer = None
     ) -> dict[str, jax.Array]:
-        """`kernels` `{site: [L, in, out]}` plus `delta`, in their own dtypes: the same function without a hook.
+        """`kernels` `{site: [L, in, out]}` plus `delta`, in their own dtypes: the same model without a hook.
 
         Raises:
           ValueError: if the adapter has a site that is not among the kernels, or of another shape.
@@ -186,7 +185,7 @@ class LoRAConfig:
         for site, delta in self.delta(params, gate, mask).items():
             if site not in merged or merged[site].shape != delta.shape:
                 found = merged[site].shape if site in merged else "no kernel"
-                raise ValueError(f"Cannot merge LoRA site {site!r} of shape {delta.shape}: the model has {found}.")
+                raise ValueError(f"LoRA site {site!r} has shape {delta.shape} where the model has {found}.")
             merged[site] = (merged[site].astype(delta.dtype) + delta).astype(merged[site].dtype)
         return merged
 
@@ -194,8 +193,8 @@ class LoRAConfig:
         if self.layers is None:
             return None
         if max(self.layers) >= num_layers:
-            last = num_layers - 1
-            raise ValueError(f"LoRA layer {max(self.layers)} is out of range: the model has layers 0 to {last}.")
+            last, worst = num_layers - 1, max(self.layers)
+            raise ValueError(f"LoRA layer {worst} is out of range: the model has layers 0 to {last}.")
         return np.isin(np.arange(num_layers), self.layers)
 
 
@@ -221,7 +220,7 @@ def _dimensions(params: Params) -> tuple[int, int]:
 def _per_site(kind: str, value: PerLayer, params: Params, layers: int, rank: int) -> dict[str, jax.Array]:
     if value is None:
         return {}
-    table = value if isinstance(value, Mapping) else dict.fromkeys(params, value)
+    table: Mapping[str, Any] = value if isinstance(value, Mapping) else dict.fromkeys(params, value)
     for site, entry in table.items():
         if site not in params:
             adapted = ", ".join(params)

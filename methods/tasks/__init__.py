@@ -1,0 +1,45 @@
+"""Tasks: rows of a data set, their prompts, disjoint splits, encoding, answer losses and scoring.
+
+On the host all is numpy; `methods.tasks.loss` is what runs inside a model's loss and is imported by itself.
+"""
+
+from methods.tasks import multiple_choice
+from methods.tasks.encode import Encoded, TokenBatch, encode
+from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
+from methods.tasks.splits import Splits, check_disjoint, load_splits, split
+from methods.tasks.task import Pair, Row, Task, load, training_pairs
+
+TASKS: dict[str, Task] = {task.name: task for task in multiple_choice.TASKS}
+
+
+def get(name: str) -> Task:
+    """The task called `name`.
+
+    Raises:
+      ValueError: if there is none; the sentence lists those there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Unknown task {name!r}: known are {', '.join(sorted(TASKS))}.")
+    return TASKS[name]
+
+
+__all__ = [
+    "TASKS",
+    "Accuracy",
+    "Encoded",
+    "Evaluation",
+    "Pair",
+    "Row",
+    "Splits",
+    "Task",
+    "TokenBatch",
+    "check_disjoint",
+    "encode",
+    "evaluate",
+    "get",
+    "load",
+    "load_splits",
+    "split",
+    "training_pairs",
+    "wilson",
+]

@@ -1,0 +1,111 @@
+"""Prompts and answers to fixed-length arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from methods.tasks.task import Pair
+
+
+class TokenBatch(NamedTuple):
+    """N sequences of T tokens, padded on the right.
+
+    Attributes:
+      tokens: int32 `[N, T]`.
+      mask: bool `[N, T]`, True at a token, False at padding.
+      answer_mask: bool `[N, T]`, True at the positions whose *next* token belongs to the answer, which are
+        those whose logits the answer is scored with; never the last position.
+    """
+
+    tokens: Any
+    mask: Any
+    answer_mask: Any
+
+
+class Encoded(NamedTuple):
+    """A `TokenBatch`, and how many of its prompts were cut to fit."""
+
+    batch: TokenBatch
+    cut: int
+
+
+class TokenSequence(NamedTuple):
+    """One pair's tokens: `ids[:start]` are special tokens and prompt, `ids[start:]` the answer."""
+
+    ids: list[int]
+    start: int
+
+
+def encode(pairs: Sequence[Pair], tokenizer: Any, length: int) -> Encoded:
+    """Arrays of `length` tokens for each prompt and answer, tokenised as one text.
+
+    The special tokens that the tokenizer puts in front of a text stay (the first-token mark of many models),
+    those it puts behind do not: an answer is followed by nothing. What does not fit loses the left end of its
+    prompt, never a token of its answer.
+
+    Args:
+      pairs: prompts with their answers.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`.
+      length: T.
+
+    Raises:
+      ValueError: for no pairs, an answer without tokens or longer than fits, or one that nothing comes
+        before.
+    """
+    return pad(tokenize(pairs, tokenizer), length, *marks(tokenizer))
+
+
+def tokenize(pairs: Sequence[Pair], tokenizer: Any) -> list[TokenSequence]:
+    """Each pair's tokens, at their natural lengths. Raises as `encode`."""
+    if not pairs:
+        raise ValueError("There is nothing to encode: the list of prompts and answers is empty.")
+    first, _ = marks(tokenizer)
+    ids = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+    wholes = ids([prompt + answer for prompt, answer in pairs])
+    # A space that ends a prompt belongs to the answer's first token in most vocabularies.
+    prompts = ids([prompt.rstrip() for prompt, _ in pairs])
+    sequences = []
+    for pair, whole, prompt in zip(pairs, wholes, prompts, strict=True):
+        # Where a token spans the border between prompt and answer, the answer starts with it.
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        if start >= len(whole):
+            raise ValueError(f"The answer {pair.answer!r} to {pair.prompt[-60:]!r} has no token to score.")
+        if start + len(first) == 0:
+            raise ValueError(f"The answer {pair.answer[:60]!r} has no prompt to be predicted from.")
+        sequences.append(TokenSequence([*first, *whole], len(first) + start))
+    return sequences
+
+
+def pad(sequences: Sequence[TokenSequence], length: int, first: Sequence[int] = (), fill: int = 0) -> Encoded:
+    """Sequences as arrays `[N, length]`, filled up with `fill`, cut behind the special tokens `first`.
+
+    Raises:
+      ValueError: if an answer, the special tokens and one token to predict from are more than `length`.
+    """
+    tokens = np.full((len(sequences), length), fill, np.int32)
+    mask = np.zeros((len(sequences), length), bool)
+    answer_mask = np.zeros((len(sequences), length), bool)
+    cut = 0
+    for row, (ids, start) in enumerate(sequences):
+        excess = len(ids) - length
+        if excess > 0:
+            if start - excess < max(len(first), 1):
+                raise ValueError(
+                    f"An answer of {len(ids) - start} tokens does not fit into {length}: raise the length."
+                )
+            ids, start, cut = [*first, *ids[len(first) + excess :]], start - excess, cut + 1
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+        answer_mask[row, start - 1 : len(ids) - 1] = True
+    return Encoded(TokenBatch(tokens, mask, answer_mask), cut)
+
+
+def marks(tokenizer: Any) -> tuple[list[int], int]:
+    """The special tokens in front of a text, and the padding token (any will do, since it is masked)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    marked = tokenizer("a", add_special_tokens=True)["input_ids"]
+    first = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
+    return list(marked[:first]), tokenizer.pad_token_id or 0

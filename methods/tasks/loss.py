@@ -1,0 +1,113 @@
+r"""Losses on answers, for use inside a model's loss.
+
+For a sequence of tokens u_1 .. u_T whose answer tokens are those in A,
+
+    log p(answer) = sum_{t in A} log softmax(logits_{t-1})[u_t]
+
+Everything is computed in float32 or better and can be differentiated any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from methods.tasks.encode import TokenBatch
+
+
+class Answers(NamedTuple):
+    """What is left of a batch when only the positions that predict answers are kept.
+
+    Attributes:
+      hidden: `[B, A, D]`, hidden states at those positions.
+      targets: int32 `[B, A]`, the tokens to predict.
+      mask: bool `[B, A]`, False where a sequence has fewer than A.
+    """
+
+    hidden: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+
+
+def answer_loss(logits: jax.Array, batch: TokenBatch) -> jax.Array:
+    """Mean negative log-likelihood, in nats, over all answer tokens of the batch.
+
+    Args:
+      logits: `[B, T, V]`; those at position t predict token t + 1.
+      batch: arrays `[B, T]`.
+
+    Returns:
+      A scalar; NaN for a batch without any answer token.
+    """
+    mask = jnp.asarray(batch.answer_mask)
+    total = answer_log_likelihood(logits, batch).sum()
+    return -total / mask.sum().astype(total.dtype)
+
+
+def answer_log_likelihood(logits: jax.Array, batch: TokenBatch) -> jax.Array:
+    """log p(answer) of each sequence, `[B]`, in nats. Arguments as in `answer_loss`."""
+    return _log_likelihood(
+        logits, jnp.roll(jnp.asarray(batch.tokens), -1, axis=1), jnp.asarray(batch.answer_mask)
+    )
+
+
+def answer_width(batch: TokenBatch) -> int:
+    """The most answer tokens that a sequence of this batch has; on the host."""
+    return int(np.asarray(batch.answer_mask).sum(axis=-1).max())
+
+
+def keep_answers(hidden: jax.Array, batch: TokenBatch, width: int) -> Answers:
+    """The `width` positions from the first that predicts an answer token on.
+
+    Args:
+      hidden: `[B, T, D]`, what the model's head is applied to.
+      batch: arrays `[B, T]`; each answer is one stretch, as `encode` has it.
+      width: A, static.
+    """
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.answer_mask)
+    position = jnp.argmax(mask, axis=1)[:, None] + jnp.arange(width)[None, :]
+    inside = position < tokens.shape[1] - 1
+    position = jnp.where(inside, position, 0)
+    take = lambda x, at: jnp.take_along_axis(x, at, axis=1)  # noqa: E731
+    return Answers(
+        take(hidden, position[:, :, None]), take(tokens, position + 1), take(mask, position) & inside
+    )
+
+
+def answer_loss_at(
+    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, batch: TokenBatch, width: int
+) -> jax.Array:
+    """`answer_loss(head(hidden), batch)` with logits only where an answer is predicted: B*A*V of them, not
+    B*T*V.
+
+    Args:
+      head: `[B, A, D] -> [B, A, V]`.
+      hidden: `[B, T, D]`.
+      batch: arrays `[B, T]`.
+      width: A, at least `answer_width(batch)`; with less the result is NaN, never a loss on part of an
+        answer.
+    """
+    total = answer_log_likelihood_at(head, hidden, batch, width).sum()
+    return -total / jnp.asarray(batch.answer_mask).sum().astype(total.dtype)
+
+
+def answer_log_likelihood_at(
+    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, batch: TokenBatch, width: int
+) -> jax.Array:
+    """`answer_log_likelihood(head(hidden), batch)`, `[B]`, with the logits of `answer_loss_at`."""
+    answers = keep_answers(hidden, batch, width)
+    values = _log_likelihood(head(answers.hidden), answers.targets, answers.mask)
+    return jnp.where(jnp.asarray(batch.answer_mask).sum(axis=1) > width, jnp.nan, values)
+
+
+def _log_likelihood(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    if jnp.finfo(logits.dtype).bits < 32:
+        logits = logits.astype(jnp.float32)
+    # Not log_softmax: only one entry of V is wanted.
+    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
+    values = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=1)

@@ -1,0 +1,157 @@
+"""Accuracy on multiple-choice rows by the likelihood of each choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from methods.tasks.encode import marks, pad, tokenize
+from methods.tasks.task import Row, Task
+
+ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
+
+
+class Accuracy(NamedTuple):
+    """`correct` of `total`, as a share, with the ends of its Wilson 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    correct: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+      task: its name.
+      accuracy: the choice with the largest log p per character wins (`acc_norm` of the harness); the primary
+        one.
+      per_token: the same, per token.
+      unnormalised: the same, by log p itself (`acc`).
+      cut: how many prompts were cut on the left to fit.
+      predictions: `[rows]`, the choice taken per character.
+      log_likelihoods: for each row, log p of each choice, in nats.
+    """
+
+    task: str
+    accuracy: Accuracy
+    per_token: Accuracy
+    unnormalised: Accuracy
+    cut: int
+    predictions: np.ndarray
+    log_likelihoods: list[np.ndarray]
+
+
+def evaluate(
+    score_fn: ScoreFn,
+    task: Task,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    batch_size: int = 16,
+    max_length: int = 512,
+    multiple: int = 32,
+) -> Evaluation:
+    """Score every choice of every row, and compare the best with the label.
+
+    Sequences are sorted by length into batches of `batch_size`, each padded to a multiple of `multiple`
+    tokens: at most `max_length / multiple` shapes, so at most so many compilations. The last batch of a shape
+      is filled up with
+    copies, whose scores are dropped. A character of a choice is one of its text, the space before it not
+    counted.
+
+    Args:
+      score_fn: `(tokens, mask, answer_mask)`, arrays `[batch_size, T]` as in `TokenBatch`, to log p(answer)
+        `[B]`; jit it.
+      task: whose rows these are.
+      rows: what to score.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`.
+      batch_size: B.
+      max_length: T at most; a multiple of `multiple`.
+      multiple: of T.
+
+    Raises:
+      ValueError: for no rows, a batch larger than there are choices, a `max_length` that is no multiple, an
+        answer that does not fit, or a score that has another shape or is not finite.
+    """
+    pairs = [pair for row in rows for pair in task.pairs(row)]
+    if not 1 <= batch_size <= len(pairs):
+        raise ValueError(
+            f"A batch of {batch_size} is not within 1 and the {len(pairs)} choices there are to score."
+        )
+    if multiple < 1 or max_length < multiple or max_length % multiple:
+        raise ValueError(
+            f"max_length={max_length} is not a multiple of {multiple}, to which batches are padded."
+        )
+    sequences = tokenize(pairs, tokenizer)
+    first, fill = marks(tokenizer)
+    shape = [min(max_length, -(-len(ids) // multiple) * multiple) for ids, _ in sequences]
+    scores, cut = np.zeros(len(pairs)), 0
+    for length in sorted(set(shape), reverse=True):  # longest first: what runs out of memory does so at once
+        members = [i for i, t in enumerate(shape) if t == length]
+        for at in range(0, len(members), batch_size):
+            index = members[at : at + batch_size]
+            full = index + index[:1] * (batch_size - len(index))
+            batch, _ = pad([sequences[i] for i in full], length, first, fill)
+            values = np.asarray(score_fn(batch.tokens, batch.mask, batch.answer_mask))
+            if values.shape != (batch_size,):
+                raise ValueError(
+                    f"score_fn returned shape {values.shape} for {batch_size} sequences: one score each."
+                )
+            scores[index] = values[: len(index)]
+    cut = sum(len(ids) > max_length for ids, _ in sequences)
+    if not np.isfinite(scores).all():
+        worst = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ValueError(f"The log-likelihood of choice {pairs[worst].answer[:60]!r} is {scores[worst]}.")
+    ends = np.cumsum([len(row["choices"]) for row in rows])[:-1]
+    characters = np.array([len(pair.answer.removeprefix(" ")) for pair in pairs])
+    tokens = np.array([len(ids) - start for ids, start in sequences])
+    labels = np.array([row["label"] for row in rows])
+
+    def choose(values: np.ndarray) -> np.ndarray:
+        return np.array([int(np.argmax(group)) for group in np.split(values, ends)])
+
+    predictions = choose(scores / characters)
+    return Evaluation(
+        task.name,
+        _accuracy(predictions == labels),
+        _accuracy(choose(scores / tokens) == labels),
+        _accuracy(choose(scores) == labels),
+        cut,
+        predictions,
+        np.split(scores, ends),
+    )
+
+
+def wilson(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    r"""The Wilson score interval of a binomial share p = correct/total.
+
+        ( p + z^2/2n -+ z sqrt( p(1-p)/n + z^2/4n^2 ) ) / ( 1 + z^2/n )
+
+    z = 1.96 gives 95 %. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+
+    Raises:
+      ValueError: unless `0 <= correct <= total` and `total >= 1`.
+    """
+    if not 0 <= correct <= total or total < 1:
+        raise ValueError(f"{correct} correct of {total} is not a share of anything.")
+    p, n = correct / total, total
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    low = 0.0 if correct == 0 else (centre - half) / scale
+    high = 1.0 if correct == total else (centre + half) / scale
+    return low, high
+
+
+def _accuracy(right: np.ndarray) -> Accuracy:
+    correct, total = int(right.sum()), len(right)
+    return Accuracy(correct / total, *wilson(correct, total), correct, total)

@@ -1,0 +1,112 @@
+"""Disjoint splits: the inner loss sees one, the outer loss another, and neither sees the test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from methods.tasks.task import Row, Task, load
+
+
+class Splits(NamedTuple):
+    """Rows of the inner loss, of the outer loss, and of the test.
+
+    Attributes:
+      train: from the published training set.
+      outer: the outer validation, from the published training set too.
+      test: from the published validation (or test) set, which no loop sees.
+      dropped: published training rows left out because the test has the same subject.
+    """
+
+    train: list[Row]
+    outer: list[Row]
+    test: list[Row]
+    dropped: int
+
+
+def split(
+    task: Task,
+    train_rows: Sequence[Row],
+    test_rows: Sequence[Row],
+    *,
+    outer: int,
+    train: int | None = None,
+    test: int | None = None,
+    seed: int = 0,
+) -> Splits:
+    """Cut published rows into three splits, no two of which share a subject.
+
+    A subject is `task.group(row)`, up to case and spaces. Training rows on a subject of `test_rows` are left
+    out; the rest is shuffled, subject by subject, by `seed`; the first `outer` rows are the outer validation,
+    the next `train` the training set. The test rows do not depend on the seed: runs are compared on the same
+    ones.
+
+    Args:
+      task: whose rows these are.
+      train_rows: the published training set.
+      test_rows: the published set to test on.
+      outer: rows of the outer validation.
+      train: rows of the training set; None takes all that is left.
+      test: rows of the test; None takes all, a number the first of one fixed shuffle.
+      seed: of the cut.
+
+    Raises:
+      ValueError: if a size is below 1 or there are not so many rows.
+    """
+    available = len(train_rows), len(train_rows), len(test_rows)
+    for name, size, most in zip(("train", "outer", "test"), (train, outer, test), available, strict=True):
+        if size is not None and not 1 <= size <= most:
+            raise ValueError(f"{task.name} cannot give {name}={size} rows: it must be between 1 and {most}.")
+    tested = {_key(task, row) for row in test_rows}
+    groups: dict[str, list[Row]] = {}
+    for row in train_rows:
+        if (key := _key(task, row)) not in tested:
+            groups.setdefault(key, []).append(row)
+    subjects, kept = list(groups.values()), sum(map(len, groups.values()))
+    outer_rows: list[Row] = []
+    rest: list[Row] = []
+    for i in np.random.default_rng(seed).permutation(len(subjects)):
+        (outer_rows if len(outer_rows) < outer else rest).extend(subjects[i])
+    if len(outer_rows) < outer or len(rest) < (train or 1):
+        raise ValueError(
+            f"{task.name} cannot give {outer} outer and {train or 'any'} training rows: {kept} are left "
+            "without those on subjects of the test, and rows on one subject stay together."
+        )
+    chosen = np.sort(np.random.default_rng(0).permutation(len(test_rows))[:test])
+    result = Splits(rest[:train], outer_rows[:outer], [test_rows[i] for i in chosen], len(train_rows) - kept)
+    check_disjoint(task, result)
+    return result
+
+
+def load_splits(
+    task: Task,
+    *,
+    outer: int,
+    train: int | None = None,
+    test: int | None = None,
+    seed: int = 0,
+    data: str | os.PathLike[str] | None = None,
+) -> Splits:
+    """`split` of the published training set and of the published set `task.test`, both by `load`."""
+    train_rows, test_rows = load(task, "train", data), load(task, task.test, data)
+    return split(task, train_rows, test_rows, outer=outer, train=train, test=test, seed=seed)
+
+
+def check_disjoint(task: Task, splits: Splits) -> None:
+    """Make sure that no subject, and so no row, is in two splits.
+
+    Raises:
+      ValueError: with the first text that two splits share.
+    """
+    seen: dict[str, str] = {}
+    for name in ("train", "outer", "test"):
+        for key in {_key(task, row) for row in getattr(splits, name)}:
+            if seen.setdefault(key, name) != name:
+                raise ValueError(f"{task.name} leaks: {seen[key]} and {name} share the subject {key[:60]!r}.")
+
+
+def _key(task: Task, row: Row) -> str:
+    return " ".join(task.group(row).casefold().split())
