@@ -1,13 +1,13 @@
 """The gradient of the inner loss, prepared for being differentiated.
 
-Both functions compute `grad_w f(w, outer, batch, key)`; they differ in how *its* derivative is taken. `reverse_gradient`
-leaves it to reverse-over-reverse: the linearisation of a whole gradient evaluation, all its activations, is kept
-until the backward pass. `mixed_gradient` carries the rule: for a cotangent v of the gradient,
+Both functions compute `grad_w f(w, outer, batch, key)`; they differ in how *its* derivative is taken.
+`reverse_gradient` leaves it to reverse-over-reverse: the linearisation of a whole gradient evaluation, all its
+activations, is kept until the backward pass. `mixed_gradient` carries the rule: for a cotangent v of the gradient,
 
     (d grad_w f / d(w, outer))^T v  =  d/de grad_(w, outer) f(w + e v, outer)   at e = 0,
 
-one forward-mode derivative of one gradient. It holds because second derivatives commute; what is kept until the backward pass
-is the point (w, outer, batch, key), not its graph. (Kemaev et al. 2025, MixFlow-MG, arXiv 2505.00793.)
+one forward-mode derivative of one gradient. It holds because second derivatives commute; what is kept until the
+backward pass is the point (w, outer, batch, key), not its graph. (Kemaev et al. 2025, MixFlow-MG, arXiv 2505.00793.)
 """
 
 from __future__ import annotations

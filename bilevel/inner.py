@@ -16,7 +16,7 @@ from bilevel.gradients import Gradient, Point, mixed_gradient
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
 from bilevel.schedules import INNER_GRADIENT, Checkpoint, scan
-from bilevel.trees import PyTree, at_step, combine, partition
+from bilevel.trees import PyTree, at_step, combine, is_key, partition
 
 
 class InnerState(NamedTuple):
@@ -64,8 +64,9 @@ def train(
 ) -> tuple[InnerState, Trace]:
     r"""`len(keys)` inner steps, :math:`w_{t+1} = U(w_t, \nabla_w f(w_t, \lambda; b_t, k_t), \lambda)`.
 
-    Step t sees the t-th of `batches` and of `keys`, and every random key inside `outer` folded with `first + t`. Inner
-    leaves that are not inexact are constants. Differentiable in `state` and `outer`, as `gradient` and `checkpoint` say.
+    Step t sees the t-th of `batches` and of `keys`, and every random key inside `outer` folded with `first + t`.
+    Inner leaves that are not inexact are constants. Differentiable in `state` and `outer`, as `gradient` and
+    `checkpoint` say.
     """
     steps = keys.shape[0]
     moving, fixed = partition(state.params)
@@ -91,4 +92,4 @@ def train(
 
 def _like(new: Any, old: Any) -> Any:
     # A schedule may return a wider type than its state started with; a loop keeps the type it started with.
-    return new if jax.dtypes.issubdtype(new.dtype, jax.dtypes.prng_key) else new.astype(jnp.result_type(old))
+    return new if is_key(new) else new.astype(jnp.result_type(old))

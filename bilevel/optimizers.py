@@ -36,8 +36,8 @@ def update(transform: optax.GradientTransformationExtraArgs, grads, state, param
     """`(updates, state)`; transformations with extra arguments are given `value` and `grad`.
 
     Raises:
-      ValueError: for a transformation that needs to evaluate the loss itself (line searches), or whose parameters are
-        not the ones to evaluate at (schedule-free).
+      ValueError: for a transformation that needs to evaluate the loss itself (line searches), or whose parameters
+        are not the ones to evaluate at (schedule-free).
     """
     _refuse_evaluation_parameters(state)
     try:

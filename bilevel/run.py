@@ -191,7 +191,9 @@ def _step(solver, state, data):
 
 def _check_finite(solver, record, before, data, rows_, done):
     numbers = {n: v for n, v in rows_.items() if np.issubdtype(v.dtype, np.inexact)}
-    bad = [int(np.argmin(np.isfinite(v.reshape(len(v), -1)).all(1))) for v in numbers.values() if not np.isfinite(v).all()]
+    bad = [
+        int(np.argmin(np.isfinite(v.reshape(len(v), -1)).all(1))) for v in numbers.values() if not np.isfinite(v).all()
+    ]
     if not bad:
         return
     state = before
@@ -216,5 +218,7 @@ def _restore(store, step, state, solver, record, feeds):
         )
     data = [(feed.source, feed.key) for feed in feeds]
     metrics = jax.eval_shape(lambda s: _chunk(solver, record, step, s, data, 1)[1], state)
-    saved = store.restore(step, {"state": state, "history": jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metrics)})
+    saved = store.restore(
+        step, {"state": state, "history": jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metrics)}
+    )
     return saved["state"], [jax.tree.map(np.asarray, saved["history"])]

@@ -1,7 +1,7 @@
 r"""Rematerialisation schedules: which inner steps keep their state for the backward pass.
 
-With K inner steps, a state of s bytes that moves, and residuals of r bytes a step (r shrinks to little more than s under
-`mode="mixed"`):
+With K inner steps, a state of s bytes that moves, an inner gradient of g bytes, and residuals of r bytes a step (under
+`mode="mixed"` r is little more than s):
 
 | schedule | extra memory | inner gradients a step, before the backward pass |
 |---|---|---|

@@ -22,8 +22,8 @@ from jax.extend import core as jex
 def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with finite derivatives at the zeros of its square roots and denominators.
 
-    Values are bit-equal to `function`'s. Derivatives are equal wherever those of `function` are finite; the derivative of
-    `sqrt(x)`, `rsqrt(x)` and `n / d` with respect to x, and to n and d, is taken as 0 at x = 0 and d = 0.
+    Values are bit-equal to `function`'s. Derivatives are equal wherever those of `function` are finite; the
+    derivative of `sqrt(x)`, `rsqrt(x)` and `n / d` with respect to x, and to n and d, is 0 at x = 0 and d = 0.
     """
 
     def wrapped(*args):

@@ -33,7 +33,7 @@ class Unrolled(Trained):
     contribute, unless T = K; the bias shrinks with the contraction of the training map to the power T.
 
     Args:
-      optimizer: an optax transformation, or a function `outer -> transformation` when its settings are outer variables.
+      optimizer: an optax transformation, or `outer -> transformation` where its settings are outer variables.
       steps: K, inner steps an outer iteration.
       mode: `"mixed"` (forward over reverse: keeps the point of a step, not its graph) or `"reverse"`.
       checkpoint: which steps keep their state: `"auto"`, `"none"`, `"step"`, `"sqrt"`, `Levels(n)` (`bilevel.schedules`).

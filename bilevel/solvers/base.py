@@ -27,7 +27,8 @@ class Solver(Protocol):
       inner_batches: inner batches a step wants, the leading axis of `step`'s `inner_batches`.
     """
 
-    problem: Problem
+    @property
+    def problem(self) -> Problem: ...
 
     @property
     def inner_batches(self) -> int: ...
