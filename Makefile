@@ -68,7 +68,7 @@ unit: $(VENV)/test.stamp $(VENV)/models.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 assets: $(VENV)/python.stamp
 	@$(BIN)/python scripts/fetch_demo.py --assets assets
