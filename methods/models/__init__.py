@@ -2,6 +2,7 @@
 
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.models.hooks import ACTIVATION_SITES, LINEAR_SITES, SITES, Chain, Hook, identity
+from methods.models.loading import HFNames, Pretrained, load
 
 __all__ = [
     "ACTIVATION_SITES",
@@ -10,6 +11,9 @@ __all__ = [
     "Chain",
     "Decoder",
     "DecoderConfig",
+    "HFNames",
     "Hook",
+    "Pretrained",
     "identity",
+    "load",
 ]

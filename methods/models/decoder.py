@@ -5,9 +5,11 @@ One block, with N the RMS norm, :math:`N(x) = x / \sqrt{\mathrm{mean}(x^2) + \ep
     x <- x + W_o attention(W_q N(x), W_k N(x), W_v N(x))
     x <- x + W_down (act(W_gate N(x)) * W_up N(x))
 
-with rotary positions on q and k, grouped key/value heads, and causal attention, within a window where the layer has one.
-Written for training that is itself differentiated: the layers are stacked and scanned, each rematerialised, and everything
-is smooth enough for third derivatives in both modes. Attention is an einsum and a softmax in the weights' precision, at
+with rotary positions on q and k, grouped key/value heads, and causal attention, within a window where the
+layer has one.
+Written for training that is itself differentiated: the layers are stacked and scanned, each rematerialised,
+and everything is smooth enough for third derivatives in both modes. Attention is an einsum and a softmax in
+the weights' precision, at
 least float32: the fused kernels stop at first order and compute the softmax in float32 even in float64.
 
 Llama: https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783. Rotary positions:
@@ -57,7 +59,7 @@ class DecoderConfig:
     rope_factors: tuple[float, ...] = ()
     """What each of the head_dim / 2 rotary frequencies is divided by, for longer contexts; () for none."""
     windows: tuple[int, ...] = ()
-    """For each layer, how many tokens back (itself included) a token sees, 0 for all; () if no layer has a window."""
+    """For each layer, how many tokens up to its own a token sees, 0 for all; () if no layer has a window."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -69,18 +71,24 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.")
+            raise ValueError(
+                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs.")
         if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
-            raise ValueError(f"rope_factors has {len(self.rope_factors)} entries, not head_dim/2={self.head_dim // 2}.")
+            raise ValueError(
+                f"rope_factors has {len(self.rope_factors)} entries, not head_dim/2={self.head_dim // 2}."
+            )
         if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(f"windows has {len(self.windows)} entries, not one per layer ({self.num_layers}).")
+            raise ValueError(
+                f"windows has {len(self.windows)} entries, not one per layer ({self.num_layers})."
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}: choose from {', '.join(ACTIVATIONS)}.")
 
     def site_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of the linear at each of `hooks.LINEAR_SITES`; its stacked kernel is [num_layers, in, out]."""
+        """(in, out) of the linear at each of `hooks.LINEAR_SITES`; kernels are [num_layers, in, out]."""
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
@@ -95,11 +103,13 @@ class DecoderConfig:
 
 
 def _at_least_float32(dtype: Any) -> Any:
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # promote_types refuses under strict promotion
+    return (
+        dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+    )  # promote_types refuses under strict promotion
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w over the last axis, or (1 + w) with `offset`; computed in at least float32."""
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, (1 + w) with `offset`; in at least float32."""
 
     eps: float
     offset: bool
@@ -125,14 +135,19 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, adapt: hooks.Hook) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        y = jnp.einsum("bti,io->bto", x, self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype))
+        y = jnp.einsum(
+            "bti,io->bto", x, self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+        )
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
+            y = (
+                y
+                + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
+            )
         return hooks.call(adapt, str(self.name), x, y)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary positions: pair (i, i + head_dim/2) of x [B, T, heads, head_dim] turned by the angles [B, T, head_dim/2]."""
+    """x [B, T, heads, head_dim] with its pairs (i, i + head_dim/2) turned by angles [B, T, head_dim/2]."""
     a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -154,7 +169,13 @@ class Block(nn.Module):
     def _attention(self, x, adapt, window, allowed, angles):
         c = self.config
         batch, length, _ = x.shape
-        heads = (batch, length, c.num_kv_heads, -1, c.head_dim)  # query heads that share a key head are neighbours
+        heads = (
+            batch,
+            length,
+            c.num_kv_heads,
+            -1,
+            c.head_dim,
+        )  # query heads that share a key head are neighbours
         q = self._linear("q_proj", c.qkv_bias, x, adapt).reshape(batch, length, c.num_heads, c.head_dim)
         k = self._linear("k_proj", c.qkv_bias, x, adapt).reshape(batch, length, c.num_kv_heads, c.head_dim)
         v = self._linear("v_proj", c.qkv_bias, x, adapt).reshape(batch, length, c.num_kv_heads, c.head_dim)
@@ -170,8 +191,8 @@ class Block(nn.Module):
             near = index[:, None] - index[None, :] < jnp.where(window > 0, window, length)
             allowed = allowed & near[None, None]
         logits = hooks.call(adapt, "attention_logits", allowed, logits)
-        # Finite, and lower than anything a hook returns: a row without any key (padding) is even rather than NaN,
-        # and a row whose keys a hook has dropped attends to those, never to the future.
+        # Finite, and lower than anything a hook returns: a row without any key (padding) is even rather than
+        # NaN, and a row whose keys a hook has dropped attends to those, never to the future.
         lowest = float(jnp.finfo(wide).min)
         logits = jnp.where(allowed, jnp.maximum(logits, lowest / 2), lowest)
         weights = hooks.call(adapt, "attention_weights", allowed, jax.nn.softmax(logits, axis=-1))
@@ -200,9 +221,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model: tokens [B, T] -> logits [B, T, V].
 
-    `model.apply({"params": weights}, tokens, mask, adapt)`; the weights' dtype is the dtype of everything but the norms,
-    the angles and the softmax, which are at least float32. `remat` recomputes each block in the backward pass (and so
-    keeps one residual stream per layer instead of every intermediate); results do not depend on it.
+    `model.apply({"params": weights}, tokens, mask, adapt)`; the weights' dtype is the dtype of everything but
+    the norms, the angles and the softmax, which are at least float32. `remat` recomputes each block in the
+    backward pass, and so keeps one residual stream per layer instead of every intermediate; results do not
+    depend on it.
     """
 
     config: DecoderConfig
@@ -219,7 +241,7 @@ class Decoder(nn.Module):
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax says int)
             length=c.num_layers,
         )(c, self.param_dtype)
         self.norm = RMSNorm(c.norm_eps, c.norm_offset, self.param_dtype)
@@ -244,22 +266,24 @@ class Decoder(nn.Module):
         """Final hidden states [B, T, D], after the last norm: `model.apply(..., method="hidden")`.
 
         tokens: integers [B, T]. A token outside the vocabulary gives NaN, not another token's row.
-        mask: bool [B, T], True at tokens that count; padding may be on either side. What comes out at padding means
-        nothing. None: all count.
+        mask: bool [B, T], True at tokens that count; padding may be on either side. What comes out at padding
+        means nothing. None: all count.
         adapt: the hook, see `methods.models.hooks`.
         positions: int32 [B, T]; by default the number of tokens that count before this one.
 
-        Raises ValueError on tokens that are not integers [B, T], a mask of another shape or dtype, a sequence longer
-        than `config.max_positions`, and a hook without the layer axis.
+        Raises ValueError on tokens that are not integers [B, T], a mask of another shape or dtype, a sequence
+        longer than `config.max_positions`, and a hook without the layer axis.
         """
         c = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype}{list(tokens.shape)}.")
+            raise ValueError(
+                f"tokens must be integers [batch, length], not {tokens.dtype}{list(tokens.shape)}."
+            )
         batch, length = tokens.shape
         if length > c.max_positions:
             raise ValueError(
-                f"the sequence has {length} tokens but the model was made for {c.max_positions} positions: truncate it, "
-                "or raise max_positions in the config if you mean to extrapolate."
+                f"the sequence has {length} tokens but the model was made for {c.max_positions} positions: "
+                "truncate it, or raise max_positions in the config if you mean to extrapolate."
             )
         if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
             raise ValueError(
