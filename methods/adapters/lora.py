@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Params = dict[str, dict[str, jax.Array]]
-PerLayer = Any  # an array [L] or [L, r] for every site, or {site: such an array}
+PerLayer = Any  # gate or mask: an array [L] or [L, r] for every site, or {site: such an array}
 
 
 @jax.tree_util.register_dataclass
@@ -150,7 +150,7 @@ class LoRAConfig:
                 params[site] = {"a": a, "b": jnp.zeros((num_layers, self.rank, fan_out), dtype)}
         return params
 
-    def bind(self, params: Params, gate: PerLayer = None, mask: PerLayer = None) -> LoRA:
+    def bind(self, params: Params, gate: PerLayer | None = None, mask: PerLayer | None = None) -> LoRA:
         """The hook `adapt(site, x, y)` for these parameters.
 
         Args:
@@ -163,18 +163,29 @@ class LoRAConfig:
           ValueError: if a layer is out of range, or a gate or mask has another shape or an unknown site.
         """
         layers, rank = _dimensions(params)
+        if (sites := self.sites(params)) != tuple(params):
+            raise ValueError(
+                f"These LoRA parameters adapt {', '.join(params)}, but the config's targets {self.targets!r} only "
+                f"{', '.join(sites)}."
+            )
+        if rank != self.rank:
+            raise ValueError(f"These LoRA parameters have rank {rank}, but the config says {self.rank}.")
         masks = {site: m.astype(bool) for site, m in _per_site("mask", mask, params, layers, rank).items()}
         chosen = self._layer_mask(layers)
         if chosen is not None:
             masks = {site: _join(jnp.asarray(chosen), masks.get(site)) for site in params}
         return LoRA(params, _per_site("gate", gate, params, layers, rank), masks, self.scale)
 
-    def delta(self, params: Params, gate: PerLayer = None, mask: PerLayer = None) -> dict[str, jax.Array]:
+    def delta(self, params: Params, gate: PerLayer | None = None, mask: PerLayer | None = None) -> dict[str, jax.Array]:
         """`{site: [L, in, out]}`, the matrices `g * s * A B` that the hook adds to the kernels."""
         return jax.vmap(_deltas)(self.bind(params, gate, mask))
 
     def merge(
-        self, kernels: Mapping[str, jax.Array], params: Params, gate: PerLayer = None, mask: PerLayer = None
+        self,
+        kernels: Mapping[str, jax.Array],
+        params: Params,
+        gate: PerLayer | None = None,
+        mask: PerLayer | None = None,
     ) -> dict[str, jax.Array]:
         """`kernels` `{site: [L, in, out]}` plus `delta`, in their own dtypes: the same model without a hook.
 
@@ -217,10 +228,10 @@ def _dimensions(params: Params) -> tuple[int, int]:
     raise ValueError("These LoRA parameters are empty: they adapt no site.")
 
 
-def _per_site(kind: str, value: PerLayer, params: Params, layers: int, rank: int) -> dict[str, jax.Array]:
+def _per_site(kind: str, value: PerLayer | None, params: Params, layers: int, rank: int) -> dict[str, jax.Array]:
     if value is None:
         return {}
-    table: Mapping[str, Any] = value if isinstance(value, Mapping) else dict.fromkeys(params, value)
+    table: Mapping[str, Any] = value if isinstance(value, Mapping) else {site: value for site in params}
     for site, entry in table.items():
         if site not in params:
             adapted = ", ".join(params)
