@@ -50,9 +50,7 @@ def answer_loss(logits: jax.Array, batch: TokenBatch) -> jax.Array:
 
 def answer_log_likelihood(logits: jax.Array, batch: TokenBatch) -> jax.Array:
     """log p(answer) of each sequence, `[B]`, in nats. Arguments as in `answer_loss`."""
-    return _log_likelihood(
-        logits, jnp.roll(jnp.asarray(batch.tokens), -1, axis=1), jnp.asarray(batch.answer_mask)
-    )
+    return _log_likelihood(logits, jnp.roll(jnp.asarray(batch.tokens), -1, axis=1), jnp.asarray(batch.answer_mask))
 
 
 def answer_width(batch: TokenBatch) -> int:
@@ -73,9 +71,7 @@ def keep_answers(hidden: jax.Array, batch: TokenBatch, width: int) -> Answers:
     inside = position < tokens.shape[1] - 1
     position = jnp.where(inside, position, 0)
     take = lambda x, at: jnp.take_along_axis(x, at, axis=1)  # noqa: E731
-    return Answers(
-        take(hidden, position[:, :, None]), take(tokens, position + 1), take(mask, position) & inside
-    )
+    return Answers(take(hidden, position[:, :, None]), take(tokens, position + 1), take(mask, position) & inside)
 
 
 def answer_loss_at(

@@ -83,13 +83,9 @@ def evaluate(
     """
     pairs = [pair for row in rows for pair in task.pairs(row)]
     if not 1 <= batch_size <= len(pairs):
-        raise ValueError(
-            f"A batch of {batch_size} is not within 1 and the {len(pairs)} choices there are to score."
-        )
+        raise ValueError(f"A batch of {batch_size} is not within 1 and the {len(pairs)} choices there are to score.")
     if multiple < 1 or max_length < multiple or max_length % multiple:
-        raise ValueError(
-            f"max_length={max_length} is not a multiple of {multiple}, to which batches are padded."
-        )
+        raise ValueError(f"max_length={max_length} is not a multiple of {multiple}, to which batches are padded.")
     sequences = tokenize(pairs, tokenizer)
     first, fill = marks(tokenizer)
     shape = [min(max_length, -(-len(ids) // multiple) * multiple) for ids, _ in sequences]
@@ -102,9 +98,7 @@ def evaluate(
             batch, _ = pad([sequences[i] for i in full], length, first, fill)
             values = np.asarray(score_fn(batch.tokens, batch.mask, batch.answer_mask))
             if values.shape != (batch_size,):
-                raise ValueError(
-                    f"score_fn returned shape {values.shape} for {batch_size} sequences: one score each."
-                )
+                raise ValueError(f"score_fn returned shape {values.shape} for {batch_size} sequences: one score each.")
             scores[index] = values[: len(index)]
     cut = sum(len(ids) > max_length for ids, _ in sequences)
     if not np.isfinite(scores).all():

@@ -91,8 +91,8 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
     except Exception as error:  # whatever stops the hub, the remedy is the same
         tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
         raise FileNotFoundError(
-            f"No {split} rows of {task.name} found after trying {', '.join(tried)}: run "
-            f"scripts/fetch_demo.py, or name a folder that holds {task.name}/{split}.jsonl with --data or BILEVEL_DATA."
+            f"No {split} rows of {task.name} found after trying {', '.join(tried)}: run scripts/fetch_demo.py "
+            f"or name a folder that holds {task.name}/{split}.jsonl with --data or BILEVEL_DATA."
         ) from error
     rows = (task.hub.row(dict(record)) for record in records)
     return [_checked(task, row, f"{task.hub.path} {split} row {i}") for i, row in enumerate(rows)]
