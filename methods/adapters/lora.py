@@ -54,7 +54,7 @@ class LoRA:
         a, b = self.params[site]["a"], self.params[site]["b"]
         mask, gate = self.masks.get(site), self.gates.get(site)
         if mask is not None:
-            # A's columns alone would do for the value; B is masked too so that no cotangent reaches A.
+            # Both, so that not even a NaN in what is masked gets through, forwards or backwards.
             a = jnp.where(_columns(mask, 2), a, jnp.zeros_like(a))
             b = jnp.where(mask if mask.ndim == 0 else mask[:, None], b, jnp.zeros_like(b))
         hidden = x.astype(a.dtype) @ a
@@ -87,8 +87,9 @@ class LoRAConfig:
     rslora: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not isinstance(self.rank, (int, np.integer)) or self.rank < 1:
             raise ValueError(f"LoRA rank {self.rank!r} is not a positive integer.")
+        object.__setattr__(self, "rank", int(self.rank))
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise ValueError(f"LoRA alpha {self.alpha!r} is not a positive number: it scales the update.")
         if not self.targets:
@@ -160,7 +161,8 @@ class LoRAConfig:
           mask: in the same forms, False where a layer or a rank is to be absent; joined with `layers`.
 
         Raises:
-          ValueError: if a layer is out of range, or a gate or mask has another shape or an unknown site.
+          ValueError: if the parameters are of other sites or another rank than the config's, a layer is out of
+            range, or a gate or mask has another shape or an unknown site.
         """
         layers, rank = _dimensions(params)
         if (sites := self.sites(params)) != tuple(params):

@@ -52,8 +52,8 @@ def save_peft(
 ) -> Path:
     """Write the adapter `config.bind(params, gate, mask)` as a folder that PEFT loads.
 
-    Layers and ranks that are masked, or whose gate is exactly 0, are absent from it; the function is the
-    same. The folder appears complete or not at all; an adapter that is already there is replaced.
+    Layers and ranks that are masked, or whose gate is exactly 0, are absent from it; the function is the same.
+    The folder appears complete or not at all; an adapter that is already there is replaced.
 
     Args:
       folder: to write.
@@ -95,6 +95,10 @@ def save_peft(
         if folder.exists():  # a folder with files in it cannot be renamed over
             folder.rename(stale)
         fresh.rename(folder)
+    except BaseException:
+        if stale.exists() and not folder.exists():
+            stale.rename(folder)
+        raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)

@@ -31,8 +31,7 @@ class Evaluation:
 
     Attributes:
       task: its name.
-      accuracy: the choice with the largest log p per character wins (`acc_norm` of the harness); the primary
-        one.
+      accuracy: the primary one: the largest log p per character wins (`acc_norm` of the harness).
       per_token: the same, per token.
       unnormalised: the same, by log p itself (`acc`).
       cut: how many prompts were cut on the left to fit.
@@ -61,11 +60,9 @@ def evaluate(
 ) -> Evaluation:
     """Score every choice of every row, and compare the best with the label.
 
-    Sequences are sorted by length into batches of `batch_size`, each padded to a multiple of `multiple`
-    tokens: at most `max_length / multiple` shapes, so at most so many compilations. The last batch of a shape
-      is filled up with
-    copies, whose scores are dropped. A character of a choice is one of its text, the space before it not
-    counted.
+    Sequences are sorted by length into batches of `batch_size`, each padded to a multiple of `multiple` tokens: at
+    most `max_length / multiple` shapes, and so many compilations. The last batch of a shape is filled up with
+    copies, whose scores are dropped. The space before a choice does not count as a character of it.
 
     Args:
       score_fn: `(tokens, mask, answer_mask)`, arrays `[batch_size, T]` as in `TokenBatch`, to log p(answer)
@@ -89,7 +86,7 @@ def evaluate(
     sequences = tokenize(pairs, tokenizer)
     first, fill = marks(tokenizer)
     shape = [min(max_length, -(-len(ids) // multiple) * multiple) for ids, _ in sequences]
-    scores, cut = np.zeros(len(pairs)), 0
+    scores = np.zeros(len(pairs))
     for length in sorted(set(shape), reverse=True):  # longest first: what runs out of memory does so at once
         members = [i for i, t in enumerate(shape) if t == length]
         for at in range(0, len(members), batch_size):

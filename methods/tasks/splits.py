@@ -39,10 +39,10 @@ def split(
 ) -> Splits:
     """Cut published rows into three splits, no two of which share a subject.
 
-    A subject is `task.group(row)`, up to case and spaces. Training rows on a subject of `test_rows` are left
-    out; the rest is shuffled, subject by subject, by `seed`; the first `outer` rows are the outer validation,
-    the next `train` the training set. The test rows do not depend on the seed: runs are compared on the same
-    ones.
+    A subject is `task.group(row)`, up to case and spaces. Training rows on a subject of `test_rows` are left out;
+    the rest is shuffled, subject by subject, by `seed`; the first `outer` rows are the outer validation, the next
+    `train` the training set (what the last outer subject has left over is in neither). The test rows do not depend
+    on the seed: runs are compared on the same ones.
 
     Args:
       task: whose rows these are.

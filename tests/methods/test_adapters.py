@@ -1,6 +1,7 @@
 """LoRA as a hook: its identities, its errors, and PEFT's folder."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +133,7 @@ def test_gate_derivatives_up_to_the_third_agree_with_differences(stack):
     for _ in range(3):
         derivatives.append(jax.jacfwd(derivatives[-1]) if len(derivatives) % 2 else jax.grad(derivatives[-1]))
         h, low, high = 1e-5, *derivatives[-2:]
+        high, low = jax.jit(high), jax.jit(low)
         np.testing.assert_allclose(high(0.4), (low(0.4 + h) - low(0.4 - h)) / (2 * h), rtol=1e-6)
 
 
@@ -292,6 +294,24 @@ def test_peft_export_replaces_an_adapter_and_nothing_else(tmp_path):
     with pytest.raises(FileExistsError, match=r"is not replaced by an adapter, since it holds thesis\.tex\."):
         save_peft(folder, config, trained(config), NAMES)
     assert (folder / "thesis.tex").exists()
+
+
+def test_a_failed_export_leaves_the_old_adapter(tmp_path, monkeypatch):
+    config, folder = LoRAConfig(rank=2), tmp_path / "adapter"
+    save_peft(folder, config, trained(config), NAMES)
+    rename = Path.rename
+
+    def fail_on_the_new(path, target):
+        if target == folder and not path.name.endswith("-old"):
+            raise OSError("disk full")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_new)
+    with pytest.raises(OSError, match="disk full"):
+        save_peft(folder, config, trained(config, seed=5), NAMES)
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    loaded = load_peft(folder, NAMES, SHAPES, L)[1]
+    assert same_bits(loaded["q_proj"]["a"], trained(config)["q_proj"]["a"])
 
 
 def damage(folder, what):
