@@ -61,6 +61,7 @@ def fit(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
+    title: str = "training",
 ) -> Result:
     """Trains the inner problem from `init_inner` for `steps` steps at a fixed `outer`.
 
@@ -68,7 +69,7 @@ def fit(
       problem, outer: the problem, and the outer variable to train at.
       optimizer: as for `Unrolled`.
       data: as `inner_data` of `run`.
-      steps, key, progress, callbacks, checkpoint: as for `run`.
+      steps, key, progress, callbacks, checkpoint, title: as for `run`.
 
     Returns:
       A `Result`; `result.inner.params` is the trained inner variable.
@@ -85,4 +86,5 @@ def fit(
         progress=progress,
         callbacks=callbacks,
         checkpoint=checkpoint,
+        title=title,
     )

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.interpreters import partial_eval
 
+from bilevel.guards import dependence
 from bilevel.smooth import smooth
 from bilevel.trees import PyTree, combine, leaf_names, partition
 
@@ -60,8 +60,8 @@ def _refuse_evaluation_parameters(state: PyTree) -> None:
     for node in jax.tree.leaves(state, is_leaf=refused):
         if refused(node):
             raise ValueError(
-                f"The optimizer keeps a {type(node).__name__}: its parameters are not the ones to evaluate the loss at, "
-                "so the trained point is not what a hypergradient needs; use the plain optimizer instead."
+                f"The optimizer keeps a {type(node).__name__}: its parameters are not the ones to evaluate the loss "
+                "at, so the trained point is not what a hypergradient needs; use the plain optimizer instead."
             )
 
 
@@ -86,12 +86,12 @@ def refresh(optimizer: Optimizer, outer: PyTree, params: PyTree, state: PyTree) 
     def fresh(moving):
         return transformation(optimizer, combine(moving, fixed)).init(params)
 
-    derived = [any(used) for used in _dependence(fresh, moving)]
+    derived = [any(used) for used in dependence(fresh, moving)]
     if not any(derived):
         return state
-    carried = _carried(transformation(optimizer, outer), params, state)
+    handed_on = carried(transformation(optimizer, outer), params, state)
     new, old = jax.tree.leaves(fresh(moving)), jax.tree.leaves(state)
-    for name, is_derived, is_carried in zip(leaf_names(state), derived, carried, strict=True):
+    for name, is_derived, is_carried in zip(leaf_names(state), derived, handed_on, strict=True):
         if is_derived and not is_carried:
             raise ValueError(
                 f"Optimizer state leaf {name} starts from outer and then changes at every step, so a warm start would "
@@ -101,17 +101,7 @@ def refresh(optimizer: Optimizer, outer: PyTree, params: PyTree, state: PyTree) 
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def _dependence(function, argument) -> list[list[bool]]:
-    """For each output leaf of `function(argument)`, which leaves of `argument` it is computed from."""
-    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-    rows = []
-    for i in range(len(jaxpr.outvars)):
-        used = [j == i for j in range(len(jaxpr.outvars))]
-        rows.append(partial_eval.dce_jaxpr(jaxpr, used)[1])
-    return rows
-
-
-def _carried(transform, params, state) -> list[bool]:
+def carried(transform: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> list[bool]:
     """For each leaf of `state`, whether an update hands it on unchanged."""
     grads, value = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
 

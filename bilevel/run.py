@@ -14,10 +14,10 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel.checkpoints import Checkpoints
-from bilevel.data import Batches, FullBatch, rows
+from bilevel.data import Batches, FullBatch, Indexed, rows
 from bilevel.diagnosis import describe_failure
 from bilevel.progress import Callback, Progress
-from bilevel.solvers.base import Solver
+from bilevel.solvers.base import Solver, outer_batches
 from bilevel.trees import PyTree
 
 CHUNK_SECONDS = 1.0
@@ -55,6 +55,7 @@ def run(
     callbacks: Sequence[Callback] = (),
     checkpoint: str | Path | None = None,
     record: Callable[[Any], dict[str, Any]] | None = None,
+    title: str = "outer steps",
 ) -> Result:
     """`steps` outer iterations of `solver`.
 
@@ -64,13 +65,15 @@ def run(
     Args:
       solver: any `Solver`.
       inner_data, outer_data: `Batches(arrays, size)` for mini-batches; arrays for the full batch at every step; an
-        iterator of batches (one an inner step, or one an outer step); None where the loss reads no batch.
+        iterator of batches (`solver.inner_batches` or `outer_batches` of them an outer step); None where the loss
+        reads no batch.
       steps: outer iterations in all, resumed ones included.
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
       callbacks: called as `callback(step, state, metrics)` between chunks; a true return value stops the run.
       checkpoint: folder to save the state in, about once a minute and at the end, and to resume from.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
+      title: what the progress display calls the run.
 
     Raises:
       ValueError: for steps < 1 or unusable data.
@@ -91,11 +94,12 @@ def run(
     if any(feed.is_iterator for feed in feeds):
         capacity = 1
     try:
-        with Progress("outer steps", steps, start=done, show=progress) as display:
+        with Progress(title, steps, start=done, show=progress) as display:
             while done < steps:
                 begun = time.monotonic()
                 before, count = state, min(count, steps - done, capacity)
-                data = [feed.next(n, done) for feed, n in zip(feeds, (solver.inner_batches, 1), strict=True)]
+                wanted = solver.inner_batches, outer_batches(solver)
+                data = [feed.next(n, done) for feed, n in zip(feeds, wanted, strict=True)]
                 state, buffer = _chunk(solver, record, capacity, state, data, count)
                 rows_ = {name: np.asarray(value[:count]) for name, value in buffer.items()}
                 _check_finite(solver, record, before, data, rows_, done)
@@ -103,7 +107,8 @@ def run(
                 done += count
                 elapsed = time.monotonic() - begun
                 count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
-                display.advance(done, {n: float(v[-1]) for n, v in rows_.items() if v.ndim == 1})
+                shown = {n: float(v[-1]) for n, v in rows_.items() if v.ndim == 1 and not _is_count(v)}
+                display.advance(done, shown)
                 stop = [bool(callback(done, state, rows_)) for callback in callbacks]
                 if store and time.monotonic() - saved > CHECKPOINT_SECONDS:
                     _save(store, done, state, history)
@@ -181,12 +186,18 @@ def _step(solver, state, data):
     if isinstance(inner_source, Batches):
         inner = inner_source.take(inner_key, state.step * wanted, wanted)
     outer = outer_source
+    wanted = outer_batches(solver)
     if isinstance(outer_source, Batches):
-        outer = outer_source.take(outer_key, state.step, 1)
-        outer = type(outer)(outer.arrays, outer.index[0])
-    elif outer_source is not None and not isinstance(outer_source, FullBatch):
-        outer = jax.tree.map(lambda x: x[0], outer_source)
+        outer = outer_source.take(outer_key, state.step * wanted, wanted)
+    if wanted == 1 and isinstance(outer, Indexed):
+        outer = Indexed(outer.arrays, outer.index[0])
+    elif wanted == 1 and outer is not None and not isinstance(outer, FullBatch):
+        outer = jax.tree.map(lambda x: x[0], outer)
     return solver.step(state, inner, outer)
+
+
+def _is_count(values):
+    return np.issubdtype(values.dtype, np.integer)
 
 
 def _check_finite(solver, record, before, data, rows_, done):
@@ -196,10 +207,11 @@ def _check_finite(solver, record, before, data, rows_, done):
     ]
     if not bad:
         return
-    state = before
+    state, norms = before, ""
     if min(bad):
         state, _ = _chunk(solver, record, len(next(iter(rows_.values()))), before, data, min(bad))
-    raise FloatingPointError(describe_failure(solver, state, partial(_step, data=data), done + min(bad)))
+        norms = ", ".join(f"{n} was {v[min(bad) - 1]:.3g}" for n, v in numbers.items() if v.ndim == 1)
+    raise FloatingPointError(describe_failure(solver, state, partial(_step, data=data), done + min(bad), norms))
 
 
 def _concatenate(history):

@@ -48,7 +48,8 @@ class Estimate(NamedTuple):
 class Hypergradient(Protocol):
     """A way to estimate d outer_loss / d outer. Every estimator in `bilevel` has these three methods."""
 
-    steps: int
+    @property
+    def steps(self) -> int: ...
 
     def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState: ...
 
@@ -71,6 +72,17 @@ def schedule(key: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
     """The random keys of one estimate, the same for every estimator: `(inner[steps], outer)`."""
     keys = jax.random.split(key, steps + 1)
     return keys[:-1], keys[-1]
+
+
+def own_key(key: jax.Array, steps: int) -> jax.Array:
+    """The key of an estimator's own randomness (sketches, perturbations), apart from those of the losses."""
+    # Not `split(key, n)[i]` for any i <= steps, though `fold_in(key, i)` equals it for jax's default generator.
+    return jax.random.fold_in(key, steps + 1)
+
+
+def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, batch: PyTree, key: jax.Array):
+    """`(value, aux)` of the outer loss after `steps` inner steps, at its place in the key schedule."""
+    return problem.outer_value(params, at_step(outer, steps), batch, schedule(key, steps)[1])
 
 
 def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
@@ -122,9 +134,8 @@ class Trained:
         return inner_state._replace(opt_state=opt_state)
 
     def outer_loss(self, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, key: jax.Array):
-        """`(value, aux)` of the outer loss after `steps` inner steps, at its place in the key schedule."""
-        _, outer_key = schedule(key, self.steps)
-        return problem.outer_value(params, at_step(outer, self.steps), batch, outer_key)
+        """`outer_value` after this estimator's `steps`."""
+        return outer_value(problem, self.steps, params, outer, batch, key)
 
 
 def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Callable[..., tuple[jax.Array, PyTree]]:
