@@ -35,31 +35,63 @@ def value_and_grad(
       ValueError: if `sees_training` and no leaf has an influence.
     """
     value, pullback, aux = jax.vjp(function, moving, has_aux=True)
+    remedy = None if sees_training else INSIDE_TRAINING
+    grad, _ = pull(lambda ct: (pullback(ct)[0], None), value, moving, estimator=estimator, remedy=remedy)
+    return (value, aux), grad
+
+
+INSIDE_TRAINING = "it acts only inside training, where this estimator does not look; use Unrolled or Implicit"
+"""Remedy for a leaf without a direct influence on the outer loss."""
+
+
+def pull(
+    pullback: Callable[[jax.Array], tuple[PyTree, PyTree]],
+    value: jax.Array,
+    moving: PyTree,
+    *,
+    estimator: str,
+    remedy: str | None,
+) -> tuple[PyTree, PyTree]:
+    """`pullback(1)`, with a warning for every leaf of the gradient that the 1 does not reach.
+
+    Args:
+      pullback: cotangent of `value` -> `(grad, extra)`, `grad` a tree like `moving`.
+      value, moving: the function's value and argument.
+      estimator: its name, for the message.
+      remedy: what the estimator does not see, and what to use instead; None if it sees all there is, so that no
+        influence at all is an error.
+
+    Warns, Raises:
+      As `value_and_grad`.
+    """
     # The cotangent reaches exactly those leaves that have an influence; it is looked for in the trace of the pullback,
     # which is then evaluated, so that nothing is traced twice.
-    closed = jax.make_jaxpr(pullback)(jnp.ones_like(value))
-    reached = _reached(closed.jaxpr)
+    closed, shape = jax.make_jaxpr(pullback, return_shape=True)(jnp.ones_like(value))
+    count = len(jax.tree.leaves(moving))
+    reached = [row[0] for row in _rows(closed.jaxpr, count)]
     names = [name for name, used in zip(leaf_names(moving), reached, strict=True) if not used]
-    if names and sees_training and len(names) == len(reached):
+    if names and remedy is None and len(names) == count:
         raise ValueError(
             f"Neither loss depends on outer ({', '.join(names)}), so its hypergradient would be 0: "
             "use the `outer` argument inside inner_loss or outer_loss, not a value captured from outside."
         )
     if names:
-        remedy = (
-            "nothing that is trained or evaluated depends on it."
-            if sees_training
-            else "it acts only inside training, where this estimator does not look; use Unrolled or Implicit."
-        )
+        remedy = remedy or "nothing that is trained or evaluated depends on it"
         warnings.warn(
-            f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {remedy}",
+            f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {remedy}.",
             StructuralZeroWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
-    return (value, aux), jax.tree.unflatten(jax.tree.structure(moving), leaves)
+    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
-def _reached(jaxpr: Any) -> list[bool]:
-    count = len(jaxpr.outvars)
-    return [partial_eval.dce_jaxpr(jaxpr, [j == i for j in range(count)])[1][0] for i in range(count)]
+def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[list[bool]]:
+    """For each output leaf of `function(argument)`, which leaves of `argument` it is computed from."""
+    jaxpr = jax.make_jaxpr(function)(argument).jaxpr
+    return _rows(jaxpr, len(jaxpr.outvars))
+
+
+def _rows(jaxpr: Any, count: int) -> list[list[bool]]:
+    outputs = range(len(jaxpr.outvars))
+    return [partial_eval.dce_jaxpr(jaxpr, [j == i for j in outputs])[1] for i in range(count)]

@@ -7,10 +7,12 @@ An `outer` (or `inner`) tree may mix all three. Everything that differentiates o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 
@@ -77,3 +79,17 @@ def global_norm(tree: PyTree) -> jax.Array:
     """Euclidean norm of all leaves together."""
     leaves = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(leaves)) if leaves else jnp.zeros(())
+
+
+def widened(tree: PyTree) -> PyTree:
+    """The inexact leaves of `tree` in one dtype: the widest among them, at least float32; others unchanged.
+
+    Sums over leaves and over batches are taken in it.
+    """
+    wide = functools.reduce(np.promote_types, [x.dtype for x in jax.tree.leaves(tree) if is_inexact(x)], np.float32)
+    return jax.tree.map(lambda x: x.astype(wide) if is_inexact(x) else x, tree)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` with every leaf in the dtype of `like`'s."""
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
