@@ -1,0 +1,81 @@
+"""Implicit differentiation of a fixed point of the optimizer itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.conditions import fixed_point_of, mean_loss, moving_leaves, unknowns
+from bilevel.hypergradients import implicit_function
+from bilevel.hypergradients.base import Estimate, Trained, own_key, schedule, static
+from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
+from bilevel.inner import InnerState
+from bilevel.linear_solvers import LinearSolver, Neumann
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedPoint(Trained):
+    r"""Trains K steps, then differentiates the fixed point :math:`z = U(z, \lambda)` that training has approached:
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top
+              \big((1 + \delta) I - (\partial_z U)^\top\big)^{-1} \partial_z F \quad\text{at } (z_K, \lambda).
+
+    U is one step of the optimizer on the mean inner loss over the K batches of this estimate. It is right for any fixed
+    point, stationary or not: decoupled weight decay (adamw), projected and proximal steps (`bilevel.proximal_gradient`:
+    on a lasso the derivative is that of the active set by itself).
+
+    **Optimizers with a state.** z is the pair of inner variable and optimizer state (momentum, second moments), and
+    both are differentiated: with the state held, the answer would be the same where the fixed point is stationary, but
+    wrong for adamw, whose moments at rest are functions of the gradient at rest. Step counts (bias correction,
+    schedules) are held where training left them. `Neumann(T)` is then the unroll truncated to T steps, as if all
+    had been taken at the trained point. Adam-like denominators close to 0 at rest make the system badly conditioned:
+    stationary fixed points are better served by `Implicit`.
+
+    The error is proportional to the distance from a fixed point (`info["stationarity_relative"]`), to that of the
+    linear solve (`info["linear_residual"]`), and to `damping`. The derivative does not depend on starting points.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+      linear_solver: a solver for nonsymmetric systems: `Neumann` (with scale 1 it converges whenever training does),
+        `GMRES`, `BiCGStab`, `NormalCG`, `Dense`.
+      damping, warm_start: as for `Implicit`.
+
+    Raises:
+      ValueError: for steps < 1, negative damping, or a linear solver for symmetric systems.
+
+    References:
+      Grazzi et al. 2020, arXiv 2006.16218; Bertrand et al. 2020 (lasso), arXiv 2002.08943.
+    """
+
+    linear_solver: LinearSolver = dataclasses.field(default=Neumann(terms=100), kw_only=True)
+    damping: float = static(0.0, kw_only=True)
+    warm_start: bool = static(True, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        implicit_function.validate("FixedPoint", self.linear_solver, self.damping, symmetric=False)
+
+    def init(self, problem, outer, key) -> InnerState:
+        """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
+        state = super().init(problem, outer, key)
+        return with_adjoint(state, unknowns(moving_leaves(self.optimizer, outer, state), state), self.warm_start)
+
+    def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
+        """The trained point, with the derivative of a fixed point; as `Implicit.solve`."""
+        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
+        backward, condition, z = self._system(problem, state, outer, inner_batches, key)
+        return condition.state(attach(backward, condition, z), state)
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs as `Implicit`."""
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        system = self._system(problem, state, outer, inner_batches, key)
+        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
+        return implicit_function.estimate("FixedPoint", *system, outer_loss, state, trace, self.warm_start)
+
+    def _system(self, problem, state, outer, batches, key):
+        loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
+        backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
+        return backward, *fixed_point_of(self.optimizer, loss, state)

@@ -1,0 +1,84 @@
+"""Implicit differentiation of a stationary point."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.conditions import Stationary, mean_loss, require_stationary_limit
+from bilevel.hypergradients import implicit_function
+from bilevel.hypergradients.base import Estimate, Trained, own_key, schedule, static
+from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
+from bilevel.inner import InnerState
+from bilevel.linear_solvers import CG, LinearSolver
+from bilevel.trees import partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Implicit(Trained):
+    r"""Trains K steps, then differentiates the stationary point that training has approached:
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F - \partial^2_{\lambda w} f\,
+              (\partial^2_{ww} f + \delta I)^{-1}\, \partial_w F \quad\text{at } (w_K, \lambda),
+
+    f being the mean inner loss over the K batches of this estimate, with the random keys training used. Nothing of
+    training is differentiated, so time and memory of the backward pass do not grow with K (but for the mean: an HVP
+    visits every batch, one at a time; once where `FullBatch` data and a loss without randomness make them all equal).
+
+    The error is proportional to the distance of :math:`w_K` from a stationary point (`info["stationarity_relative"]`),
+    to that of the linear solve (`info["linear_residual"]`) and to `damping`; it is 0 when all three are. Leaves that
+    act through training alone (learning rates, starting points) have derivative 0 and are named in a warning.
+
+    Args:
+      optimizer, steps: as for `Unrolled`. The optimizer must come to rest at stationary points of `inner_loss`:
+        one with decoupled weight decay is refused, see `FixedPoint`.
+      linear_solver: one of `bilevel.linear_solvers`.
+      damping: :math:`\delta`. It makes a Hessian with eigenvalues down to :math:`-\delta` invertible, and biases by
+        about :math:`\delta / \lambda_{\min}`.
+      warm_start: whether the linear solve starts from the solution of the estimate before, kept in
+        `inner_state.extra`. The hypergradient is the same up to the solver's tolerance.
+
+    Raises:
+      ValueError: for steps < 1, negative damping, or an optimizer whose fixed point is not stationary.
+
+    References:
+      Pedregosa 2016, arXiv 1602.02355; Lorraine et al. 2020, arXiv 1911.02590; Rajeswaran et al. 2019,
+      arXiv 1909.04630.
+    """
+
+    linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True)
+    damping: float = static(0.0, kw_only=True)
+    warm_start: bool = static(True, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        implicit_function.validate("Implicit", self.linear_solver, self.damping, symmetric=True)
+
+    def init(self, problem, outer, key) -> InnerState:
+        """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
+        state = super().init(problem, outer, key)
+        return with_adjoint(state, partition(state.params)[0], self.warm_start)
+
+    def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
+        """The trained point, with the derivative of a stationary point: in both modes, to any order.
+
+        It depends on `outer` and on arrays inside `problem` and `inner_batches`, not on `inner_state`.
+        """
+        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
+        backward, condition, z = self._system(problem, state, outer, inner_batches, key)
+        return state._replace(params=condition.params(attach(backward, condition, z)))
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        system = self._system(problem, state, outer, inner_batches, key)
+        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
+        return implicit_function.estimate("Implicit", *system, outer_loss, state, trace, self.warm_start)
+
+    def _system(self, problem, state, outer, batches, key):
+        require_stationary_limit("Implicit", self.optimizer, state.params, outer)
+        loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
+        backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
+        return backward, Stationary(loss), partition(state.params)[0]

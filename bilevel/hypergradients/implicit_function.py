@@ -1,0 +1,199 @@
+r"""The implicit function theorem: the derivative of a z that is defined by :math:`R(z, \lambda) = 0`.
+
+.. math:: \dot z = -(\partial_z R + \delta I)^{-1}\, \partial_\lambda R\, \dot\lambda, \qquad
+          \frac{dF}{d\lambda} = \partial_\lambda F - (\partial_\lambda R)^\top q, \quad
+          (\partial_z R + \delta I)^\top q = \partial_z F .
+
+`attach` gives z this derivative, in both modes and to any order. `estimate` computes the second formula directly: its
+Hessian-vector products are forward over reverse, and it reports what the solve cost and left over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+
+from bilevel.conditions import FixedPointOf, Stationary
+from bilevel.gradients import mixed_gradient, reverse_gradient
+from bilevel.guards import pull
+from bilevel.hypergradients.base import Aux, Estimate
+from bilevel.inner import InnerState, Trace
+from bilevel.linear_solvers import LinearSolver
+from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
+
+Condition = Stationary | FixedPointOf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """How systems in dR/dz are solved: the solver, damping (delta), and the solver's randomness."""
+
+    linear_solver: LinearSolver
+    damping: float = dataclasses.field(metadata={"static": True})
+    key: jax.Array
+
+    def damped(self, image: PyTree, x: PyTree) -> PyTree:
+        """(A + delta I) x from `image` = A x, in the dtype of x."""
+        return jax.tree.map(lambda a, x: a.astype(x.dtype) + self.damping * x, image, x)
+
+
+def validate(estimator: str, linear_solver: Any, damping: float, *, symmetric: bool) -> None:
+    """Raises ValueError for a negative damping, or a solver for symmetric systems where they are not."""
+    if not damping >= 0:
+        raise ValueError(f"{estimator}(damping={damping!r}): must not be negative.")
+    if not symmetric and getattr(linear_solver, "symmetric_only", False):
+        raise ValueError(
+            f"{estimator}: the derivative of an update map is not symmetric, so {type(linear_solver).__name__} does "
+            "not apply: use Neumann, GMRES, BiCGStab, NormalCG or Dense."
+        )
+
+
+def attach(backward: Backward, condition: Condition, z: PyTree) -> PyTree:
+    """z itself, with the derivative that `condition` gives it; z's own derivative is dropped."""
+    # Where this is transposed, one batch is linearised at a time.
+    rule = jax.checkpoint(reverse_gradient, prevent_cse=False)
+    # A custom rule sees its arguments only, so what the losses captured from outside is made one: `consts`.
+    closed, shape = jax.make_jaxpr(lambda z, condition: condition.residual(z, rule), return_shape=True)(z, condition)
+    residual = _Residual(closed.jaxpr, jax.tree.structure(shape), condition.symmetric)
+    return _attach(residual, backward, (jax.tree.leaves(condition), closed.consts), z)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Residual:
+    """R as a jaxpr, a function of z and of `given`, the leaves of a condition and captured constants."""
+
+    jaxpr: Any
+    structure: Any
+    symmetric: bool
+
+    def __call__(self, z: PyTree, given: tuple[list[Any], list[Any]]) -> PyTree:
+        leaves, consts = given
+        function = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, consts))
+        return jax.tree.unflatten(self.structure, function(*jax.tree.leaves(z), *leaves))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attach(residual: _Residual, backward: Backward, given: PyTree, z: PyTree) -> PyTree:
+    del residual, backward, given
+    return z
+
+
+def _attach_jvp(residual, primals, tangents):
+    backward, given, z = primals
+    # Through the rule again: a second derivative sees z as a function too.
+    z = _attach(residual, backward, given, z)
+    leaves, structure = jax.tree.flatten(given)
+    perturbed = [(i, t) for i, t in enumerate(jax.tree.leaves(tangents[1])) if not isinstance(t, SymbolicZero)]
+    if not perturbed:
+        return z, jax.tree.map(jnp.zeros_like, z)
+
+    def moved(moving):
+        full = list(leaves)
+        for (i, _), leaf in zip(perturbed, moving, strict=True):
+            full[i] = leaf
+        return residual(z, jax.tree.unflatten(structure, full))
+
+    _, rhs = jax.jvp(moved, ([leaves[i] for i, _ in perturbed],), ([t for _, t in perturbed],))
+
+    def matvec(x):
+        _, image = jax.jvp(lambda z: residual(z, given), (z,), (cast_like(x, z),))
+        return backward.damped(image, x)
+
+    def solve(matvec, rhs):
+        return backward.linear_solver.solve(matvec, rhs, None, backward.key, symmetric=residual.symmetric)[0]
+
+    solution = jax.lax.custom_linear_solve(matvec, rhs, solve, transpose_solve=solve, symmetric=residual.symmetric)
+    return z, jax.tree.map(lambda x, z: -x.astype(z.dtype), solution, z)
+
+
+_attach.defjvp(_attach_jvp, symbolic_zeros=True)
+
+
+def with_adjoint(state: InnerState, z: PyTree, warm_start: bool) -> InnerState:
+    """`state` before the first solve: its adjoint is zero, a tree like z; None without `warm_start`."""
+    return state._replace(extra=jax.tree.map(jnp.zeros_like, widened(z)) if warm_start else None)
+
+
+_BLIND = "the derivative of a solution does not depend on how it was found (start, learning rate); use Unrolled"
+
+
+def estimate(
+    estimator: str,
+    backward: Backward,
+    condition: Condition,
+    z: PyTree,
+    outer_loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+    state: InnerState,
+    trace: Trace,
+    warm_start: bool,
+) -> Estimate:
+    """The hypergradient at z.
+
+    Args:
+      estimator: its name, for messages.
+      backward, condition, z: as for `attach`.
+      outer_loss: `(params, outer) -> (value, aux)`.
+      state, trace: the inner problem at z, and how it came there.
+      warm_start: whether the solve starts from the adjoint in `state.extra` (where that is a tree like z: the state may
+        come from another estimator), and leaves its own there.
+
+    `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
+    loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products
+    with one batch's Hessian, all included.
+    """
+    moving, fixed = partition(condition.loss.outer)
+
+    def residual(z, moving):
+        loss = dataclasses.replace(condition.loss, outer=combine(moving, fixed))
+        return dataclasses.replace(condition, loss=loss).residual(z, mixed_gradient)
+
+    evaluate = lambda z, moving: outer_loss(condition.params(z), combine(moving, fixed))  # noqa: E731
+    value, pull_loss, aux = jax.vjp(evaluate, z, moving, has_aux=True)
+    _, pull_z = jax.vjp(lambda z: residual(z, moving), z)
+    left, pull_both = jax.vjp(residual, z, moving)
+    terms = condition.loss.terms
+    start = state.extra if warm_start else None
+
+    def pullback(cotangent):
+        toward_z, direct = pull_loss(cotangent)
+        rhs = widened(toward_z)
+        product = lambda x: cast_like(pull_z(cast_like(x, left))[0], x)  # noqa: E731
+        adjoint, info = backward.linear_solver.solve(
+            lambda x: backward.damped(product(x), x),
+            rhs,
+            start if _alike(start, rhs) else None,
+            backward.key,
+            symmetric=condition.symmetric,
+        )
+        # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
+        image, cross = pull_both(cast_like(adjoint, left))
+        image = backward.damped(image, adjoint)
+        info = {
+            "stationarity": global_norm(left),
+            "stationarity_relative": _ratio(global_norm(left), global_norm(product(cast_like(z, rhs)))),
+            "linear_residual": _ratio(global_norm(jax.tree.map(jnp.subtract, rhs, image)), global_norm(rhs)),
+            "linear_iterations": info["iterations"],
+            "hvps": terms * (info["matvecs"] + 2),
+        }
+        return jax.tree.map(jnp.subtract, direct, cross), (adjoint, info)
+
+    grad, (adjoint, info) = pull(pullback, value, moving, estimator=estimator, remedy=_BLIND)
+    new_state = state._replace(extra=adjoint if warm_start else None)
+    return Estimate(value, grad, new_state, Aux(trace.aux, aux, {"inner_loss": trace.value} | info))
+
+
+def _alike(a: PyTree, b: PyTree) -> bool:
+    shape = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)  # noqa: E731
+    return jax.tree.structure(a) == jax.tree.structure(b) and shape(a) == shape(b)
+
+
+def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where(a == 0, jnp.zeros_like(a), a / jnp.where(b > 0, b, jnp.ones_like(b)))

@@ -1,0 +1,117 @@
+"""Implicit differentiation around a solver that is not ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import optimizers
+from bilevel.conditions import Stationary, fixed_point_of, mean_loss, moving_leaves, unknowns
+from bilevel.data import resolve, slots
+from bilevel.hypergradients import implicit_function
+from bilevel.hypergradients.base import Estimate, outer_value, own_key, schedule, static
+from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
+from bilevel.inner import InnerState, Trace
+from bilevel.linear_solvers import CG, LinearSolver
+from bilevel.optimizers import Optimizer
+from bilevel.problem import Problem, as_pytree
+from bilevel.trees import PyTree, as_arrays, at_step, partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImplicitSolve:
+    r"""`Implicit`, or `FixedPoint`, at the solution that a function of yours returns.
+
+    `minimise(problem, outer, batch, key) -> inner` may be anything JAX can call: L-BFGS, a loop that stops at a
+    tolerance, scikit-learn behind `jax.pure_callback`. It is never differentiated. An outer iteration gives it one
+    batch, `run(inner_data=arrays)` the whole data.
+
+    Args:
+      minimise: returns a tree like `init_inner`'s.
+      rest: what its solution satisfies. None: :math:`\nabla_w f = 0`. An optimizer: it is a fixed point of that
+        optimizer's step, as for `FixedPoint`; for a lasso `bilevel.proximal_gradient(learning_rate, prox)`.
+      linear_solver, damping, warm_start: as for `Implicit` or `FixedPoint`.
+
+    Raises:
+      ValueError: for negative damping, a linear solver that does not apply, or a solution unlike `init_inner`'s.
+
+    The error is that of `Implicit`; a solution good to a tolerance t gives a hypergradient good to a multiple of t.
+
+    References:
+      Blondel et al. 2022, arXiv 2105.15183.
+    """
+
+    minimise: Callable[[Problem, PyTree, PyTree, jax.Array], PyTree]
+    rest: Optimizer | None = static(None, kw_only=True)
+    linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True)
+    damping: float = static(0.0, kw_only=True)
+    warm_start: bool = static(True, kw_only=True)
+
+    steps = 1
+
+    def __post_init__(self):
+        object.__setattr__(self, "minimise", as_pytree(self.minimise))
+        implicit_function.validate("ImplicitSolve", self.linear_solver, self.damping, symmetric=self.rest is None)
+
+    def init(self, problem, outer, key) -> InnerState:
+        """`init_inner(key, outer)`, which `minimise` does not see; `extra` is the adjoint, as for `Implicit`."""
+        state = self._state(problem.start_inner(key, outer), outer)
+        if self.rest is None:
+            return with_adjoint(state, partition(state.params)[0], self.warm_start)
+        return with_adjoint(state, unknowns(moving_leaves(self.rest, outer, state), state), self.warm_start)
+
+    def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
+        """The solution, with the derivative of what it satisfies; as `Implicit.solve`."""
+        state = self._solution(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
+        backward, condition, z = self._system(problem, state, outer, inner_batches, key)
+        return state._replace(params=condition.params(attach(backward, condition, z)))
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs a solve, one inner loss, and `info["hvps"]` Hessian-vector products."""
+        state = self._solution(problem, inner_state, outer, inner_batches, key)
+        batch, inner_key = self._slot(inner_batches, key)
+        trace = Trace(*problem.inner_value(state.params, at_step(outer, 0), batch, inner_key))
+        trace = jax.tree.map(lambda x: jnp.asarray(x)[None], trace)
+        system = self._system(problem, state, outer, inner_batches, key)
+        outer_loss = lambda params, outer: outer_value(problem, self.steps, params, outer, outer_batch, key)  # noqa: E731
+        return implicit_function.estimate("ImplicitSolve", *system, outer_loss, state, trace, self.warm_start)
+
+    def _slot(self, batches, key):
+        xs, bind = slots(batches, self.steps)
+        return resolve(bind(jax.tree.map(lambda x: x[0], xs))), schedule(key, self.steps)[0][0]
+
+    def _state(self, params, outer) -> InnerState:
+        opt_state = None
+        if self.rest is not None:
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                opt_state = optimizers.transformation(self.rest, outer).init(partition(params)[0])
+        return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
+
+    def _solution(self, problem, inner_state, outer, batches, key) -> InnerState:
+        if inner_state is None:
+            inner_state = self.init(problem, outer, key)
+        batch, inner_key = self._slot(batches, key)
+        params = as_arrays(self.minimise(problem, at_step(outer, 0), batch, inner_key))
+        found, wanted = _kinds(params), _kinds(inner_state.params)
+        if found != wanted:
+            raise ValueError(
+                f"ImplicitSolve: minimise returned {found}, but init_inner gives {wanted}: they must agree."
+            )
+        state = self._state(params, outer)
+        return state._replace(step=inner_state.step + 1, extra=inner_state.extra)
+
+    def _system(self, problem, state, outer, batches, key):
+        loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
+        backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
+        if self.rest is None:
+            return backward, Stationary(loss), partition(state.params)[0]
+        return backward, *fixed_point_of(self.rest, loss, state)
+
+
+def _kinds(tree: PyTree) -> Any:
+    return jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree)
