@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
+from jax.interpreters import partial_eval
 
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, combine, is_inexact
@@ -57,51 +59,83 @@ def reverse_gradient(point: Point) -> Gradient:
     return Gradient(grad, value, aux)
 
 
-@jax.custom_vjp
 def mixed_gradient(point: Point) -> Gradient:
     """The gradient, whose derivative is the forward-mode derivative of a gradient."""
-    return reverse_gradient(point)
+    # The loss is traced once, here. What it captured from outside (values of a surrounding jit, vmap or grad, if the
+    # problem was built inside one) comes out as `consts`: a custom rule sees its arguments only.
+    closed, shape = jax.make_jaxpr(_loss, return_shape=True)(point)
+    return _mixed_gradient(_Traced(closed.jaxpr, jax.tree.structure(shape)), point, closed.consts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Traced:
+    """`_loss` as a jaxpr, its constants an argument."""
+
+    jaxpr: Any
+    structure: Any
+
+    def __call__(self, point: Point, consts: list[Any]) -> tuple[jax.Array, PyTree]:
+        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, consts, *jax.tree.leaves(point)))
+
+    def reads(self) -> list[bool]:
+        """For each leaf of `(point, consts)`, whether the loss is computed from it."""
+        only_value = [i == 0 for i in range(len(self.jaxpr.outvars))]
+        jaxpr, used = partial_eval.dce_jaxpr(self.jaxpr, only_value)
+        read = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, jex.Literal)}
+        return used + [const in read or const in jaxpr.outvars for const in self.jaxpr.constvars]
+
+
+def _gradient(loss: _Traced, point: Point, consts: list[Any]) -> Gradient:
+    function = jax.value_and_grad(lambda inner: loss(point._replace(inner=inner), consts), has_aux=True)
+    (value, aux), grad = function(point.inner)
+    return Gradient(grad, value, aux)
+
+
+_mixed_gradient = jax.custom_vjp(_gradient, nondiff_argnums=(0,))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Residual:
     point: Point
+    consts: list[Any]
     perturbed: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
 
 
-def _forward(marked: Point):
+def _forward(loss: _Traced, *marked: Any):
     def is_marked(leaf):
         return type(leaf).__name__ == "CustomVJPPrimal"
 
-    point = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=is_marked)
+    point, consts = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=is_marked)
     leaves = jax.tree.leaves(marked, is_leaf=is_marked)
     # Only what is being differentiated gets a cotangent: frozen weights inside `problem` never do, but a third-level
-    # variable that a user put there does.
-    perturbed = tuple(leaf.perturbed and is_inexact(leaf.value) for leaf in leaves)
-    return reverse_gradient(point), _Residual(point, perturbed)
+    # variable that a user put there, or captured, does. A leaf that the loss does not read gets none at all, so that
+    # the absence of an influence stays visible in the trace.
+    pairs = zip(leaves, loss.reads(), strict=True)
+    perturbed = tuple(read and leaf.perturbed and is_inexact(leaf.value) for leaf, read in pairs)
+    return _gradient(loss, point, consts), _Residual(point, consts, perturbed)
 
 
-def _backward(residual: _Residual, cotangent: Gradient):
+def _backward(loss: _Traced, residual: _Residual, cotangent: Gradient):
     def is_zero(leaf):
         return isinstance(leaf, SymbolicZero)
 
-    leaves, structure = jax.tree.flatten(residual.point)
+    leaves, structure = jax.tree.flatten((residual.point, residual.consts))
     wanted = [i for i, p in enumerate(residual.perturbed) if p]
     direction = jax.tree.map(
         lambda ct: jnp.zeros(ct.shape, ct.dtype) if is_zero(ct) else ct, cotangent.grad, is_leaf=is_zero
     )
 
     def gradients(inner):
-        point = jax.tree.leaves(residual.point._replace(inner=inner))
+        point = jax.tree.leaves((residual.point._replace(inner=inner), residual.consts))
 
-        def loss(moving):
+        def value(moving):
             full = list(point)
             for i, leaf in zip(wanted, moving, strict=True):
                 full[i] = leaf
-            return _loss(jax.tree.unflatten(structure, full))[0]
+            return loss(*jax.tree.unflatten(structure, full))[0]
 
-        return jax.grad(loss)([point[i] for i in wanted])
+        return jax.grad(value)([point[i] for i in wanted])
 
     first, second = jax.jvp(gradients, (residual.point.inner,), (direction,))
     if not is_zero(cotangent.value):
@@ -109,7 +143,7 @@ def _backward(residual: _Residual, cotangent: Gradient):
     result: list[Any] = [None] * len(leaves)
     for i, leaf in zip(wanted, second, strict=True):
         result[i] = leaf
-    return (jax.tree.unflatten(structure, result),)
+    return jax.tree.unflatten(structure, result)
 
 
-mixed_gradient.defvjp(_forward, _backward, symbolic_zeros=True)
+_mixed_gradient.defvjp(_forward, _backward, symbolic_zeros=True)
