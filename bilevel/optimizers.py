@@ -66,8 +66,9 @@ def _refuse_evaluation_parameters(state: PyTree) -> None:
 
 
 def apply(params: PyTree, updates: PyTree) -> PyTree:
-    """`params + updates`, each leaf in its own dtype."""
-    return jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+    """`params + updates`, each leaf rounded once to its own dtype."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.tree.map(lambda p, u: (p + u).astype(p.dtype), params, updates)
 
 
 def refresh(optimizer: Optimizer, outer: PyTree, params: PyTree, state: PyTree) -> PyTree:

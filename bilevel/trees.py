@@ -66,7 +66,8 @@ def at_step(tree: PyTree, step: Any) -> PyTree:
 
 def advance_keys(tree: PyTree) -> PyTree:
     """`tree` for the next outer iteration: every random key is replaced by a child of itself."""
-    return _map_keys(lambda key: jax.random.split(key, 2)[1], tree)
+    # A child that no step has seen: `split(key)[1]` would be `fold_in(key, 1)`, the key of inner step 1.
+    return _map_keys(lambda key: jax.random.fold_in(key, np.uint32(2**32 - 1)), tree)
 
 
 def leaf_names(tree: PyTree) -> list[str]:
@@ -76,8 +77,8 @@ def leaf_names(tree: PyTree) -> list[str]:
 
 
 def global_norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all leaves together."""
-    leaves = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in jax.tree.leaves(tree)]
+    """Euclidean norm of all leaves together, in the widest of their dtypes."""
+    leaves = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in jax.tree.leaves(widened(tree))]
     return jnp.sqrt(sum(leaves)) if leaves else jnp.zeros(())
 
 
