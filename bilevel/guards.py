@@ -68,9 +68,25 @@ def pull(
     # which is then evaluated, so that nothing is traced twice.
     closed, shape = jax.make_jaxpr(pullback, return_shape=True)(jnp.ones_like(value))
     count = len(jax.tree.leaves(moving))
-    reached = [row[0] for row in _rows(closed.jaxpr, count)]
+    _report([row[0] for row in _rows(closed.jaxpr, count)], moving, estimator, remedy)
+    leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
+    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
+
+
+def traced(function: Callable[[PyTree], jax.Array], moving: PyTree, *, estimator: str) -> Callable[[PyTree], jax.Array]:
+    """`function`, a scalar function of trees like `moving`, traced once; for estimators that only evaluate it.
+
+    Warns, Raises:
+      As `value_and_grad`, for an estimator that sees all there is.
+    """
+    closed = jax.make_jaxpr(function)(moving)
+    _report(_rows(closed.jaxpr, 1)[0], moving, estimator, None)
+    return lambda tree: jex.jaxpr_as_fun(closed)(*jax.tree.leaves(tree))[0]
+
+
+def _report(reached: list[bool], moving: PyTree, estimator: str, remedy: str | None) -> None:
     names = [name for name, used in zip(leaf_names(moving), reached, strict=True) if not used]
-    if names and remedy is None and len(names) == count:
+    if names and remedy is None and len(names) == len(reached):
         raise ValueError(
             f"Neither loss depends on outer ({', '.join(names)}), so its hypergradient would be 0: "
             "use the `outer` argument inside inner_loss or outer_loss, not a value captured from outside."
@@ -80,10 +96,8 @@ def pull(
         warnings.warn(
             f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {remedy}.",
             StructuralZeroWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
-    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
 def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[list[bool]]:

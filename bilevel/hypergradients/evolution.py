@@ -1,0 +1,108 @@
+"""Hypergradients from values of the outer loss alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.guards import traced
+from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
+from bilevel.trees import PyTree, combine, partition, widened
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvolutionStrategies(Trained):
+    r"""Antithetic evolution strategies: with :math:`L(\lambda) = F(w_K(\lambda), \lambda)`, all of training included,
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \frac{1}{n \sigma^2} \sum_{i \le n/2}
+              \big(L(\lambda + \sigma\epsilon_i) - L(\lambda - \sigma\epsilon_i)\big)\,\sigma \epsilon_i,
+              \quad \epsilon_i \sim N(0, I).
+
+    Unbiased for the gradient of :math:`E\, L(\lambda + \sigma\epsilon)`, which is that of L where L is quadratic, and
+    else differs by :math:`O(\sigma^2)` times a third derivative. Nothing is differentiated: losses may have jumps, and
+    memory does not grow with K. The price is variance: relative to the squared norm of the gradient it is about
+    2 dim / n. All members train on the same batches with the same random keys.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+      population: n, trainings an estimate beside the one at :math:`\lambda`; even. All run at once.
+      sigma: standard deviation of the perturbation of every entry of `outer`; choose it small against their scale.
+
+    Raises:
+      ValueError: for steps < 1, a population that is not even and positive, or a sigma that is not positive.
+
+    References:
+      Nesterov and Spokoiny 2017; Salimans et al. 2017, arXiv 1703.03864; Metz et al. 2019, arXiv 1810.10180.
+    """
+
+    population: int = static(32, kw_only=True)
+    sigma: float = static(0.01, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_population(self)
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients. `info["variance"]`: see `weighted`."""
+        moving, fixed = partition(outer)
+
+        def value(moving):
+            outer = combine(moving, fixed)
+            state, _ = self.trajectory(problem, inner_state, outer, inner_batches, key)
+            return self.outer_loss(problem, state.params, outer, outer_batch, key)[0]
+
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        centre, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
+        evaluate = traced(value, moving, estimator="EvolutionStrategies")
+        noise = perturbations(self, moving, own_key(key, self.steps))
+        grad, variance = weighted(jax.vmap(evaluate)(mirrored(moving, noise)), noise, self.sigma)
+        info = {"inner_loss": trace.value, "variance": variance}
+        return Estimate(centre, grad, state, Aux(trace.aux, aux, info))
+
+
+def check_population(estimator: Any) -> None:
+    """Raises ValueError unless `population` is even and positive and `sigma` is positive."""
+    name, n = type(estimator).__name__, estimator.population
+    if not isinstance(n, int) or n < 2 or n % 2:
+        raise ValueError(f"{name}(population={n!r}): must be an even integer >= 2, since members come in pairs.")
+    if not estimator.sigma > 0:
+        raise ValueError(f"{name}(sigma={estimator.sigma!r}): must be positive.")
+
+
+def perturbations(estimator: Any, moving: PyTree, key: jax.Array) -> PyTree:
+    """One N(0, sigma^2) perturbation of `moving` a pair: a tree like it with a leading axis of population / 2."""
+    leaves, structure = jax.tree.flatten(moving)
+    keys = jax.random.split(key, len(leaves))
+    count = estimator.population // 2
+    drawn = [
+        jax.random.normal(k, (count, *jnp.shape(x)), jnp.result_type(x)) * estimator.sigma
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def mirrored(moving: PyTree, noise: PyTree) -> PyTree:
+    """The whole population: `moving + noise`, then `moving - noise`, along the leading axis."""
+    return jax.tree.map(lambda x, e: x[None] + jnp.concatenate([e, -e]), moving, noise)
+
+
+def weighted(values: jax.Array, weights: PyTree, sigma: float) -> tuple[PyTree, jax.Array]:
+    """`(gradient, variance)` from the losses of a `mirrored` population.
+
+    `gradient` is the mean over pairs of (ahead - behind) / (2 sigma^2) times the pair's `weights`; `variance` the
+    estimated sum of the variances of its entries, 0 for a single pair.
+    """
+    ahead, behind = jnp.split(values, 2)
+    count = ahead.shape[0]
+
+    def terms(w):
+        slope = ((ahead - behind) / (2 * sigma**2)).astype(w.dtype)
+        return w * slope.reshape(count, *[1] * (w.ndim - 1))
+
+    each = jax.tree.map(terms, weights)
+    spread = [jnp.sum(jnp.var(x, axis=0)) / max(count - 1, 1) for x in jax.tree.leaves(widened(each))]
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), each), sum(spread[1:], spread[0])

@@ -1,0 +1,160 @@
+"""Second derivatives by differences of first ones: DARTS and SAMA."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel import inner, optimizers
+from bilevel.data import narrow, slots
+from bilevel.guards import dependence, pull
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
+from bilevel.inner import InnerState, Trace
+from bilevel.trees import at_step, cast_like, combine, global_norm, partition, widened
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FiniteDifference(Trained):
+    r"""`OneStep` from first derivatives only: the last step's mixed second derivative is a central difference,
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F(w_K, \lambda) + \frac{\partial_\lambda f(w^+, \lambda)
+              - \partial_\lambda f(w^-, \lambda)}{2h}, \quad w^\pm = w_{K-1} \pm h u, \quad
+              u = (\partial_g U)^\top\, \partial_w F(w_K, \lambda),
+
+    f being the loss of the last batch and U the last update as a function of its gradient g. For gradient descent with
+    step :math:`\eta`, :math:`u = -\eta\, \partial_w F`: DARTS. No second derivative of a loss is taken, so a loss need
+    only have one; memory is that of a gradient.
+
+    Its bias is that of `OneStep`, plus :math:`O(h^2)` times a third derivative (none if f is quadratic in w), plus
+    rounding of about eps / h. It sees `outer` through the gradient of `inner_loss` only: learning rates and decoupled
+    weight decays get 0 and a warning.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+      radius: the length of h u; DARTS's 0.01.
+
+    Raises:
+      ValueError: for steps < 1 or a radius that is not positive.
+
+    References:
+      Liu et al. 2019 (DARTS), arXiv 1806.09055.
+    """
+
+    radius: float = static(0.01, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_radius(self)
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
+        before, state, trace = _train(self, problem, inner_state, outer, inner_batches, key)
+        return _difference(self, problem, before, state, trace, outer, inner_batches, outer_batch, key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SAMA(Trained):
+    r"""The identity for the inverse Hessian, adapted to the optimizer, by differences of first derivatives:
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + \frac{\partial_\lambda f(w_K + h u, \lambda)
+              - \partial_\lambda f(w_K - h u, \lambda)}{2h}, \quad
+              u = (\partial_g U)^\top\, \partial_w F(w_K, \lambda),
+
+    all at the trained point, with the last batch, and with :math:`\partial_g U` the derivative of the optimizer's next
+    update by its gradient: :math:`-\eta` for gradient descent, a diagonal for Adam, in general whatever reverse mode
+    gives for the optimizer at hand.
+
+    Its bias is that of `OneStep` (it is that estimator one step later), plus :math:`O(h^2)` times a third derivative
+    of f (none if f is quadratic in w). Learning rates and decoupled weight decays get 0 and a warning, as in
+    `FiniteDifference`. The paper also moves w along u after each estimate; that changes training and is left out here.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+      radius: the length of h u.
+
+    Raises:
+      ValueError: for steps < 1 or a radius that is not positive.
+
+    References:
+      Choe et al. 2023 (SAMA), arXiv 2310.05674.
+    """
+
+    radius: float = static(0.01, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_radius(self)
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        return _difference(self, problem, state, state, trace, outer, inner_batches, outer_batch, key)
+
+
+def _check_radius(estimator: Any) -> None:
+    if not estimator.radius > 0:
+        raise ValueError(f"{type(estimator).__name__}(radius={estimator.radius!r}): must be positive.")
+
+
+def _train(estimator: Trained, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
+    """The states before and after the last step, and the trace of all."""
+    keys, _ = schedule(key, estimator.steps)
+    before = estimator.resume(problem, inner_state, outer, key)
+    last = estimator.steps - 1
+    traces = []
+    if last:
+        before, trace = inner.train(problem, estimator.optimizer, before, outer, narrow(batches, 0, last), keys[:last])
+        traces.append(trace)
+    final = narrow(batches, last, last + 1)
+    after, trace = inner.train(problem, estimator.optimizer, before, outer, final, keys[last:], first=last)
+    return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
+
+
+def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, key) -> Estimate:
+    """The estimate with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
+    moving, fixed = partition(outer)
+    params, inner_fixed = partition(at.params)
+    step = estimator.steps - 1
+    xs, bind = slots(narrow(batches, step, step + 1), 1)
+    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), schedule(key, estimator.steps)[0][step]
+
+    def inner_loss(params, moving):
+        outer = combine(moving, at_step(fixed, step))
+        return problem.inner_value(combine(params, inner_fixed), outer, batch, inner_key)[0]
+
+    def outer_loss(params, moving):
+        return estimator.outer_loss(problem, combine(params, inner_fixed), combine(moving, fixed), outer_batch, key)
+
+    value, pull_loss, aux = jax.vjp(outer_loss, partition(state.params)[0], moving, has_aux=True)
+    inner_value, gradient = jax.value_and_grad(inner_loss)(params, moving)
+    transform = optimizers.transformation(estimator.optimizer, outer)
+    updates = lambda grad: optimizers.update(transform, grad, at.opt_state, params, inner_value)[0]  # noqa: E731
+    slope = jax.grad(inner_loss, argnums=1)
+    # The difference depends on the direction through its length even where the slope does not.
+    sees = jax.tree.unflatten(
+        jax.tree.structure(moving), [any(row) for row in dependence(lambda w: slope(w, moving), params)]
+    )
+
+    def pullback(cotangent):
+        toward_w, direct = pull_loss(cotangent)
+        image, pull_updates = jax.vjp(updates, gradient)
+        (direction,) = pull_updates(cast_like(toward_w, image))
+        norm = global_norm(widened(direction))
+        h = estimator.radius / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+        shifted = lambda h: jax.tree.map(lambda w, u: w + h.astype(w.dtype) * u.astype(w.dtype), params, direction)  # noqa: E731
+        ahead, behind = slope(shifted(h), moving), slope(shifted(-h), moving)
+        cross = jax.tree.map(
+            lambda a, b, sees: (a - b) / (2 * h).astype(a.dtype) if sees else jnp.zeros_like(a), ahead, behind, sees
+        )
+        return jax.tree.map(jnp.add, direct, cross), None
+
+    grad, _ = pull(pullback, value, moving, estimator=type(estimator).__name__, remedy=_BLIND)
+    return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
+
+
+_BLIND = "it does not act through the gradient of inner_loss, where alone this estimator looks; use OneStep or Unrolled"

@@ -1,0 +1,49 @@
+"""The derivative of the last step alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.hypergradients.base import Estimate, Trained
+from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.inner import InnerState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OneStep(Trained):
+    r"""Trains K steps and differentiates the last, :math:`w_K = U(w_{K-1}, \lambda)`, with :math:`w_{K-1}` constant:
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top \partial_w F .
+
+    For gradient descent with step :math:`\eta` this is T1-T2, :math:`\partial_\lambda F - \eta\,
+    \partial^2_{\lambda w} f\, \partial_w F`: `Implicit` with the identity, times :math:`\eta`, for the inverse
+    Hessian. It is `Unrolled` with truncate=1.
+
+    It leaves out what steps before the last contribute, and keeps the sign of the whole when the Hessian is close to a
+    multiple of the identity. It is exact for K = 1. Its norm carries the factor :math:`\eta`, so the balance with the
+    direct term is not that of the true hypergradient: it is best where :math:`\partial_\lambda F = 0`.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+
+    Raises:
+      ValueError: for steps < 1.
+
+    References:
+      Luketina et al. 2016 (T1-T2), arXiv 1511.06727; Bolte et al. 2023 (one-step differentiation), arXiv 2305.13768.
+    """
+
+    @property
+    def _unrolled(self) -> Unrolled:
+        return Unrolled(self.optimizer, self.steps, truncate=1)
+
+    def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
+        """The training map; its derivative is that of the last step."""
+        return self._unrolled.solve(problem, inner_state, outer, inner_batches, key)
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` inner gradients and one Hessian-vector product."""
+        return self._unrolled.estimate(problem, inner_state, outer, inner_batches, outer_batch, key)

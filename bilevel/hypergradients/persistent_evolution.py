@@ -1,0 +1,122 @@
+"""Evolution strategies whose perturbations outlive the estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.guards import traced
+from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
+from bilevel.hypergradients.evolution import check_population, mirrored, perturbations, weighted
+from bilevel.inner import InnerState
+from bilevel.trees import PyTree, combine, partition
+
+
+class Particles(NamedTuple):
+    """What `PersistentES` carries in `inner_state.extra`.
+
+    Attributes:
+      states: the inner problems of the population, an `InnerState` with a leading axis; the two members of pair i are
+        i and population / 2 + i.
+      accumulated: the sum of each pair's perturbations since its members were set, a tree like the inexact leaves of
+        `outer` with a leading axis of population / 2.
+      age: estimates since then, int32.
+    """
+
+    states: InnerState
+    accumulated: PyTree
+    age: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PersistentES(Trained):
+    r"""Persistent evolution strategies: unbiased over a training that is cut into pieces of K steps.
+
+    A warm start makes every other estimator forget how earlier pieces depend on :math:`\lambda`. Here each pair of
+    particles goes on with its own inner problem, perturbed afresh by :math:`\pm\epsilon_i^{(t)}` in piece t, and its
+    loss is weighted with all perturbations it has seen:
+
+    .. math:: \widehat{\frac{dF_t}{d\lambda}} = \frac{1}{n \sigma^2} \sum_{i \le n/2}
+              \big(F(w^{i+}_{tK}) - F(w^{i-}_{tK})\big) \sum_{s \le t} \epsilon_i^{(s)},
+              \quad \epsilon \sim N(0, \sigma^2 I).
+
+    With :math:`\lambda` at rest this is unbiased for the (Gaussian-smoothed) derivative through all tK steps so far, at
+    the cost of K; in a run, each piece is taken at the :math:`\lambda` of its time. The variance grows with the number
+    of pieces that are remembered: `memory` bounds it.
+
+    Only warm starts profit: with `inner_state=None` every estimate begins with new particles, and is
+    `EvolutionStrategies`.
+
+    Args:
+      optimizer, steps: as for `Unrolled`.
+      population, sigma: as for `EvolutionStrategies`. The particles' inner problems are kept: `population` copies of
+        the inner variable and its optimizer state.
+      memory: pieces after which the particles are set back to the unperturbed inner problem, which truncates the
+        derivative there; None for never.
+
+    Raises:
+      ValueError: as `EvolutionStrategies`, and for memory < 1 or an inner state without particles.
+
+    References:
+      Vicol et al. 2021, arXiv 2112.13835.
+    """
+
+    population: int = static(32, kw_only=True)
+    sigma: float = static(0.01, kw_only=True)
+    memory: int | None = static(None, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_population(self)
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"PersistentES(memory={self.memory!r}): must be at least 1, or None.")
+
+    def init(self, problem, outer, key) -> InnerState:
+        """As `Trained.init`, with all `Particles` at that start."""
+        state = super().init(problem, outer, key)
+        return state._replace(extra=self._particles(state, outer))
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients."""
+        moving, fixed = partition(outer)
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
+        noise = perturbations(self, moving, own_key(key, self.steps))
+
+        def member(moving, particle=None):
+            outer = combine(moving, fixed)
+            after, _ = self.trajectory(problem, particle, outer, inner_batches, key)
+            after = after._replace(extra=None)
+            return self.outer_loss(problem, after.params, outer, outer_batch, key)[0], after
+
+        # Evaluated below for the whole population; here for the warnings.
+        traced(lambda moving: member(moving, inner_state)[0], moving, estimator="PersistentES")
+        if inner_state is None:
+            particles = self._particles(state, outer)
+            values, states = jax.vmap(member)(mirrored(moving, noise))
+        else:
+            particles = self._remembered(inner_state, outer)
+            values, states = jax.vmap(member)(mirrored(moving, noise), particles.states)
+        accumulated = jax.tree.map(jnp.add, particles.accumulated, noise)
+        grad, variance = weighted(values, accumulated, self.sigma)
+        state = state._replace(extra=Particles(states, accumulated, particles.age + 1))
+        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value, "variance": variance}))
+
+    def _particles(self, state: InnerState, outer: PyTree) -> Particles:
+        """The whole population at `state`, nothing accumulated."""
+        n, (moving, _) = self.population, partition(outer)
+        states = jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), state._replace(extra=None))
+        nothing = jax.tree.map(lambda x: jnp.zeros((n // 2, *x.shape), x.dtype), moving)
+        return Particles(states, nothing, jnp.zeros((), jnp.int32))
+
+    def _remembered(self, state: InnerState, outer: PyTree) -> Particles:
+        if not isinstance(state.extra, Particles):
+            raise ValueError("PersistentES needs its particles: start from its own init(problem, outer, key), or None.")
+        if self.memory is None:
+            return state.extra
+        forget = state.extra.age >= self.memory
+        return jax.lax.cond(forget, lambda: self._particles(state, outer), lambda: state.extra)
