@@ -48,7 +48,7 @@ def resolve(batch: PyTree) -> PyTree:
     return batch
 
 
-def slots(batches: PyTree, steps: int) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+def slots(batches: PyTree, steps: int, what: str = "inner steps") -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """`(xs, bind)`: what a scan over `steps` slices, and the batch that a slice stands for.
 
     Raises:
@@ -60,8 +60,8 @@ def slots(batches: PyTree, steps: int) -> tuple[PyTree, Callable[[PyTree], PyTre
     for name, leaf in zip(leaf_names(xs), jax.tree.leaves(xs), strict=True):
         if jnp.ndim(leaf) == 0 or leaf.shape[0] != steps:
             raise ValueError(
-                f"inner_batches leaf {name} has shape {jnp.shape(leaf)}, but {steps} inner steps need a leading axis "
-                f"of {steps}: stack one batch a step, or pass FullBatch(arrays) for the same data at every step."
+                f"{what.split()[0]}_batches leaf {name} has shape {jnp.shape(leaf)}, but {steps} {what} need a leading "
+                f"axis of {steps}: stack one batch a step, or pass FullBatch(arrays) for the same data at every step."
             )
     if isinstance(batches, Indexed):
         return xs, lambda x: Indexed(batches.arrays, x)

@@ -11,6 +11,8 @@ import numpy as np
 
 from bilevel.trees import PyTree, is_inexact, leaf_names
 
+_START = "check the start values."
+
 
 def not_finite(tree: PyTree) -> list[str]:
     """Names of the leaves of `tree` that hold a NaN or an infinity."""
@@ -33,11 +35,15 @@ class _Recorder:
         return estimate
 
 
-def describe_failure(solver: Any, state: Any, step: Callable[..., Any], number: int) -> str:
-    """One sentence on why outer step `number`, taken from `state` by `step(solver, state)`, is not finite."""
+def describe_failure(solver: Any, state: Any, step: Callable[..., Any], number: int, norms: str = "") -> str:
+    """One sentence on why outer step `number`, taken from `state` by `step(solver, state)`, is not finite.
+
+    `norms` says how large the last finite metrics were.
+    """
     where = f"Outer step {number}: "
     if names := not_finite((state.outer, state.inner)):
-        return where + f"the state it starts from is already not finite, in {', '.join(names)}; check the start values."
+        where += f"the state it starts from is already not finite, in {', '.join(names)}; "
+        return where + (f"the step before it diverged ({norms}): lower the step sizes." if norms else _START)
     kept: list[Any] = []
     if hasattr(solver, "hypergradient"):
         solver = dataclasses.replace(solver, hypergradient=_Recorder(solver.hypergradient, kept.append))
@@ -60,4 +66,7 @@ def describe_failure(solver: Any, state: Any, step: Callable[..., Any], number: 
             )
     names = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
     leaves = ", ".join(not_finite((new.outer, new.inner))) or "no leaf of the state"
-    return where + f"{', '.join(names)} is not finite (not finite after the step: {leaves}); lower the step sizes."
+    before = f"; before it {norms}" if norms else ""
+    return where + (
+        f"{', '.join(names)} is not finite (not finite after the step: {leaves}{before}); lower the step sizes."
+    )

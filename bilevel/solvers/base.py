@@ -25,6 +25,8 @@ class Solver(Protocol):
     Attributes:
       problem: the bilevel problem.
       inner_batches: inner batches a step wants, the leading axis of `step`'s `inner_batches`.
+
+    A solver that wants several outer batches a step has an attribute `outer_batches` too: see `outer_batches`.
     """
 
     @property
@@ -36,3 +38,8 @@ class Solver(Protocol):
     def init(self, key: jax.Array) -> Any: ...
 
     def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]: ...
+
+
+def outer_batches(solver: Solver) -> int:
+    """Outer batches a step of `solver` wants: 1, a batch without a leading axis, unless it says otherwise."""
+    return getattr(solver, "outer_batches", 1)
