@@ -1,0 +1,62 @@
+"""First-order gradients only: descent that keeps lowering the inner value gap."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.iterations import sgd
+from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, descend, minus
+from bilevel.trees import global_norm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BOME(Stochastic):
+    r"""BOME: with :math:`w^T` the result of T inner steps from :math:`w`, held constant, and the gap
+    :math:`q(w, \lambda) = f(w, \lambda) - f(w^T, \lambda)`,
+
+    .. math::
+
+        (w, \lambda) \leftarrow (w, \lambda) - (\rho, \gamma) \odot (\nabla F + \sigma \nabla q), \qquad
+        \sigma = \max\Big(\eta - \frac{\langle \nabla F, \nabla q \rangle}{\|\nabla q\|^2},\; 0\Big) .
+
+    :math:`\sigma` is 0 where :math:`\nabla q = 0`. Deterministic in the paper, with constant steps. Near the solution
+    the direction of :math:`\nabla q` turns abruptly, so that constant steps end in a neighbourhood that shrinks with
+    them and with 1/T.
+    Cost per iteration: T + 2 inner gradients, 1 outer gradient; T + 2 inner batches. No memory.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`. rho is also the step of the T inner steps.
+      inner_steps: T.
+      eta: how much of the gap's decrease is asked for.
+
+    References:
+      Liu, Ye, Wright, Stone & Liu 2022, arXiv 2209.08709, Algorithm 1.
+    """
+
+    inner_steps: int = static(10, kw_only=True)
+    eta: float | jax.Array = dataclasses.field(default=0.5, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return self.inner_steps + 2
+
+    def iterate(self, at: Iteration) -> Iterate:
+        trained, _ = sgd(at, at.w, at.lam, self.inner_steps)
+        outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
+        inside = at.inner_gradient(at.w, at.lam, at.draws[-2])
+        beyond = at.inner_gradient(trained, at.lam, at.draws[-1])
+        gap = inside.inner, minus(inside.outer, beyond.outer)
+        objective = outside.inner, outside.outer
+        square = global_norm(gap) ** 2
+        overlap = optax.tree.vdot(objective, gap) / jnp.where(square > 0, square, 1)
+        weight = jnp.where(square > 0, jnp.maximum(self.eta - overlap, 0), 0)
+        d_inner, d_outer = descend(objective, -weight, gap)
+        w = descend(at.w, at.inner_step, d_inner)
+        calls = Calls(inner_gradients=self.inner_steps + 2, outer_gradients=1)
+        return Iterate(w, at.move_outer(d_outer), (), d_outer, inside.value, outside.value, calls)

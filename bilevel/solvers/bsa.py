@@ -1,0 +1,50 @@
+"""Inner SGD, then one random term of the Neumann series."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.iterations import double_loop, random_solve
+from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BSA(Stochastic):
+    r"""BSA: T warm-started inner SGD steps, then with :math:`p \sim U\{0, \dots, Q - 1\}`
+
+    .. math::
+
+        v &= Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, \partial_w F, \\
+        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+
+    every inner call on a batch of its own.
+
+    The paper's steps are `Power(rho, 1/2)` inside and `Power(gamma, 1/2)` outside, :math:`\eta` constant. Biased by the
+    remainder of the series, :math:`(I - \eta H)^Q H^{-1} \partial_w F`; its variance grows with Q.
+    Cost per iteration: T inner gradients, 1 outer gradient, p Hessian-vector products ((Q - 1)/2 on average), 1 cross
+    product; T + Q inner batches. No memory.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      inner_steps: T.
+      terms: Q.
+      linear_step: eta of the Neumann series, at most 1 over the largest eigenvalue of H; None is `inner_step`.
+
+    References:
+      Ghadimi & Wang 2018, arXiv 1802.02246, Algorithms 2 and 3.
+    """
+
+    inner_steps: int = static(10, kw_only=True)
+    terms: int = static(10, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return self.inner_steps + self.terms
+
+    def iterate(self, at: Iteration) -> Iterate:
+        return double_loop(at, self.inner_steps, random_solve(at, self.inner_steps, self.terms))._replace(memory=())

@@ -1,0 +1,74 @@
+"""First-order gradients only: the inner problem as a penalty."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
+from bilevel.trees import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class F2SA(Stochastic):
+    r"""F2SA: beside :math:`w`, which follows the inner problem, :math:`y` follows the penalised one, T steps each, and
+
+    .. math::
+
+        w &\leftarrow w - \rho\, \partial_w f(w, \lambda), \\
+        y &\leftarrow y - \rho\, \big(\partial_w f(y, \lambda) + \tfrac{1}{\sigma} \partial_w F(y, \lambda)\big), \\
+        \lambda &\leftarrow \lambda - \gamma\, \big(\partial_\lambda F(y, \lambda)
+                  + \sigma\, (\partial_\lambda f(y, \lambda) - \partial_\lambda f(w, \lambda))\big),
+
+    every call on a batch of its own.
+
+    The paper's steps are, with `Power`, of exponent 4/7 inside, 5/7 for y and 4/7 outside, and its multiplier
+    :math:`\sigma_k` grows as :math:`k^{1/7}`: the ratio :math:`\rho / \sigma` of the step of y to that of w is built in
+    here. With a constant :math:`\sigma` the hypergradient is biased by :math:`O(1 / \sigma)`; noise in :math:`\lambda`
+    grows with :math:`\sigma`.
+    Cost per iteration: 2T + 2 inner gradients (the last two in :math:`\lambda`), T + 1 outer gradients; 2T + 2 inner
+    and T + 1 outer batches. `State.memory` is y.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      penalty: the multiplier sigma, a number or a schedule.
+      inner_steps: T.
+
+    References:
+      Kwon, Kwon, Wright & Nowak 2023, arXiv 2301.10945, Algorithm 1.
+    """
+
+    penalty: StepSize = dataclasses.field(kw_only=True)
+    inner_steps: int = static(10, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return 2 * self.inner_steps + 2
+
+    @property
+    def outer_batches(self) -> int:
+        return self.inner_steps + 1
+
+    def start(self, w: PyTree, lam: PyTree) -> PyTree:
+        return w
+
+    def iterate(self, at: Iteration) -> Iterate:
+        penalty = size(self.penalty, at.step)
+
+        def body(t, carry):
+            w, y = carry
+            outside = at.outer_gradient(y, at.lam, at.outer_draws[t]).inner
+            inside = at.inner_gradient(y, at.lam, at.draws[2 * t]).inner
+            y = descend(y, at.inner_step, descend(inside, -1 / penalty, outside))
+            return descend(w, at.inner_step, at.inner_gradient(w, at.lam, at.draws[2 * t + 1]).inner), y
+
+        w, y = jax.lax.fori_loop(0, self.inner_steps, body, (at.w, at.memory))
+        outside = at.outer_gradient(y, at.lam, at.outer_draws[-1])
+        penalised = at.inner_gradient(y, at.lam, at.draws[-2])
+        inside = at.inner_gradient(w, at.lam, at.draws[-1])
+        direction = descend(outside.outer, -penalty, minus(penalised.outer, inside.outer))
+        calls = Calls(inner_gradients=2 * self.inner_steps + 2, outer_gradients=self.inner_steps + 1)
+        return Iterate(w, at.move_outer(direction), y, direction, inside.value, outside.value, calls)

@@ -1,0 +1,157 @@
+"""Pieces of an outer iteration that several solvers share: directions, inner descent, inverse Hessians, momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.solvers.oracles import Draw
+from bilevel.solvers.stochastic import Calls, Iterate, Iteration, descend, minus, plus, zeros
+from bilevel.trees import PyTree
+
+Point = tuple[PyTree, PyTree]
+"""`(w, lam)`: where derivatives are taken."""
+DrawOf = Callable[[Any], Draw]
+"""What product number t is taken on."""
+
+
+class Directions(NamedTuple):
+    """Descent directions of w, of v and of lambda, and both losses."""
+
+    inner: PyTree
+    linear: PyTree
+    outer: PyTree
+    inner_loss: jax.Array
+    outer_loss: jax.Array
+
+
+def directions(at: Iteration, point: tuple[PyTree, PyTree, PyTree], draw: Draw, outer_draw: Draw) -> Directions:
+    r""":math:`\partial_w f`, :math:`H v - \partial_w F` and :math:`\partial_\lambda F - C v` at `(w, lam, v)`.
+
+    One inner gradient, one outer gradient, one Hessian-vector product, one cross product.
+    """
+    w, lam, v = point
+    inside, outside = at.products(w, lam, v, draw), at.outer_gradient(w, lam, outer_draw)
+    return Directions(
+        inside.grad,
+        minus(inside.hvp, outside.inner),
+        minus(outside.outer, inside.cross),
+        inside.value,
+        outside.value,
+    )
+
+
+def follow(at: Iteration, v: PyTree, d: Directions, calls: Calls, memory: Callable[[PyTree], Any]) -> Iterate:
+    """A step of w, v and lambda against `d`, each with its own step size; `memory(new v)` is what is kept."""
+    v = descend(v, at.linear_step, d.linear)
+    w = descend(at.w, at.inner_step, d.inner)
+    return Iterate(w, at.move_outer(d.outer), memory(v), d.outer, d.inner_loss, d.outer_loss, calls)
+
+
+def sgd(at: Iteration, w: PyTree, lam: PyTree, steps: int) -> tuple[PyTree, jax.Array]:
+    """`(w, f)` after `steps` inner steps on draws `0 .. steps - 1`; f is the loss before the last one."""
+
+    def body(t, carry):
+        inside = at.inner_gradient(carry[0], lam, at.draws[t])
+        return descend(carry[0], at.inner_step, inside.inner), inside.value
+
+    value = jax.eval_shape(lambda: at.inner_gradient(w, lam, at.draws[0]).value)
+    return jax.lax.fori_loop(0, steps, body, (w, jnp.zeros((), value.dtype)))
+
+
+def neumann(at: Iteration, points: Sequence[Point], rhs: Sequence[PyTree], terms: int, draw: DrawOf) -> list[PyTree]:
+    r"""Truncated stochastic Neumann series, the same draws at every point; `terms` products a point.
+
+    .. math:: v = \eta \sum_{q=0}^{Q} \prod_{j=1}^{q} (I - \eta H_j)\, b \;\approx\; H^{-1} b, \qquad Q = \text{terms}.
+
+    The remainder is :math:`(I - \eta H)^{Q+1} H^{-1} b`. (Ji, Yang & Liang 2021, arXiv 2010.07962, Algorithm 2.)
+    """
+
+    def body(t, carry):
+        chains, sums = carry
+        chains = _contract(at, points, chains, draw(t))
+        return chains, [plus(s, r) for s, r in zip(sums, chains, strict=True)]
+
+    _, sums = jax.lax.fori_loop(0, terms, body, (list(rhs), list(rhs)))
+    return [descend(zeros(s), -jnp.asarray(at.linear_step), s) for s in sums]
+
+
+def random_neumann(
+    at: Iteration, points: Sequence[Point], rhs: Sequence[PyTree], terms: int, draw: DrawOf
+) -> tuple[list[PyTree], jax.Array]:
+    r"""One random term of the Neumann series, and p, the products that it took at each point.
+
+    .. math:: v = Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, b, \qquad p \sim U\{0, \dots, Q - 1\}, \qquad
+              E[v] = \eta \sum_{q=0}^{Q-1} (I - \eta H)^q b.
+
+    (Ghadimi & Wang 2018, arXiv 1802.02246, Algorithm 3.)
+    """
+    p = jax.random.randint(at.key, (), 0, terms, jnp.int32)
+    chains = jax.lax.fori_loop(0, p, lambda t, chains: _contract(at, points, chains, draw(t)), list(rhs))
+    return [descend(zeros(r), -terms * jnp.asarray(at.linear_step), r) for r in chains], p
+
+
+def random_solve(at: Iteration, first: int, terms: int) -> Callable[[PyTree, PyTree], tuple[PyTree, jax.Array]]:
+    """`solve` of `double_loop` by `random_neumann`, on inner draws from number `first`."""
+
+    def solve(w, rhs):
+        [v], p = random_neumann(at, [(w, at.lam)], [rhs], terms, lambda t: at.draws[first + t])
+        return v, p
+
+    return solve
+
+
+def _contract(at, points, chains, draw):
+    products = [at.hvp(w, lam, r, draw) for (w, lam), r in zip(points, chains, strict=True)]
+    return [descend(r, at.linear_step, hr) for r, hr in zip(chains, products, strict=True)]
+
+
+def double_loop(at: Iteration, steps: int, solve: Callable[[PyTree, PyTree], tuple[PyTree, Any]]) -> Iterate:
+    r"""Inner SGD from where it last ended, then :math:`\lambda \leftarrow \lambda - \gamma (\partial_\lambda F - C v)`.
+
+    `solve(w, dF/dw) -> (v, products)` approximates the linear system; C is taken on the last inner draw.
+    """
+    w, inner_loss = sgd(at, at.w, at.lam, steps)
+    outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
+    v, hvps = solve(w, outside.inner)
+    direction = minus(outside.outer, at.products(w, at.lam, v, at.draws[-1]).cross)
+    calls = Calls(inner_gradients=steps, outer_gradients=1, hvps=hvps, cross_products=1)
+    return Iterate(w, at.move_outer(direction), v, direction, inner_loss, outside.value, calls)
+
+
+def momentum(new: PyTree, old: PyTree, direction: PyTree, eta: Any, step: jax.Array) -> PyTree:
+    r"""Recursive momentum :math:`d \leftarrow g(x_k) + (1 - \eta)(d - g(x_{k-1}))`; at step 0 it is :math:`g(x_0)`.
+
+    Both gradients are taken on the same draw. (Cutkosky & Orabona 2019, arXiv 1905.10018.)
+    """
+    keep = jnp.where(step == 0, 0.0, 1.0 - jnp.asarray(eta))
+    return descend(new, -keep, minus(direction, old))
+
+
+def double_momentum(at: Iteration, eta: Any, invert: Callable[..., tuple[list[PyTree], Any]]) -> Iterate:
+    r"""One iteration of the solvers with recursive momentum on both variables.
+
+    `at.memory` is `((w, lam) before the last update, direction of w, direction of lam)`;
+    `invert(points, rhs) -> ([v at each point], products a point)`. Inner gradients and cross products are taken on
+    draw 0.
+    """
+    now, (before, d_inner, d_outer) = (at.w, at.lam), at.memory
+    points = [now, before]
+    outside = [at.outer_gradient(w, lam, at.outer_draws[0]) for w, lam in points]
+    adjoints, hvps = invert(points, [o.inner for o in outside])
+    inside = [at.products(w, lam, v, at.draws[0]) for (w, lam), v in zip(points, adjoints, strict=True)]
+    new, old = (minus(o.outer, i.cross) for o, i in zip(outside, inside, strict=True))
+    d_inner = momentum(inside[0].grad, inside[1].grad, d_inner, eta, at.step)
+    d_outer = momentum(new, old, d_outer, eta, at.step)
+    return Iterate(
+        descend(at.w, at.inner_step, d_inner),
+        at.move_outer(d_outer),
+        (now, d_inner, d_outer),
+        d_outer,
+        inside[0].value,
+        outside[0].value,
+        Calls(2, 2, 2 * hvps, 2),
+    )

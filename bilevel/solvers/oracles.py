@@ -1,0 +1,140 @@
+"""The derivatives that single-loop and stochastic solvers are made of, and what they are evaluated on.
+
+Second derivatives come from one linearisation: with p = (w, lambda),
+
+    d/de grad_p f(w + e v, lambda)  at e = 0   is   (H v, C v),   H = d2f/dw2,  C = d2f/(dlambda dw),
+
+and the same forward-mode derivative holds grad_w f(w, lambda) as its value. So the inner gradient, the Hessian-vector
+product and the cross product together cost one forward-over-reverse pass (what is not used, XLA drops). Second
+derivatives commute, so this equals the pullback of v through (w, lambda) -> grad_w f, without storing its graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from bilevel.data import FullBatch, Indexed, rows, slots
+from bilevel.problem import Problem
+from bilevel.trees import PyTree, at_step, combine
+
+
+class Draw(NamedTuple):
+    """What one call of a loss is evaluated on: a batch, a random key, and the number that keys in `outer` fold in."""
+
+    batch: PyTree
+    key: jax.Array
+    number: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """The draws of one loss in one outer iteration; `draws[t]`, where t may be a traced integer."""
+
+    batches: PyTree
+    keys: jax.Array
+    first: int
+    what: str
+
+    def __post_init__(self):
+        slots(self.batches, len(self.keys), self.what)  # a wrong leading axis is refused before any loop is traced
+
+    def __getitem__(self, t: Any) -> Draw:
+        t = t % len(self.keys) if isinstance(t, int) else t
+        xs, bind = slots(self.batches, len(self.keys), self.what)
+        return Draw(bind(jax.tree.map(lambda x: x[t], xs)), self.keys[t], self.first + t)
+
+    @property
+    def full(self) -> Draw:
+        """The whole data set; needs `Indexed` batches."""
+        return Draw(FullBatch(self.batches.arrays), self.keys[0], self.first)
+
+
+def leading(batch: PyTree) -> PyTree:
+    """One batch as a stack of one."""
+    if isinstance(batch, FullBatch):
+        return batch
+    if isinstance(batch, Indexed):
+        return Indexed(batch.arrays, batch.index[None])
+    return jax.tree.map(lambda x: x[None], batch)
+
+
+class Gradient(NamedTuple):
+    """A loss and its partial gradients; `inner` and `outer` are trees of the moving leaves."""
+
+    value: jax.Array
+    inner: PyTree
+    outer: PyTree
+
+
+class Products(NamedTuple):
+    """Inner loss, its gradient in w, H v and C v at one point, from one linearisation."""
+
+    value: jax.Array
+    grad: PyTree
+    hvp: PyTree
+    cross: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracles:
+    """Both losses as functions of the moving leaves `w` of inner and `lam` of outer, and of a `Draw`."""
+
+    problem: Problem
+    inner_fixed: PyTree
+    outer_fixed: PyTree
+
+    def inner_gradient(self, w: PyTree, lam: PyTree, draw: Draw) -> Gradient:
+        """f, with its gradients in w and in lambda: one inner gradient."""
+        return _gradient(self._inner, w, lam, draw)
+
+    def outer_gradient(self, w: PyTree, lam: PyTree, draw: Draw) -> Gradient:
+        """F, likewise: one outer gradient."""
+        return _gradient(self._outer, w, lam, draw)
+
+    def products(self, w: PyTree, lam: PyTree, v: PyTree, draw: Draw) -> Products:
+        """One inner gradient, one Hessian-vector product and one cross product; count those that are used."""
+
+        def gradients(w):
+            value, grads = jax.value_and_grad(self._inner, argnums=(0, 1))(w, lam, draw)
+            return value, *grads
+
+        (value, grad, _), (_, hvp, cross) = jax.jvp(gradients, (w,), (v,))
+        return Products(value, grad, hvp, cross)
+
+    def hvp(self, w: PyTree, lam: PyTree, v: PyTree, draw: Draw) -> PyTree:
+        """H v alone: one Hessian-vector product."""
+        return jax.jvp(lambda w: jax.grad(self._inner)(w, lam, draw), (w,), (v,))[1]
+
+    def _inner(self, w, lam, draw):
+        return self.problem.inner_value(*self._whole(w, lam, draw))[0]
+
+    def _outer(self, w, lam, draw):
+        return self.problem.outer_value(*self._whole(w, lam, draw))[0]
+
+    def _whole(self, w, lam, draw):
+        outer = combine(lam, at_step(self.outer_fixed, draw.number))
+        return combine(w, self.inner_fixed), outer, draw.batch, draw.key
+
+
+def _gradient(loss, w, lam, draw) -> Gradient:
+    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(w, lam, draw)
+    return Gradient(value, *grads)
+
+
+def passes(solver: object, draws: Draws) -> int:
+    """Batches in a pass over the data behind `draws`: ceil(N / b).
+
+    Raises:
+      ValueError: for batches that are not `Indexed`, which do not know the data they come from.
+    """
+    if not isinstance(draws.batches, Indexed):
+        side = draws.what.split()[0]
+        raise ValueError(
+            f"{type(solver).__name__} needs the whole {side} data set beside each batch, but was given "
+            f"{'no batches' if draws.batches is None else f'a {type(draws.batches).__name__}'}: "
+            f"give {side}_data as Batches(arrays, size), so that batches are Indexed."
+        )
+    return -(-rows(draws.batches.arrays) // draws.batches.index.shape[-1])

@@ -1,0 +1,67 @@
+"""The Jacobian of inner training by finite differences along random directions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.iterations import sgd
+from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, descend, minus, plus
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PZOBO(Stochastic):
+    r"""PZOBO: with :math:`w^T(\lambda)` the result of T inner steps from :math:`w` and Gaussian :math:`u_1, \dots,
+    u_J`,
+
+    .. math::
+
+        \lambda \leftarrow \lambda - \gamma \Big(\partial_\lambda F + \frac1J \sum_j
+            \Big\langle \frac{w^T(\lambda + \mu u_j) - w^T(\lambda)}{\mu},\, \partial_w F \Big\rangle\, u_j \Big),
+        \qquad w \leftarrow w^T(\lambda),
+
+    :math:`F` taken at :math:`(w^T(\lambda), \lambda)` and all trainings on the same batches.
+
+    Constant steps. Biased in two ways: it estimates the hypergradient of T unrolled steps from a constant start, and
+    finite differences add :math:`O(\mu)` times the curvature of the training map (0 where that is linear). Its variance
+    grows with the dimension of :math:`\lambda` over J, and vanishes with the hypergradient's indirect part.
+    Cost per iteration: T(1 + J) inner gradients, 1 outer gradient; T inner batches. No memory.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      inner_steps: T.
+      directions: J.
+      smoothing: mu.
+
+    References:
+      Sow, Ji & Liang 2022, arXiv 2110.07004, Algorithm 1.
+    """
+
+    inner_steps: int = static(10, kw_only=True)
+    directions: int = static(10, kw_only=True)
+    smoothing: float | jax.Array = dataclasses.field(default=0.1, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return self.inner_steps
+
+    def iterate(self, at: Iteration) -> Iterate:
+        w, inner_loss = sgd(at, at.w, at.lam, self.inner_steps)
+        outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
+
+        def along(key):
+            u = optax.tree.random_like(key, at.lam)
+            moved, _ = sgd(at, at.w, descend(at.lam, -jnp.asarray(self.smoothing), u), self.inner_steps)
+            slope = optax.tree.vdot(minus(moved, w), outside.inner) / self.smoothing
+            return jax.tree.map(lambda x: jnp.asarray(slope, x.dtype) * x, u)
+
+        samples = jax.vmap(along)(jax.random.split(at.key, self.directions))
+        indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
+        direction = plus(outside.outer, indirect)
+        calls = Calls(inner_gradients=self.inner_steps * (1 + self.directions), outer_gradients=1)
+        return Iterate(w, at.move_outer(direction), (), direction, inner_loss, outside.value, calls)

@@ -1,0 +1,47 @@
+"""One gradient step on the inner problem, on its linear system and on the outer problem, at once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.solvers.iterations import directions, follow
+from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, zeros
+from bilevel.trees import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SOBA(Stochastic):
+    r"""SOBA: with :math:`v` kept from one iteration to the next,
+
+    .. math::
+
+        w &\leftarrow w - \rho\, \partial_w f, \\
+        v &\leftarrow v - \rho_v\, (H v - \partial_w F), \\
+        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+
+    all taken at the old :math:`(w, v, \lambda)`, on one inner and one outer batch.
+
+    The paper's steps are `Power(rho, 1/2)` and `Power(gamma, 1/2)`; constant ones leave a plateau in proportion to
+    them.
+    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 cross product.
+    `State.memory` is v.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      linear_step: step size of v, a number or a schedule; None is `inner_step`.
+
+    References:
+      Dagréou, Ablin, Vaiter & Moreau 2022, arXiv 2201.13409, Algorithm 1.
+    """
+
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+
+    def start(self, w: PyTree, lam: PyTree) -> PyTree:
+        return zeros(w)
+
+    def iterate(self, at: Iteration) -> Iterate:
+        d = directions(at, (at.w, at.lam, at.memory), at.draws[0], at.outer_draws[0])
+        return follow(at, at.memory, d, Calls(1, 1, 1, 1), lambda v: v)

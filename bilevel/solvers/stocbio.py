@@ -1,0 +1,53 @@
+"""Inner SGD, then a truncated Neumann series."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.iterations import double_loop, neumann
+from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StocBiO(Stochastic):
+    r"""stocBiO: T warm-started inner SGD steps, then
+
+    .. math::
+
+        v &= \eta \sum_{q=0}^{Q} \prod_{j=1}^{q} (I - \eta H_j)\, \partial_w F \approx H^{-1} \partial_w F, \\
+        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+
+    every inner call on a batch of its own.
+
+    Constant steps. Biased by the remainder of the series, :math:`(I - \eta H)^{Q+1} H^{-1} \partial_w F`.
+    Cost per iteration: T inner gradients, 1 outer gradient, Q Hessian-vector products, 1 cross product; T + Q + 1 inner
+    batches. No memory.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      inner_steps: T.
+      terms: Q.
+      linear_step: eta of the Neumann series, at most 1 over the largest eigenvalue of H; None is `inner_step`.
+
+    References:
+      Ji, Yang & Liang 2021, arXiv 2010.07962, Algorithms 1 and 2.
+    """
+
+    inner_steps: int = static(10, kw_only=True)
+    terms: int = static(10, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return self.inner_steps + self.terms + 1
+
+    def iterate(self, at: Iteration) -> Iterate:
+        def solve(w, rhs):
+            [v] = neumann(at, [(w, at.lam)], [rhs], self.terms, lambda t: at.draws[self.inner_steps + t])
+            return v, self.terms
+
+        return double_loop(at, self.inner_steps, solve)._replace(memory=())

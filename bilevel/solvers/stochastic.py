@@ -1,0 +1,232 @@
+"""What the single-loop and stochastic solvers share: state, step sizes, one outer iteration, oracle counts.
+
+Throughout, w is `inner`, lambda `outer`, f `inner_loss`, F `outer_loss`, H = d2f/dw2, C = d2f/(dlambda dw), and v an
+estimate of H^-1 dF/dw; the hypergradient is dF/dlambda - C v. rho is `inner_step`, gamma `outer_step`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.inner import InnerState
+from bilevel.problem import Problem, as_pytree
+from bilevel.solvers.oracles import Draws, Oracles, leading
+from bilevel.trees import PyTree, advance_keys, combine, global_norm, partition
+
+StepSize = float | jax.Array | Callable[[jax.Array], Any]
+"""A constant, or a schedule `step -> size` such as those of optax; `step` counts outer iterations from 0."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Power:
+    """The schedule `value / (step + 1) ** exponent` that the papers state their step sizes in."""
+
+    value: float | jax.Array
+    exponent: float | jax.Array
+
+    def __call__(self, step: jax.Array) -> jax.Array:
+        return self.value / (step + 1.0) ** self.exponent
+
+
+class State(NamedTuple):
+    """State of a stochastic solver.
+
+    Attributes:
+      outer: the outer variable.
+      inner: the inner problem; `inner.params` is the inner variable, `inner.step` counts its updates.
+      memory: what the solver keeps beside (adjoint, momenta, tables); its own docstring says what.
+      step: outer iterations taken, int32.
+      key: randomness of what is to come.
+    """
+
+    outer: PyTree
+    inner: InnerState
+    memory: PyTree
+    step: jax.Array
+    key: jax.Array
+
+
+class Calls(NamedTuple):
+    """Oracle calls of one outer iteration, in batches.
+
+    A pass over a whole data set of N rows counts as ceil(N / b) calls, b being the rows of a batch.
+    """
+
+    inner_gradients: Any = 0
+    outer_gradients: Any = 0
+    hvps: Any = 0
+    cross_products: Any = 0
+
+
+class Iterate(NamedTuple):
+    """What one outer iteration gives: the new variables, the direction lambda moved along, losses, and counts."""
+
+    inner: PyTree
+    outer: PyTree
+    memory: PyTree
+    direction: PyTree
+    inner_loss: jax.Array
+    outer_loss: jax.Array
+    calls: Calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Iteration(Oracles):
+    """One outer iteration as a solver sees it: where it stands, its draws, and both losses.
+
+    Attributes:
+      w, lam: moving leaves of inner and outer.
+      memory: of the state.
+      step: number of the iteration.
+      draws, outer_draws: batches and keys of the two losses.
+      key: randomness of the solver itself.
+      inner_step, linear_step, outer_step: step sizes of w, of linear systems in H and of lambda, now.
+    """
+
+    w: PyTree
+    lam: PyTree
+    memory: PyTree
+    step: jax.Array
+    draws: Draws
+    outer_draws: Draws
+    key: jax.Array
+    inner_step: Any
+    linear_step: Any
+    outer_step: Any
+
+    def move_outer(self, direction: PyTree) -> PyTree:
+        """The whole `outer` after a step against `direction`: keys advanced, then projected."""
+        outer = combine(descend(self.lam, self.outer_step, direction), advance_keys(self.outer_fixed))
+        return self.problem.project(outer) if self.problem.project else outer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stochastic:
+    """Base of the solvers whose outer iteration is a fixed number of gradients and products.
+
+    Subclasses say what an iteration does (`iterate`), what it remembers (`start`), and how many batches it wants.
+
+    Args:
+      problem: the bilevel problem.
+      inner_step: step size rho of the inner variable, a number or a schedule.
+      outer_step: step size gamma of the outer variable, likewise.
+
+    Metrics of a step: `outer_loss`, `inner_loss` (on this step's batches), `hypergradient_norm` (of the direction that
+    `outer` moved along), and the oracle calls made: `inner_gradients`, `outer_gradients`, `hvps`, `cross_products`.
+
+    Raises:
+      ValueError: if a count among the settings is not an integer >= 1.
+    """
+
+    problem: Problem
+    inner_step: StepSize
+    outer_step: StepSize
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("static") and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{type(self).__name__}({field.name}={value!r}): must be an integer >= 1.")
+            if field.name != "problem" and callable(value):
+                object.__setattr__(self, field.name, as_pytree(value))
+
+    @property
+    def inner_batches(self) -> int:
+        """Inner batches a step wants."""
+        return 1
+
+    @property
+    def outer_batches(self) -> int:
+        """Outer batches a step wants; where it is not 1, `step`'s `outer_batch` has a leading axis of this length."""
+        return 1
+
+    def start(self, w: PyTree, lam: PyTree) -> PyTree:
+        """`State.memory` before the first iteration."""
+        return ()
+
+    def iterate(self, at: Iteration) -> Iterate:
+        """One outer iteration."""
+        raise NotImplementedError
+
+    def init(self, key: jax.Array) -> State:
+        """The state before the first outer iteration."""
+        outer_key, inner_key, key = jax.random.split(key, 3)
+        outer = self.problem.start_outer(outer_key)
+        inner = self.problem.start_inner(inner_key, outer)
+        memory = self.start(partition(inner)[0], partition(outer)[0])
+        zero = jnp.zeros((), jnp.int32)
+        return State(outer, InnerState(inner, (), zero), memory, zero, key)
+
+    def step(self, state: State, inner_batches: PyTree, outer_batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
+        """One outer iteration; batches in any of the forms that `bilevel.data` names.
+
+        Draw t of the inner loss sees the t-th inner batch and every random key of `outer` folded with t; those of the
+        outer loss are numbered on from `inner_batches`.
+
+        Raises:
+          ValueError: if a leading axis is not as long as `inner_batches` or `outer_batches` says.
+        """
+        next_key, key, own = jax.random.split(state.key, 3)
+        count = self.inner_batches
+        keys = jax.random.split(key, count + self.outer_batches)
+        if self.outer_batches == 1:
+            outer_batch = leading(outer_batch)
+        (w, inner_fixed), (lam, outer_fixed) = partition(state.inner.params), partition(state.outer)
+        linear_step = getattr(self, "linear_step", None)
+        at = Iteration(
+            self.problem,
+            inner_fixed,
+            outer_fixed,
+            w,
+            lam,
+            state.memory,
+            state.step,
+            Draws(inner_batches, keys[:count], 0, "inner calls"),
+            Draws(outer_batch, keys[count:], count, "outer calls"),
+            own,
+            size(self.inner_step, state.step),
+            size(self.inner_step if linear_step is None else linear_step, state.step),
+            size(self.outer_step, state.step),
+        )
+        new = self.iterate(at)
+        inner = InnerState(combine(new.inner, inner_fixed), (), state.inner.step + 1)
+        metrics = {
+            "outer_loss": new.outer_loss,
+            "inner_loss": new.inner_loss,
+            "hypergradient_norm": global_norm(new.direction),
+            **{name: jnp.asarray(n, jnp.int32) for name, n in new.calls._asdict().items()},
+        }
+        return State(new.outer, inner, new.memory, state.step + 1, next_key), metrics
+
+
+def size(step_size: StepSize, step: jax.Array) -> Any:
+    """`step_size` at outer iteration `step`."""
+    with jax.numpy_dtype_promotion("standard"):  # a schedule is the user's, or optax's
+        return step_size(step) if callable(step_size) else step_size
+
+
+def descend(tree: PyTree, step: Any, direction: PyTree) -> PyTree:
+    """`tree - step * direction`, each leaf in its own dtype."""
+    return jax.tree.map(lambda x, d: x - jnp.asarray(step).astype(x.dtype) * d.astype(x.dtype), tree, direction)
+
+
+def plus(a: PyTree, b: PyTree) -> PyTree:
+    """`a + b`."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def minus(a: PyTree, b: PyTree) -> PyTree:
+    """`a - b`."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def zeros(tree: PyTree) -> PyTree:
+    """Zeros like `tree`."""
+    return jax.tree.map(jnp.zeros_like, tree)

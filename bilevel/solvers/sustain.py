@@ -1,0 +1,59 @@
+"""Recursive momentum on both variables, the hypergradient by a random Neumann term."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.iterations import double_momentum, random_neumann
+from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic, size, zeros
+from bilevel.trees import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SUSTAIN(Stochastic):
+    r"""SUSTAIN: with :math:`D(w, \lambda) = \partial_\lambda F - C v` and :math:`v \approx H^{-1} \partial_w F` by one
+    random term of the Neumann series, as in `BSA`, the same p at both points,
+
+    .. math::
+
+        d^w_k &= \partial_w f(w_k, \lambda_k) + (1 - \eta) (d^w_{k-1} - \partial_w f(w_{k-1}, \lambda_{k-1})), \\
+        d^\lambda_k &= D(w_k, \lambda_k) + (1 - \eta) (d^\lambda_{k-1} - D(w_{k-1}, \lambda_{k-1})), \\
+        w_{k+1} &= w_k - \rho\, d^w_k, \qquad \lambda_{k+1} = \lambda_k - \gamma\, d^\lambda_k,
+
+    old and new taken on the same batches.
+
+    The paper's steps are `Power(., 1/3)` for w and lambda and `Power(eta, 2/3)`, the series' step constant. At the
+    first iteration :math:`\eta = 1`. Biased by the remainder of the series.
+    Cost per iteration: 2 inner gradients, 2 outer gradients, 2p Hessian-vector products, 2 cross products; 1 + Q inner
+    batches. `State.memory` is `((w, lam) before the last update, d_w, d_lam)`.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      terms: Q.
+      eta: the momentum's weight on the new gradient, in (0, 1], a number or a schedule.
+      linear_step: step size of the Neumann series, at most 1 over the largest eigenvalue of H; None is `inner_step`.
+
+    References:
+      Khanduri, Zeng, Hong, Wai, Wang & Yang 2021, arXiv 2102.07367, Algorithm 1.
+    """
+
+    terms: int = static(10, kw_only=True)
+    eta: StepSize = dataclasses.field(default=0.5, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return 1 + self.terms
+
+    def start(self, w: PyTree, lam: PyTree) -> PyTree:
+        return (w, lam), zeros(w), zeros(lam)
+
+    def iterate(self, at: Iteration) -> Iterate:
+        def invert(points, rhs):
+            return random_neumann(at, points, rhs, self.terms, lambda t: at.draws[1 + t])
+
+        return double_momentum(at, size(self.eta, at.step), invert)

@@ -1,0 +1,48 @@
+"""Two time scales: one inner step, then one random term of the Neumann series."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.hypergradients.base import static
+from bilevel.solvers.iterations import double_loop, random_solve
+from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TTSA(Stochastic):
+    r"""TTSA: the iteration of `BSA` with a single inner step, :math:`w` moving on a faster time scale than
+    :math:`\lambda`:
+
+    .. math::
+
+        w &\leftarrow w - \rho\, \partial_w f, \\
+        \lambda &\leftarrow \Pi\big(\lambda - \gamma\, (\partial_\lambda F - C v)\big), \qquad
+        v = Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, \partial_w F, \quad p \sim U\{0, \dots, Q - 1\}.
+
+    The paper's steps are `Power(rho, 2/5)` inside and `Power(gamma, 3/5)` outside, :math:`\eta` constant. Bias as for
+    `BSA`.
+    Cost per iteration: 1 inner gradient, 1 outer gradient, p Hessian-vector products, 1 cross product; 1 + Q inner
+    batches. No memory.
+
+    Args:
+      problem, inner_step, outer_step: as for `Stochastic`.
+      terms: Q.
+      linear_step: eta of the Neumann series, at most 1 over the largest eigenvalue of H; None is `inner_step`.
+
+    References:
+      Hong, Wai, Wang & Yang 2023, arXiv 2007.05170, Algorithm 1.
+    """
+
+    terms: int = static(10, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def inner_batches(self) -> int:
+        return 1 + self.terms
+
+    def iterate(self, at: Iteration) -> Iterate:
+        return double_loop(at, 1, random_solve(at, 1, self.terms))._replace(memory=())
