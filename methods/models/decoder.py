@@ -265,7 +265,7 @@ class Decoder(nn.Module):
     ) -> jax.Array:
         """Final hidden states [B, T, D], after the last norm: `model.apply(..., method="hidden")`.
 
-        tokens: integers [B, T]. A token outside the vocabulary gives NaN, not another token's row.
+        tokens: integers [B, T]. One outside the vocabulary makes its sequence NaN, not another token's.
         mask: bool [B, T], True at tokens that count; padding may be on either side. What comes out at padding
         means nothing. None: all count.
         adapt: the hook, see `methods.models.hooks`.
@@ -292,7 +292,11 @@ class Decoder(nn.Module):
             )
         hooks.check(adapt, c.num_layers)
 
-        x = self.embed.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        x = (
+            jnp.asarray(self.embed)
+            .at[tokens]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         index = jnp.arange(length, dtype=jnp.int32)

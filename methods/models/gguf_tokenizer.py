@@ -9,6 +9,8 @@ llama.cpp's llama-vocab.cpp.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from methods.models.checkpoints import explain
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -88,9 +90,11 @@ def _byte_level(meta: Mapping[str, Any], tokens: list[str], where: str) -> tuple
             "use the model's Hugging Face folder."
         )
     rule = _WORDS[name]
-    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
+    # The library raises bare Exceptions, for instance where a merge makes a token that is not in the vocabulary.
+    with explain(f"the tokenizer of {where} contradicts itself: fetch the file again", Exception):
+        merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges", ())]
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if rule.digits else []
     if rule.words:
         steps.append(pre_tokenizers.Split(Regex(rule.words), behavior="isolated"))

@@ -106,7 +106,7 @@ def from_hf(settings: Mapping[str, Any]) -> DecoderConfig:
         head_dim=head_dim,
         max_positions=settings["max_position_embeddings"],
         norm_eps=settings["rms_norm_eps"],
-        norm_offset=kind == "gemma",
+        norm_offset=settings.get("norm_offset", kind == "gemma"),
         activation=_ACTIVATIONS[settings["hidden_act"]],
         rope_theta=theta,
         rope_factors=factors,
@@ -131,14 +131,16 @@ def from_gguf(
         rope |= {"rope_type": "factors", "factors": read("rope_freqs.weight").tolist()}
     elif scaling != "none":
         rope |= {"rope_type": scaling, "factor": meta.get(f"{kind}.rope.scaling.factor", 1.0)}
+    layers, window = meta[f"{kind}.block_count"], meta.get(f"{kind}.attention.sliding_window")
     return {
-        # Gemma's norms are stored with their 1 added, so that as for norms and bias the file is a plain
-        # decoder's.
         "model_type": kind,
+        "norm_offset": False,  # the file's norms are stored with Gemma's 1 added
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if window else "full_attention"] * layers,
         "vocab_size": len(meta["tokenizer.ggml.tokens"]),
         "hidden_size": meta[f"{kind}.embedding_length"],
         "intermediate_size": meta[f"{kind}.feed_forward_length"],
-        "num_hidden_layers": meta[f"{kind}.block_count"],
+        "num_hidden_layers": layers,
         "num_attention_heads": meta[f"{kind}.attention.head_count"],
         "num_key_value_heads": meta.get(f"{kind}.attention.head_count_kv"),
         "head_dim": meta.get(f"{kind}.attention.key_length"),
