@@ -28,8 +28,9 @@ feed-forward layer, and N [B, T, D] the normalised stream that the branch starts
 The residual sites return what the block then adds to the stream. "Who sees whom" is [B or 1, 1, T, T]:
 causality, window and padding together (B is 1 where no padding mask is given). In the two attention maps the
 third axis is the query, the fourth the key; they are at least float32, whatever the weights are. The mask is
-applied after `attention_logits`, so no hook can let a token see the future: a key dropped with -inf or any large
-negative number gets no weight, unless the row has nothing else, which then attends evenly to what it may see.
+applied after `attention_logits`, so nothing done there can let a token see the future: a key dropped with -inf
+or any large negative number gets no weight, unless the row has nothing else, which then attends evenly to what
+it may see. (`attention_weights` comes after the mask: multiply there, or use x.)
 
 A hook returns an array of y's shape and dtype; the model raises a ValueError where it does not.
 """

@@ -231,14 +231,14 @@ def test_identity_changes_no_bit_and_every_site_matters():
     plain = logits(model, weights, TOKENS, MASK)
     for adapt in (Chain(()), Chain((models.identity, models.identity))):
         np.testing.assert_array_equal(logits(model, weights, TOKENS, MASK, adapt), plain)
-    for (
-        site
-    ) in models.SITES:  # not a mere scale, which the norm of q, or a shift, which the softmax would undo
 
-        def bend(s, here, x, y, site=site):
-            return y + s * y * y if here == site else y
+    def bend(
+        s, site, x, y
+    ):  # not a mere scale, which the norm of q, or a shift, which the softmax would undo
+        return y + s[models.SITES.index(site)] * y * y
 
-        adapt = jax.tree_util.Partial(bend, jnp.asarray([0.0, 0.1, 0.0]))
+    for number, site in enumerate(models.SITES):
+        adapt = jax.tree_util.Partial(bend, jnp.zeros((3, len(models.SITES))).at[1, number].set(0.1))
         assert np.abs(logits(model, weights, TOKENS, MASK, adapt) - plain)[MASK].max() > 1e-4, site
 
 
