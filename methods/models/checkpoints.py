@@ -49,9 +49,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json: give a folder in Hugging Face layout or a .gguf file."
-        )
+        raise FileNotFoundError(f"{folder} has no config.json: give a folder in Hugging Face layout or a .gguf file.")
     with explain(f"{path} is not valid JSON: fetch it again", ValueError):
         settings = json.loads(path.read_text(encoding="utf-8"))
     if "quantization_config" in settings:
@@ -77,19 +75,13 @@ def _tensor_files(folder: Path) -> dict[str, str]:
             home = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         missing = sorted({name for name in home.values() if not (folder / name).is_file()})
         if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks the shard {missing[0]} that its index names: fetch it again."
-            )
+            raise FileNotFoundError(f"{folder} lacks the shard {missing[0]} that its index names: fetch it again.")
         return home
     found = sorted(folder.glob("*.safetensors"))
     if (folder / "model.safetensors").is_file():
         found = [folder / "model.safetensors"]
     if len(found) != 1:
-        pickled = (
-            ""
-            if found or not list(folder.glob("*.bin"))
-            else " (its .bin files are pickles, which are not read)"
-        )
+        pickled = "" if found or not list(folder.glob("*.bin")) else " (its .bin files are pickles, which are not read)"
         raise FileNotFoundError(
             f"{folder} has {len(found) or 'no'} .safetensors files and no index{pickled}: save the "
             "model with safetensors as model.safetensors."
@@ -109,9 +101,7 @@ def _read_safetensors(path: Path, name: str) -> np.ndarray:
     import ml_dtypes  # noqa: F401  (gives numpy its bfloat16)
     from safetensors import SafetensorError, safe_open
 
-    with explain(
-        f"{path} cannot give the tensor {name!r}: fetch it again", SafetensorError, OSError, TypeError
-    ):
+    with explain(f"{path} cannot give the tensor {name!r}: fetch it again", SafetensorError, OSError, TypeError):
         with safe_open(path, "numpy") as file:
             return file.get_tensor(name)
 

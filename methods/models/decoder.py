@@ -71,19 +71,13 @@ class DecoderConfig:
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}."
-            )
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}.")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs.")
         if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
-            raise ValueError(
-                f"rope_factors has {len(self.rope_factors)} entries, not head_dim/2={self.head_dim // 2}."
-            )
+            raise ValueError(f"rope_factors has {len(self.rope_factors)} entries, not head_dim/2={self.head_dim // 2}.")
         if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(
-                f"windows has {len(self.windows)} entries, not one per layer ({self.num_layers})."
-            )
+            raise ValueError(f"windows has {len(self.windows)} entries, not one per layer ({self.num_layers}).")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {self.activation!r}: choose from {', '.join(ACTIVATIONS)}.")
 
@@ -103,9 +97,8 @@ class DecoderConfig:
 
 
 def _at_least_float32(dtype: Any) -> Any:
-    return (
-        dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
-    )  # promote_types refuses under strict promotion
+    # promote_types refuses under strict promotion
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
 class RMSNorm(nn.Module):
@@ -135,14 +128,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, adapt: hooks.Hook) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        y = jnp.einsum(
-            "bti,io->bto", x, self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
-        )
+        y = jnp.einsum("bti,io->bto", x, self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype))
         if self.use_bias:
-            y = (
-                y
-                + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
-            )
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)[None, None, :]
         return hooks.call(adapt, str(self.name), x, y)
 
 
@@ -276,9 +264,7 @@ class Decoder(nn.Module):
         """
         c = self.config
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"tokens must be integers [batch, length], not {tokens.dtype}{list(tokens.shape)}."
-            )
+            raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype}{list(tokens.shape)}.")
         batch, length = tokens.shape
         if length > c.max_positions:
             raise ValueError(
@@ -292,11 +278,7 @@ class Decoder(nn.Module):
             )
         hooks.check(adapt, c.num_layers)
 
-        x = (
-            jnp.asarray(self.embed)
-            .at[tokens]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
+        x = jnp.asarray(self.embed).at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         if c.embed_scale != 1.0:
             x = x * jnp.asarray(c.embed_scale, x.dtype)
         index = jnp.arange(length, dtype=jnp.int32)

@@ -86,14 +86,9 @@ def from_hf(settings: Mapping[str, Any]) -> DecoderConfig:
     head_dim = settings.get("head_dim") or settings["hidden_size"] // heads
     theta, factors = _rope(settings, head_dim)
     if settings["hidden_act"] not in _ACTIVATIONS:
-        raise ValueError(
-            f"activation {settings['hidden_act']!r} is not supported: {', '.join(_ACTIVATIONS)} are."
-        )
+        raise ValueError(f"activation {settings['hidden_act']!r} is not supported: {', '.join(_ACTIVATIONS)} are.")
     window = settings.get("sliding_window") or 0
-    local = (
-        settings.get("layer_types")
-        or ["sliding_attention" if kind == "mistral" else "full_attention"] * layers
-    )
+    local = settings.get("layer_types") or ["sliding_attention" if kind == "mistral" else "full_attention"] * layers
     windows = tuple(window if layer == "sliding_attention" else 0 for layer in local)
     bias = bool(settings.get("attention_bias"))
     return DecoderConfig(
@@ -120,9 +115,7 @@ def from_hf(settings: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-def from_gguf(
-    meta: Mapping[str, Any], names: frozenset[str], read: Callable[[str], np.ndarray]
-) -> dict[str, Any]:
+def from_gguf(meta: Mapping[str, Any], names: frozenset[str], read: Callable[[str], np.ndarray]) -> dict[str, Any]:
     """The settings behind a GGUF file's metadata, named as in transformers. KeyError if one is missing."""
     kind = meta["general.architecture"]
     rope: dict[str, Any] = {"rope_theta": meta.get(f"{kind}.rope.freq_base", 10_000.0)}

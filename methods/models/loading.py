@@ -98,9 +98,7 @@ def _check_dtype(dtype: Any) -> np.dtype:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"weights cannot be {dtype}: choose a floating-point dtype.")
     if dtype == np.float64 and not jax.config.read("jax_enable_x64"):
-        raise ValueError(
-            'dtype float64 needs jax.config.update("jax_enable_x64", True) before the first array.'
-        )
+        raise ValueError('dtype float64 needs jax.config.update("jax_enable_x64", True) before the first array.')
     return dtype
 
 
@@ -110,9 +108,7 @@ def _locate(name: str) -> Path:
     if path.exists():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
-        raise FileNotFoundError(
-            f"there is no model at {name}: give a folder, a .gguf file or a name on the hub."
-        )
+        raise FileNotFoundError(f"there is no model at {name}: give a folder, a .gguf file or a name on the hub.")
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -158,9 +154,7 @@ def _tokenizer(checkpoint: Checkpoint, path: Path) -> "PreTrainedTokenizerFast |
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def _weights(
-    checkpoint: Checkpoint, family: Family, config: Any, model: nn.Module, dtype: np.dtype
-) -> dict[str, Any]:
+def _weights(checkpoint: Checkpoint, family: Family, config: Any, model: nn.Module, dtype: np.dtype) -> dict[str, Any]:
     """The stacked weights, one array at a time: read into its place layer by layer, then handed to jax."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     wanted = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
@@ -202,11 +196,7 @@ def _name(checkpoint: Checkpoint, family: Family, tensor: Tensor, layer: int | N
 
 
 def _oriented(array: np.ndarray, tensor: Tensor, checkpoint: Checkpoint, family: Family) -> np.ndarray:
-    if (
-        tensor.interleaved_heads
-        and checkpoint.kind == "gguf"
-        and checkpoint.architecture in family.gguf_interleaved
-    ):
+    if tensor.interleaved_heads and checkpoint.kind == "gguf" and checkpoint.architecture in family.gguf_interleaved:
         heads = array.reshape(tensor.interleaved_heads, -1, 2, *array.shape[1:])
         array = heads.swapaxes(1, 2).reshape(array.shape)
     return array.T if tensor.transpose else array

@@ -232,9 +232,7 @@ def test_identity_changes_no_bit_and_every_site_matters():
     for adapt in (Chain(()), Chain((models.identity, models.identity))):
         np.testing.assert_array_equal(logits(model, weights, TOKENS, MASK, adapt), plain)
 
-    def bend(
-        s, site, x, y
-    ):  # not a mere scale, which the norm of q, or a shift, which the softmax would undo
+    def bend(s, site, x, y):  # the norm of q would undo a mere scale, the softmax a shift
         return y + s[models.SITES.index(site)] * y * y
 
     for number, site in enumerate(models.SITES):
@@ -282,9 +280,7 @@ GATES, DIRECTION = jnp.asarray([0.1, -0.2, 0.05]), jnp.asarray([0.5, -1.0, 2.0])
 
 def test_remat_changes_nothing():
     def run(remat):
-        return jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat)), compiler_options=QUICK)(
-            GATES
-        )
+        return jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat)), compiler_options=QUICK)(GATES)
 
     (value, gradient), (plain_value, plain_gradient) = run(True), run(False)
     np.testing.assert_allclose(value, plain_value, rtol=1e-12)
@@ -405,11 +401,7 @@ def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=Non
         for layer, one in enumerate(array) if tensor.stacked else [(None, array)]:
             one = np.asarray(one.T if tensor.transpose else one, np.float32)
             if tensor.interleaved_heads and kind == "llama":
-                one = (
-                    one.reshape(tensor.interleaved_heads, 2, -1, *one.shape[1:])
-                    .swapaxes(1, 2)
-                    .reshape(one.shape)
-                )
+                one = one.reshape(tensor.interleaved_heads, 2, -1, *one.shape[1:]).swapaxes(1, 2).reshape(one.shape)
             if tensor.path[-1] == "scale" and kind == "gemma":
                 one = one + 1
             name = tensor.gguf.format(layer=layer)
@@ -447,9 +439,7 @@ def test_load_casts_and_drops_a_tied_head(tmp_path):
     save_file(headless | {"lm_head.weight": headless["embed_tokens.weight"]}, path / "model.safetensors")
     loaded = models.load(path, dtype=jnp.float64)
     assert loaded.config == dataclasses.replace(config, qk_norm=False)
-    jax.tree.map(
-        np.testing.assert_array_equal, loaded.weights, jax.tree.map(lambda a: a.astype(jnp.float64), weights)
-    )
+    jax.tree.map(np.testing.assert_array_equal, loaded.weights, jax.tree.map(lambda a: a.astype(jnp.float64), weights))
 
 
 def test_sentencepiece_tokenizer(tmp_path):
@@ -501,9 +491,7 @@ def cut(folder: Path) -> None:
 
 
 def shard(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"a": "model-1-of-2.safetensors"}})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-1-of-2.safetensors"}}))
 
 
 def bad_tokenizer(folder: Path) -> None:
