@@ -133,12 +133,12 @@ def prepare(settings: Settings) -> Bench:
     )
 
     def encoded(rows):
-        return tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
+        batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
+        return jax.tree.map(jnp.asarray, batch)
 
     train, outer = encoded(splits.train), encoded(splits.outer)
     width = max(answer_width(train), answer_width(outer))
-    arrays = [jax.tree.map(jnp.asarray, batch) for batch in (train, outer)]
-    return Bench(pretrained, lora, task, splits, *arrays, width, len(published[0]) - len(fitting))
+    return Bench(pretrained, lora, task, splits, train, outer, width, len(published[0]) - len(fitting))
 
 
 def _fitting(task: tasks.Task, rows: list[Any], tokenizer: Any, settings: Settings) -> list[Any]:

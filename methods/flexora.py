@@ -36,7 +36,7 @@ from methods.runfolder import RunFolder
 
 
 def gate(alpha: jax.Array) -> jax.Array:
-    r"""`n softmax(alpha)`, as :math:`\exp(\alpha - \mathrm{logsumexp}(\alpha) + \log n)`: exactly 1 at alpha = 0.
+    r"""`n softmax(alpha)`: exactly 1 at alpha = 0.
 
     Args:
       alpha: layer logits `[n]`.
@@ -44,9 +44,10 @@ def gate(alpha: jax.Array) -> jax.Array:
     Returns:
       Gates `[n]`, positive, with sum n.
     """
-    # log n is written as the logsumexp of n zeros, so that both round alike.
-    zeros = jnp.zeros_like(alpha)
-    return jnp.exp(alpha - jax.nn.logsumexp(alpha) + jax.nn.logsumexp(zeros))
+    shifted = jnp.exp(alpha - jax.lax.stop_gradient(alpha.max()))
+    # The mean, written so that it is exactly 1 at alpha = 0 whatever a compiler does with a division by n: both
+    # exp(alpha - logsumexp(alpha) + log n) and n * softmax(alpha) are an ulp off there for some n.
+    return shifted / (1.0 + (shifted - 1.0).mean())
 
 
 def select(alpha: Any, top_k: int | None = None, *, threshold: float | None = None) -> list[int]:
@@ -69,7 +70,7 @@ def select(alpha: Any, top_k: int | None = None, *, threshold: float | None = No
 def cleared(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer`, its state thrown away after every step."""
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: Any, params: Any = None):
         updates, _ = optimizer.update(updates, optimizer.init(params), params)
         return updates, state
 

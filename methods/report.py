@@ -161,7 +161,7 @@ def _halves(alpha: np.ndarray) -> str:
         return "Too few steps to compare one half of the search with the other."
     first, second = alpha[steps // 2 - 1], alpha[-1] - alpha[steps // 2 - 1]
     ranks = np.stack([np.argsort(np.argsort(x)) for x in (first, second)])
-    rho = float(np.corrcoef(ranks)[0, 1])
+    rho = float(np.corrcoef(ranks).ravel()[1])
     return (
         f"What the first and the second half of the search did to the layers has rank correlation {rho:+.2f} "
         "(1: the same order, 0: unrelated)."
