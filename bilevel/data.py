@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.trees import PyTree, leaf_names
 
@@ -114,8 +115,8 @@ class Batches:
 
     def __post_init__(self):
         leaves = jax.tree.leaves(self.arrays)
-        if leaves and not all(hasattr(leaf, "shape") for leaf in leaves):
-            return  # a tree transformation holds placeholders here
+        if leaves and not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
+            return  # a tree transformation, or lowering, holds placeholders here
         count = rows(self.arrays)
         if not 1 <= self.size <= count:
             raise ValueError(
