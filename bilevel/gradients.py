@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, combine, is_inexact
+
+INNER_GRADIENT = "bilevel_inner_gradient"
+"""Name (`jax.ad_checkpoint.checkpoint_name`) of inner gradients worth keeping when their step is rematerialised."""
 
 
 class Point(NamedTuple):
@@ -64,7 +68,10 @@ def mixed_gradient(point: Point) -> Gradient:
     # The loss is traced once, here. What it captured from outside (values of a surrounding jit, vmap or grad, if the
     # problem was built inside one) comes out as `consts`: a custom rule sees its arguments only.
     closed, shape = jax.make_jaxpr(_loss, return_shape=True)(point)
-    return _mixed_gradient(_Traced(closed.jaxpr, jax.tree.structure(shape)), point, closed.consts)
+    result = _mixed_gradient(_Traced(closed.jaxpr, jax.tree.structure(shape)), point, closed.consts)
+    # Its backward pass needs the point alone, so that a kept gradient spares its evaluation. (Reverse mode needs what
+    # the evaluation leaves behind, and would gain nothing.)
+    return result._replace(grad=jax.tree.map(lambda g: checkpoint_name(g, INNER_GRADIENT), result.grad))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

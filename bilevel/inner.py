@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from bilevel import optimizers
 from bilevel.data import slots
 from bilevel.gradients import Gradient, Point, mixed_gradient
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
-from bilevel.schedules import INNER_GRADIENT, Checkpoint, scan
+from bilevel.schedules import Checkpoint, scan
 from bilevel.trees import PyTree, at_step, combine, is_key, partition
 
 
@@ -79,14 +77,12 @@ def train(
         t, slot, key = x
         point = Point(params, outer_moving, fixed, at_step(outer_fixed, t), problem, bind(slot), key)
         result = gradient(point)
-        grad = jax.tree.map(partial(checkpoint_name, name=INNER_GRADIENT), result.grad)
-        updates, new_opt_state = optimizers.update(transform, grad, opt_state, params, result.value)
+        updates, new_opt_state = optimizers.update(transform, result.grad, opt_state, params, result.value)
         opt_state = jax.tree.map(_like, new_opt_state, opt_state)
         return (optimizers.apply(params, updates), opt_state), Trace(result.value, result.aux)
 
     times = first + jnp.arange(steps, dtype=jnp.int32)
     (moving, opt_state), trace = scan(checkpoint, step, (moving, state.opt_state), (times, xs, keys), steps)
-    trace = jax.tree.map(jax.lax.stop_gradient, trace)
     return InnerState(combine(moving, fixed), opt_state, state.step + steps, state.extra), trace
 
 

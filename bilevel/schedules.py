@@ -1,29 +1,48 @@
 r"""Rematerialisation schedules: which inner steps keep their state for the backward pass.
 
-With K inner steps, a state of s bytes that moves, an inner gradient of g bytes, and residuals of r bytes a step (under
-`mode="mixed"` r is little more than s):
+With K inner steps, s bytes of state that moves, an inner gradient of g bytes (kept in `mode="mixed"` only, where it
+spares a recomputation) and r bytes that a step leaves to its backward pass (a few s in mixed mode, a whole linearised
+gradient in reverse mode), at most this is kept, and so many times the inner gradients are evaluated:
 
-| schedule | extra memory | inner gradients a step, before the backward pass |
-|---|---|---|
-| `"none"` | K (s + r) | 1 |
-| `"step"` | K (s + g) + r | 1 (mixed: the inner gradient g is kept), 2 (reverse) |
-| `"sqrt"` = `Levels(2)` | 2 sqrt(K) s + ... | 2, or 3 |
-| `Levels(n)` | n K^(1/n) s + ... | n, or n + 1 |
+| schedule | kept bytes | evaluations in mixed mode, besides those inside Hessian-vector products | in reverse mode |
+|---|---|---|---|
+| `"none"` | K r | 1 | 1 |
+| `"step"` = `Levels(1)` | K (s + g) + r | 1 | 2 |
+| `"sqrt"` = `Levels(2)` | sqrt(K) (2 s + g) + r | 2 | 3 |
+| `Levels(n)` | K^(1/n) (n s + g) + r | n | n + 1 |
+| `Binomial(c)` | (c + 1) s + r | 2 + p, where K <= (c + p)! / (c! p!) | 2 + p |
+| `Auto(bytes)` | the fastest of "none", "step", "sqrt", `Levels(3 ...)` that keeps no more than `bytes` | | |
+| `"auto"` | `Auto` with an eighth of the device's memory (of the host's, on a CPU) | | |
+
+Limits. `Binomial` allows neither forward mode nor a third level. `Auto` counts whole arrays: the batch axis of a
+surrounding `vmap` it does not see, and sharding makes it overestimate.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.extend import core as jex
 
-INNER_GRADIENT = "bilevel_inner_gradient"
-"""Name (`jax.ad_checkpoint.checkpoint_name`) of the inner gradient in a step."""
+from bilevel import treeverse
+from bilevel.gradients import INNER_GRADIENT
+from bilevel.trees import combine, partition
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
+
+SHARE = 1 / 8
+"""What part of a device's memory `checkpoint="auto"` may keep: training, data and a second derivative need the rest."""
+
+MOST_LEVELS = 8
+"""The deepest nesting `Auto` considers: beyond, the chunks of any practical K are two or three steps long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,52 +60,218 @@ class Levels:
             raise ValueError(f"Levels(n={self.n}): the number of levels must be at least 1.")
 
 
-Checkpoint = str | Levels
+@dataclasses.dataclass(frozen=True)
+class Binomial:
+    """Binomial checkpoints (`bilevel.treeverse`): the fewest recomputations possible with `c` kept states.
+
+    Raises:
+      ValueError: unless `c >= 1`.
+    """
+
+    c: int
+
+    def __post_init__(self):
+        if self.c < 1:
+            raise ValueError(f"Binomial(c={self.c}): at least one state, the first, must be kept.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """The fastest schedule that keeps at most `bytes` from the forward to the backward pass.
+
+    One step's own working memory is the same for all schedules and not counted. The choice is made from shapes, when
+    the training is traced, and costs no compilation.
+
+    Raises:
+      ValueError: unless `bytes > 0`.
+    """
+
+    bytes: float
+
+    def __post_init__(self):
+        if not self.bytes > 0:
+            raise ValueError(f"Auto(bytes={self.bytes}): the budget must be positive.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe:
+    """No schedule, but a report: tracing a training with it appends the `StepBytes` of its step to `found`."""
+
+    found: list[StepBytes]
+
+
+Checkpoint = str | Levels | Binomial | Auto | Probe
+
+_LEVELS = {"step": 1, "sqrt": 2}
 
 
 def validate(checkpoint: Checkpoint) -> None:
     """Raises ValueError unless `checkpoint` is a known schedule."""
-    if not isinstance(checkpoint, Levels) and checkpoint not in ("auto", "none", "step", "sqrt"):
+    if not isinstance(checkpoint, Levels | Binomial | Auto | Probe) and checkpoint not in ("auto", "none", *_LEVELS):
         raise ValueError(
-            f"checkpoint={checkpoint!r} is not a schedule: use 'auto', 'none', 'step', 'sqrt' or Levels(n)."
+            f"checkpoint={checkpoint!r} is not a schedule: use 'auto', 'none', 'step', 'sqrt', Levels(n), Binomial(c) "
+            "or Auto(bytes)."
         )
 
 
 def scan(checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
     """`jax.lax.scan(step, carry, xs)` whose backward pass follows the schedule `checkpoint`.
 
-    Values are the same for every schedule, bit for bit.
+    Values are the same for every schedule, bit for bit. The stacked outputs are reports: they carry no derivative.
     """
     validate(checkpoint)
+    checkpoint = choose(checkpoint, lambda: step_bytes(step, carry, xs), length)
     if checkpoint == "none":
-        return jax.lax.scan(step, carry, xs, length=length)
-    policy = jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT)
-    step = jax.checkpoint(step, prevent_cse=False, policy=policy)
-    levels = {"auto": 2, "step": 1, "sqrt": 2}[checkpoint] if isinstance(checkpoint, str) else checkpoint.n
-    return _nested(step, carry, xs, length, levels)
+        carry, ys = jax.lax.scan(step, carry, xs, length=length)
+    elif isinstance(checkpoint, Binomial):
+        carry, ys = treeverse.scan(step, carry, xs, length, checkpoint.c)
+    else:
+        carry, ys = _nested(step, carry, xs, length, levels(checkpoint))
+    return carry, jax.tree.map(jax.lax.stop_gradient, ys)
 
 
-def _nested(step: Step, carry, xs, length: int, levels: int):
-    if levels == 1 or length < 4:
-        return jax.lax.scan(step, carry, xs, length=length)
-    size = chunk_size(length, levels)
-    chunks = length // size
-    chunk = jax.checkpoint(lambda c, x: _nested(step, c, x, size, levels - 1), prevent_cse=False)
-    head = jax.tree.map(lambda x: x[: chunks * size].reshape(chunks, size, *x.shape[1:]), xs)
-    carry, ys = jax.lax.scan(chunk, carry, head, length=chunks)
-    ys = jax.tree.map(lambda y: y.reshape(chunks * size, *y.shape[2:]), ys)
-    rest = length - chunks * size
-    if rest:
-        carry, tail = _nested(step, carry, jax.tree.map(lambda x: x[chunks * size :], xs), rest, levels - 1)
-        ys = jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), ys, tail)
-    return carry, ys
+def levels(checkpoint: Checkpoint) -> int:
+    """Depth of a nested schedule."""
+    return checkpoint.n if isinstance(checkpoint, Levels) else _LEVELS[str(checkpoint)]
 
 
-def chunk_size(length: int, levels: int) -> int:
-    """Length of a chunk at the top of `levels` nested levels: near `length**((levels-1)/levels)`.
+def _nested(step: Step, carry, xs, length: int, depth: int):
+    sizes = chunks(length, depth)
+    total = math.prod(sizes)
+    step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT))
+    if total > length:
+        # A shorter last chunk would compile the step again at every level; skipped steps at the end do not.
+        step = _skipping(step)
+        last = total - length
+        xs = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], last, axis=0)]), xs)
+        xs = (jnp.arange(total) < length, xs)
 
-    A divisor of `length` is preferred where one is near, since a remainder compiles the step a second time.
+    def run(carry, xs, sizes):
+        if len(sizes) == 1:
+            return jax.lax.scan(step, carry, xs, length=sizes[0])
+        chunk = jax.checkpoint(lambda c, x: run(c, x, sizes[1:]), prevent_cse=False)
+        return jax.lax.scan(chunk, carry, xs, length=sizes[0])
+
+    xs = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), xs)
+    carry, ys = run(carry, xs, sizes)
+    return carry, jax.tree.map(lambda y: y.reshape(total, *y.shape[len(sizes) :])[:length], ys)
+
+
+def _skipping(step: Step) -> Step:
+    def skip(carry, x):
+        reports = jax.eval_shape(step, carry, x)[1]
+        return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), reports)
+
+    return lambda carry, x: jax.lax.cond(x[0], step, skip, carry, x[1])
+
+
+def chunks(length: int, depth: int) -> tuple[int, ...]:
+    """How long the loops of a nested schedule are, outermost first; their product is `length` or a little more."""
+    depth = min(depth, max(1, int(math.log2(length))))  # a loop of one step keeps its state for nothing
+    return next(found for total in itertools.count(length) if (found := _factors(total, depth)))
+
+
+def _factors(total: int, depth: int) -> tuple[int, ...] | None:
+    if depth == 1:
+        return (total,)
+    ideal = total ** (1 / depth)
+    near = [d for d in range(math.ceil(ideal / 1.5), math.floor(ideal * 1.5) + 1) if d > 1 and total % d == 0]
+    found = [(d, *rest) for d in near if (rest := _factors(total // d, depth - 1))]
+    # The innermost loop keeps the most a step, so it is the shortest.
+    return tuple(sorted(min(found, key=sum), reverse=True)) if found else None
+
+
+class StepBytes(NamedTuple):
+    """What one step of a loop is made of, in bytes.
+
+    Attributes:
+      state: the carry.
+      gradient: the inner gradient, where a rematerialised step keeps it; else 0.
+      residual: what a step that is not rematerialised leaves to its backward pass.
     """
-    ideal = length ** ((levels - 1) / levels)
-    divisors = [d for d in range(1, length + 1) if length % d == 0 and ideal / 1.5 <= d <= ideal * 1.5]
-    return min(divisors, key=lambda d: abs(math.log(d / ideal))) if divisors else max(2, round(ideal))
+
+    state: int
+    gradient: int
+    residual: int
+
+    def kept(self, checkpoint: Checkpoint, length: int) -> int:
+        """Bytes that a resolved schedule keeps of `length` steps when most is kept, at the end of the forward pass or
+        in its first recomputation."""
+        if checkpoint == "none":
+            return length * self.residual
+        if isinstance(checkpoint, Binomial):
+            return (min(checkpoint.c, length) + 1) * self.state + self.residual
+        sizes = chunks(length, levels(checkpoint))
+        return sum(sizes) * self.state + sizes[-1] * self.gradient + self.residual
+
+
+def step_bytes(step: Step, carry: Any, xs: Any) -> StepBytes:
+    """The sizes of `step(carry, x)`, from shapes alone, for `x` a slice of `xs`."""
+    carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
+    x = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
+
+    def residuals(carry, x):
+        moving, fixed = partition(carry)
+        _, pullback = jax.vjp(lambda moving: partition(step(combine(moving, fixed), x)[0])[0], moving)
+        return jax.tree.leaves(pullback)
+
+    jaxpr = jax.make_jaxpr(residuals)(carry, x).jaxpr
+    # Weights, data and slices of `xs` are there anyway; a loop hands them on without storing them.
+    given = {*jaxpr.constvars, *jaxpr.invars[len(jax.tree.leaves(carry)) :]}
+    left = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - given
+    plain = jax.make_jaxpr(step)(carry, x).jaxpr
+    named = [e.outvars[0] for e in plain.eqns if e.primitive.name == "name" and e.params["name"] == INNER_GRADIENT]
+    return StepBytes(
+        state=sum(nbytes(x) for x in jax.tree.leaves(carry)),
+        gradient=sum(nbytes(v.aval) for v in named),
+        residual=sum(nbytes(v.aval) for v in left),
+    )
+
+
+def nbytes(array: Any) -> int:
+    """Bytes of an array or abstract array; a random key counts as two words."""
+    return math.prod(array.shape) * (8 if jnp.issubdtype(array.dtype, jax.dtypes.extended) else array.dtype.itemsize)
+
+
+def choose(checkpoint: Checkpoint, sizes: Callable[[], StepBytes], length: int) -> Checkpoint:
+    """`checkpoint`, or the schedule that `"auto"` or `Auto` stands for, for `length` steps of `sizes()`.
+
+    Warns:
+      UserWarning: if no schedule keeps as little as the budget; the one that keeps least is taken.
+    """
+    if isinstance(checkpoint, Probe):
+        checkpoint.found.append(sizes())
+        return "none"
+    if checkpoint == "auto":
+        checkpoint = Auto(SHARE * device_memory())
+    if not isinstance(checkpoint, Auto):
+        return checkpoint
+    measured = sizes()
+    kept = {candidate: measured.kept(candidate, length) for candidate in _candidates(length)}
+    for candidate, size in kept.items():
+        if size <= checkpoint.bytes:
+            return candidate
+    least = min(kept, key=lambda candidate: kept[candidate])
+    warnings.warn(
+        f"Auto(bytes={checkpoint.bytes:.3g}): the schedule that keeps least, {least}, keeps {kept[least]:.3g} bytes; "
+        "Binomial(c) may keep fewer.",
+        stacklevel=2,
+    )
+    return least
+
+
+def _candidates(length: int) -> Iterator[Checkpoint]:
+    """Schedules for `length` steps, in the order of their time."""
+    yield from ("none", "step")
+    yield from (Levels(n) for n in range(2, MOST_LEVELS + 1) if len(chunks(length, n)) == n)
+
+
+def device_memory() -> int:
+    """Bytes of the default device's memory; of the host's where the device does not say (a CPU)."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on this platform: the memory of a small laptop
+        return 8 * 2**30

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from bilevel import inner, schedules
 from bilevel.data import narrow
+from bilevel.forward import forward_value_and_grad
 from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import value_and_grad
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
+from bilevel.inner import InnerState, Trace
 from bilevel.schedules import Checkpoint
 from bilevel.trees import combine, partition
 
-_GRADIENTS = {"mixed": mixed_gradient, "reverse": reverse_gradient}
+# Tangents need a gradient that can be pushed forward, which the rule of the mixed one does not allow.
+_GRADIENTS = {"mixed": mixed_gradient, "reverse": reverse_gradient, "forward": reverse_gradient}
 
 
 @jax.tree_util.register_dataclass
@@ -32,56 +36,94 @@ class Unrolled(Trained):
     With `truncate=T` only the last T steps are differentiated (and the direct term): biased, by what earlier steps
     contribute, unless T = K; the bias shrinks with the contraction of the training map to the power T.
 
+    `mode="forward"` carries :math:`dw_t/d\lambda` along instead of going back, `chunk` columns at a time: its memory
+    does not depend on K, its time is that of about n (1 + 1 / chunk) trainings for n outer numbers. It pays for a few.
+
     Args:
       optimizer: an optax transformation, or `outer -> transformation` where its settings are outer variables.
       steps: K, inner steps an outer iteration.
-      mode: `"mixed"` (forward over reverse: keeps the point of a step, not its graph) or `"reverse"`.
-      checkpoint: which steps keep their state: `"auto"`, `"none"`, `"step"`, `"sqrt"`, `Levels(n)` (`bilevel.schedules`).
+      mode: `"mixed"` (forward over reverse: keeps the point of a step, not its graph), `"reverse"` or `"forward"`.
+      checkpoint: which steps keep their state: `"auto"`, `"none"`, `"step"`, `"sqrt"`, `Levels(n)`, `Binomial(c)`,
+        `Auto(bytes)` (`bilevel.schedules`; `bilevel.plan` tells what each costs). Forward mode keeps none.
       truncate: T, or None for all steps.
+      chunk: in forward mode, how many outer numbers are differentiated at once: memory is that of `chunk` trainings.
 
     Raises:
-      ValueError: for steps < 1, an unknown mode or checkpoint, or truncate outside `[1, steps]`.
+      ValueError: for steps < 1, an unknown mode or checkpoint, truncate outside `[1, steps]`, or a chunk or a
+        checkpoint that the mode has no use for.
 
     References:
-      Franceschi et al. 2017, arXiv 1703.01785; Shaban et al. 2019, arXiv 1810.10667 (truncation);
+      Franceschi et al. 2017, arXiv 1703.01785 (reverse and forward); Shaban et al. 2019, arXiv 1810.10667 (truncation);
       Kemaev et al. 2025, arXiv 2505.00793 (mixed mode).
     """
 
     mode: str = static("mixed", kw_only=True)
     checkpoint: Checkpoint = static("auto", kw_only=True)
     truncate: int | None = static(None, kw_only=True)
+    chunk: int = static(8, kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
         if self.mode not in _GRADIENTS:
             raise ValueError(f"Unrolled(mode={self.mode!r}): the mode must be one of {', '.join(_GRADIENTS)}.")
         schedules.validate(self.checkpoint)
+        if self.mode == "forward" and self.checkpoint not in ("auto", "none"):
+            raise ValueError(
+                f"Unrolled(mode='forward', checkpoint={self.checkpoint!r}): forward mode keeps no states, so there is "
+                "nothing to schedule; leave checkpoint at 'auto'."
+            )
         if self.truncate is not None and not 1 <= self.truncate <= self.steps:
             raise ValueError(f"Unrolled(truncate={self.truncate}): must be between 1 and steps={self.steps}, or None.")
+        if not isinstance(self.chunk, int) or self.chunk < 1:
+            raise ValueError(f"Unrolled(chunk={self.chunk!r}): must be an integer >= 1.")
 
     def trajectory(self, problem, inner_state, outer, inner_batches, key, **options):
-        options = {"gradient": _GRADIENTS[self.mode], "checkpoint": self.checkpoint, **options}
-        if self.truncate in (None, self.steps):
-            return super().trajectory(problem, inner_state, outer, inner_batches, key, **options)
-        split = self.steps - self.truncate
-        keys, _ = schedule(key, self.steps)
+        state, head = self._constant_part(problem, inner_state, outer, inner_batches, key)
+        return self._moving_part(problem, state, head, outer, inner_batches, key, **options)
+
+    @property
+    def _split(self) -> int:
+        return 0 if self.truncate is None else self.steps - self.truncate
+
+    def _constant_part(self, problem, inner_state, outer, inner_batches, key) -> tuple[InnerState | None, Trace | None]:
+        """The steps before the last `truncate`, not differentiated; `(inner_state, None)` if there are none."""
+        if not self._split:
+            return inner_state, None
         frozen = jax.lax.stop_gradient
+        keys, _ = schedule(key, self.steps)
         state = frozen(self.resume(problem, inner_state, outer, key))
-        early, late = narrow(inner_batches, 0, split), narrow(inner_batches, split, self.steps)
-        state, head = inner.train(problem, self.optimizer, state, frozen(outer), early, keys[:split])
-        state = self.resume(problem, frozen(state), outer, key)
-        state, tail = inner.train(problem, self.optimizer, state, outer, late, keys[split:], first=split, **options)
+        batches = narrow(inner_batches, 0, self._split)
+        state, trace = inner.train(problem, self.optimizer, state, frozen(outer), batches, keys[: self._split])
+        return frozen(state), trace
+
+    def _moving_part(self, problem, state, head, outer, inner_batches, key, **options) -> tuple[InnerState, Trace]:
+        """The steps that are differentiated, after `_constant_part`; with the reports of all steps."""
+        # Tangents are pushed through a loop that stores nothing.
+        checkpoint = "none" if self.mode == "forward" else self.checkpoint
+        options = {"gradient": _GRADIENTS[self.mode], "checkpoint": checkpoint, "first": self._split, **options}
+        keys, _ = schedule(key, self.steps)
+        state = self.resume(problem, state, outer, key)
+        batches = narrow(inner_batches, self._split, self.steps) if self._split else inner_batches
+        state, tail = inner.train(problem, self.optimizer, state, outer, batches, keys[self._split :], **options)
+        if head is None:
+            return state, tail
         return state, jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), head, tail)
 
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients and as many Hessian-vector products."""
+        """See `Hypergradient`. Costs `steps` inner gradients and as many Hessian-vector products (in forward mode, as
+        many for each outer number)."""
         moving, fixed = partition(outer)
+        # Outside the derivative, so that forward mode runs it once and not once a chunk.
+        start, head = self._constant_part(problem, inner_state, outer, inner_batches, key)
 
-        def objective(moving):
+        def objective(moving) -> tuple[jax.Array, Any]:
             outer = combine(moving, fixed)
-            state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+            state, trace = self._moving_part(problem, start, head, outer, inner_batches, key)
             value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
             return value, (state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
 
-        (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled", sees_training=True)
+        if self.mode == "forward":
+            (value, (state, aux)), grad = forward_value_and_grad(objective, moving, self.chunk, estimator="Unrolled")
+        else:
+            (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled", sees_training=True)
         return Estimate(value, grad, state, aux)
