@@ -15,7 +15,9 @@ from bilevel.solvers.saba import SABA as SABA
 from bilevel.solvers.soba import SOBA as SOBA
 from bilevel.solvers.srba import SRBA as SRBA
 from bilevel.solvers.stocbio import StocBiO as StocBiO
+from bilevel.solvers.stochastic import Calls as Calls
 from bilevel.solvers.stochastic import Power as Power
+from bilevel.solvers.stochastic import State as State
 from bilevel.solvers.sustain import SUSTAIN as SUSTAIN
 from bilevel.solvers.ttsa import TTSA as TTSA
 from bilevel.solvers.vrbo import VRBO as VRBO

@@ -10,7 +10,7 @@ import optax
 
 from bilevel.hypergradients.base import static
 from bilevel.solvers.iterations import sgd
-from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, descend, minus
+from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
 from bilevel.trees import global_norm
 
 
@@ -25,14 +25,15 @@ class BOME(Stochastic):
         (w, \lambda) \leftarrow (w, \lambda) - (\rho, \gamma) \odot (\nabla F + \sigma \nabla q), \qquad
         \sigma = \max\Big(\eta - \frac{\langle \nabla F, \nabla q \rangle}{\|\nabla q\|^2},\; 0\Big) .
 
-    :math:`\sigma` is 0 where :math:`\nabla q = 0`. Deterministic in the paper, with constant steps. Near the solution
-    the direction of :math:`\nabla q` turns abruptly, so that constant steps end in a neighbourhood that shrinks with
-    them and with 1/T.
+    :math:`\sigma` is 0 where :math:`\nabla q = 0`. Deterministic in the paper, with constant steps. Biased by
+    :math:`(I - \alpha H)^T`, what the T steps of size :math:`\alpha` leave of the gap; and as the direction of
+    :math:`\nabla q` turns abruptly near the solution, constant steps end in a neighbourhood that shrinks with them.
     Cost per iteration: T + 2 inner gradients, 1 outer gradient; T + 2 inner batches. No memory.
 
     Args:
-      problem, inner_step, outer_step: as for `Stochastic`. rho is also the step of the T inner steps.
+      problem, inner_step, outer_step: as for `Stochastic`.
       inner_steps: T.
+      gap_step: alpha, a number or a schedule; None is `inner_step`.
       eta: how much of the gap's decrease is asked for.
 
     References:
@@ -40,6 +41,7 @@ class BOME(Stochastic):
     """
 
     inner_steps: int = static(10, kw_only=True)
+    gap_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
     eta: float | jax.Array = dataclasses.field(default=0.5, kw_only=True)
 
     @property
@@ -47,7 +49,9 @@ class BOME(Stochastic):
         return self.inner_steps + 2
 
     def iterate(self, at: Iteration) -> Iterate:
-        trained, _ = sgd(at, at.w, at.lam, self.inner_steps)
+        gap_step = self.inner_step if self.gap_step is None else self.gap_step
+        trainer = dataclasses.replace(at, inner_step=size(gap_step, at.step))
+        trained, _ = sgd(trainer, at.w, at.lam, self.inner_steps)
         outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
         inside = at.inner_gradient(at.w, at.lam, at.draws[-2])
         beyond = at.inner_gradient(trained, at.lam, at.draws[-1])

@@ -126,6 +126,6 @@ class Blocks:
         j = self.drawn
         size = jnp.minimum(self._size, self._count - j * self._size)
         difference = minus(new, jax.tree.map(lambda t: t[j], table.rows))
-        share = jax.tree.map(lambda d: (size / self._count).astype(d.dtype) * d, difference)
+        share = jax.tree.map(lambda d: size.astype(d.dtype) / self._count * d, difference)
         kept = jax.tree.map(lambda t, x: t.at[j].set(x), table.rows, new)
         return plus(difference, table.average), Table(kept, plus(table.average, share))

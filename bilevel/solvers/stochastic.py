@@ -31,7 +31,7 @@ class Power:
     exponent: float | jax.Array
 
     def __call__(self, step: jax.Array) -> jax.Array:
-        return self.value / (step + 1.0) ** self.exponent
+        return self.value / (jnp.asarray(step, jnp.result_type(float)) + 1) ** self.exponent
 
 
 class State(NamedTuple):
