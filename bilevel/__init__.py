@@ -4,7 +4,9 @@ from bilevel.data import Batches as Batches
 from bilevel.data import FullBatch as FullBatch
 from bilevel.data import Indexed as Indexed
 from bilevel.fit import fit as fit
+from bilevel.guards import InexactHypergradientWarning as InexactHypergradientWarning
 from bilevel.guards import StructuralZeroWarning as StructuralZeroWarning
+from bilevel.guards import warn_if_inexact as warn_if_inexact
 from bilevel.hypergradients import SAMA as SAMA
 from bilevel.hypergradients import Aux as Aux
 from bilevel.hypergradients import Estimate as Estimate
@@ -17,6 +19,7 @@ from bilevel.hypergradients import Implicit as Implicit
 from bilevel.hypergradients import ImplicitSolve as ImplicitSolve
 from bilevel.hypergradients import OneStep as OneStep
 from bilevel.hypergradients import PersistentES as PersistentES
+from bilevel.hypergradients import Reversible as Reversible
 from bilevel.hypergradients import Unrolled as Unrolled
 from bilevel.hypergradients import value_and_hypergrad as value_and_hypergrad
 from bilevel.inner import InnerState as InnerState
@@ -27,11 +30,15 @@ from bilevel.linear_solvers import Dense as Dense
 from bilevel.linear_solvers import Neumann as Neumann
 from bilevel.linear_solvers import NormalCG as NormalCG
 from bilevel.linear_solvers import Nystrom as Nystrom
+from bilevel.planning import Plan as Plan
+from bilevel.planning import plan as plan
 from bilevel.problem import Problem as Problem
 from bilevel.proximal import proximal_gradient as proximal_gradient
 from bilevel.proximal import soft_threshold as soft_threshold
 from bilevel.run import Result as Result
 from bilevel.run import run as run
+from bilevel.schedules import Auto as Auto
+from bilevel.schedules import Binomial as Binomial
 from bilevel.schedules import Levels as Levels
 from bilevel.solvers import Nested as Nested
 from bilevel.solvers import Solver as Solver

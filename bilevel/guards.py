@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
@@ -98,6 +99,30 @@ def _report(reached: list[bool], moving: PyTree, estimator: str, remedy: str | N
             StructuralZeroWarning,
             stacklevel=5,
         )
+
+
+class InexactHypergradientWarning(UserWarning):
+    """A hypergradient rests on a point that is not trained, or on a linear system that is not solved."""
+
+
+def warn_if_inexact(info: dict[str, Any], *, stationarity: float = 0.1, linear: float = 0.01) -> None:
+    """Looks at the `info` of implicit estimators, on the host: call it where the numbers have arrived, not in a trace.
+
+    Args:
+      info: `Estimate.aux.info`; entries it does not have, and numbers of more than one estimate, are fine.
+      stationarity, linear: largest `stationarity_relative` and `linear_residual` that go without a warning.
+
+    Warns:
+      InexactHypergradientWarning: once for each, with the largest value and the remedy.
+    """
+    limits = {
+        "stationarity_relative": (stationarity, "the inner problem is not solved", "train more steps, or use Unrolled"),
+        "linear_residual": (linear, "the linear system is not solved", "allow more iterations, or raise damping"),
+    }
+    for name, (limit, problem, remedy) in limits.items():
+        worst = float(np.max(np.asarray(info.get(name, 0.0))))
+        if not worst <= limit:
+            warnings.warn(f"{name} is {worst:.2g}: {problem}; {remedy}.", InexactHypergradientWarning, stacklevel=2)
 
 
 def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[list[bool]]:

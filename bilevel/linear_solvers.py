@@ -219,8 +219,8 @@ class GMRES:
 class BiCGStab:
     """Stabilised biconjugate gradients, for any nonsingular A, in the memory of a few vectors.
 
-    Converges as a rule, not by a theorem: it breaks down where an inner product vanishes, and then returns what it has.
-    Two matvecs an iteration, one at the start.
+    Converges as a rule, not by a theorem: it may break down where an inner product vanishes, and then returns what it
+    has, or its start if that is no number; the linear residual shows it. Two matvecs an iteration, one at the start.
 
     Args:
       tol, max_steps, preconditioner: as for `GMRES`; `max_steps` counts iterations.
@@ -245,6 +245,10 @@ class BiCGStab:
         inverse = _inverse(self.preconditioner, matvec, rhs, key)
         method = lambda rtol, atol: lx.BiCGStab(rtol, atol, norm=global_norm, max_steps=self.max_steps)  # noqa: E731
         solution, steps = _krylov(method, self.tol, matvec, rhs, start, (), inverse)
+        # lineax's divides 0 by 0 where the start is already exact.
+        finite = jnp.isfinite(global_norm(solution))
+        start = jax.tree.map(jnp.zeros_like, rhs) if start is None else start
+        solution = jax.tree.map(lambda x, s: jnp.where(finite, x, s), solution, start)
         return solution, _info(steps, 2 * steps + 1 + sketched)
 
 

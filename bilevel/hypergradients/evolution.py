@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
 from bilevel.trees import PyTree, combine, partition, widened
@@ -52,7 +53,8 @@ class EvolutionStrategies(Trained):
 
         def value(moving):
             outer = combine(moving, fixed)
-            state, _ = self.trajectory(problem, inner_state, outer, inner_batches, key)
+            # A gradient with a rule of its own would hide from the trace what it reads.
+            state, _ = self.trajectory(problem, inner_state, outer, inner_batches, key, gradient=reverse_gradient)
             return self.outer_loss(problem, state.params, outer, outer_batch, key)[0]
 
         state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
 from bilevel.hypergradients.evolution import check_population, mirrored, perturbations, weighted
@@ -89,7 +90,8 @@ class PersistentES(Trained):
 
         def member(moving, particle=None):
             outer = combine(moving, fixed)
-            after, _ = self.trajectory(problem, particle, outer, inner_batches, key)
+            # A gradient with a rule of its own would hide from the trace what it reads.
+            after, _ = self.trajectory(problem, particle, outer, inner_batches, key, gradient=reverse_gradient)
             after = after._replace(extra=None)
             return self.outer_loss(problem, after.params, outer, outer_batch, key)[0], after
 
