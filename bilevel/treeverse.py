@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core as jex
 
 from bilevel.trees import combine, is_inexact, partition
 
@@ -115,7 +116,8 @@ class _Traced:
     slots: int
 
     def __call__(self, consts, carry, x):
-        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, consts, *jax.tree.leaves((carry, x))))
+        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, consts))
+        return jax.tree.unflatten(self.structure, run(*jax.tree.leaves((carry, x))))
 
 
 def _primal(step: _Traced, consts, carry, xs):

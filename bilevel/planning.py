@@ -1,0 +1,294 @@
+r"""What a hypergradient will cost before it is run: time in gradient evaluations, and memory, for every schedule.
+
+Memory is that of a compiled program of a few steps, plus what more steps keep, by the arithmetic of
+`bilevel.schedules`. Two such programs are compiled for each mode, with and without rematerialised steps, whatever the
+number of steps and schedules. Time is counted in floating-point operations of the traced program (`flops`).
+
+Limits. The compiler may share a computation that is counted twice here, and it lays out very small programs (kept
+states below a few kilobytes) as it likes. Only `Unrolled` has schedules to plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import partial_eval
+from rich.console import Console
+from rich.table import Table
+
+from bilevel import schedules, treeverse
+from bilevel.data import narrow, slots
+from bilevel.hypergradients.base import schedule
+from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.inner import InnerState
+from bilevel.problem import Problem
+from bilevel.schedules import Binomial, Checkpoint, Levels, StepBytes
+from bilevel.trees import PyTree, at_step, combine, partition
+
+_SHORT = 4
+"""Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The cost of one estimate.
+
+    Attributes:
+      mode, checkpoint: as for `Unrolled`.
+      flops: floating-point operations.
+      evaluations: these in units of one inner gradient.
+      temp_bytes: peak of temporary memory, besides arguments and results.
+    """
+
+    mode: str
+    checkpoint: Checkpoint
+    flops: float
+    evaluations: float
+    temp_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Predicted costs of one estimate for every mode and schedule; printed as a table.
+
+    Attributes:
+      steps: K, the inner steps.
+      rows: one `Row` for every mode and schedule.
+      chosen: the row of the hypergradient that was planned, "auto" resolved.
+    """
+
+    steps: int
+    rows: tuple[Row, ...]
+    chosen: Row
+
+    def row(self, mode: str, checkpoint: Checkpoint) -> Row:
+        """The row of a mode and a schedule.
+
+        Raises:
+          KeyError: if it was not planned.
+        """
+        for row in self.rows:
+            if (row.mode, row.checkpoint) == (mode, checkpoint):
+                return row
+        raise KeyError(f"no row for mode={mode!r}, checkpoint={checkpoint!r}")
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"One hypergradient through {self.steps} steps")
+        for name in ("mode", "checkpoint", "gradients", "a step", "GFLOP", "temporary MB"):
+            table.add_column(name, justify="left" if name in ("mode", "checkpoint") else "right")
+        for row in self.rows:
+            name = row.checkpoint if isinstance(row.checkpoint, str) else repr(row.checkpoint)
+            numbers = (row.evaluations, row.evaluations / self.steps, row.flops / 1e9, row.temp_bytes / 1e6)
+            cells = (f"{n:,.2f}" if n < 100 else f"{n:,.0f}" for n in numbers)
+            table.add_row(row.mode, name, *cells, style="bold" if row == self.chosen else None)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100, file=io.StringIO())
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def plan(
+    problem: Problem,
+    hypergradient: Unrolled,
+    outer: PyTree,
+    inner_batches: PyTree,
+    outer_batch: PyTree,
+    key: jax.Array,
+    *,
+    inner_state: InnerState | None = None,
+) -> Plan:
+    """Predicts time and memory of `hypergradient.estimate` for every mode and schedule; nothing is run.
+
+    Args:
+      problem, outer, inner_batches, outer_batch, key, inner_state: what `estimate` is to be given.
+      hypergradient: an `Unrolled`; its optimizer, steps, truncation and chunk are kept, mode and schedule varied.
+
+    Raises:
+      TypeError: for an estimator without schedules.
+    """
+    if not isinstance(hypergradient, Unrolled):
+        raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
+    arguments = (problem, inner_state, outer, inner_batches, outer_batch, key)
+    through = hypergradient.truncate or hypergradient.steps
+    gradient = _gradient_flops(problem, hypergradient, outer, inner_batches, key)
+    step = flops(_solve, hypergradient, *arguments[:4], key) / hypergradient.steps
+    rows = []
+    for mode in ("mixed", "reverse", "forward"):
+        own = dataclasses.replace(hypergradient, mode=mode, checkpoint="none")
+        rest, plain = _fixed_bytes(own, *arguments), _Traced.of(own, *arguments)
+        rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, rest + plain.kept))
+        if mode == "forward":
+            break
+        rest = _fixed_bytes(dataclasses.replace(own, checkpoint="step"), *arguments)
+        for checkpoint in _table(through, hypergradient.checkpoint):
+            if isinstance(checkpoint, Binomial):
+                slots = min(checkpoint.c, through)
+                count = plain.flops + (through + treeverse.evaluations(through, slots)) * step
+                kept = (slots + 1) * _sizes(own, *arguments).state
+            else:
+                traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
+                count, kept = traced.flops, traced.kept
+            rows.append(Row(mode, checkpoint, count, count / gradient, rest + kept))
+    return Plan(hypergradient.steps, tuple(rows), _chosen(rows, hypergradient, arguments, through))
+
+
+def _table(length: int, own: Checkpoint) -> list[Checkpoint]:
+    table: list[Checkpoint] = ["step", "sqrt", Levels(3), Binomial(max(2, math.ceil(math.log2(length + 1))))]
+    known = [*table, "auto", "none", Levels(1), Levels(2)]
+    return table if own in known or isinstance(own, schedules.Auto) else [*table, own]
+
+
+def _chosen(rows: list[Row], hypergradient: Unrolled, arguments: tuple[Any, ...], length: int) -> Row:
+    checkpoint: Checkpoint = "none"
+    if hypergradient.mode != "forward":
+        checkpoint = schedules.choose(hypergradient.checkpoint, lambda: _sizes(hypergradient, *arguments), length)
+    aliases = {Levels(1): "step", Levels(2): "sqrt"}
+    wanted = aliases[checkpoint] if checkpoint in aliases else checkpoint
+    found = [row for row in rows if (row.mode, row.checkpoint) == (hypergradient.mode, wanted)]
+    if found:
+        return found[0]
+    # A depth that "auto" found and the table does not show: every level costs another forward pass.
+    own = dataclasses.replace(hypergradient, checkpoint=checkpoint)
+    return plan(arguments[0], own, *arguments[2:], inner_state=arguments[1]).chosen
+
+
+class _Traced(NamedTuple):
+    """A traced estimate: its operations, and the bytes that its loops keep for the backward pass."""
+
+    flops: float
+    kept: int
+
+    @classmethod
+    def of(cls, hypergradient: Unrolled, *arguments: Any) -> _Traced:
+        jaxpr = jax.make_jaxpr(_estimate)(hypergradient, *arguments).jaxpr
+        # What no result is computed from is not kept either: of a quadratic, for one, not even the iterates.
+        jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        return cls(_count(jaxpr), _kept(jaxpr))
+
+
+def _fixed_bytes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> int:
+    """Temporary bytes, from a compiled program of a few steps, that do not depend on the number of steps."""
+    steps = min(_SHORT, hypergradient.steps)
+    short = dataclasses.replace(hypergradient, steps=steps, truncate=None)
+    arguments = (problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key)
+    return temp_bytes(_estimate, short, *arguments) - _Traced.of(short, *arguments).kept
+
+
+def _kept(jaxpr: Any) -> int:
+    """Bytes that loops stack up for later ones: all of this level, and the most that is inside one of them."""
+    results = set(jaxpr.outvars)
+    stacked, inside = 0, 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            stacks = eqn.outvars[eqn.params["num_carry"] :]
+            stacked += sum(schedules.nbytes(v.aval) for v in stacks if v not in results and _is_used(v))
+        inside = max([inside, *(_kept(inner) for inner in _jaxprs(eqn.params))])
+    return stacked + inside
+
+
+def _is_used(variable: Any) -> bool:
+    return type(variable).__name__ != "DropVar"
+
+
+def _estimate(hypergradient, *arguments):
+    return hypergradient.estimate(*arguments)
+
+
+def _solve(hypergradient, problem, state, outer, inner_batches, key):
+    return hypergradient.solve(problem, state, outer, inner_batches, key)
+
+
+def _sizes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> StepBytes:
+    probe = schedules.Probe([])
+    measured = dataclasses.replace(hypergradient, checkpoint=probe)
+    jax.eval_shape(lambda *arguments: _solve(measured, *arguments), problem, state, outer, inner_batches, key)
+    return probe.found[-1]
+
+
+def _gradient_flops(problem: Problem, hypergradient: Unrolled, outer, inner_batches, key) -> float:
+    def gradient(problem, outer, inner_batches, key):
+        xs, bind = slots(inner_batches, hypergradient.steps)
+        batch = bind(jax.tree.map(lambda x: x[0], xs))
+        moving, fixed = partition(problem.start_inner(key, outer))
+        at = at_step(outer, 0)
+        keys, _ = schedule(key, hypergradient.steps)
+        return jax.grad(lambda moving: problem.inner_value(combine(moving, fixed), at, batch, keys[0])[0])(moving)
+
+    return flops(gradient, problem, outer, inner_batches, key)
+
+
+def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """Peak bytes of temporary memory of the compiled `function(*arguments)`, which is not run.
+
+    Raises:
+      RuntimeError: if the backend does not tell.
+    """
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"The {jax.default_backend()} backend has no memory analysis, so memory cannot be planned.")
+    return analysis.temp_size_in_bytes
+
+
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of `function(*arguments)`, counted in its jaxpr.
+
+    A matrix product of (m, k) and (k, n) counts 2 m k n, every other operation on floating-point numbers one for each
+    element of its largest argument or result; moving data counts nothing. The body of a `scan` counts as often as it
+    runs (`cost_analysis` counts it once), of a `cond` the dearest branch counts, of a `while_loop` one turn.
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+_MOVES = frozenset(
+    "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather concatenate pad rev "
+    "copy copy_p convert_element_type bitcast_convert_type iota stop_gradient device_put name select_n "
+    "optimization_barrier split".split()
+)
+
+
+def _count(jaxpr: Any) -> float:
+    return float(sum(_cost(eqn) for eqn in jaxpr.eqns if eqn.primitive.name not in _MOVES))
+
+
+def _cost(eqn: Any) -> float:
+    if eqn.primitive.name == "cond":
+        return max(_count(branch.jaxpr) for branch in eqn.params["branches"])
+    inside = list(_jaxprs(eqn.params))
+    if inside and not _is_reduction(eqn):
+        return eqn.params.get("length", 1) * sum(_count(jaxpr) for jaxpr in inside)
+    out = sum(_elements(v) for v in eqn.outvars)
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+    return max([out, *(_elements(v) for v in eqn.invars)])
+
+
+def _is_reduction(eqn: Any) -> bool:
+    return eqn.primitive.name.startswith(("reduce", "scatter", "cum", "arg", "sort"))
+
+
+def _jaxprs(params: dict[str, Any]):
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def _elements(variable: Any) -> int:
+    aval = variable.aval
+    inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, np.inexact)
+    return math.prod(aval.shape) if inexact else 0
