@@ -1,0 +1,197 @@
+"""Hypergradients side by side, on the user's own problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.data import Batches, FullBatch, Indexed
+from bilevel.hypergradients.base import Hypergradient
+from bilevel.planning import flops, gradient_flops
+from bilevel.problem import Problem
+from bilevel.trees import PyTree, global_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one hypergradient gave and cost.
+
+    Attributes:
+      name: its name in the comparison.
+      value: outer loss at its trained point.
+      norm: Euclidean norm of its gradient.
+      cosine: cosine of the angle to the reference's gradient; NaN where one of them is 0.
+      relative_error: |g - g_ref| / |g_ref|.
+      seconds: least time of an estimate, compiled and warm.
+      gradients: its floating-point operations, in those of one inner gradient; a loop whose length is not known
+        beforehand (an iterative linear solver) counts one turn.
+      temporary: bytes of temporary memory.
+      compile_seconds: of tracing and compiling.
+      grad: the gradient.
+    """
+
+    name: str
+    value: float
+    norm: float
+    cosine: float
+    relative_error: float
+    seconds: float
+    gradients: float
+    temporary: int
+    compile_seconds: float
+    grad: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, the reference first; prints as a table."""
+
+    rows: tuple[Row, ...]
+    reference: str
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r} was not compared: there are {', '.join(row.name for row in self.rows)}.")
+
+    def __rich__(self) -> Any:
+        from rich.table import Table  # slow to import
+
+        table = Table(title=f"Hypergradients, against {self.reference}")
+        columns = "estimator, outer loss, cosine, relative error, seconds, gradients, temporary MB, compile s"
+        for i, column in enumerate(columns.split(", ")):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in self.rows:
+            numbers = f"{row.value:.6g}", f"{row.cosine:.6f}", f"{row.relative_error:.2e}", f"{row.seconds:.2e}"
+            costs = f"{row.gradients:.1f}", f"{row.temporary / 1e6:.2f}", f"{row.compile_seconds:.1f}"
+            table.add_row(row.name, *numbers, *costs)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+    def plot(self, axes: Any = None) -> Any:
+        """Relative error against cost (inner gradients) and against temporary memory; returns the matplotlib axes."""
+        from bilevel.plots import cost_and_error
+
+        return cost_and_error(self.rows, self.reference, axes)
+
+
+def compare(
+    problem: Problem,
+    hypergradients: Mapping[str, Hypergradient],
+    *,
+    reference: str,
+    inner_data: Any = None,
+    outer_data: Any = None,
+    outer: PyTree = None,
+    key: jax.Array | None = None,
+    repeats: int = 3,
+) -> Comparison:
+    """Estimates the same hypergradient in several ways, from a cold start and with the same data and random keys.
+
+    Args:
+      problem: the problem.
+      hypergradients: name -> estimator; they may train for different numbers of steps.
+      reference: name of the one that the others are measured against.
+      inner_data, outer_data: as for `run`, without iterators.
+      outer: the point; by default `problem.start_outer(key)`.
+      key: randomness; None is `jax.random.key(0)`.
+      repeats: how often each is timed; they take turns, and the least time counts.
+
+    Raises:
+      ValueError: if `reference` is not among `hypergradients`.
+    """
+    if reference not in hypergradients:
+        raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
+    key = jax.random.key(0) if key is None else key
+    outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
+    outer = problem.start_outer(outer_key) if outer is None else outer
+    outer_batch = _one(outer_data, batch_key)
+    compiled, costs = {}, {}
+    for name, estimator in hypergradients.items():
+        batches = _several(inner_data, inner_key, estimator.steps)
+        arguments = estimator, problem, None, outer, batches, outer_batch, start_key
+        begun = time.perf_counter()
+        function = jax.jit(_estimate).lower(*arguments).compile()
+        took = time.perf_counter() - begun
+        costs[name] = {
+            "gradients": flops(_estimate, *arguments) / gradient_flops(problem, estimator, outer, batches, start_key),
+            "temporary": function.memory_analysis().temp_size_in_bytes,
+            "compile_seconds": took,
+        }
+        compiled[name] = lambda function=function, arguments=arguments: function(*arguments)
+    results = {name: jax.block_until_ready(call()) for name, call in compiled.items()}
+    seconds = _times(compiled, repeats)
+    target = results[reference].grad
+
+    def row(name: str) -> Row:
+        estimate = results[name]
+        return Row(
+            name=name,
+            value=float(estimate.value),
+            norm=float(global_norm(estimate.grad)),
+            cosine=_cosine(estimate.grad, target),
+            relative_error=_relative_error(estimate.grad, target),
+            seconds=seconds[name],
+            grad=estimate.grad,
+            **costs[name],
+        )
+
+    names = [reference, *(name for name in hypergradients if name != reference)]
+    return Comparison(tuple(row(name) for name in names), reference)
+
+
+def _estimate(hypergradient, *arguments):
+    return hypergradient.estimate(*arguments)
+
+
+def _several(data: Any, key: jax.Array, count: int) -> Any:
+    if isinstance(data, Batches):
+        return data.take(key, 0, count)
+    return data if data is None or isinstance(data, FullBatch) else FullBatch(jax.tree.map(jnp.asarray, data))
+
+
+def _one(data: Any, key: jax.Array) -> Any:
+    if isinstance(data, Batches):
+        batch = data.take(key, 0, 1)
+        return Indexed(batch.arrays, batch.index[0])
+    return _several(data, key, 1)
+
+
+def _times(calls: Mapping[str, Any], repeats: int) -> dict[str, float]:
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(call())
+            best[name] = min(best[name], time.perf_counter() - begun)
+    return best
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0)
+
+
+def _cosine(a: PyTree, b: PyTree) -> float:
+    a, b = _flat(a), _flat(b)
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(np.real(np.vdot(a, b)) / scale) if scale else float("nan")
+
+
+def _relative_error(a: PyTree, b: PyTree) -> float:
+    a, b = _flat(a), _flat(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b)) if b.any() else float("nan")

@@ -1,0 +1,313 @@
+"""Flexora's invariants, its recipes, and the command line around them."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from methods import cli, flexora
+from methods.adapters.lora import LoRAConfig
+from methods.models.decoder import Decoder, DecoderConfig
+
+LAYERS = 4
+LORA = LoRAConfig(rank=2, alpha=4.0)
+CONFIG = DecoderConfig(
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=LAYERS,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=16,
+)
+MODEL = Decoder(CONFIG, param_dtype=jnp.float64)
+
+
+@functools.cache
+def setting():
+    """`(weights, loss, train batch, validation batch)` of a small decoder in float64."""
+    tokens = [jax.random.randint(jax.random.key(i), (4, 10), 0, CONFIG.vocab_size) for i in range(2)]
+    weights = MODEL.init(jax.random.key(2), tokens[0])["params"]
+    weights = jax.tree.map(lambda w: 4.0 * w if w.ndim > 1 else w, weights)
+
+    def loss(weights, adapt, batch):
+        logits = MODEL.apply({"params": weights}, batch, None, adapt)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:]).mean()
+
+    return weights, loss, *tokens
+
+
+def start(key):
+    return LORA.init(key, CONFIG.site_shapes(), LAYERS, jnp.float64)
+
+
+def problem(**options):
+    weights, loss, _, _ = setting()
+    return flexora.problem(loss, weights, LORA, start, LAYERS, **options)
+
+
+@functools.cache
+def estimate(kind, steps, learning_rate=0.1):
+    _, _, train, validation = setting()
+    estimator = kind(optax.sgd(learning_rate), steps)
+    run = jax.jit(lambda e, p, o, k: e.estimate(p, None, o, bilevel.FullBatch(train), validation, k))
+    return run(estimator, problem(), jnp.zeros(LAYERS), jax.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_gate_is_exactly_one_at_the_start(dtype):
+    sizes = [1, 2, 3, 5, 7, 12, 24, 30, 32, 47, 49, 64, 127, 128]
+    gates = jax.jit(lambda alphas: [flexora.gate(a) for a in alphas])([jnp.zeros(n, dtype) for n in sizes])
+    for gate in gates:
+        assert gate.dtype == dtype
+        np.testing.assert_array_equal(gate, 1.0)
+
+
+def test_gates_sum_to_the_number_of_layers():
+    alpha = 3.0 * jax.random.normal(jax.random.key(0), (30,))
+    np.testing.assert_allclose(flexora.gate(alpha).sum(), 30.0, rtol=1e-14)
+
+
+def test_alpha_zero_is_plain_lora_bit_for_bit():
+    weights, loss, train, _ = setting()
+    params = jax.tree.map(lambda x: x + 0.3, start(jax.random.key(3)))
+    gated, plain = jax.jit(
+        lambda alpha: (problem().inner_value(params, alpha, train, None)[0], loss(weights, LORA.bind(params), train))
+    )(jnp.zeros(LAYERS))
+    assert gated == plain
+
+
+def test_first_order_gradient_is_zero_before_the_first_step():
+    _, _, _, validation = setting()
+    params = start(jax.random.key(0))
+    grad = jax.grad(lambda alpha: problem().outer_value(params, alpha, validation, None)[0])(jnp.ones(LAYERS))
+    np.testing.assert_array_equal(grad, 0.0)
+
+
+def test_one_sgd_step_from_zero_b_is_twice_first_order_for_small_steps():
+    # d/dg of  <grad_B L_val, g^2 ...>: the update is linear in the gate, and the gate acts once more on what it moved.
+    unrolled, first_order = (estimate(kind, 1, 1e-6).grad for kind in (bilevel.Unrolled, bilevel.FirstOrder))
+    assert jnp.abs(first_order).min() > 0
+    np.testing.assert_allclose(unrolled, 2.0 * first_order, rtol=1e-5)
+
+
+def test_unrolled_gradient_is_that_of_the_training():
+    _, _, train, validation = setting()
+    estimator = bilevel.Unrolled(optax.sgd(0.1), 3)
+    grad = estimate(bilevel.Unrolled, 3).grad
+
+    @jax.jit
+    def value(alpha):
+        key = jax.random.key(0)
+        state = estimator.solve(problem(), None, alpha, bilevel.FullBatch(train), key)
+        return problem().outer_value(state.params, alpha, validation, None)[0]
+
+    step = 1e-4
+    for i in range(LAYERS):
+        shift = jnp.zeros(LAYERS).at[i].set(step)
+        central = (value(shift) - value(-shift)) / (2 * step)
+        np.testing.assert_allclose(grad[i], central, rtol=1e-6, atol=1e-10)
+
+
+def test_gradient_descent_keeps_the_sum_of_alpha_and_adam_does_not():
+    _, _, train, validation = setting()
+    sums = {}
+    for name, outer in (("sgd", optax.sgd(5.0)), ("adam", optax.adam(0.05))):
+        solver = bilevel.Nested(problem(), bilevel.Unrolled(optax.adam(1e-2), 2), outer)
+        result = bilevel.run(solver, inner_data=train, outer_data=validation, steps=5, progress=False)
+        assert jnp.abs(result.outer).max() > 1e-3
+        sums[name] = abs(float(result.outer.sum()))
+    assert sums["sgd"] < 1e-13 < sums["adam"]
+
+
+def test_released_gate_acts_three_times():
+    _, _, train, _ = setting()
+    params = jax.tree.map(lambda x: x + 0.3, start(jax.random.key(3)))
+    alpha = jnp.linspace(-0.5, 0.5, LAYERS)
+    released, _ = problem(power=3).inner_value(params, alpha, train, None)
+    weights, loss, *_ = setting()
+    np.testing.assert_allclose(released, loss(weights, LORA.bind(params, flexora.gate(alpha) ** 3), train), rtol=1e-14)
+
+
+def test_cleared_optimizer_forgets():
+    optimizer = flexora.cleared(optax.adam(0.1))
+    params = jnp.ones(3)
+    grad = jnp.asarray([1.0, -2.0, 1e-3])
+    with jax.numpy_dtype_promotion("standard"):  # optax's own code
+        state = optimizer.init(params)
+        first, state = optimizer.update(grad, state, params)
+        second, _ = optimizer.update(100.0 * grad, state, params)
+    np.testing.assert_allclose(first, -0.1 * jnp.sign(grad), rtol=1e-4)
+    np.testing.assert_allclose(second, first, rtol=1e-4)
+
+
+def test_selection():
+    alpha = np.array([0.5, 2.0, -1.0, 0.9])
+    assert flexora.select(alpha) == [1, 3]
+    assert flexora.select(alpha, 3) == [0, 1, 3]
+    assert flexora.select(alpha, threshold=0.0) == [0, 1, 3]
+    with pytest.raises(ValueError, match="top-k 5 must be between 1 and the model's 4 layers"):
+        flexora.select(alpha, 5)
+    with pytest.raises(ValueError, match="has not moved"):
+        flexora.select(np.zeros(3))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A folder in Hugging Face layout: a Llama of two layers with a word-level tokenizer."""
+    from safetensors.numpy import save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[UNK]", "Question", ":", "Answer", "wash", "it", "eat", "the", "pot", "with", "soap", "a", "now", "fast"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"})
+    )
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": len(words),
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    shapes = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16)}
+    tensors = {"model.embed_tokens.weight": (len(words), 16), "model.norm.weight": None}
+    for layer in range(2):
+        prefix = f"model.layers.{layer}."
+        tensors |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in shapes.items()}
+        tensors |= {f"{prefix}mlp.{name}_proj.weight": (24, 16) for name in ("gate", "up")}
+        tensors[f"{prefix}mlp.down_proj.weight"] = (16, 24)
+        tensors |= {f"{prefix}{name}.weight": None for name in ("input_layernorm", "post_attention_layernorm")}
+    save_file(
+        {
+            name: np.ones(16, np.float32) if shape is None else rng.normal(0, 0.3, shape).astype(np.float32)
+            for name, shape in tensors.items()
+        },
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """A PIQA of 40 training and 6 validation rows over the words of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "piqa").mkdir()
+    rng = np.random.default_rng(0)
+    words = ["wash", "eat", "pot", "soap", "now", "fast", "with", "the"]
+
+    def row(i):
+        goal = f"{i} " + " ".join(rng.choice(words, 3))
+        choices = ["wash it with soap", "eat the pot fast"]
+        return {"id": i, "goal": goal, "choices": choices, "label": int(rng.integers(2))}
+
+    for split, count, first in (("train", 40, 0), ("validation", 6, 100)):
+        lines = [json.dumps(row(first + i)) for i in range(count)]
+        (folder / "piqa" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def arguments(model, data, out, *more):
+    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
+    steps = "--inner-steps 2 --outer-steps 3 --finetune-steps 3 --rank 2".split()
+    return ["flexora", "--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
+
+
+@pytest.fixture
+def float32_by_default():
+    """The command line as users have it, where a Python float is a float32."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_command_leaves_a_whole_run_folder_and_continues_it(tiny_model, tiny_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.run(arguments(tiny_model, tiny_data, out)) == 0
+    for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "figures/alpha.png"):
+        assert (out / name).stat().st_size > 0, name
+    selection = json.loads((out / "selection.json").read_text())
+    assert selection["layers"] == flexora.select(selection["alpha"])
+    adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert adapter["layers_to_transform"] == selection["layers"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["stage"] == "search"] == [1, 2, 3]
+    report = (out / "report.md").read_text()
+    assert "So short a search cannot rank 2 layers" in report and "/6 |" in report
+
+    before = report, (out / "metrics.jsonl").read_text()
+    assert cli.run(arguments(tiny_model, tiny_data, out)) == 0
+    assert ((out / "report.md").read_text(), (out / "metrics.jsonl").read_text()) == before
+    capsys.readouterr()
+    assert cli.run(arguments(tiny_model, tiny_data, out, "--seed", "1")) == 2
+    assert "other settings (seed)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_released_recipe_runs(tiny_model, tiny_data, tmp_path):
+    out = tmp_path / "run"
+    # alpha > 0 can be empty or not after three steps: both are what the released code would do.
+    code = cli.run(arguments(tiny_model, tiny_data, out, "--released", "--random-baselines", "0"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len([r for r in rows if r["stage"] == "search"]) == 3
+    if code == 0:
+        assert json.loads((out / "selection.json").read_text())["rule"] == "alpha > 0"
+
+
+BAD = {
+    "unknown method": (["nope"], "Unknown method 'nope'"),
+    "unknown preset": (["flexora", "--preset", "nope"], "Unknown preset 'nope'"),
+    "unknown model": (["--model", "./nowhere.gguf"], "there is no model at ./nowhere.gguf"),
+    "unknown task": (["--task", "nope"], "Unknown task 'nope'"),
+    "no inner steps": (["--inner-steps", "0"], "--inner-steps"),
+    "rank 0": (["--rank", "0"], "rank 0"),
+    "missing data": (["--data", "./nowhere"], "There is no"),
+    "batch larger than the data": (["--batch-size", "17"], "larger than the data"),
+    "pattern without a match": (["--targets", "nope_.*"], "matches no site"),
+    "top-k": (["--top-k", "3"], "between 1 and the model's 2 layers"),
+    "diverging": (["--inner-lr", "1e38"], "Outer step 0: inner_loss is nan at inner step 1"),
+}
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_code_2(name, tiny_model, tiny_data, tmp_path, capsys):
+    more, sentence = BAD[name]
+    out = tmp_path / "run"
+    words = more if name in ("unknown method", "unknown preset") else arguments(tiny_model, tiny_data, out, *more)
+    assert cli.run(words) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("bilevel: ") and sentence in said, said
+    if name == "diverging":
+        assert "['a']" in said  # the leaf
+        assert not (out / "selection.json").exists()
+    else:
+        assert not out.exists()
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_truncated_gguf_is_one_sentence(smollm2_gguf, tiny_data, tmp_path, capsys):
+    broken = tmp_path / "broken.gguf"
+    with open(smollm2_gguf, "rb") as file:
+        broken.write_bytes(file.read(3_000_000))
+    assert cli.run(arguments(broken, tiny_data, tmp_path / "run")) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "broken.gguf" in said[0]
+    assert not (tmp_path / "run").exists()
