@@ -1,0 +1,165 @@
+"""Each linear solver against a dense solve, alone and inside an estimator."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+from bilevel import CG, GMRES, BiCGStab, Dense, Neumann, NormalCG, Nystrom
+from tests.bilevel.quadratic import KEY, error
+
+
+def system(seed=0, symmetric=True, n=7):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(n, n))
+    matrix = root @ root.T / n + np.eye(n) if symmetric else 0.3 * root / np.sqrt(n) + np.eye(n)
+    return matrix, rng.normal(size=n)
+
+
+def split(x, dtype=jnp.float64):
+    """A vector of 7 as a tree."""
+    return {"a": jnp.asarray(x[..., :3], dtype), "b": jnp.asarray(x[..., 3:], dtype).reshape(*x.shape[:-1], 2, 2)}
+
+
+def join(tree):
+    return jnp.concatenate([tree["a"], tree["b"].reshape(-1)])
+
+
+def solve(solver, matrix, rhs, *, symmetric, start=None, dtype=jnp.float64):
+    matrix = jnp.asarray(matrix, dtype)
+
+    def matvec(x):
+        return split(matrix @ join(x), dtype)
+
+    start = None if start is None else split(start, dtype)
+    function = jax.jit(lambda s, b: s.solve(matvec, b, start, KEY, symmetric=symmetric))
+    solution, info = function(solver, split(rhs, dtype))
+    return join(solution), {name: int(value) for name, value in info.items()}
+
+
+GENERAL = [NormalCG(), GMRES(), GMRES(restart=3), BiCGStab(), Dense(), Neumann(400, 0.5)]
+SYMMETRIC = [CG(), CG(preconditioner=Nystrom(3, 1.0)), CG(preconditioner=lambda x: jax.tree.map(lambda x: 2 * x, x))]
+
+
+@pytest.mark.parametrize("solver", GENERAL + SYMMETRIC, ids=repr)
+def test_positive_definite(solver):
+    matrix, rhs = system()
+    found, info = solve(solver, matrix, rhs, symmetric=True)
+    assert error(found, np.linalg.solve(matrix, rhs)) < 1e-10
+    assert 1 <= info["matvecs"] <= 400
+
+
+@pytest.mark.parametrize("solver", GENERAL, ids=repr)
+def test_nonsymmetric(solver):
+    matrix, rhs = system(1, symmetric=False)
+    found, _ = solve(solver, matrix, rhs, symmetric=False)
+    assert error(found, np.linalg.solve(matrix, rhs)) < 1e-10
+
+
+@pytest.mark.parametrize("solver", [NormalCG(), GMRES(), Dense()], ids=repr)
+def test_indefinite(solver):
+    matrix, rhs = system()
+    matrix = matrix - 1.7 * np.eye(7)
+    assert np.linalg.eigvalsh(matrix)[0] < -0.1
+    found, _ = solve(solver, matrix, rhs, symmetric=True)
+    assert error(found, np.linalg.solve(matrix, rhs)) < 1e-9
+
+
+@pytest.mark.parametrize("solver", [CG(), *GENERAL[:-1]], ids=repr)
+def test_float32(solver):
+    matrix, rhs = system()
+    found, _ = solve(solver, matrix, rhs, symmetric=True, dtype=jnp.float32)
+    assert found.dtype == jnp.float32
+    assert error(found, np.linalg.solve(matrix, rhs)) < 1e-4
+
+
+def test_stops_at_its_tolerance_and_counts():
+    matrix, rhs = system()
+    loose, few = solve(CG(tol=1e-2), matrix, rhs, symmetric=True)
+    assert 1e-12 < np.linalg.norm(matrix @ loose - rhs) / np.linalg.norm(rhs) < 2e-2
+    _, many = solve(CG(), matrix, rhs, symmetric=True)
+    assert few["iterations"] < many["iterations"] <= 10
+    assert few["matvecs"] == few["iterations"] + 1
+    _, capped = solve(CG(max_steps=2), matrix, rhs, symmetric=True)
+    assert capped["iterations"] == 2
+
+
+@pytest.mark.parametrize("solver", [CG(), GMRES(), BiCGStab(), Neumann(3, 0.5)], ids=repr)
+def test_warm_start(solver):
+    matrix, rhs = system()
+    exact = np.linalg.solve(matrix, rhs)
+    start = exact + 1e-6 * rhs
+    cold, _ = solve(solver, matrix, rhs, symmetric=True)
+    warm, _ = solve(solver, matrix, rhs, symmetric=True, start=start)
+    assert error(warm, exact) <= max(1e-6, error(cold, exact) * 1e-3)
+    zero, _ = solve(solver, matrix, rhs, symmetric=True, start=np.zeros(7))
+    if not isinstance(solver, Neumann):
+        assert error(zero, cold) < 1e-10
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5])
+def test_neumann_is_its_partial_sum(terms):
+    matrix, rhs = system()
+    wanted = 0.4 * sum(np.linalg.matrix_power(np.eye(7) - 0.4 * matrix, j) for j in range(terms)) @ rhs
+    found, info = solve(Neumann(terms, 0.4), matrix, rhs, symmetric=True)
+    assert error(found, wanted) < 1e-13
+    assert info["matvecs"] == terms - 1
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "columns"])
+def test_nystrom(sketch):
+    rng = np.random.default_rng(0)
+    factor = rng.normal(size=(7, 3))
+    matrix, rhs = factor @ factor.T, rng.normal(size=7)
+    for rank, rho in ((3, 1e-2), (5, 1e-2), (50, 1e-3)):
+        # exact as soon as the rank reaches that of the matrix, with the damping
+        found, info = solve(Nystrom(rank, rho, sketch), matrix, rhs, symmetric=True)
+        assert error(found, np.linalg.solve(matrix + rho * np.eye(7), rhs)) < 1e-9
+        assert info["matvecs"] == min(rank, 7)
+    coarse, _ = solve(Nystrom(2, 1e-2, sketch), matrix, rhs, symmetric=True)
+    assert 1e-3 < error(coarse, np.linalg.solve(matrix + 1e-2 * np.eye(7), rhs))
+
+
+def test_zero_right_hand_side():
+    matrix, rhs = system()
+    for solver in [*GENERAL, *SYMMETRIC, Nystrom(3, 0.1)]:
+        found, _ = solve(solver, matrix, 0 * rhs, symmetric=True)
+        assert np.all(np.asarray(found) == 0), solver
+
+
+@pytest.mark.parametrize("solver", [CG(), GMRES(), BiCGStab(), NormalCG(), Dense(), Neumann(200, 0.5)], ids=repr)
+def test_vmap(solver):
+    matrix, _ = system()
+    rhs = np.random.default_rng(3).normal(size=(4, 7))
+
+    def matvec(x):
+        return split(jnp.asarray(matrix) @ join(x))
+
+    found = jax.vmap(lambda b: join(solver.solve(matvec, split(b), None, KEY, symmetric=True)[0]))(jnp.asarray(rhs))
+    assert error(found, np.linalg.solve(matrix, rhs.T).T) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CG(max_steps=0),
+        lambda: GMRES(restart=0),
+        lambda: BiCGStab(max_steps=-1),
+        lambda: Neumann(0),
+        lambda: Neumann(3, 0.0),
+        lambda: Nystrom(0),
+        lambda: Nystrom(3, 0.0),
+        lambda: Nystrom(3, 1.0, "rows"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make):
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_solvers_are_pytrees():
+    preconditioned = CG(preconditioner=jax.tree_util.Partial(lambda d, x: jax.tree.map(jnp.multiply, d, x), {"a": 1.0}))
+    assert jax.tree.leaves(preconditioned) == [1.0]
+    assert jax.tree.structure(bilevel.CG()) == jax.tree.structure(bilevel.CG())
+    assert hash(jax.tree.structure(bilevel.CG()))
