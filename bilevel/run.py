@@ -101,7 +101,7 @@ def run(
                 wanted = solver.inner_batches, outer_batches(solver)
                 data = [feed.next(n, done) for feed, n in zip(feeds, wanted, strict=True)]
                 state, buffer = _chunk(solver, record, capacity, state, data, count)
-                rows_ = {name: np.asarray(value[:count]) for name, value in buffer.items()}
+                rows_ = {name: np.asarray(value)[:count] for name, value in buffer.items()}
                 _check_finite(solver, record, before, data, rows_, done)
                 history.append(rows_)
                 done += count
