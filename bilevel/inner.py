@@ -87,5 +87,6 @@ def train(
 
 
 def _like(new: Any, old: Any) -> Any:
-    # A schedule may return a wider type than its state started with; a loop keeps the type it started with.
-    return new if is_key(new) else new.astype(jnp.result_type(old))
+    # A schedule may return a wider type than its state started with, or a Python number: a loop keeps what it started
+    # with.
+    return new if is_key(new) else jnp.asarray(new, jnp.result_type(old))

@@ -24,6 +24,8 @@ def transformation(optimizer: Optimizer, outer: PyTree) -> optax.GradientTransfo
     """
     if not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer):
         optimizer = optimizer(outer)
+    if isinstance(optimizer, optax.MultiSteps):  # not a transformation itself, though used like one
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             f"The optimizer is a {type(optimizer).__name__}, but must be an optax.GradientTransformation "
@@ -37,10 +39,12 @@ def update(transform: optax.GradientTransformationExtraArgs, grads, state, param
 
     Raises:
       ValueError: for a transformation that needs to evaluate the loss itself (line searches), or whose parameters
-        are not the ones to evaluate at (schedule-free).
+        are not the ones to evaluate at (schedule-free, lookahead, sharpness-aware).
     """
     _refuse_evaluation_parameters(state)
     try:
+        # optax descends along the conjugate of JAX's gradient of a complex variable.
+        grads = jax.tree.map(jnp.conj, grads)
         # The step is traced once and evaluated smoothly; optax keeps its own promotion rules.
         step = smooth(lambda g, s, p, v: transform.update(g, s, p, value=v, grad=g))
         return step(grads, state, params, value)
@@ -55,7 +59,7 @@ def update(transform: optax.GradientTransformationExtraArgs, grads, state, param
 
 def _refuse_evaluation_parameters(state: PyTree) -> None:
     def refused(node):
-        return type(node).__name__ in ("ScheduleFreeState", "LookaheadState")
+        return type(node).__name__ in ("ScheduleFreeState", "LookaheadState", "SAMState")
 
     for node in jax.tree.leaves(state, is_leaf=refused):
         if refused(node):
