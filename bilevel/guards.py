@@ -105,6 +105,10 @@ class InexactHypergradientWarning(UserWarning):
     """A hypergradient rests on a point that is not trained, or on a linear system that is not solved."""
 
 
+EXACTNESS = ("stationarity_relative", "linear_residual")
+"""Entries of `Estimate.aux.info` that are 0 where an implicit hypergradient is exact."""
+
+
 def warn_if_inexact(info: dict[str, Any], *, stationarity: float = 0.1, linear: float = 0.01) -> None:
     """Looks at the `info` of implicit estimators, on the host: call it where the numbers have arrived, not in a trace.
 

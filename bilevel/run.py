@@ -16,6 +16,7 @@ from jax.extend.core import jaxpr_as_fun
 from bilevel.checkpoints import Checkpoints
 from bilevel.data import Batches, FullBatch, Indexed, rows
 from bilevel.diagnosis import describe_failure
+from bilevel.guards import EXACTNESS, warn_if_inexact
 from bilevel.progress import Callback, Progress
 from bilevel.solvers.base import Solver, outer_batches
 from bilevel.trees import PyTree
@@ -75,6 +76,9 @@ def run(
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
 
+    Warns:
+      InexactHypergradientWarning: if an implicit estimator's last point was not trained or its system not solved.
+
     Raises:
       ValueError: for steps < 1 or unusable data.
       FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
@@ -119,6 +123,8 @@ def run(
         # An interrupt keeps what is done.
         if store and history and store.latest() != done and int(state.step) == done:
             _save(store, done, state, history)
+    if history:
+        warn_if_inexact({name: history[-1][name][-1] for name in EXACTNESS if name in history[-1]})
     return Result(state.outer, state.inner, _concatenate(history), state)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import optimizers
+from bilevel.guards import EXACTNESS
 from bilevel.hypergradients.base import Hypergradient, static
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
@@ -41,7 +42,8 @@ class Nested:
     Raises:
       ValueError: for an unknown `inner_start`.
 
-    Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`.
+    Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`; of an implicit
+    estimator also `stationarity_relative` and `linear_residual`.
     """
 
     problem: Problem
@@ -80,6 +82,8 @@ class Nested:
             "inner_loss": estimate.aux.info["inner_loss"][-1],
             "hypergradient_norm": global_norm(estimate.grad),
         }
+        # What an implicit estimator says of its own exactness; `run` warns of it.
+        metrics |= {name: estimate.aux.info[name] for name in EXACTNESS if name in estimate.aux.info}
         return NestedState(outer, estimate.inner_state, opt_state, state.step + 1, next_key), metrics
 
     def _transform(self, outer: PyTree):
