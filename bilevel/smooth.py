@@ -23,7 +23,8 @@ def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with finite derivatives at the zeros of its square roots and denominators.
 
     Values are bit-equal to `function`'s. Derivatives are equal wherever those of `function` are finite; the
-    derivative of `sqrt(x)`, `rsqrt(x)` and `n / d` with respect to x, and to n and d, is 0 at x = 0 and d = 0.
+    derivative of `sqrt(x)`, `rsqrt(x)` and `n / d` with respect to x, and to n and d, is 0 at x = 0 and d = 0. Where a
+    factor is a root of a negative scalar (RAdam has one in the branch that it does not take), that of the product is 0.
     """
 
     def wrapped(*args):
@@ -44,10 +45,19 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
+    roots: set[Any] = set()  # products of the root of a scalar
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        rule = _RULES.get(eqn.primitive.name)
-        outputs = rule(eqn, *inputs) if rule else _bind(eqn, *inputs)
+        name = eqn.primitive.name
+        from_root = [not isinstance(atom, jex.Literal) and atom in roots for atom in eqn.invars]
+        if name in ("mul", "div") and any(from_root[:1] if name == "div" else from_root):
+            outputs = _product(eqn, from_root, *inputs)
+            roots.update(eqn.outvars)
+        else:
+            rule = _RULES.get(name)
+            outputs = rule(eqn, *inputs) if rule else _bind(eqn, *inputs)
+            if (name in ("sqrt", "rsqrt") and eqn.outvars[0].aval.size == 1) or (name in _SHAPES and any(from_root)):
+                roots.update(eqn.outvars)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -79,6 +89,20 @@ def _div(eqn, numerator, denominator):
     if not jnp.issubdtype(jnp.result_type(denominator), jnp.inexact) or isinstance(eqn.invars[1], jex.Literal):
         return _bind(eqn, numerator, denominator)
     return _at_nonzero(eqn, denominator, (numerator,))
+
+
+def _product(eqn, from_root, *inputs):
+    """A product or quotient, differentiated only where its factors with a root are finite."""
+    finite = [jnp.isfinite(x) for x, root in zip(inputs, from_root, strict=True) if root]
+    safe = [
+        jnp.where(jnp.isfinite(x), x, jnp.ones((), jnp.result_type(x))) if root else x
+        for x, root in zip(inputs, from_root, strict=True)
+    ]
+    frozen = [jax.lax.stop_gradient(x) for x in inputs]
+    good = finite[0] if len(finite) == 1 else finite[0] & finite[1]
+    rule = _RULES.get(eqn.primitive.name)
+    value = (rule(eqn, *safe) if rule else _bind(eqn, *safe))[0]
+    return [jnp.where(good, value, _bind(eqn, *frozen)[0])]
 
 
 def _call(eqn, *inputs):
@@ -114,6 +138,9 @@ def _while(eqn, *inputs):
     cond, body = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
     return jax.lax.while_loop(lambda c: cond(*cond_consts, *c)[0], lambda c: body(*body_consts, *c), list(carry))
 
+
+_SHAPES = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze")
+"""Operations through which a root is followed, beside products and numerators."""
 
 _RULES: dict[str, Callable[..., list[Any]]] = {
     "sqrt": _sqrt,
