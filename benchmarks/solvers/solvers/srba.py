@@ -1,0 +1,15 @@
+"""SRBA in the benchmark."""
+
+from benchmark_utils.adapter import BilevelSolver
+
+from bilevel import solvers
+
+
+class Solver(BilevelSolver):
+    """Constant steps; `period_frac` of the mini-batches of both data sets from one full pass to the next."""
+
+    name = "SRBA"
+    parameters = {**BilevelSolver.parameters, "period_frac": [0.5]}
+
+    def make(self, problem):
+        return solvers.SRBA(problem, *self.steps(), period=self.period(self.period_frac))

@@ -1,0 +1,15 @@
+"""StocBiO in the benchmark."""
+
+from benchmark_utils.adapter import BilevelSolver
+
+from bilevel import solvers
+
+
+class Solver(BilevelSolver):
+    """Constant steps."""
+
+    name = "StocBiO"
+    parameters = {**BilevelSolver.parameters, "inner_steps": [10], "terms": [10]}
+
+    def make(self, problem):
+        return solvers.StocBiO(problem, *self.steps(), inner_steps=self.inner_steps, terms=self.terms)
