@@ -42,7 +42,7 @@ class Reversible:
 
     Rounding makes the training differ from `optax.sgd`'s by about :math:`2^{-bits}` a step, and the hypergradient with
     it. The way back is checked: if it does not end at the start (a number left the range
-    :math:`\pm 2^{62 - bits}`, or a gradient was not evaluated to the same bits twice), the gradient is NaN and
+    :math:`\pm 2^{61 - bits}`, or a gradient was not evaluated to the same bits twice), the gradient is NaN and
     `aux.info["reversed"]` False. It allows no forward mode and no third level.
 
     Args:
@@ -107,7 +107,7 @@ class Reversible:
 
         first, pull_start = jax.vjp(lambda moving: start(moving)[:2], moving)
         training = _Training(self, problem, outer, inner_batches, key, start(moving)[2])
-        state, trace, integers = training.run()
+        state, trace, integers, fits = training.run()
         params, params_fixed = partition(state.params)
 
         def outer_loss(params, moving):
@@ -118,7 +118,8 @@ class Reversible:
 
         def pullback(cotangent):
             ct_params, direct = pull_loss(cotangent)
-            cts, through, is_reversed = training.undo(integers, first, ct_params)
+            cts, through, is_start = training.undo(integers, first, ct_params)
+            is_reversed = fits & is_start
             (at_start,) = pull_start(cast_like(cts, first))
             grad = jax.tree.map(lambda a, b, c: a + b + c, direct, through, at_start)
             return jax.tree.map(lambda g: jnp.where(is_reversed, g, jnp.nan), grad), is_reversed
@@ -148,7 +149,7 @@ class _Training:
     """K steps in integers, and back."""
 
     def __init__(self, settings: Reversible, problem, outer, inner_batches, key, state: InnerState):
-        if jnp.result_type(jnp.int64) != jnp.int64 or not jax.config.jax_enable_x64:
+        if jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64:
             raise ValueError("Reversible needs 64-bit integers: set jax.config.update('jax_enable_x64', True).")
         self.settings, self.problem, self.state = settings, problem, state
         self.outer_moving, self.outer_fixed = partition(outer)
@@ -175,8 +176,18 @@ class _Training:
         back = jax.tree.map(lambda x: jnp.ldexp(x.astype(jnp.float64), -self.settings.bits), tree)
         return cast_like(back, moving)
 
+    @property
+    def rate(self):
+        return jnp.asarray(self.settings._rate(combine(self.outer_moving, self.outer_fixed)), jnp.float64)
+
+    def fits(self, w, v, grad):
+        """Whether these integers, and the move they make, are so small that no sum of two leaves the range."""
+        moves = jax.tree.map(lambda v: self.rate * v.astype(jnp.float64), v)
+        sizes = [jnp.max(jnp.abs(x.astype(jnp.float64))) for x in jax.tree.leaves((w, v, grad, moves))]
+        return jnp.all(jnp.stack(sizes) < 2.0**61)
+
     def moved(self, w, v, sign):
-        rate = jnp.asarray(self.settings._rate(combine(self.outer_moving, self.outer_fixed)), jnp.float64)
+        rate = self.rate
         return jax.tree.map(lambda w, v: w - sign * jnp.rint(rate * v.astype(jnp.float64)).astype(int), w, v)
 
     def scaled(self, v, lost, t, forward: bool):
@@ -193,23 +204,24 @@ class _Training:
         pairs = jax.tree.map(one, v, lost)
         return jax.tree.transpose(jax.tree.structure(v), jax.tree.structure((0, 0)), pairs)
 
-    def run(self) -> tuple[InnerState, Trace, tuple]:
+    def run(self) -> tuple[InnerState, Trace, tuple, jax.Array]:
         def step(carry, t):
             w, v, lost = carry
             grad, trace = self.gradient(w, t)
             v, lost = self.scaled(v, lost, t, forward=True)
             v = jax.tree.map(jnp.add, v, grad)
-            return (self.moved(w, v, 1), v, lost), trace
+            # Integers that wrap around would be undone as well: they are told here.
+            return (self.moved(w, v, 1), v, lost), (trace, self.fits(w, v, grad))
 
         start = jax.tree.map(_final, (partition(self.state.params)[0], _velocity(self.state)))
         w, v = self.integers(start[0]), self.integers(start[1])
         words = -(-self.settings.steps // self.settings._steps_a_word)
         lost = jax.tree.map(lambda x: jnp.zeros((words, *x.shape), int), v)
-        (w, v, lost), trace = jax.lax.scan(step, (w, v, lost), jnp.arange(self.settings.steps))
+        (w, v, lost), (trace, fits) = jax.lax.scan(step, (w, v, lost), jnp.arange(self.settings.steps))
         opt_state = optax.tree_utils.tree_set(self.state.opt_state, trace=self.floats(v))
         params = combine(self.floats(w), self.fixed)
         state = InnerState(params, opt_state, self.state.step + self.settings.steps, self.state.extra)
-        return state, trace, (w, v, lost)
+        return state, trace, (w, v, lost), jnp.all(fits)
 
     def undo(self, integers, start, ct_params):
         """`(cotangents of start, of outer, whether the way back ended at the start)`."""
