@@ -1,5 +1,7 @@
 """Hyper-parameters found by differentiating through training."""
 
+from bilevel.compare import Comparison as Comparison
+from bilevel.compare import compare as compare
 from bilevel.data import Batches as Batches
 from bilevel.data import FullBatch as FullBatch
 from bilevel.data import Indexed as Indexed

@@ -129,7 +129,7 @@ def compare(
         took = time.perf_counter() - begun
         costs[name] = {
             "gradients": flops(_estimate, *arguments) / gradient_flops(problem, estimator, outer, batches, start_key),
-            "temporary": function.memory_analysis().temp_size_in_bytes,
+            "temporary": getattr(function.memory_analysis(), "temp_size_in_bytes", 0),
             "compile_seconds": took,
         }
         compiled[name] = lambda function=function, arguments=arguments: function(*arguments)

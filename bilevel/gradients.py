@@ -82,7 +82,8 @@ class _Traced:
     structure: Any
 
     def __call__(self, point: Point, consts: list[Any]) -> tuple[jax.Array, PyTree]:
-        return jax.tree.unflatten(self.structure, jax.core.eval_jaxpr(self.jaxpr, consts, *jax.tree.leaves(point)))
+        closed = jex.ClosedJaxpr(self.jaxpr, consts)
+        return jax.tree.unflatten(self.structure, jex.jaxpr_as_fun(closed)(*jax.tree.leaves(point)))
 
     def reads(self) -> list[bool]:
         """For each leaf of `(point, consts)`, whether the loss is computed from it."""

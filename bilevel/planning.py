@@ -25,7 +25,7 @@ from rich.table import Table
 
 from bilevel import schedules, treeverse
 from bilevel.data import narrow, slots
-from bilevel.hypergradients.base import schedule
+from bilevel.hypergradients.base import Hypergradient, schedule
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
@@ -120,7 +120,7 @@ def plan(
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
     arguments = (problem, inner_state, outer, inner_batches, outer_batch, key)
     through = hypergradient.truncate or hypergradient.steps
-    gradient = _gradient_flops(problem, hypergradient, outer, inner_batches, key)
+    gradient = gradient_flops(problem, hypergradient, outer, inner_batches, key)
     step = flops(_solve, hypergradient, *arguments[:4], key) / hypergradient.steps
     rows = []
     for mode in ("mixed", "reverse", "forward"):
@@ -129,15 +129,21 @@ def plan(
         rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, rest + plain.kept))
         if mode == "forward":
             break
-        rest = _fixed_bytes(dataclasses.replace(own, checkpoint="step"), *arguments)
+        rest, state = (
+            _fixed_bytes(dataclasses.replace(own, checkpoint="step"), *arguments),
+            _sizes(own, *arguments).state,
+        )
         for checkpoint in _table(through, hypergradient.checkpoint):
             if isinstance(checkpoint, Binomial):
                 slots = min(checkpoint.c, through)
                 count = plain.flops + (through + treeverse.evaluations(through, slots)) * step
-                kept = (slots + 1) * _sizes(own, *arguments).state
+                kept = (slots + 1) * state if plain.kept else 0
             else:
                 traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
-                count, kept = traced.flops, traced.kept
+                # The starts of chunks stay even where nothing depends on them: the compiler removes a stack that nobody
+                # reads, but not one that a loop starts from, be its result unread.
+                starts = sum(schedules.chunks(through, schedules.levels(checkpoint))[:-1])
+                count, kept = traced.flops, max(traced.kept, starts * state)
             rows.append(Row(mode, checkpoint, count, count / gradient, rest + kept))
     return Plan(hypergradient.steps, tuple(rows), _chosen(rows, hypergradient, arguments, through))
 
@@ -215,7 +221,11 @@ def _sizes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_
     return probe.found[-1]
 
 
-def _gradient_flops(problem: Problem, hypergradient: Unrolled, outer, inner_batches, key) -> float:
+def gradient_flops(
+    problem: Problem, hypergradient: Hypergradient, outer: PyTree, inner_batches: PyTree, key: jax.Array
+) -> float:
+    """Floating-point operations of one gradient of the inner loss, the unit that costs are told in."""
+
     def gradient(problem, outer, inner_batches, key):
         xs, bind = slots(inner_batches, hypergradient.steps)
         batch = bind(jax.tree.map(lambda x: x[0], xs))

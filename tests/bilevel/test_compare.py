@@ -17,7 +17,7 @@ def comparison():
     hessian, coupling = jnp.diag(jnp.linspace(0.5, 1.0, 6)), jax.random.normal(jax.random.key(0), (6, 3))
 
     def inner(w, outer, batch, key):
-        return 0.5 * w @ hessian @ w - (coupling @ outer + batch) @ w
+        return 0.5 * w @ hessian @ w - (coupling @ outer + batch.mean(axis=0)) @ w
 
     def outer(w, outer, batch, key):
         return 0.5 * jnp.sum((w - 1.0) ** 2) + 0.05 * jnp.sum(outer**2)
