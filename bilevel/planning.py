@@ -129,10 +129,8 @@ def plan(
         rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, rest + plain.kept))
         if mode == "forward":
             break
-        rest, state = (
-            _fixed_bytes(dataclasses.replace(own, checkpoint="step"), *arguments),
-            _sizes(own, *arguments).state,
-        )
+        rest = _fixed_bytes(dataclasses.replace(own, checkpoint="step"), *arguments)
+        state = _sizes(own, *arguments).state
         for checkpoint in _table(through, hypergradient.checkpoint):
             if isinstance(checkpoint, Binomial):
                 slots = min(checkpoint.c, through)

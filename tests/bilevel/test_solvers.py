@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import Batches, Indexed, Problem, solvers
-from bilevel.solvers import Power
 from bilevel.trees import advance_keys
 
 INNER, OUTER, ROWS, OUTER_ROWS = 5, 4, 12, 9
@@ -90,7 +88,7 @@ class Row:
 
     def make(self, problem=PROBLEM, step=0.5, outer=0.1, data=FULL, **changes):
         settings = self.settings | changes
-        if self.cls is solvers.SABA:
+        if self.cls is bilevel.SABA:
             settings |= {f"{n}_blocks": -(-r // d.size) for n, r, d in _sides(data)}
         return self.cls(problem, step, outer * step / 0.5, **settings)
 
@@ -101,25 +99,25 @@ def _sides(data):
 
 T, Q = 2, 3  # inner steps and terms where they are counted
 TABLE = [
-    Row(solvers.SOBA, lambda k, p: (1, 1, 1, 1), exact=True),
-    Row(solvers.MASOBA, lambda k, p: (1, 1, 1, 1), exact=True, average=0.5),
-    Row(solvers.SABA, lambda k, p: (1, 1, 1, 1), exact=True, noise="vanishes", needs_data=True),
+    Row(bilevel.SOBA, lambda k, p: (1, 1, 1, 1), exact=True),
+    Row(bilevel.MASOBA, lambda k, p: (1, 1, 1, 1), exact=True, average=0.5),
+    Row(bilevel.SABA, lambda k, p: (1, 1, 1, 1), exact=True, noise="vanishes", needs_data=True),
     Row(
-        solvers.SRBA,
+        bilevel.SRBA,
         lambda k, p: (4, 3, 4, 4) if k % 5 == 0 else (2, 2, 2, 2),
         exact=True,
         noise="vanishes",
         needs_data=True,
         period=5,
     ),
-    Row(solvers.AmIGO, lambda k, p: (T, 1, Q, 1), exact=True, inner_steps=10, linear_steps=10),
-    Row(solvers.StocBiO, lambda k, p: (T, 1, Q, 1), ("terms", 2, 8), inner_steps=10, terms=60, exact=True),
-    Row(solvers.BSA, lambda k, p: (T, 1, p, 1), ("terms", 2, 8), inner_steps=10, terms=10),
-    Row(solvers.TTSA, lambda k, p: (1, 1, p, 1), ("terms", 2, 8), terms=10),
-    Row(solvers.FSLA, lambda k, p: (1, 3, 1, 2), exact=True),
-    Row(solvers.MRBO, lambda k, p: (2, 2, 2 * Q, 2), ("terms", 2, 8), exact=True, terms=60),
+    Row(bilevel.AmIGO, lambda k, p: (T, 1, Q, 1), exact=True, inner_steps=10, linear_steps=10),
+    Row(bilevel.StocBiO, lambda k, p: (T, 1, Q, 1), ("terms", 2, 8), inner_steps=10, terms=60, exact=True),
+    Row(bilevel.BSA, lambda k, p: (T, 1, p, 1), ("terms", 2, 8), inner_steps=10, terms=10),
+    Row(bilevel.TTSA, lambda k, p: (1, 1, p, 1), ("terms", 2, 8), terms=10),
+    Row(bilevel.FSLA, lambda k, p: (1, 3, 1, 2), exact=True),
+    Row(bilevel.MRBO, lambda k, p: (2, 2, 2 * Q, 2), ("terms", 2, 8), exact=True, terms=60),
     Row(
-        solvers.VRBO,
+        bilevel.VRBO,
         lambda k, p: tuple(
             2 * T * n + (k % 5 == 0) * full for n, full in zip((1, 1, Q, 1), (4, 3, 4 * Q, 4), strict=True)
         ),
@@ -131,10 +129,10 @@ TABLE = [
         inner_steps=3,
         terms=60,
     ),
-    Row(solvers.SUSTAIN, lambda k, p: (2, 2, 2 * p, 2), ("terms", 2, 8), terms=10),
-    Row(solvers.F2SA, lambda k, p: (2 * T + 2, T + 1, 0, 0), ("penalty", 5.0, 50.0), inner_steps=10, penalty=10.0),
-    Row(solvers.BOME, lambda k, p: (T + 2, 1, 0, 0), ("inner_steps", 2, 8), gap_step=0.5, noise=None),
-    Row(solvers.PZOBO, lambda k, p: (T * (1 + Q), 1, 0, 0), inner_steps=10, directions=20),
+    Row(bilevel.SUSTAIN, lambda k, p: (2, 2, 2 * p, 2), ("terms", 2, 8), terms=10),
+    Row(bilevel.F2SA, lambda k, p: (2 * T + 2, T + 1, 0, 0), ("penalty", 5.0, 50.0), inner_steps=10, penalty=10.0),
+    Row(bilevel.BOME, lambda k, p: (T + 2, 1, 0, 0), ("inner_steps", 2, 8), gap_step=0.5, noise=None),
+    Row(bilevel.PZOBO, lambda k, p: (T * (1 + Q), 1, 0, 0), inner_steps=10, directions=20),
 ]
 IDS = [row.name for row in TABLE]
 SMALL_COUNTS = {"inner_steps": T, "linear_steps": Q, "terms": Q, "directions": Q}
@@ -193,7 +191,7 @@ def train(solver, data, steps):
 
 @each(lambda row: row.exact)
 def test_reaches_the_solution_with_exact_oracles(row):
-    steps = 200 if row.cls is solvers.VRBO else 600
+    steps = 200 if row.cls is bilevel.VRBO else 600
     state, _ = train(row.make(), FULL, steps)
     assert distance(state.outer) <= 1e-6
 
@@ -201,10 +199,10 @@ def test_reaches_the_solution_with_exact_oracles(row):
 @each(lambda row: row.floor)
 def test_bias_shrinks_with_its_parameter(row):
     name, *settings = row.floor
-    steps, seeds = (400, 1) if row.exact or row.cls in (solvers.F2SA, solvers.BOME) else (1000, 8)
+    steps, seeds = (400, 1) if row.exact or row.cls in (bilevel.F2SA, bilevel.BOME) else (1000, 8)
 
     def floor(value):
-        solver = row.make(step=0.25 if row.cls is solvers.BOME else 0.5, **{name: value})
+        solver = row.make(step=0.25 if row.cls is bilevel.BOME else 0.5, **{name: value})
         _, path = _train_seeds(solver, FULL, jax.random.split(KEY, seeds), indices(solver, FULL, steps))
         return distance(path[:, steps // 2 :].mean((0, 1)))
 
@@ -225,7 +223,7 @@ def test_smoothing_bias_of_pzobo_shrinks():
 
     @partial(jax.jit, compiler_options=QUICK)
     def floor(smoothing):
-        solver = solvers.PZOBO(problem, 0.7, 0.05, smoothing=smoothing, directions=40, inner_steps=20)
+        solver = bilevel.PZOBO(problem, 0.7, 0.05, smoothing=smoothing, directions=40, inner_steps=20)
 
         def path(key):
             def body(state, _):
@@ -241,7 +239,7 @@ def test_smoothing_bias_of_pzobo_shrinks():
 
 @each(lambda row: row.noise == "vanishes")
 def test_variance_reduction_converges_linearly(row):
-    steps = 500 if row.cls is solvers.VRBO else 1500
+    steps = 500 if row.cls is bilevel.VRBO else 1500
     _, path = train(row.make(step=0.25, data=SMALL), SMALL, steps)
     decades = [jnp.log10(distance(path[i])) for i in (steps // 5, 2 * steps // 5, 3 * steps // 5)]
     assert decades[1] - decades[0] < -1 and decades[2] - decades[1] < -1
@@ -262,7 +260,7 @@ class Recorded:
 
     def __init__(self, row):
         self.calls, counts = [], Counter()
-        tree = tree_problem(counts, split=row.cls is not solvers.PZOBO)
+        tree = tree_problem(counts, split=row.cls is not bilevel.PZOBO)
         settings = counted(row)
         for name, problem in (("tree", tree), ("flat", dataclasses.replace(PROBLEM, project=_box))):
             chex.clear_trace_counter()
@@ -275,7 +273,7 @@ class Recorded:
                 state, metrics = jax.block_until_ready(step(solver, state, SMALL, index))
                 self.__dict__[name].append(state)
                 if name == "tree":
-                    self.calls.append((dict(counts), {k: int(metrics[k]) for k in solvers.Calls._fields}))
+                    self.calls.append((dict(counts), {k: int(metrics[k]) for k in bilevel.Calls._fields}))
 
 
 recorded = cache(Recorded)
@@ -344,9 +342,9 @@ def tree_problem(counts, split):
 def test_oracle_calls_equal_those_made_and_a_hand_count(row):
     for k, (made, reported) in enumerate(recorded(row).calls):
         assert {name: n for name, n in reported.items() if n} == made
-        products = reported["hvps"] // (2 if row.cls is solvers.SUSTAIN else 1)
+        products = reported["hvps"] // (2 if row.cls is bilevel.SUSTAIN else 1)
         assert tuple(reported.values()) == row.calls(k, products)
-        if row.cls in (solvers.BSA, solvers.TTSA, solvers.SUSTAIN):
+        if row.cls in (bilevel.BSA, bilevel.TTSA, bilevel.SUSTAIN):
             assert 0 <= products < Q
 
 
@@ -375,7 +373,7 @@ def test_outer_stays_in_the_feasible_set(row):
     assert not jnp.allclose(path[0], path[-1])
 
 
-@each(lambda row: row.cls in (solvers.SOBA, solvers.SABA, solvers.FSLA))  # the last wants two outer batches
+@each(lambda row: row.cls in (bilevel.SOBA, bilevel.SABA, bilevel.FSLA))  # the last wants two outer batches
 def test_run_takes_any_solver_and_traces_it_once(row):
     traces = Counter()
 
@@ -386,7 +384,7 @@ def test_run_takes_any_solver_and_traces_it_once(row):
     problem = dataclasses.replace(PROBLEM, outer_loss=loss)
     data = {"inner_data": SMALL[0], "outer_data": SMALL[1], "progress": False}
     result = bilevel.run(row.make(problem, data=SMALL, **counted(row)), steps=3, **data)
-    assert set(result.history) == {"outer_loss", "inner_loss", "hypergradient_norm", *solvers.Calls._fields}
+    assert set(result.history) == {"outer_loss", "inner_loss", "hypergradient_norm", *bilevel.Calls._fields}
     assert result.history["hvps"].shape == (3,)
     before = traces["outer_loss"]
     bilevel.run(row.make(problem, step=0.2, data=SMALL, **counted(row)), steps=3, **data)
@@ -396,7 +394,7 @@ def test_run_takes_any_solver_and_traces_it_once(row):
 @pytest.mark.parametrize("size", [4, 5])  # 12 rows in equal blocks, and with a smaller last one
 def test_saba_averages_are_those_of_its_tables(size):
     data = Batches(DATA, size), Batches(OUTER_DATA, size)
-    row = next(row for row in TABLE if row.cls is solvers.SABA)
+    row = next(row for row in TABLE if row.cls is bilevel.SABA)
     state, _ = train(row.make(data=data), data, 50)
     for table, count in zip(state.memory[1:], (ROWS, OUTER_ROWS), strict=True):
         blocks = -(-count // size)
@@ -409,14 +407,14 @@ def test_saba_averages_are_those_of_its_tables(size):
 
 def test_saba_converges_with_a_smaller_last_block():
     data = Batches(DATA, 5), Batches(OUTER_DATA, 4)
-    row = next(row for row in TABLE if row.cls is solvers.SABA)
+    row = next(row for row in TABLE if row.cls is bilevel.SABA)
     state, _ = train(row.make(step=0.25, data=data), data, 1500)
     assert distance(state.outer) < 1e-9
 
 
 def test_schedules_and_numbers_are_step_sizes():
-    constant, _ = train(solvers.SOBA(PROBLEM, 0.5, 0.1), SMALL, 3)
-    scheduled, _ = train(solvers.SOBA(PROBLEM, Power(0.5, 0.0), lambda step: 0.1), SMALL, 3)
+    constant, _ = train(bilevel.SOBA(PROBLEM, 0.5, 0.1), SMALL, 3)
+    scheduled, _ = train(bilevel.SOBA(PROBLEM, Power(0.5, 0.0), lambda step: 0.1), SMALL, 3)
     np.testing.assert_array_equal(constant.outer, scheduled.outer)
     assert Power(0.5, 0.5)(jnp.int32(3)) == 0.25
 
@@ -429,21 +427,21 @@ def test_solvers_that_need_the_data_refuse_anything_else(row):
 
 
 def test_bad_input_ends_in_one_sentence():
-    soba = solvers.SOBA(PROBLEM, 0.5, 0.1)
+    soba = bilevel.SOBA(PROBLEM, 0.5, 0.1)
     state = soba.init(KEY)
     with pytest.raises(ValueError, match=r"AmIGO\(inner_steps=0\): must be an integer >= 1"):
-        solvers.AmIGO(PROBLEM, 0.5, 0.1, inner_steps=0)
+        bilevel.AmIGO(PROBLEM, 0.5, 0.1, inner_steps=0)
     with pytest.raises(ValueError, match=r"inner_batches leaf \['C'\] has shape \(12, 4, 5\), but 1 inner calls need"):
         soba.step(state, DATA, OUTER_DATA)
     with pytest.raises(ValueError, match=r"outer_batches leaf .* but 2 outer calls need a leading axis of 2"):
-        fsla = solvers.FSLA(PROBLEM, 0.5, 0.1)
+        fsla = bilevel.FSLA(PROBLEM, 0.5, 0.1)
         fsla.step(fsla.init(KEY), SMALL[0].take(KEY, 0, 3), SMALL[1].take(KEY, 0, 3))
     with pytest.raises(ValueError, match=r"SABA\(inner_blocks=7\), but 12 rows of inner data .* give inner_blocks=4"):
-        saba = solvers.SABA(PROBLEM, 0.5, 0.1, inner_blocks=7, outer_blocks=3)
+        saba = bilevel.SABA(PROBLEM, 0.5, 0.1, inner_blocks=7, outer_blocks=3)
         bilevel.run(saba, inner_data=SMALL[0], outer_data=SMALL[1], steps=1, progress=False)
     vector = dataclasses.replace(PROBLEM, inner_loss=lambda w, lam, batch, key: w)
     with pytest.raises(ValueError, match=r"inner_loss returned an array of shape \(5,\) .* reduce it"):
-        solvers.SOBA(vector, 0.5, 0.1).step(state, SMALL[0].take(KEY, 0, 1), OUTER_DATA)
+        bilevel.SOBA(vector, 0.5, 0.1).step(state, SMALL[0].take(KEY, 0, 1), OUTER_DATA)
     with pytest.raises(ValueError, match="The data set is empty"):
         Batches({"x": jnp.zeros((0, 3))}, 1)
 
@@ -451,5 +449,5 @@ def test_bad_input_ends_in_one_sentence():
 def test_a_step_size_that_diverges_stops_the_run_with_the_step_and_the_norm():
     with pytest.raises(FloatingPointError, match=r"Outer step \d+: .*hypergradient_norm was .*lower the step sizes"):
         bilevel.run(
-            solvers.SOBA(PROBLEM, 50.0, 0.1), inner_data=DATA, outer_data=OUTER_DATA, steps=2000, progress=False
+            bilevel.SOBA(PROBLEM, 50.0, 0.1), inner_data=DATA, outer_data=OUTER_DATA, steps=2000, progress=False
         )

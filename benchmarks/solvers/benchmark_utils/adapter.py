@@ -5,7 +5,8 @@ import numpy as np
 from benchopt import BaseSolver
 
 import bilevel
-from bilevel.solvers import Calls, Power
+from bilevel import Power
+from bilevel.solvers.stochastic import Calls
 
 ENDLESS = 2**31 - 1  # benchopt says when to stop
 

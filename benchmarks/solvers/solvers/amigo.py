@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "inner_steps": [10]}
 
     def make(self, problem):
-        return solvers.AmIGO(problem, *self.steps(), inner_steps=self.inner_steps, linear_steps=self.inner_steps)
+        return bilevel.AmIGO(problem, *self.steps(), inner_steps=self.inner_steps, linear_steps=self.inner_steps)

@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "inner_steps": [10], "eta": [0.5], "batch_size": ["full"]}
 
     def make(self, problem):
-        return solvers.BOME(problem, *self.steps(), inner_steps=self.inner_steps, eta=self.eta)
+        return bilevel.BOME(problem, *self.steps(), inner_steps=self.inner_steps, eta=self.eta)

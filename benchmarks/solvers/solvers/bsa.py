@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,7 +12,7 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "inner_steps": [10], "terms": [10]}
 
     def make(self, problem):
-        return solvers.BSA(
+        return bilevel.BSA(
             problem,
             *self.steps(1 / 2, 1 / 2),
             inner_steps=self.inner_steps,

@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,9 +12,9 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "penalty": [10.0], "inner_steps": [10]}
 
     def make(self, problem):
-        return solvers.F2SA(
+        return bilevel.F2SA(
             problem,
             *self.steps(4 / 7, 4 / 7),
-            penalty=solvers.Power(self.penalty, -1 / 7),
+            penalty=bilevel.Power(self.penalty, -1 / 7),
             inner_steps=self.inner_steps,
         )

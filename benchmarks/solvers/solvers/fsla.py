@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "eta": [0.5]}
 
     def make(self, problem):
-        return solvers.FSLA(problem, *self.steps(1 / 2, 1 / 2), eta=solvers.Power(self.eta, 1 / 2))
+        return bilevel.FSLA(problem, *self.steps(1 / 2, 1 / 2), eta=bilevel.Power(self.eta, 1 / 2))

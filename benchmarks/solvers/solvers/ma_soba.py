@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "average": [0.5]}
 
     def make(self, problem):
-        return solvers.MASOBA(problem, *self.steps(1 / 2, 1 / 2), average=self.average)
+        return bilevel.MASOBA(problem, *self.steps(1 / 2, 1 / 2), average=self.average)

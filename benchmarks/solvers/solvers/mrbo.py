@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,10 +12,10 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "eta": [0.5], "terms": [10]}
 
     def make(self, problem):
-        return solvers.MRBO(
+        return bilevel.MRBO(
             problem,
             *self.steps(1 / 3, 1 / 3),
-            eta=solvers.Power(self.eta, 2 / 3),
+            eta=bilevel.Power(self.eta, 2 / 3),
             terms=self.terms,
             linear_step=self.step_size,
         )

@@ -4,7 +4,7 @@ import optax
 from benchmark_utils.adapter import BilevelSolver
 
 import bilevel
-from bilevel.solvers import Calls
+from bilevel.solvers.stochastic import Calls
 
 
 class Solver(BilevelSolver):

@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -18,7 +18,7 @@ class Solver(BilevelSolver):
     }
 
     def make(self, problem):
-        return solvers.PZOBO(
+        return bilevel.PZOBO(
             problem,
             *self.steps(),
             inner_steps=self.inner_steps,

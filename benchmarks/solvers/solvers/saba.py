@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -11,7 +11,7 @@ class Solver(BilevelSolver):
     name = "SABA"
 
     def make(self, problem):
-        return solvers.SABA(
+        return bilevel.SABA(
             problem,
             *self.steps(),
             inner_blocks=self.batches(self.inner_arrays),

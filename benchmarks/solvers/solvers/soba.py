@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -11,4 +11,4 @@ class Solver(BilevelSolver):
     name = "SOBA"
 
     def make(self, problem):
-        return solvers.SOBA(problem, *self.steps(1 / 2, 1 / 2))
+        return bilevel.SOBA(problem, *self.steps(1 / 2, 1 / 2))

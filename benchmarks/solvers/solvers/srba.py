@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "period_frac": [0.5]}
 
     def make(self, problem):
-        return solvers.SRBA(problem, *self.steps(), period=self.period(self.period_frac))
+        return bilevel.SRBA(problem, *self.steps(), period=self.period(self.period_frac))

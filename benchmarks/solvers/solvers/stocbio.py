@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "inner_steps": [10], "terms": [10]}
 
     def make(self, problem):
-        return solvers.StocBiO(problem, *self.steps(), inner_steps=self.inner_steps, terms=self.terms)
+        return bilevel.StocBiO(problem, *self.steps(), inner_steps=self.inner_steps, terms=self.terms)

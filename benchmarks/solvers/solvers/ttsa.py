@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,4 +12,4 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "terms": [10]}
 
     def make(self, problem):
-        return solvers.TTSA(problem, *self.steps(2 / 5, 3 / 5), terms=self.terms, linear_step=self.step_size)
+        return bilevel.TTSA(problem, *self.steps(2 / 5, 3 / 5), terms=self.terms, linear_step=self.step_size)

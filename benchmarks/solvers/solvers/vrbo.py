@@ -2,7 +2,7 @@
 
 from benchmark_utils.adapter import BilevelSolver
 
-from bilevel import solvers
+import bilevel
 
 
 class Solver(BilevelSolver):
@@ -12,7 +12,7 @@ class Solver(BilevelSolver):
     parameters = {**BilevelSolver.parameters, "period_frac": [0.5], "inner_steps": [10], "terms": [10]}
 
     def make(self, problem):
-        return solvers.VRBO(
+        return bilevel.VRBO(
             problem,
             *self.steps(),
             period=self.period(self.period_frac),
