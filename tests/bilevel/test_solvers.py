@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import bilevel
+from bilevel import Batches, Indexed, Power, Problem
 from bilevel.trees import advance_keys
 
 INNER, OUTER, ROWS, OUTER_ROWS = 5, 4, 12, 9
