@@ -138,13 +138,12 @@ def levels(checkpoint: Checkpoint) -> int:
 def _nested(step: Step, carry, xs, length: int, depth: int):
     sizes = chunks(length, depth)
     total = math.prod(sizes)
-    step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT))
     if total > length:
-        # A shorter last chunk would compile the step again at every level; skipped steps at the end do not.
-        step = _skipping(step)
-        last = total - length
-        xs = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], last, axis=0)]), xs)
+        # A shorter last chunk would compile the step again at every level; idle steps at the end do not.
+        step = _idling(step, carry)
+        xs = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], total - length, axis=0)]), xs)
         xs = (jnp.arange(total) < length, xs)
+    step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT))
 
     def run(carry, xs, sizes):
         if len(sizes) == 1:
@@ -157,12 +156,18 @@ def _nested(step: Step, carry, xs, length: int, depth: int):
     return carry, jax.tree.map(lambda y: y.reshape(total, *y.shape[len(sizes) :])[:length], ys)
 
 
-def _skipping(step: Step) -> Step:
-    def skip(carry, x):
-        reports = jax.eval_shape(step, carry, x)[1]
-        return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), reports)
+def _idling(step: Step, first: Any) -> Step:
+    """`step`, or nothing where the first of its two inputs is False."""
+    # No `cond`: what its branches read would be stacked for the backward pass, frozen weights and all. An idle step
+    # repeats the first one, whose derivative is known to be finite, so that zero times it is zero.
+    first = jax.lax.stop_gradient(first)
 
-    return lambda carry, x: jax.lax.cond(x[0], step, skip, carry, x[1])
+    def either(carry, x):
+        active, x = x
+        new, y = step(jax.tree.map(lambda c, f: jnp.where(active, c, f), carry, first), x)
+        return jax.tree.map(lambda n, c: jnp.where(active, n, c), new, carry), y
+
+    return either
 
 
 def chunks(length: int, depth: int) -> tuple[int, ...]:
