@@ -13,6 +13,7 @@ import bilevel
 from methods import cli, flexora
 from methods.adapters.lora import LoRAConfig
 from methods.models.decoder import Decoder, DecoderConfig
+from methods.runfolder import RunFolder
 
 LAYERS = 4
 LORA = LoRAConfig(rank=2, alpha=4.0)
@@ -258,6 +259,32 @@ def test_command_leaves_a_whole_run_folder_and_continues_it(tiny_model, tiny_dat
     capsys.readouterr()
     assert cli.run(arguments(tiny_model, tiny_data, out, "--seed", "1")) == 2
     assert "other settings (seed)" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_interrupted_and_continued_is_never_interrupted(tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
+    def files(out):
+        assert cli.run(arguments(tiny_model, tiny_data, out, "--random-baselines", "0")) == 0
+        names = "metrics.jsonl", "selection.json", "results/flexora.json", "adapter/adapter_model.safetensors"
+        return [(out / name).read_bytes() for name in names]
+
+    log = RunFolder.log
+
+    def interrupting(self, stage):
+        def callback(step, state, metrics):
+            log(self, stage)(step, state, metrics)
+            if step == 2:
+                raise KeyboardInterrupt
+
+        return callback
+
+    out = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", interrupting)
+        assert cli.run(arguments(tiny_model, tiny_data, out, "--random-baselines", "0")) == 130
+    assert "what is done is kept" in capsys.readouterr().err
+    assert [row["step"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())] == [1, 2]
+    assert files(out) == files(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("float32_by_default")
