@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.data import resolve
 from bilevel.trees import PyTree, as_arrays
@@ -87,7 +88,7 @@ class Problem:
                 f"{name} returned {_describe(result)}, but must return {wanted}; set Problem(has_aux=...) to match."
             )
         value, aux = result if self.has_aux else (result, None)
-        if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        if not _is_loss(value):
             raise ValueError(
                 f"{name} returned {_describe(value)}, but a loss is a real floating-point scalar: "
                 "reduce it with a mean or a sum."
@@ -95,10 +96,14 @@ class Problem:
         return value, aux
 
 
+def _is_loss(value: Any) -> bool:
+    array = isinstance(value, (jax.Array, np.ndarray, np.generic, float))
+    return array and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
-    try:
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return f"an array of shape {jnp.shape(value)} and dtype {jnp.result_type(value)}"
-    except TypeError:
-        return f"a {type(value).__name__}"
+    return f"a {type(value).__name__}"

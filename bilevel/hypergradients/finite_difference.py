@@ -103,6 +103,7 @@ def _check_radius(estimator: Any) -> None:
 
 def _train(estimator: Trained, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
     """The states before and after the last step, and the trace of all."""
+    slots(batches, estimator.steps)  # refuses batches for another number of steps
     keys, _ = schedule(key, estimator.steps)
     before = estimator.resume(problem, inner_state, outer, key)
     last = estimator.steps - 1

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from bilevel import inner, schedules
-from bilevel.data import narrow
+from bilevel.data import narrow, slots
 from bilevel.forward import forward_value_and_grad
 from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import value_and_grad
@@ -89,6 +89,7 @@ class Unrolled(Trained):
         """The steps before the last `truncate`, not differentiated; `(inner_state, None)` if there are none."""
         if not self._split:
             return inner_state, None
+        slots(inner_batches, self.steps)  # refuses batches for another number of steps
         frozen = jax.lax.stop_gradient
         keys, _ = schedule(key, self.steps)
         state = frozen(self.resume(problem, inner_state, outer, key))
