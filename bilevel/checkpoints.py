@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from bilevel.trees import PyTree, is_key
 
@@ -31,25 +32,36 @@ class Checkpoints:
         """The step of the newest checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, tree: PyTree) -> None:
-        """Saves `tree` as checkpoint `step`."""
-        self._manager.save(step, args=self._ocp.args.StandardSave(_without_keys(tree)))
+    def save(self, step: int, state: PyTree, history: dict[str, np.ndarray], feeds: list[Any]) -> None:
+        """Saves checkpoint `step`: `state`, the rows of metrics so far, and where iterators stand (JSON)."""
+        args = self._ocp.args
+        items = args.Composite(
+            state=args.StandardSave(_without_keys(state)),
+            history=args.StandardSave(history),
+            feeds=args.JsonSave({"feeds": feeds}),
+        )
+        self._manager.save(step, args=items)
 
-    def restore(self, step: int, like: PyTree) -> PyTree:
-        """Checkpoint `step` as a tree with the structure, shapes and key types of `like`.
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, np.ndarray], list[Any]]:
+        """`(state, history, feeds)` of checkpoint `step`; the state has the structure, shapes and key types of `like`.
 
         Raises:
           ValueError: if the checkpoint does not fit `like` or cannot be read.
         """
+        args = self._ocp.args
         target = jax.tree.map(_abstract, _without_keys(like))
+        items = args.Composite(
+            state=args.StandardRestore(target), history=args.StandardRestore(), feeds=args.JsonRestore()
+        )
         try:
-            tree = self._manager.restore(step, args=self._ocp.args.StandardRestore(target))
+            saved = self._manager.restore(step, args=items)
         except Exception as error:  # orbax raises many kinds, none of which names what to do
             raise ValueError(
                 f"Checkpoint {step} does not fit this solver or is damaged ({str(error).splitlines()[0]}): "
                 "continue with the solver it was written by, or start in an empty folder."
             ) from error
-        return jax.tree.map(_with_keys, like, tree)
+        history = {name: np.asarray(rows) for name, rows in saved["history"].items()}
+        return jax.tree.map(_with_keys, like, saved["state"]), history, saved["feeds"]["feeds"]
 
 
 def _abstract(x: Any) -> Any:

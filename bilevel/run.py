@@ -66,8 +66,8 @@ def run(
     Args:
       solver: any `Solver`.
       inner_data, outer_data: `Batches(arrays, size)` for mini-batches; arrays for the full batch at every step; an
-        iterator of batches (`solver.inner_batches` or `outer_batches` of them an outer step); None where the loss
-        reads no batch.
+        iterator of batches (`solver.inner_batches` or `outer_batches` of them an outer step), which a run can only be
+        resumed from if it has `get_state() -> JSON` and `set_state`; None where the loss reads no batch.
       steps: outer iterations in all, resumed ones included.
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
@@ -92,37 +92,39 @@ def run(
     history: list[dict[str, np.ndarray]] = []
     store = Checkpoints(checkpoint) if checkpoint is not None else None
     if store and (latest := store.latest()) is not None:
-        state, history = _restore(store, latest, state, solver, record, feeds)
+        state, history = _restore(store, latest, state, feeds)
     saved = time.monotonic()
     done, count, capacity = int(state.step), 1, min(CAPACITY, steps)
     if any(feed.is_iterator for feed in feeds):
         capacity = 1
+    positions = [feed.position() for feed in feeds]
     try:
         with Progress(title, steps, start=done, show=progress) as display:
             while done < steps:
                 begun = time.monotonic()
-                before, count = state, min(count, steps - done, capacity)
+                count = min(count, steps - done, capacity)
                 wanted = solver.inner_batches, outer_batches(solver)
                 data = [feed.next(n, done) for feed, n in zip(feeds, wanted, strict=True)]
-                state, buffer = _chunk(solver, record, capacity, state, data, count)
+                new, buffer = _chunk(solver, record, capacity, state, data, count)
                 rows_ = {name: np.asarray(value)[:count] for name, value in buffer.items()}
-                _check_finite(solver, record, before, data, rows_, done)
+                _check_finite(solver, record, state, data, rows_, done)
+                # All at once, after the device is done: an interrupt or a failure before leaves what was done before.
                 history.append(rows_)
-                done += count
+                state, done, positions = new, done + count, [feed.position() for feed in feeds]
                 elapsed = time.monotonic() - begun
                 count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
                 shown = {n: float(v[-1]) for n, v in rows_.items() if v.ndim == 1 and not _is_count(v)}
                 display.advance(done, shown)
                 stop = [bool(callback(done, state, rows_)) for callback in callbacks]
                 if store and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    _save(store, done, state, history)
+                    _save(store, done, state, history, positions)
                     saved = time.monotonic()
                 if any(stop):
                     break
     finally:
         # An interrupt keeps what is done.
-        if store and history and store.latest() != done and int(state.step) == done:
-            _save(store, done, state, history)
+        if store and history and store.latest() != done:
+            _save(store, done, state, history, positions)
     if history:
         warn_if_inexact({name: history[-1][name][-1] for name in EXACTNESS if name in history[-1]})
     return Result(state.outer, state.inner, _concatenate(history), state)
@@ -148,6 +150,15 @@ class _Feed:
                 f"{name} is a {type(data).__name__} that is neither Batches, arrays, an iterator nor None: {error}"
             ) from None
         return cls(FullBatch(arrays), key, False)
+
+    def position(self) -> Any:
+        """Where an iterator stands, if it can tell."""
+        return self.source.get_state() if self.is_iterator and hasattr(self.source, "get_state") else None
+
+    def move(self, position: Any) -> None:
+        """Puts an iterator where `position` says."""
+        if self.is_iterator:
+            self.source.set_state(position)
 
     def next(self, count: int, step: int) -> tuple[Any, jax.Array]:
         """`(source, key)` for a chunk that starts at outer step `step`; an iterator is read `count` times."""
@@ -224,19 +235,17 @@ def _concatenate(history):
     return {name: np.concatenate([rows_[name] for rows_ in history]) for name in history[0]} if history else {}
 
 
-def _save(store, step, state, history):
-    store.save(step, {"state": state, "history": _concatenate(history)})
+def _save(store, step, state, history, positions):
+    store.save(step, state, _concatenate(history), positions)
 
 
-def _restore(store, step, state, solver, record, feeds):
-    if any(feed.is_iterator and not hasattr(feed.source, "set_state") for feed in feeds):
-        raise ValueError(
-            "The run cannot be resumed exactly from a plain iterator: pass Batches(arrays, size), arrays, or an "
-            "iterator with get_state and set_state."
-        )
-    data = [(feed.source, feed.key) for feed in feeds]
-    metrics = jax.eval_shape(lambda s: _chunk(solver, record, step, s, data, 1)[1], state)
-    saved = store.restore(
-        step, {"state": state, "history": jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), metrics)}
-    )
-    return saved["state"], [jax.tree.map(np.asarray, saved["history"])]
+def _restore(store, step, state, feeds):
+    state, history, positions = store.restore(step, state)
+    for feed, position in zip(feeds, positions, strict=True):
+        if feed.is_iterator and (position is None or not hasattr(feed.source, "set_state")):
+            raise ValueError(
+                "The run cannot be resumed exactly from a plain iterator: pass Batches(arrays, size), arrays, or an "
+                "iterator with get_state and set_state."
+            )
+        feed.move(position)
+    return state, [history]
