@@ -1,0 +1,54 @@
+"""The planted-layer benchmark: its task is what it says, its measures, and one identity of its searches."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.lora import planted
+from benchmarks.lora.planted_task import QUICK, divergence, make_task
+
+TINY = dataclasses.replace(QUICK, layers=3, total=2, unrolls=(1,))
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return jax.jit(jax.vmap(partial(make_task, TINY)))(jax.random.split(jax.random.key(0), TINY.seeds))
+
+
+def test_planted_layers_are_as_many_as_said(tasks):
+    assert np.asarray(tasks.planted).sum(axis=1).tolist() == [TINY.planted] * TINY.seeds
+
+
+def test_target_is_a_distribution_that_the_student_misses_by_the_effect_asked_for(tasks):
+    total = np.exp(np.asarray(tasks.train["target"], np.float64)).sum(-1)
+    np.testing.assert_allclose(total, 1.0, rtol=1e-4)
+
+    def student(task, key):
+        return divergence(TINY, task.weights, TINY.lora.bind(TINY.start_lora(key)), task.val)
+
+    missed = jax.vmap(student)(tasks, jax.random.split(jax.random.key(1), TINY.seeds))
+    assert TINY.planted == 1
+    np.testing.assert_allclose(missed, TINY.effect, rtol=0.5)  # calibrated on other sequences
+
+
+def test_measures():
+    mask = np.array([True, False, True, False])
+    assert planted.auroc(np.array([4.0, 1.0, 3.0, 2.0]), mask) == 1.0
+    assert planted.auroc(np.zeros(4), mask) == 0.5
+    assert planted.precision(np.array([4.0, 3.0, 2.0, 1.0]), mask) == 0.5
+    assert planted.jaccard(np.array([4.0, 3.0, 2.0, 1.0]), mask) == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow
+def test_one_inner_step_from_zero_leaves_nothing_to_unroll(tasks):
+    """From B = 0 one SGD step gives twice the first-order gradient: searches by steps of one length coincide."""
+    keys = jax.random.split(jax.random.key(2), TINY.seeds)
+    unrolled, first_order = (
+        planted.search(TINY, planted.Arm(name, 1, "sgd"), tasks, keys) for name in ("unrolled", "first-order")
+    )
+    np.testing.assert_allclose(unrolled["alpha"], first_order["alpha"], atol=2e-3 * TINY.reach)
+    np.testing.assert_allclose(unrolled["cosine"], 1.0, atol=1e-3)
+    np.testing.assert_allclose(np.asarray(unrolled["alpha"]).sum(-1), 0.0, atol=1e-4)
