@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import Batches, FullBatch, Indexed
+from bilevel.data import Batches, FullBatch
 from bilevel.hypergradients.base import Hypergradient
 from bilevel.planning import flops, gradient_flops
 from bilevel.problem import Problem
@@ -166,8 +166,7 @@ def _several(data: Any, key: jax.Array, count: int) -> Any:
 
 def _one(data: Any, key: jax.Array) -> Any:
     if isinstance(data, Batches):
-        batch = data.take(key, 0, 1)
-        return Indexed(batch.arrays, batch.index[0])
+        return data.take(key, 0, 1).batch(0)
     return _several(data, key, 1)
 
 

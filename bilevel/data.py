@@ -26,10 +26,16 @@ class Indexed:
     Attributes:
       arrays: pytree of arrays with a common leading axis of length N.
       index: integers in `[0, N)`.
+      contiguous: whether the rows of each batch follow each other, so that a slice does instead of a gather.
     """
 
     arrays: PyTree
     index: jax.Array
+    contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def batch(self, which: Any) -> Indexed:
+        """The batches `index[which]`."""
+        return dataclasses.replace(self, index=self.index[which])
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +48,9 @@ class FullBatch:
 
 def resolve(batch: PyTree) -> PyTree:
     """The arrays a loss sees: an `Indexed` is gathered, a `FullBatch` opened, anything else left as it is."""
+    if isinstance(batch, Indexed) and batch.contiguous:
+        start, size = batch.index[0], len(batch.index)
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), batch.arrays)
     if isinstance(batch, Indexed):
         return jax.tree.map(lambda a: jnp.take(a, batch.index, axis=0), batch.arrays)
     if isinstance(batch, FullBatch):
@@ -65,7 +74,7 @@ def slots(batches: PyTree, steps: int, what: str = "inner steps") -> tuple[PyTre
                 f"axis of {steps}: stack one batch a step, or pass FullBatch(arrays) for the same data at every step."
             )
     if isinstance(batches, Indexed):
-        return xs, lambda x: Indexed(batches.arrays, x)
+        return xs, lambda x: dataclasses.replace(batches, index=x)
     return xs, lambda x: x
 
 
@@ -74,7 +83,7 @@ def narrow(batches: PyTree, start: int, stop: int) -> PyTree:
     if isinstance(batches, FullBatch):
         return batches
     if isinstance(batches, Indexed):
-        return Indexed(batches.arrays, batches.index[start:stop])
+        return batches.batch(slice(start, stop))
     return jax.tree.map(lambda x: x[start:stop], batches)
 
 
@@ -99,21 +108,28 @@ def rows(arrays: PyTree) -> int:
 class Batches:
     """Shuffled mini-batches of `size` rows, without replacement, drawn inside the compiled step.
 
-    Each epoch is a fresh pseudo-random permutation, cut into `N // size` batches (the remainder waits for another
-    epoch). Batch number `b` is a function of `key` and `b` alone, so a run resumes exactly from its step number.
+    With `order="rows"` each epoch is a fresh pseudo-random permutation of the rows, cut into `N // size` batches (the
+    remainder waits for another epoch). With `order="blocks"` the batches are fixed, `size` consecutive rows each, and
+    only their order is shuffled: nothing is gathered, which is several times faster where a step takes microseconds.
+    The rows must then be in no particular order, and where `size` does not divide N the last block overlaps the one
+    before. Batch number `b` is a function of `key` and `b` alone, so a run resumes exactly from its step number.
 
     Args:
       arrays: pytree of arrays with a common leading axis of length N.
       size: rows a batch, `1 <= size <= N`.
+      order: `"rows"` or `"blocks"`.
 
     Raises:
-      ValueError: for an empty data set, unequal lengths, or a size that is not in `[1, N]`.
+      ValueError: for an empty data set, unequal lengths, a size that is not in `[1, N]`, or an unknown order.
     """
 
     arrays: PyTree
     size: int = dataclasses.field(metadata={"static": True})
+    order: str = dataclasses.field(default="rows", kw_only=True, metadata={"static": True})
 
     def __post_init__(self):
+        if self.order not in ("rows", "blocks"):
+            raise ValueError(f"Batches(order={self.order!r}): must be 'rows' or 'blocks'.")
         leaves = jax.tree.leaves(self.arrays)
         if leaves and not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
             return  # a tree transformation, or lowering, holds placeholders here
@@ -125,17 +141,28 @@ class Batches:
 
     def take(self, key: jax.Array, first: Any, count: int) -> Indexed:
         """Batches number `first` to `first + count - 1` of the stream that `key` names: `index[count, size]`."""
-        n = rows(self.arrays)
-        per_epoch = n // self.size
+        n, by_block = rows(self.arrays), self.order == "blocks"
+        per_epoch = -(-n // self.size) if by_block else n // self.size
         number = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
         epoch, offset = jnp.divmod(number, jnp.uint32(per_epoch))
-        position = offset[:, None] * jnp.uint32(self.size) + jnp.arange(self.size, dtype=jnp.uint32)[None]
-        index = jax.vmap(lambda e, p: _permute(jax.random.fold_in(key, e), p, n))(epoch, position)
-        return Indexed(self.arrays, index.astype(jnp.int32))
+        within = jnp.arange(self.size, dtype=jnp.uint32)[None]
+        position = offset[:, None] if by_block else offset[:, None] * jnp.uint32(self.size) + within
+        # Few epochs share a call: one permutation is drawn for each of them, not for each batch.
+        epochs = min(count, (count - 1) // per_epoch + 2)
+        words = jax.vmap(lambda e: _words(jax.random.fold_in(key, e)))(epoch[0] + jnp.arange(epochs, dtype=jnp.uint32))
+        index = _permute(words[epoch - epoch[0]], position, per_epoch if by_block else n)
+        if by_block:
+            index = jnp.minimum(index * jnp.uint32(self.size), jnp.uint32(n - self.size)) + within
+        return Indexed(self.arrays, index.astype(jnp.int32), by_block)
 
 
-def _permute(key: jax.Array, index: jax.Array, n: int) -> jax.Array:
-    """Images of `index` under a pseudo-random permutation of `0..n-1`, in O(len(index)).
+def _words(key: jax.Array) -> jax.Array:
+    """What a permutation is made of: five rounds of two words."""
+    return jax.random.bits(key, (5, 2), jnp.uint32)
+
+
+def _permute(words: jax.Array, index: jax.Array, n: int) -> jax.Array:
+    """Images of `index[count, k]` under pseudo-random permutations of `0..n-1`, one a row of `words[count, 5, 2]`.
 
     Rounds of (xor, odd multiplication, xor-shift) are a bijection of b-bit words; words that land outside `[0, n)` are
     sent round again (cycle walking), which keeps the map a bijection of `[0, n)`. A sort of all n rows a step, which
@@ -145,10 +172,10 @@ def _permute(key: jax.Array, index: jax.Array, n: int) -> jax.Array:
         return jnp.zeros_like(index)
     bits = (n - 1).bit_length()
     mask, shift = jnp.uint32(2**bits - 1), jnp.uint32((bits + 1) // 2)
-    words = jax.random.bits(key, (5, 2), jnp.uint32)
 
     def scramble(x):
-        for xor, multiplier in words:
+        for r in range(words.shape[1]):
+            xor, multiplier = words[:, r, :1], words[:, r, 1:]
             x = ((x ^ xor) * (multiplier | jnp.uint32(1))) & mask
             x = x ^ (x >> shift)
         return x

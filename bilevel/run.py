@@ -191,7 +191,7 @@ def _chunk(solver, record, capacity, state, data, count):
         state, buffer = carry
         leaves = jaxpr_as_fun(step)(*jax.tree.leaves(state))
         state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        return state, jax.tree.map(lambda rows, new: rows.at[i].set(new), buffer, metrics)
+        return state, jax.tree.map(partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0), buffer, metrics)
 
     return jax.lax.fori_loop(0, count, body, (state, buffer))
 
@@ -207,7 +207,7 @@ def _step(solver, state, data):
     if isinstance(outer_source, Batches):
         outer = outer_source.take(outer_key, state.step * wanted, wanted)
     if wanted == 1 and isinstance(outer, Indexed):
-        outer = Indexed(outer.arrays, outer.index[0])
+        outer = outer.batch(0)
     elif wanted == 1 and outer is not None and not isinstance(outer, FullBatch):
         outer = jax.tree.map(lambda x: x[0], outer)
     return solver.step(state, inner, outer)
