@@ -51,7 +51,7 @@ class BOME(Stochastic):
     def iterate(self, at: Iteration) -> Iterate:
         gap_step = self.inner_step if self.gap_step is None else self.gap_step
         trainer = dataclasses.replace(at, inner_step=size(gap_step, at.step))
-        trained, _ = sgd(trainer, at.w, at.lam, self.inner_steps)
+        trained = sgd(trainer, at.w, at.lam, self.inner_steps)
         outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
         inside = at.inner_gradient(at.w, at.lam, at.draws[-2])
         beyond = at.inner_gradient(trained, at.lam, at.draws[-1])

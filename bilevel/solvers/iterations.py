@@ -51,15 +51,13 @@ def follow(at: Iteration, v: PyTree, d: Directions, calls: Calls, memory: Callab
     return Iterate(w, at.move_outer(d.outer), memory(v), d.outer, d.inner_loss, d.outer_loss, calls)
 
 
-def sgd(at: Iteration, w: PyTree, lam: PyTree, steps: int) -> tuple[PyTree, jax.Array]:
-    """`(w, f)` after `steps` inner steps on draws `0 .. steps - 1`; f is the loss before the last one."""
+def sgd(at: Iteration, w: PyTree, lam: PyTree, steps: int) -> PyTree:
+    """w after `steps` inner steps on draws `0 .. steps - 1`."""
 
-    def body(t, carry):
-        inside = at.inner_gradient(carry[0], lam, at.draws[t])
-        return descend(carry[0], at.inner_step, inside.inner), inside.value
+    def body(t, w):
+        return descend(w, at.inner_step, at.inner_gradient(w, lam, at.draws[t]).inner)
 
-    value = jax.eval_shape(lambda: at.inner_gradient(w, lam, at.draws[0]).value)
-    return jax.lax.fori_loop(0, steps, body, (w, jnp.zeros((), value.dtype)))
+    return jax.lax.fori_loop(0, steps, body, w)
 
 
 def neumann(at: Iteration, points: Sequence[Point], rhs: Sequence[PyTree], terms: int, draw: DrawOf) -> list[PyTree]:
@@ -114,12 +112,13 @@ def double_loop(at: Iteration, steps: int, solve: Callable[[PyTree, PyTree], tup
 
     `solve(w, dF/dw) -> (v, products)` approximates the linear system; C is taken on the last inner draw.
     """
-    w, inner_loss = sgd(at, at.w, at.lam, steps)
+    w = sgd(at, at.w, at.lam, steps)
     outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
     v, hvps = solve(w, outside.inner)
-    direction = minus(outside.outer, at.products(w, at.lam, v, at.draws[-1]).cross)
+    inside = at.products(w, at.lam, v, at.draws[-1])
+    direction = minus(outside.outer, inside.cross)
     calls = Calls(inner_gradients=steps, outer_gradients=1, hvps=hvps, cross_products=1)
-    return Iterate(w, at.move_outer(direction), v, direction, inner_loss, outside.value, calls)
+    return Iterate(w, at.move_outer(direction), v, direction, inside.value, outside.value, calls)
 
 
 def momentum(new: PyTree, old: PyTree, direction: PyTree, eta: Any, step: jax.Array) -> PyTree:

@@ -34,22 +34,25 @@ class Draws:
     """The draws of one loss in one outer iteration; `draws[t]`, where t may be a traced integer."""
 
     batches: PyTree
-    keys: jax.Array
+    key: jax.Array
     first: int
+    count: int
     what: str
 
     def __post_init__(self):
-        slots(self.batches, len(self.keys), self.what)  # a wrong leading axis is refused before any loop is traced
+        slots(self.batches, self.count, self.what)  # a wrong leading axis is refused before any loop is traced
 
     def __getitem__(self, t: Any) -> Draw:
-        t = t % len(self.keys) if isinstance(t, int) else t
-        xs, bind = slots(self.batches, len(self.keys), self.what)
-        return Draw(bind(jax.tree.map(lambda x: x[t], xs)), self.keys[t], self.first + t)
+        t = t % self.count if isinstance(t, int) else t
+        xs, bind = slots(self.batches, self.count, self.what)
+        # Each key is made where it is used: a loss that uses none then costs none.
+        key = jax.random.fold_in(self.key, self.first + t)
+        return Draw(bind(jax.tree.map(lambda x: x[t], xs)), key, self.first + t)
 
     @property
     def full(self) -> Draw:
         """The whole data set; needs `Indexed` batches."""
-        return Draw(FullBatch(self.batches.arrays), self.keys[0], self.first)
+        return Draw(FullBatch(self.batches.arrays), self[0].key, self.first)
 
 
 def leading(batch: PyTree) -> PyTree:
@@ -57,7 +60,7 @@ def leading(batch: PyTree) -> PyTree:
     if isinstance(batch, FullBatch):
         return batch
     if isinstance(batch, Indexed):
-        return Indexed(batch.arrays, batch.index[None])
+        return batch.batch(None)
     return jax.tree.map(lambda x: x[None], batch)
 
 

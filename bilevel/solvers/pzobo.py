@@ -51,12 +51,13 @@ class PZOBO(Stochastic):
         return self.inner_steps
 
     def iterate(self, at: Iteration) -> Iterate:
-        w, inner_loss = sgd(at, at.w, at.lam, self.inner_steps)
+        w = sgd(at, at.w, at.lam, self.inner_steps)
+        inside = at.inner_gradient(w, at.lam, at.draws[-1])  # for its value
         outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
 
         def along(key):
             u = optax.tree.random_like(key, at.lam)
-            moved, _ = sgd(at, at.w, descend(at.lam, -jnp.asarray(self.smoothing), u), self.inner_steps)
+            moved = sgd(at, at.w, descend(at.lam, -jnp.asarray(self.smoothing), u), self.inner_steps)
             slope = optax.tree.vdot(minus(moved, w), outside.inner) / self.smoothing
             return jax.tree.map(lambda x: jnp.asarray(slope, x.dtype) * x, u)
 
@@ -64,4 +65,4 @@ class PZOBO(Stochastic):
         indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
         direction = plus(outside.outer, indirect)
         calls = Calls(inner_gradients=self.inner_steps * (1 + self.directions), outer_gradients=1)
-        return Iterate(w, at.move_outer(direction), (), direction, inner_loss, outside.value, calls)
+        return Iterate(w, at.move_outer(direction), (), direction, inside.value, outside.value, calls)

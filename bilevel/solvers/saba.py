@@ -35,9 +35,10 @@ class SABA(Stochastic):
         \hat g = g_j - T_j + \bar T, \qquad \bar T \leftarrow \bar T + p_j (g_j - T_j), \qquad T_j \leftarrow g_j,
         \qquad \bar T = \sum_j p_j T_j \text{ at all times.}
 
-    The data are cut into fixed mini-batches of b consecutive rows, as many as a batch has; the last may be smaller. The
-    first row of an `Indexed` batch says which of them is drawn, so that each is drawn in proportion to its size and the
-    estimates are unbiased whatever the order of the rows. Tables start at 0.
+    The data are cut into fixed mini-batches of b consecutive rows, as many as a batch has; the last may be smaller.
+    The last row of an `Indexed` batch says which of them is drawn. With `Batches(..., order="rows")` each is drawn in
+    proportion to its size and the estimates are unbiased; `order="blocks"` draws a smaller last one as often as the
+    others, whose effect vanishes with the differences that a table corrects by. Tables start at 0.
 
     Constant steps; linear convergence on strongly convex finite sums.
     Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 cross product.
@@ -103,7 +104,7 @@ class Blocks:
         self._draw = draws[0]
         self._arrays, index = self._draw.batch.arrays, self._draw.batch.index
         self._size, self._count = index.shape[0], rows(self._arrays)
-        self.drawn = index[0] // self._size
+        self.drawn = index[-1] // self._size
 
     def call(self, function: Any) -> Any:
         """`function(draw)` on the mini-batch that is drawn."""
@@ -127,5 +128,5 @@ class Blocks:
         size = jnp.minimum(self._size, self._count - j * self._size)
         difference = minus(new, jax.tree.map(lambda t: t[j], table.rows))
         share = jax.tree.map(lambda d: size.astype(d.dtype) / self._count * d, difference)
-        kept = jax.tree.map(lambda t, x: t.at[j].set(x), table.rows, new)
+        kept = jax.tree.map(lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, j, 0), table.rows, new)
         return plus(difference, table.average), Table(kept, plus(table.average, share))

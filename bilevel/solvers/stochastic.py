@@ -175,7 +175,6 @@ class Stochastic:
         """
         next_key, key, own = jax.random.split(state.key, 3)
         count = self.inner_batches
-        keys = jax.random.split(key, count + self.outer_batches)
         if self.outer_batches == 1:
             outer_batch = leading(outer_batch)
         (w, inner_fixed), (lam, outer_fixed) = partition(state.inner.params), partition(state.outer)
@@ -188,8 +187,8 @@ class Stochastic:
             lam,
             state.memory,
             state.step,
-            Draws(inner_batches, keys[:count], 0, "inner calls"),
-            Draws(outer_batch, keys[count:], count, "outer calls"),
+            Draws(inner_batches, key, 0, count, "inner calls"),
+            Draws(outer_batch, key, count, self.outer_batches, "outer calls"),
             own,
             size(self.inner_step, state.step),
             size(self.inner_step if linear_step is None else linear_step, state.step),

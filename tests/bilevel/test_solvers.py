@@ -14,6 +14,8 @@ import pytest
 
 import bilevel
 from bilevel import Batches, Indexed, Power, Problem
+from bilevel.data import resolve
+from bilevel.solvers.stochastic import Calls
 from bilevel.trees import advance_keys
 
 INNER, OUTER, ROWS, OUTER_ROWS = 5, 4, 12, 9
@@ -274,7 +276,7 @@ class Recorded:
                 state, metrics = jax.block_until_ready(step(solver, state, SMALL, index))
                 self.__dict__[name].append(state)
                 if name == "tree":
-                    self.calls.append((dict(counts), {k: int(metrics[k]) for k in bilevel.Calls._fields}))
+                    self.calls.append((dict(counts), {k: int(metrics[k]) for k in Calls._fields}))
 
 
 recorded = cache(Recorded)
@@ -385,7 +387,7 @@ def test_run_takes_any_solver_and_traces_it_once(row):
     problem = dataclasses.replace(PROBLEM, outer_loss=loss)
     data = {"inner_data": SMALL[0], "outer_data": SMALL[1], "progress": False}
     result = bilevel.run(row.make(problem, data=SMALL, **counted(row)), steps=3, **data)
-    assert set(result.history) == {"outer_loss", "inner_loss", "hypergradient_norm", *bilevel.Calls._fields}
+    assert set(result.history) == {"outer_loss", "inner_loss", "hypergradient_norm", *Calls._fields}
     assert result.history["hvps"].shape == (3,)
     before = traces["outer_loss"]
     bilevel.run(row.make(problem, step=0.2, data=SMALL, **counted(row)), steps=3, **data)
@@ -411,6 +413,22 @@ def test_saba_converges_with_a_smaller_last_block():
     row = next(row for row in TABLE if row.cls is bilevel.SABA)
     state, _ = train(row.make(step=0.25, data=data), data, 1500)
     assert distance(state.outer) < 1e-9
+
+
+@pytest.mark.parametrize("size", [3, 5])
+def test_blocks_are_slices_of_fixed_rows_each_once_an_epoch(size):
+    data = Batches(DATA, size, order="blocks")
+    blocks = -(-ROWS // size)
+    drawn = [data.take(KEY, epoch * blocks, blocks) for epoch in range(4)]
+    starts = [tuple(batches.index[:, 0].tolist()) for batches in drawn]
+    assert {tuple(sorted(s)) for s in starts} == {tuple(min(j * size, ROWS - size) for j in range(blocks))}
+    assert len(set(starts)) > 1, "the order is shuffled"
+    assert drawn[0].contiguous and (jnp.diff(drawn[0].index, axis=1) == 1).all()
+    batch = drawn[0].batch(0)
+    for sliced, gathered in zip(resolve(batch)["H"], DATA["H"][batch.index], strict=True):
+        np.testing.assert_array_equal(sliced, gathered)
+    with pytest.raises(ValueError, match="must be 'rows' or 'blocks'"):
+        Batches(DATA, size, order="sorted")
 
 
 def test_schedules_and_numbers_are_step_sizes():
