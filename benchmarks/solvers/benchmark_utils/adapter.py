@@ -48,8 +48,8 @@ class BilevelSolver(BaseSolver):
     def set_objective(self, problem, inner, outer):
         self.inner_arrays, self.outer_arrays = inner, outer
         self.data = {
-            "inner_data": bilevel.Batches(inner, self._size(inner)),
-            "outer_data": bilevel.Batches(outer, self._size(outer)),
+            "inner_data": self._batches(inner),
+            "outer_data": self._batches(outer),
         }
         self.solver = self.make(problem)
 
@@ -89,6 +89,11 @@ class BilevelSolver(BaseSolver):
         if fixed is not None:
             return np.array(fixed) * len(metrics["outer_loss"])
         return np.array([metrics[name].sum() for name in Calls._fields])
+
+    def _batches(self, arrays):
+        if self.batch_size == "full":
+            return bilevel.FullBatch(arrays)
+        return bilevel.Batches(arrays, self.batch_size, order="blocks")  # as benchmark_bilevel samples
 
     def _rows(self, arrays) -> int:
         return len(jax.tree.leaves(arrays)[0])
