@@ -20,24 +20,29 @@ class StructuralZeroWarning(UserWarning):
 
 
 def value_and_grad(
-    function: Callable[[PyTree], tuple[jax.Array, PyTree]], moving: PyTree, *, estimator: str, sees_training: bool
+    function: Callable[[PyTree], tuple[jax.Array, PyTree]],
+    moving: PyTree,
+    *,
+    estimator: str,
+    training: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[tuple[jax.Array, PyTree], PyTree]:
     """`jax.value_and_grad(function, has_aux=True)(moving)`, with a warning for every leaf without an influence.
 
     Args:
       function: `moving -> (scalar, aux)`.
       estimator: its name, for the message.
-      sees_training: whether the derivative includes that of the training; then no influence at all is an error.
+      training: the training that `function` leaves out, as a function of `moving`; None if it leaves out nothing.
 
     Warns:
       StructuralZeroWarning: names leaves whose derivative is 0 whatever their value.
 
     Raises:
-      ValueError: if `sees_training` and no leaf has an influence.
+      ValueError: if no leaf has an influence, on the training neither.
     """
     value, pullback, aux = jax.vjp(function, moving, has_aux=True)
-    remedy = None if sees_training else INSIDE_TRAINING
-    grad, _ = pull(lambda ct: (pullback(ct)[0], None), value, moving, estimator=estimator, remedy=remedy)
+    remedy = None if training is None else INSIDE_TRAINING
+    whole = lambda ct: (pullback(ct)[0], None)  # noqa: E731
+    grad, _ = pull(whole, value, moving, estimator=estimator, remedy=remedy, training=training)
     return (value, aux), grad
 
 
@@ -52,6 +57,7 @@ def pull(
     *,
     estimator: str,
     remedy: str | None,
+    training: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`pullback(1)`, with a warning for every leaf of the gradient that the 1 does not reach.
 
@@ -61,6 +67,7 @@ def pull(
       estimator: its name, for the message.
       remedy: what the estimator does not see, and what to use instead; None if it sees all there is, so that no
         influence at all is an error.
+      training: as for `value_and_grad`; it is traced only if a leaf is not reached.
 
     Warns, Raises:
       As `value_and_grad`.
@@ -69,7 +76,11 @@ def pull(
     # which is then evaluated, so that nothing is traced twice.
     closed, shape = jax.make_jaxpr(pullback, return_shape=True)(jnp.ones_like(value))
     count = len(jax.tree.leaves(moving))
-    _report([row[0] for row in _rows(closed.jaxpr, count)], moving, estimator, remedy)
+    reached = [row[0] for row in _rows(closed.jaxpr, count)]
+    acts = [remedy is not None] * count
+    if training is not None and not all(reached):
+        acts = [any(column) for column in zip(*dependence(training, moving), strict=True)]
+    _report(reached, moving, estimator, remedy, acts)
     leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
@@ -81,24 +92,29 @@ def traced(function: Callable[[PyTree], jax.Array], moving: PyTree, *, estimator
       As `value_and_grad`, for an estimator that sees all there is.
     """
     closed = jax.make_jaxpr(function)(moving)
-    _report(_rows(closed.jaxpr, 1)[0], moving, estimator, None)
+    reached = _rows(closed.jaxpr, 1)[0]
+    _report(reached, moving, estimator, None, [False] * len(reached))
     return lambda tree: jex.jaxpr_as_fun(closed)(*jax.tree.leaves(tree))[0]
 
 
-def _report(reached: list[bool], moving: PyTree, estimator: str, remedy: str | None) -> None:
-    names = [name for name, used in zip(leaf_names(moving), reached, strict=True) if not used]
-    if names and remedy is None and len(names) == len(reached):
+def _report(reached: list[bool], moving: PyTree, estimator: str, remedy: str | None, acts: list[bool]) -> None:
+    """Tells of leaves that are not `reached`: `remedy` for those that have an influence all the same (`acts`)."""
+    rows = list(zip(leaf_names(moving), reached, acts, strict=True))
+    dead = [name for name, is_reached, does_act in rows if not is_reached and not does_act]
+    if dead and len(dead) == len(rows):
         raise ValueError(
-            f"Neither loss depends on outer ({', '.join(names)}), so its hypergradient would be 0: "
-            "use the `outer` argument inside inner_loss or outer_loss, not a value captured from outside."
+            f"Neither loss depends on outer ({', '.join(dead)}) by a way that has a derivative, so its hypergradient "
+            "would be 0: use the `outer` argument inside inner_loss or outer_loss, not a value captured from outside, "
+            "and no operation without a derivative in between (sign, round, stop_gradient; optimizers such as lion)."
         )
-    if names:
-        remedy = remedy or "nothing that is trained or evaluated depends on it"
-        warnings.warn(
-            f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {remedy}.",
-            StructuralZeroWarning,
-            stacklevel=5,
-        )
+    unseen = [name for name, is_reached, does_act in rows if not is_reached and does_act]
+    for names, why in ((unseen, remedy), (dead, "nothing that is trained or evaluated depends on it")):
+        if names:
+            warnings.warn(
+                f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {why}.",
+                StructuralZeroWarning,
+                stacklevel=5,
+            )
 
 
 class InexactHypergradientWarning(UserWarning):

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 
+from bilevel.gradients import reverse_gradient
 from bilevel.guards import value_and_grad
 from bilevel.hypergradients.base import Aux, Estimate, Trained
 from bilevel.trees import combine, partition
@@ -39,5 +40,9 @@ class FirstOrder(Trained):
         def objective(moving):
             return self.outer_loss(problem, state.params, combine(moving, fixed), outer_batch, key)
 
-        (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", sees_training=False)
+        def training(moving):  # by a gradient whose dependence can be seen through
+            arguments = problem, inner_state, combine(moving, fixed), inner_batches, key
+            return self.trajectory(*arguments, gradient=reverse_gradient)[0].params
+
+        (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", training=training)
         return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))

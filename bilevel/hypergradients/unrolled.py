@@ -126,5 +126,5 @@ class Unrolled(Trained):
         if self.mode == "forward":
             (value, (state, aux)), grad = forward_value_and_grad(objective, moving, self.chunk, estimator="Unrolled")
         else:
-            (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled", sees_training=True)
+            (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled")
         return Estimate(value, grad, state, aux)
