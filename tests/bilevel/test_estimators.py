@@ -1,0 +1,207 @@
+"""What holds for every estimator of the table."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from bilevel.testing import quadratic
+from tests.bilevel.estimators import ESTIMATORS
+from tests.bilevel.helpers import (
+    KEY,
+    NETWORK,
+    ROWS,
+    assert_close,
+    assert_equal,
+    estimate,
+    network_batches,
+    solve,
+)
+
+Q = quadratic()
+FULL = {"tilt": np.array([0.3, -0.2, 0.5]), "rate": np.array(0.5), "start": 0.7 * Q.start}
+SGD = optax.sgd(0.5)
+SGD_OF_OUTER = lambda outer: optax.sgd(outer["rate"])  # noqa: E731
+INJECTED = lambda outer: optax.inject_hyperparams(optax.sgd)(learning_rate=outer["rate"])  # noqa: E731
+
+each = pytest.mark.parametrize("row", ESTIMATORS, ids=lambda row: row.name)
+
+
+def named_zeros(caught):
+    return sorted({w.message.args[0].split("outer leaf ")[1].split(" is")[0] for w in caught})
+
+
+@each
+@pytest.mark.parametrize("steps", [1, 2, 7, 64])
+def test_quadratic_closed_form(row, steps):
+    outer = {"tilt": FULL["tilt"]}
+    result = estimate(Q.problem, row.make(SGD, steps), None, outer, None, None, KEY)
+    np.testing.assert_allclose(result.value, Q.value(outer, steps, rate=0.5), rtol=1e-12)
+    assert_close(result.inner_state.params, Q.trained(outer, steps, rate=0.5), 1e-12)
+    if row.tolerance is not None:
+        assert_close(result.grad, row.closed_form(Q, outer, steps, rate=0.5), row.tolerance)
+
+
+@each
+@pytest.mark.parametrize("optimizer", [SGD_OF_OUTER, INJECTED], ids=["sgd", "inject_hyperparams"])
+@pytest.mark.parametrize("start", ["cold", "warm"])
+def test_quadratic_rate_and_start(row, optimizer, start):
+    hypergradient = row.make(optimizer, 7)
+    warm = hypergradient.init(Q.problem, FULL, KEY) if start == "warm" else None
+    if warm is not None:
+        # Trained elsewhere: nothing of the old learning rate may survive in the optimizer's state.
+        elsewhere = FULL | {"rate": np.array(0.1)}
+        warm = hypergradient.solve(Q.problem, warm, elsewhere, None, KEY)
+    point = None if warm is None else np.asarray(warm.params)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = hypergradient.estimate(Q.problem, warm, FULL, None, None, KEY)
+    blind = set(row.blind) | ({"start"} if start == "warm" else set())
+    assert ", ".join(named_zeros(caught)) == ", ".join(f"['{name}']" for name in sorted(blind))
+    np.testing.assert_allclose(result.value, Q.value(FULL, 7, start=point), rtol=1e-12)
+    if row.tolerance is not None:
+        assert_close(result.grad, row.closed_form(Q, FULL, 7, start=point), row.tolerance)
+
+
+def trained_on(row, batches, problem=NETWORK, steps=3):
+    hypergradient = row.make(optax.sgd(0.1), steps)
+    outer = NETWORK.start_outer(KEY)
+    validation = jax.tree.map(jnp.asarray, ROWS)
+    return estimate(problem, hypergradient, hypergradient.init(NETWORK, outer, KEY), outer, batches, validation, KEY)
+
+
+@each
+def test_batches_in_every_form_are_the_same(row):
+    indexed = network_batches(3)
+    stacked = jax.tree.map(lambda x: x[indexed.index], indexed.arrays)
+    a, b = trained_on(row, indexed), trained_on(row, stacked)
+    assert_close(b.grad, a.grad, 1e-12)
+    assert_close(b.inner_state.params, a.inner_state.params, 1e-12)
+
+    whole = jax.tree.map(jnp.asarray, ROWS)
+    stacked = jax.tree.map(lambda x: jnp.stack([x] * 3), whole)
+    a, b = trained_on(row, bilevel.FullBatch(whole)), trained_on(row, stacked)
+    assert_close(b.grad, a.grad, 1e-12)
+    assert_close(b.inner_state.params, a.inner_state.params, 1e-12)
+
+
+@each
+def test_no_batch_is_the_batch_that_the_loss_holds(row):
+    whole = jax.tree.map(jnp.asarray, ROWS)
+    holding = bilevel.Problem(
+        jax.tree_util.Partial(lambda held, w, o, batch, key: NETWORK.inner_loss(w, o, held, key), whole),
+        NETWORK.outer_loss,
+        NETWORK.init_inner,
+        NETWORK.init_outer,
+    )
+    a, b = trained_on(row, bilevel.FullBatch(whole)), trained_on(row, None, holding)
+    assert_close(b.grad, a.grad, 1e-12)
+
+
+def reporting(inner, outer, batch, key):
+    # Integer and boolean arrays and keys in aux must not stand in the way of a derivative.
+    folded = outer["key"]
+    return jnp.sum((inner["w"] - outer["a"]) ** 2), {
+        "key": key,
+        "folded": folded,
+        "count": batch,
+        "even": batch % 2 == 0,
+    }
+
+
+REPORTING = bilevel.Problem(
+    reporting,
+    reporting,
+    lambda key, outer: {"w": jnp.zeros(2), "id": jnp.arange(3), "key": jax.random.key(5)},
+    lambda key: {"a": jnp.ones(2), "key": jax.random.split(key, 2), "n": jnp.asarray(3), "flag": jnp.asarray(True)},
+    has_aux=True,
+)
+
+
+@each
+@pytest.mark.parametrize("start", ["cold", "warm"])
+def test_keys_and_leaves_that_do_not_move(row, start):
+    hypergradient = row.make(optax.sgd(0.1), 5)
+    outer = REPORTING.start_outer(KEY)
+    warm = hypergradient.init(REPORTING, outer, KEY) if start == "warm" else None
+    result = estimate(REPORTING, hypergradient, warm, outer, jnp.arange(5), jnp.asarray(8), KEY)
+
+    keys = jax.random.split(KEY, 6)
+    assert_equal(result.aux.inner["key"], keys[:5])
+    assert_equal(result.aux.outer["key"], keys[5])
+    for t in range(5):
+        assert_equal(result.aux.inner["folded"][t], jax.vmap(lambda k: jax.random.fold_in(k, t))(outer["key"]))  # noqa: B023
+    assert_equal(result.aux.outer["folded"], jax.vmap(lambda k: jax.random.fold_in(k, 5))(outer["key"]))
+    np.testing.assert_array_equal(result.aux.inner["count"], np.arange(5))
+    assert result.aux.outer["even"]
+
+    assert {name: leaf is None for name, leaf in result.grad.items()} == {
+        "a": False,
+        "key": True,
+        "n": True,
+        "flag": True,
+    }
+    before = hypergradient.init(REPORTING, outer, KEY).params
+    for name in ("id", "key"):
+        assert_equal(result.inner_state.params[name], before[name])
+    assert result.inner_state.step == 5
+
+
+@each
+def test_value_and_info_are_those_of_the_training(row):
+    result = trained_on(row, network_batches(3))
+    hypergradient = row.make(optax.sgd(0.1), 3)
+    outer = NETWORK.start_outer(KEY)
+    start = hypergradient.init(NETWORK, outer, KEY)
+    trained = solve(NETWORK, hypergradient, start, outer, network_batches(3), KEY)
+    assert_close(result.inner_state.params, trained.params, 1e-12)
+    keys = jax.random.split(KEY, 4)
+    validation = jax.tree.map(jnp.asarray, ROWS)
+    np.testing.assert_allclose(result.value, NETWORK.outer_loss(trained.params, outer, validation, keys[3]), rtol=1e-12)
+    batch = jax.tree.map(lambda x: x[network_batches(3).index[0]], ROWS)
+    first = NETWORK.inner_loss(start.params, outer, batch, keys[0])
+    assert result.aux.info["inner_loss"].shape == (3,)
+    np.testing.assert_allclose(result.aux.info["inner_loss"][0], first, rtol=1e-12)
+
+
+@each
+def test_vmap_over_seeds_is_a_loop_over_seeds(row):
+    hypergradient = row.make(optax.adam(0.05), 3)
+    outer, batches = NETWORK.start_outer(KEY), network_batches(3)
+    validation = jax.tree.map(jnp.asarray, ROWS)
+    keys = jax.random.split(KEY, 3)
+    together = jax.jit(
+        jax.vmap(lambda key: hypergradient.estimate(NETWORK, None, outer, batches, validation, key).grad)
+    )(keys)
+    for i in range(3):
+        alone = estimate(NETWORK, hypergradient, None, outer, batches, validation, keys[i])
+        assert_close(jax.tree.map(lambda x: x[i], together), alone.grad, 1e-10)  # noqa: B023
+
+
+@each
+def test_value_and_hypergrad_is_the_estimate_as_a_function(row):
+    hypergradient = row.make(SGD, 7)
+    outer = {"tilt": FULL["tilt"]}
+    value, grad = bilevel.value_and_hypergrad(Q.problem, hypergradient)(outer, None, None, None, KEY)
+    result = estimate(Q.problem, hypergradient, None, outer, None, None, KEY)
+    np.testing.assert_allclose(value, result.value, rtol=1e-12)
+    assert_close(grad, result.grad, 1e-12)
+
+
+@each
+@pytest.mark.parametrize("steps", [0, -1, 2.0])
+def test_steps_that_are_none_are_refused(row, steps):
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
+        row.make(SGD, steps)
+
+
+@each
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_batches_of_another_length_are_refused_by_leaf(row, count):
+    batches = jax.tree.map(lambda x: jnp.stack([x] * count), ROWS)
+    with pytest.raises(ValueError, match=rf"\['row'\] has shape \({count}, 12\), but 3 inner steps"):
+        row.make(SGD, 3).estimate(NETWORK, None, NETWORK.start_outer(KEY), batches, ROWS, KEY)

@@ -1,0 +1,163 @@
+"""Hypergradients that are zero by construction are told, with the leaf's name, and no others."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from bilevel import FirstOrder, Levels, StructuralZeroWarning, Unrolled
+from tests.bilevel.helpers import KEY
+
+FIRST = {"a": jnp.full(2, 0.3)}
+
+
+def inner(w, outer, batch, key):
+    return jnp.sum((w - outer["a"]) ** 2 * (1.0 + w**2))
+
+
+def outer_loss(w, outer, batch, key):
+    return jnp.sum((w - 1.0) ** 2)
+
+
+def problem(inner=inner, outer_loss=outer_loss, start=lambda key, outer: jnp.zeros(2)):
+    return bilevel.Problem(inner, outer_loss, start, lambda key: FIRST)
+
+
+def told(hypergradient, case, outer, inner_state=None):
+    """Names in the warnings of an estimate."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = hypergradient.estimate(case, inner_state, outer, None, None, KEY)
+    assert all(w.category is StructuralZeroWarning for w in caught)
+    zeros = [name for name, leaf in (result.grad or {}).items() if leaf is not None and not np.any(leaf)]
+    names = [w.message.args[0].split("outer leaf ")[1].split(" is exactly")[0] for w in caught]
+    assert all(f"['{name}']" in " ".join(names) for name in zeros)
+    return names
+
+
+USES_VALUE = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(),
+    lambda updates, state, params=None, *, value, **extra: (jax.tree.map(lambda g: -0.1 * value * g, updates), state),
+)
+
+
+@pytest.mark.parametrize("mode", ["mixed", "reverse", "forward"])
+@pytest.mark.parametrize("checkpoint", ["none", "step", Levels(2)])
+@pytest.mark.parametrize("optimizer", [optax.adam(0.1), USES_VALUE], ids=["adam", "uses the value"])
+def test_a_leaf_that_nothing_reads_is_named(mode, checkpoint, optimizer):
+    checkpoint = "auto" if mode == "forward" else checkpoint
+    unused = FIRST | {"idle": jnp.ones(3), "count": jnp.asarray(2), "key": jax.random.key(1)}
+    hypergradient = Unrolled(optimizer, 5, mode=mode, checkpoint=checkpoint)
+    assert told(hypergradient, problem(), unused) == ["['idle']"]
+    assert told(hypergradient, problem(), FIRST) == []
+
+
+def seen_by(case):
+    """A problem, an optimizer and an outer variable `x` that acts in one place only."""
+    x = {"x": jnp.asarray(0.2)}
+    sgd = optax.sgd(0.1)
+    if case == "outer loss":
+        return problem(outer_loss=lambda w, outer, b, k: jnp.sum(w) * outer["x"]), sgd, x
+    if case == "inner loss":
+        return problem(inner=lambda w, outer, b, k: inner(w, outer, b, k) * outer["x"]), sgd, x
+    if case == "learning rate":
+        return problem(), lambda outer: optax.sgd(outer["x"]), x
+    if case == "injected learning rate":
+        return problem(), lambda outer: optax.inject_hyperparams(optax.sgd)(learning_rate=outer["x"]), x
+    if case == "weight decay":
+        start = lambda key, outer: jnp.ones(2)  # noqa: E731
+        return problem(start=start), lambda outer: optax.adamw(0.1, weight_decay=outer["x"]), x
+    if case == "momentum":
+        return problem(), lambda outer: optax.sgd(0.1, momentum=outer["x"]), x
+    if case == "start":
+        return problem(start=lambda key, outer: jnp.zeros(2) + outer["x"]), sgd, x
+    if case == "value alone":
+        # A shift of the loss moves nothing, unless the optimizer looks at the loss.
+        return problem(inner=lambda w, outer, b, k: inner(w, outer, b, k) + outer["x"]), USES_VALUE, x
+    if case == "dropout rate":
+
+        def dropped(w, outer, batch, key):
+            keep = jax.random.uniform(key, w.shape) > 0.5
+            return inner(jnp.where(keep, w / (1 - outer["x"]), 0.0), outer, batch, key)
+
+        return problem(inner=dropped), sgd, x
+    raise AssertionError(case)
+
+
+CASES = {
+    "outer loss": True,
+    "inner loss": False,
+    "learning rate": False,
+    "injected learning rate": False,
+    "weight decay": False,
+    "momentum": False,
+    "start": False,
+    "value alone": False,
+    "dropout rate": False,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_what_an_estimator_cannot_see_is_named(case):
+    direct = CASES[case]
+    built, optimizer, extra = seen_by(case)
+    for mode in ("mixed", "reverse"):
+        assert told(Unrolled(optimizer, 3, mode=mode), built, FIRST | extra) == []
+    names = ["['a']"] if direct else ["['a'], ['x']"]
+    assert told(FirstOrder(optimizer, 3), built, FIRST | extra) == names
+
+
+def test_the_remedy_is_in_the_message():
+    with pytest.warns(StructuralZeroWarning, match=r"FirstOrder.*\['a'\].*inside training.*use Unrolled or Implicit"):
+        FirstOrder(optax.sgd(0.1), 2).estimate(problem(), None, FIRST, None, None, KEY)
+
+
+def test_a_warm_start_hides_what_acts_on_the_start_alone():
+    built, optimizer, extra = seen_by("start")
+    hypergradient = Unrolled(optimizer, 3)
+    outer = FIRST | extra
+    assert told(hypergradient, built, outer, hypergradient.init(built, outer, KEY)) == ["['x']"]
+
+
+def test_values_decide_nothing():
+    # At w = a = 0 every derivative is 0, and nobody is to blame.
+    case = problem(outer_loss=lambda w, outer, b, k: jnp.sum(w**2))
+    result = Unrolled(optax.sgd(0.1), 3).estimate(case, None, {"a": jnp.zeros(2)}, None, None, KEY)
+    np.testing.assert_array_equal(result.grad["a"], 0.0)
+
+
+@pytest.mark.parametrize("make", [Unrolled, FirstOrder])
+def test_losses_without_the_outer_variable_are_an_error(make):
+    captured = {"a": jnp.ones(2)}
+    case = problem(inner=lambda w, outer, b, k: inner(w, captured, b, k))
+    with pytest.raises(ValueError, match=r"Neither loss depends on outer \(\['a'\]\)"):
+        make(optax.sgd(0.1), 2).estimate(case, None, FIRST, None, None, KEY)
+
+
+def test_a_leaf_that_nothing_reads_is_not_said_to_act_inside_training():
+    with pytest.warns(StructuralZeroWarning) as caught:
+        FirstOrder(optax.sgd(0.1), 2).estimate(problem(), None, FIRST | {"idle": jnp.ones(2)}, None, None, KEY)
+    told = {w.message.args[0].split("outer leaf ")[1] for w in caught}
+    assert {text.split(" is exactly")[0] for text in told} == {"['a']", "['idle']"}
+    assert all("nothing that is trained" in text for text in told if "idle" in text)
+
+
+def test_an_optimizer_without_a_derivative_is_told_from_a_captured_value():
+    with pytest.raises(ValueError, match="optimizers such as lion"):
+        Unrolled(optax.sign_sgd(0.1), 2).estimate(problem(), None, FIRST, None, None, KEY)
+
+
+def test_an_outer_variable_without_any_number_that_moves():
+    case = bilevel.Problem(
+        lambda w, outer, b, k: jnp.sum((w - outer) ** 2),
+        outer_loss,
+        lambda k, o: jnp.zeros(2),
+        lambda k: jnp.asarray(3),
+    )
+    result = Unrolled(optax.sgd(0.1), 2).estimate(case, None, jnp.asarray(3), None, None, KEY)
+    assert result.grad is None
+    np.testing.assert_allclose(result.inner_state.params, 3 * (1 - 0.8**2), rtol=1e-14)
