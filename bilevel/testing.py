@@ -323,9 +323,9 @@ def check_hypergradient(
     whole = [np.concatenate(column) for column in zip(*rows, strict=True)]
     floor = tolerance * np.linalg.norm(whole[1])  # a leaf that hardly matters is not measured by its own size
     leaves = tuple(
-        Agreement(name, *_compare(*row, tolerance, floor)) for name, row in zip(leaf_names(moving), rows, strict=True)
+        Agreement(name, *_compare(row, tolerance, floor)) for name, row in zip(leaf_names(moving), rows, strict=True)
     )
-    return HypergradientCheck(type(hypergradient).__name__, *_compare(*whole, tolerance, floor), leaves)
+    return HypergradientCheck(type(hypergradient).__name__, *_compare(whole, tolerance, floor), leaves)
 
 
 def _start_wide(init, key, outer):
@@ -350,7 +350,8 @@ def _directions(rng, shape, count):
     return vectors.reshape(count, *shape), size / count
 
 
-def _compare(estimated, true, uncertainty, tolerance, floor):
+def _compare(columns, tolerance, floor):
+    estimated, true, uncertainty = columns
     if not (np.isfinite(estimated).all() and np.isfinite(true).all()):
         return "wrong", float("nan"), float("nan"), float("nan")
     length = np.linalg.norm(true)
