@@ -124,9 +124,17 @@ class Blocks:
 
     def saga(self, table: Table, new: PyTree) -> tuple[PyTree, Table]:
         """The SAGA estimate, and the table with `new` in it."""
-        j = self.drawn
+        j, there = self.drawn, self.drawn >= 0
         size = jnp.minimum(self._size, self._count - j * self._size)
-        difference = minus(new, jax.tree.map(lambda t: t[j], table.rows))
+
+        def row(table):
+            # `there` is always true, which the compiler cannot know. The read is then finished before the write, which
+            # depends on it, and the write is in place: fused with what follows, it would copy the table at every step.
+            return jax.lax.cond(there, lambda: table[j], lambda: jnp.zeros_like(table[0]))
+
+        old = jax.tree.map(row, table.rows)
+        difference = minus(new, old)
         share = jax.tree.map(lambda d: size.astype(d.dtype) / self._count * d, difference)
-        kept = jax.tree.map(lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, j, 0), table.rows, new)
+        written = jax.tree.map(lambda x, y: jnp.where(there, x, y), new, old)
+        kept = jax.tree.map(lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, j, 0), table.rows, written)
         return plus(difference, table.average), Table(kept, plus(table.average, share))
