@@ -1,5 +1,7 @@
 """Each linear solver against a dense solve, alone and inside an estimator."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +41,17 @@ def solve(solver, matrix, rhs, *, symmetric, start=None, dtype=jnp.float64):
 
 
 GENERAL = [NormalCG(), GMRES(), GMRES(restart=3), BiCGStab(), Dense(), Neumann(400, 0.5)]
+
+
+def name(solver):
+    """Without the address of a function, so that parallel workers agree on it."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(solver))
+
+
 SYMMETRIC = [CG(), CG(preconditioner=Nystrom(3, 1.0)), CG(preconditioner=lambda x: jax.tree.map(lambda x: 2 * x, x))]
 
 
-@pytest.mark.parametrize("solver", GENERAL + SYMMETRIC, ids=repr)
+@pytest.mark.parametrize("solver", GENERAL + SYMMETRIC, ids=name)
 def test_positive_definite(solver):
     matrix, rhs = system()
     found, info = solve(solver, matrix, rhs, symmetric=True)
