@@ -156,31 +156,34 @@ class Batches:
         return Indexed(self.arrays, index.astype(jnp.int32), by_block)
 
 
+ROUNDS = 24
+"""Of a permutation: rows, and pairs of rows, are equally likely up to about 2**-ROUNDS, however many there are."""
+
+
 def _words(key: jax.Array) -> jax.Array:
-    """What a permutation is made of: five rounds of two words."""
-    return jax.random.bits(key, (5, 2), jnp.uint32)
+    """What a permutation is made of: two words."""
+    return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def _permute(words: jax.Array, index: jax.Array, n: int) -> jax.Array:
-    """Images of `index[count, k]` under pseudo-random permutations of `0..n-1`, one a row of `words[count, 5, 2]`.
+    """Images of `index[count, k]` under pseudo-random permutations of `0..n-1`, one a row of `words[count, 2]`.
 
-    Rounds of (xor, odd multiplication, xor-shift) are a bijection of b-bit words; words that land outside `[0, n)` are
-    sent round again (cycle walking), which keeps the map a bijection of `[0, n)`. A sort of all n rows a step, which
-    `jax.random.permutation` needs, would cost more than the gradient of a small problem.
+    The swap-or-not shuffle (Hoang, Morris & Rogaway 2012): in round r, x and K_r - x mod n change places if a hash of
+    the larger says so. A sort of all n rows a step, which `jax.random.permutation` needs, would cost more than the
+    gradient of a small problem.
     """
-    if n == 1:
-        return jnp.zeros_like(index)
-    bits = (n - 1).bit_length()
-    mask, shift = jnp.uint32(2**bits - 1), jnp.uint32((bits + 1) // 2)
+    # All rounds' words at once, from two: a generator's call for each would cost more than the rounds.
+    count = jnp.arange(1, ROUNDS + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    turns, salts = _hash(words[:, :1] + count[None]) % jnp.uint32(n), _hash(words[:, 1:] + count[None])
+    for r in range(ROUNDS):
+        turn, salt = turns[:, r : r + 1], salts[:, r : r + 1]
+        other = jnp.where(index <= turn, turn - index, turn + (jnp.uint32(n) - index))
+        index = jnp.where(_hash(jnp.maximum(index, other) ^ salt) >> 31 == 1, other, index)
+    return index
 
-    def scramble(x):
-        for r in range(words.shape[1]):
-            xor, multiplier = words[:, r, :1], words[:, r, 1:]
-            x = ((x ^ xor) * (multiplier | jnp.uint32(1))) & mask
-            x = x ^ (x >> shift)
-        return x
 
-    inside = lambda x: x < jnp.uint32(n)  # noqa: E731
-    return jax.lax.while_loop(
-        lambda x: ~jnp.all(inside(x)), lambda x: jnp.where(inside(x), x, scramble(x)), scramble(index)
-    )
+def _hash(x: jax.Array) -> jax.Array:
+    """A bijection of 32-bit words without a visible pattern (the finaliser of MurmurHash3)."""
+    for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(multiplier)
+    return x ^ (x >> 16)

@@ -1,0 +1,82 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bilevel import Batches
+from tests.bilevel.helpers import KEY
+
+
+def index(batches, first, count, key=KEY):
+    return np.asarray(batches.take(key, first, count).index)
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (2, 1), (3, 3), (7, 3), (8, 8), (33, 8), (100, 3), (257, 8)])
+def test_an_epoch_visits_rows_at_most_once_and_all_it_has_room_for(n, size):
+    epochs, rounds = 20, n // size
+    rows = index(Batches(jnp.arange(n), size), 0, epochs * rounds)
+    assert rows.shape == (epochs * rounds, size) and rows.min() >= 0 and rows.max() < n
+    for epoch in rows.reshape(epochs, -1):
+        assert len(set(epoch)) == rounds * size
+
+
+def test_epochs_and_keys_differ():
+    batches = Batches(jnp.arange(64), 64)
+    first, second, other = index(batches, 0, 1), index(batches, 1, 1), index(batches, 0, 1, jax.random.key(8))
+    assert not np.array_equal(first, second) and not np.array_equal(first, other)
+
+
+def test_a_batch_depends_on_its_number_alone():
+    batches = Batches(jnp.arange(10), 3)
+    whole = index(batches, 0, 20)
+    for first, count in ((0, 4), (7, 4), (13, 4)):
+        np.testing.assert_array_equal(index(batches, first, count), whole[first : first + count])
+    np.testing.assert_array_equal(jax.jit(lambda f: batches.take(KEY, f, 4).index)(9), whole[9:13])
+
+
+@pytest.mark.parametrize("n", [6, 8, 10, 16])
+def test_rows_and_pairs_of_rows_are_equally_likely(n):
+    # Batches of two rows. Over many epochs every row comes first equally often, and every pair meets equally often.
+    batches = Batches(jnp.arange(n), 2)
+    epochs = 4000
+    rows = index(batches, 0, epochs * (n // 2)).reshape(epochs, n // 2, 2)
+
+    def chi_square(counts, expected):
+        return float(np.sum((counts - expected) ** 2 / expected) / (len(counts) - 1))
+
+    first = np.bincount(rows[:, 0, 0], minlength=n)
+    assert chi_square(first, epochs / n) < 3.0
+    pairs = np.sort(rows.reshape(-1, 2), axis=1) @ np.array([n, 1])
+    counts = np.bincount(pairs, minlength=n * n)
+    counts = counts[[i * n + j for i, j in itertools.combinations(range(n), 2)]]
+    assert chi_square(counts, len(pairs) / len(counts)) < 2.0
+
+
+def test_the_remainder_waits_for_another_epoch():
+    batches = Batches(jnp.arange(10), 4)
+    left = [set(range(10)) - set(epoch.ravel()) for epoch in index(batches, 0, 60).reshape(30, 2, 4)]
+    assert all(len(rows) == 2 for rows in left) and set().union(*left) == set(range(10))
+
+
+def test_batches_are_a_pytree():
+    batches = Batches({"x": jnp.ones((4, 2)), "y": jnp.ones(4)}, 2)
+    doubled = jax.tree.map(lambda x: 2 * x, batches)
+    assert doubled.size == 2 and np.all(doubled.arrays["x"] == 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "size", "message"),
+    [
+        ({}, 1, "empty"),
+        ({"x": np.ones((0, 3))}, 1, "empty"),
+        ({"x": np.ones(3), "y": np.ones(4)}, 1, r"one row count.*\['x'\]: \(3,\).*\['y'\]: \(4,\)"),
+        ({"x": np.ones(3)}, 4, r"size=4.* 3 rows"),
+        ({"x": np.ones(3)}, 0, r"size=0.* 3 rows"),
+        ({"x": np.asarray(1.0)}, 1, "leading axis"),
+    ],
+)
+def test_data_that_make_no_batches_are_refused(arrays, size, message):
+    with pytest.raises(ValueError, match=message):
+        Batches(arrays, size)
