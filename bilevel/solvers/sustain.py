@@ -15,19 +15,13 @@ from bilevel.trees import PyTree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SUSTAIN(Stochastic):
-    r"""SUSTAIN: with :math:`D(w, \lambda) = \partial_\lambda F - C v` and :math:`v \approx H^{-1} \partial_w F` by one
-    random term of the Neumann series, as in `BSA`, the same p at both points,
+    r"""SUSTAIN: the updates of `MRBO`, recursive momentum on both variables, with one random term of the Neumann series
 
-    .. math::
+    .. math:: v = Q \eta_v \prod_{j=1}^{p} (I - \eta_v H_j)\, \partial_w F, \qquad p \sim U\{0, \dots, Q - 1\},
 
-        d^w_k &= \partial_w f(w_k, \lambda_k) + (1 - \eta) (d^w_{k-1} - \partial_w f(w_{k-1}, \lambda_{k-1})), \\
-        d^\lambda_k &= D(w_k, \lambda_k) + (1 - \eta) (d^\lambda_{k-1} - D(w_{k-1}, \lambda_{k-1})), \\
-        w_{k+1} &= w_k - \rho\, d^w_k, \qquad \lambda_{k+1} = \lambda_k - \gamma\, d^\lambda_k,
+    the same p and the same batches at the old and the new point.
 
-    old and new taken on the same batches.
-
-    The paper's steps are `Power(., 1/3)` for w and lambda and `Power(eta, 2/3)`, the series' step constant. At the
-    first iteration :math:`\eta = 1`. Biased by the remainder of the series.
+    Steps and bias as for `MRBO`.
     Cost per iteration: 2 inner gradients, 2 outer gradients, 2p Hessian-vector products, 2 cross products; 1 + Q inner
     batches. `State.memory` is `((w, lam) before the last update, d_w, d_lam)`.
 
