@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import resolve
-from bilevel.trees import PyTree, as_arrays
+from bilevel.trees import PyTree, as_arrays, leaf_names
 
 
 def as_pytree(function: Any) -> Any:
@@ -81,7 +81,14 @@ class Problem:
         return self._value("outer_loss", inner, outer, batch, key)
 
     def _value(self, name, inner, outer, batch, key):
-        result = getattr(self, name)(inner, outer, resolve(batch), key)
+        batch = resolve(batch)
+        try:
+            result = getattr(self, name)(inner, outer, batch, key)
+        except (TypeError, ValueError) as error:
+            read = (("inner", inner), ("outer", outer), ("batch", batch))
+            shapes = "; ".join(f"{what}: {_shapes(tree)}" for what, tree in read)
+            error.add_note(f"This happened in {name}, which was called with {shapes}. Do they fit together?")
+            raise
         if isinstance(result, tuple) != self.has_aux or (self.has_aux and len(result) != 2):
             wanted = "a pair (scalar, aux), as has_aux=True says" if self.has_aux else "a scalar"
             raise ValueError(
@@ -99,6 +106,11 @@ class Problem:
 def _is_loss(value: Any) -> bool:
     array = isinstance(value, (jax.Array, np.ndarray, np.generic, float))
     return array and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating)
+
+
+def _shapes(tree: PyTree) -> str:
+    named = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+    return ", ".join(f"{name} {jnp.result_type(x)}{list(jnp.shape(x))}" for name, x in named) or "None"
 
 
 def _describe(value: Any) -> str:

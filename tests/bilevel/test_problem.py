@@ -35,6 +35,20 @@ def test_losses_that_return_something_else_are_refused(settings, message):
         estimate(**settings)
 
 
+def test_shapes_that_do_not_fit_are_told_with_the_loss_and_the_leaves():
+    problem = Problem(
+        lambda w, o, b, k: jnp.mean((b["x"] @ w["w"] - b["y"]) ** 2),
+        lambda w, o, b, k: jnp.sum(w["w"] * o),
+        lambda key, outer: {"w": jnp.zeros(3)},
+        LINE.init_outer,
+    )
+    batches = {"x": jnp.ones((2, 5, 4), jnp.float32), "y": jnp.ones((2, 5))}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        Unrolled(optax.sgd(0.1), 2).estimate(problem, None, jnp.ones(3), batches, None, KEY)
+    note = " ".join(caught.value.__notes__)
+    assert "inner_loss" in note and "['w'] float64[3]" in note and "['x'] float32[5, 4]" in note and "outer: ." in note
+
+
 def test_numbers_of_python_and_numpy_become_arrays_of_fixed_type():
     problem = Problem(
         lambda w, o, b, k: (w["w"] - o["a"]) ** 2 * o["n"].astype(float),
