@@ -123,6 +123,7 @@ def test_warm_start_saves_iterations():
     assert estimate(cold, problem, None, outer).inner_state.extra is None
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.InexactHypergradientWarning")  # three steps train nothing
 def test_runs_as_part_of_a_solver():
     for hypergradient in (Implicit(SGD, 3), FixedPoint(optax.adamw(0.1), 3), ImplicitSolve(newton)):
         solver = bilevel.Nested(Q.problem(), hypergradient, optax.sgd(1e-2))
