@@ -1,8 +1,10 @@
 """What holds for the whole suite: float64, strict promotion, a compilation cache, data and oracles."""
 
+import gc
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -23,6 +25,19 @@ import jax  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 20_000  # Linux allows a process 65,530 and XLA crashes at the limit; compiled programs hold most of them
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """Lets go of compiled programs before they use up the process's memory mappings."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _missing(message: str) -> NoReturn:
