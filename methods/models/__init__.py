@@ -1,16 +1,24 @@
 """Model families in flax linen, their checkpoints, and the hook through which methods enter them."""
 
 from methods.models.decoder import Decoder, DecoderConfig
+from methods.models.encoder import Encoder, EncoderConfig
+from methods.models.gpt import GPT, GPTConfig
+from methods.models.heads import Classifier
 from methods.models.hooks import ACTIVATION_SITES, LINEAR_SITES, SITES, Chain, Hook, identity
 from methods.models.loading import HFNames, Pretrained, load
 
 __all__ = [
     "ACTIVATION_SITES",
+    "GPT",
     "LINEAR_SITES",
     "SITES",
     "Chain",
+    "Classifier",
     "Decoder",
     "DecoderConfig",
+    "Encoder",
+    "EncoderConfig",
+    "GPTConfig",
     "HFNames",
     "Hook",
     "Pretrained",

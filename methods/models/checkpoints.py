@@ -63,7 +63,7 @@ def open_folder(folder: Path) -> Checkpoint:
         architecture=str(settings.get("model_type")),
         settings=settings,
         names=frozenset(home),
-        read=lambda name: _read_safetensors(folder / home[name], name),
+        read=_safetensors_reader(folder, home),
     )
 
 
@@ -97,13 +97,21 @@ def _safetensors_names(path: Path) -> list[str]:
             return list(file.keys())
 
 
-def _read_safetensors(path: Path, name: str) -> np.ndarray:
+def _safetensors_reader(folder: Path, home: Mapping[str, str]) -> Callable[[str], np.ndarray]:
+    """name -> array; each file is opened once, when it is first needed."""
     import ml_dtypes  # noqa: F401  (gives numpy its bfloat16)
     from safetensors import SafetensorError, safe_open
 
-    with explain(f"{path} cannot give the tensor {name!r}: fetch it again", SafetensorError, OSError, TypeError):
-        with safe_open(path, "numpy") as file:
-            return file.get_tensor(name)
+    opened: dict[str, Any] = {}
+
+    def read(name: str) -> np.ndarray:
+        path = folder / home[name]
+        with explain(f"{path} cannot give the tensor {name!r}: fetch it again", SafetensorError, OSError, TypeError):
+            if path.name not in opened:
+                opened[path.name] = safe_open(path, "numpy")
+            return opened[path.name].get_tensor(name)
+
+    return read
 
 
 def open_gguf(path: Path) -> Checkpoint:

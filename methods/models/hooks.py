@@ -10,11 +10,12 @@ layers are scanned, and block l is given `adapt` with each leaf cut to its slice
 layers is broadcast to [L, ...].
 
 What a hook is given, with B sequences, T tokens, D the width, H heads, E = H * head_dim, F the width of the
-feed-forward layer, and N [B, T, D] the normalised stream that the branch starts from (decoder family):
+feed-forward layer, and N [B, T, D] what the branch starts from: the normalised stream, or the stream itself in
+encoders, whose norms are behind the branches:
 
     site                     x                            y
     q_proj, k_proj, v_proj   N                            x W (+ b)                   [B, T, out]
-    attention_logits         who sees whom, bool          q k / sqrt(head_dim)        [B, H, T, T]
+    attention_logits         who sees whom, bool          q k / sqrt(head_dim) ...    [B, H, T, T]
     attention_weights        who sees whom, bool          softmax of masked logits    [B, H, T, T]
     attention_hidden         N                            the heads, side by side     [B, T, E]
     o_proj                   attention_hidden             x W (+ b)                   [B, T, D]
@@ -25,10 +26,12 @@ feed-forward layer, and N [B, T, D] the normalised stream that the branch starts
     residual_ffn             stream before the branch     the branch's output         [B, T, D]
     block_hidden             the block's input            the block's output          [B, T, D]
 
-The residual sites return what the block then adds to the stream. "Who sees whom" is [B or 1, 1, T, T]:
-causality, window and padding together (B is 1 where no padding mask is given). In the two attention maps the
-third axis is the query, the fourth the key; they are at least float32, whatever the weights are. The mask is
-applied after `attention_logits`, so nothing done there can let a token see the future: a key dropped with -inf
+Only the Llama family has a gate_proj; elsewhere ffn_hidden's y is activation(up). The residual sites return what the
+block then adds to the stream. The attention logits are what the mask and the softmax are applied to, with a soft cap
+and relative position biases where the model has them. "Who sees whom" is [B or 1, 1, T, T]: causality, window and
+padding together (B is 1 where no padding mask is given). In the two attention maps the third axis is the query, the
+fourth the key; they are at least float32, whatever the weights are. With a cache of S tokens the fourth axis is S. The
+mask is applied after `attention_logits`, so nothing done there can let a token see the future: a key dropped with -inf
 or any large negative number gets no weight, unless the row has nothing else, which then attends evenly to what
 it may see. (`attention_weights` comes after the mask: multiply there, or use x.)
 
@@ -41,7 +44,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 
 LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linears: y = x W (+ b). A model's `config.site_shapes()` gives (in, out) of each."""
+"""The linears: y = x W (+ b). A model's `config.site_shapes()` gives those it has, with (in, out) of each."""
 
 ACTIVATION_SITES = (
     "attention_logits",
@@ -55,7 +58,7 @@ ACTIVATION_SITES = (
 """Everything else a hook sees."""
 
 SITES = LINEAR_SITES + ACTIVATION_SITES
-"""All sites of the decoder family."""
+"""All sites."""
 
 _T = TypeVar("_T")
 

@@ -19,6 +19,8 @@ from methods.models import Chain, Decoder, DecoderConfig, llama
 from methods.models.checkpoints import open_gguf
 from methods.models.gguf_tokenizer import build
 from tests.conftest import require
+from tests.methods import helpers
+from tests.methods.helpers import MASK, QUICK, TOKENS, Scale, logits
 
 TINY = DecoderConfig(
     vocab_size=50,
@@ -33,43 +35,10 @@ TINY = DecoderConfig(
     qkv_bias=True,
     qk_norm=True,
 )
-TOKENS = np.asarray([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 3]], np.int32)
-MASK = np.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
-
-
-# Compile time is most of what these tests take; their arrays are tiny.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnames=("model", "method"), compiler_options=QUICK)
-def logits(model, weights, tokens=TOKENS, mask=None, adapt=models.identity, method=None):
-    """model's logits, compiled once for each structure of the arguments."""
-    return model.apply({"params": weights}, tokens, mask, adapt, method=method)
 
 
 def draw(config, dtype=np.float64):
-    """Weights far from their initial values, so that every one of them matters."""
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), jnp.asarray(TOKENS))["params"]
-    leaves, structure = jax.tree.flatten_with_path(shapes)
-    rng = np.random.default_rng(0)
-    drawn = [
-        (0.3 * rng.standard_normal(leaf.shape) + ("scale" in jax.tree_util.keystr(path))).astype(dtype)
-        for path, leaf in leaves
-    ]
-    return jax.tree.unflatten(structure, drawn)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """y * (1 + s), a slice of s for each layer, at one site or at all."""
-
-    s: jax.Array
-    only: str = dataclasses.field(default="", metadata={"static": True})
-
-    def __call__(self, site, x, y, /):
-        del x
-        return y if self.only not in ("", site) else y * (1 + self.s.astype(y.dtype))
+    return helpers.draw(Decoder(config), dtype)
 
 
 # --- against transformers ------------------------------------------------------------------------------------------
@@ -91,6 +60,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
 }
 LLAMA3["original_max_position_embeddings"] = 32
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA3 = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 ORACLES = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
@@ -98,6 +74,10 @@ ORACLES = {
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "gemma": ("Gemma", {"head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 3, "query_pre_attn_scalar": 24}),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 3, "layer_types": ALTERNATING, "rope_parameters": GEMMA3}),
+    "yarn": ("Qwen2", {"rope_parameters": YARN, "max_position_embeddings": 128}),
+    "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
 }
 
 
@@ -106,12 +86,10 @@ ORACLES = {
 def test_equals_transformers(name, tmp_path):
     torch, transformers = require("torch"), require("transformers")
     kind, settings = ORACLES[name]
-    config = getattr(transformers, f"{kind}Config")(**(SMALL | settings), attn_implementation="eager")
-    torch.manual_seed(0)
-    oracle = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in oracle.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    config = getattr(transformers, CONFIGS.get(kind, f"{kind}Config"))(
+        **(SMALL | settings), attn_implementation="eager"
+    )
+    oracle = helpers.random_oracle(f"{kind}ForCausalLM", config)
     oracle.save_pretrained(tmp_path, max_shard_size="50KB" if name == "llama" else "1GB")
     pretrained = models.load(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists() == (name == "llama")
@@ -209,15 +187,8 @@ def test_computes_in_the_dtype_of_the_weights(dtype):
 
 
 def test_each_site_is_called_with_the_documented_shapes():
-    seen = {}
-
-    def record(layer, site, x, y):
-        assert layer.shape == () and seen.setdefault(site, (x.shape, y.shape)) == (x.shape, y.shape)
-        return y
-
-    adapt = jax.tree_util.Partial(record, jnp.arange(TINY.num_layers, dtype=jnp.int32))
+    seen = helpers.record_sites(Decoder(TINY))
     b, t, d, e, f = 2, 6, 16, 24, 24
-    jax.eval_shape(lambda a: Decoder(TINY, remat=False).apply({"params": draw(TINY)}, TOKENS, MASK, a), adapt)
     stream, maps = ((b, t, d), (b, t, d)), ((b, 1, t, t), (b, TINY.num_heads, t, t))
     wanted = {site: ((b, t, i), (b, t, o)) for site, (i, o) in TINY.site_shapes().items()}
     wanted |= dict.fromkeys(("attention_logits", "attention_weights"), maps)
@@ -288,21 +259,7 @@ def test_remat_changes_nothing():
 
 
 def test_second_and_third_derivatives_agree_in_both_modes():
-    def forward(f):
-        return lambda g: jax.jvp(f, (g,), (DIRECTION,))[1]
-
-    def reverse(f):
-        return jax.grad(lambda g: jnp.vdot(f(g), DIRECTION))
-
-    def central(f, step=1e-5):
-        return (f(GATES + step * DIRECTION) - f(GATES - step * DIRECTION)) / (2 * step)
-
-    first = jax.grad(loss)
-    functions = first, forward(first), reverse(first), reverse(forward(first))
-    gradient, hvp, hvp_reverse, third = (jax.jit(f, compiler_options=QUICK) for f in functions)
-    np.testing.assert_allclose(hvp(GATES), hvp_reverse(GATES), rtol=1e-10)
-    np.testing.assert_allclose(hvp(GATES), central(gradient), rtol=1e-6)
-    np.testing.assert_allclose(third(GATES), central(hvp), rtol=1e-6)
+    helpers.check_derivatives(loss, GATES, DIRECTION)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +294,9 @@ jax.tree_util.register_dataclass(Cast, ["s"], ["only"])
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
-PLAIN = dataclasses.replace(TINY, windows=(), qkv_bias=False, qk_norm=False, vocab_size=260, tied=False)
+PLAIN = dataclasses.replace(
+    TINY, windows=(), qkv_bias=False, qk_norm=False, vocab_size=260, tied=False, norm_eps=2**-17
+)
 
 
 def save_folder(path: Path, config, weights, kind="llama", **settings):
@@ -394,6 +353,8 @@ def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=Non
     else:
         writer.add_token_merges([])
     writer.add_bos_token_id(0)
+    if "window" in settings:
+        writer.add_sliding_window(settings["window"])
     for tensor in llama.tensors(config):
         array = weights
         for key in tensor.path:
@@ -402,7 +363,7 @@ def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=Non
             one = np.asarray(one.T if tensor.transpose else one, np.float32)
             if tensor.interleaved_heads and kind == "llama":
                 one = one.reshape(tensor.interleaved_heads, 2, -1, *one.shape[1:]).swapaxes(1, 2).reshape(one.shape)
-            if tensor.path[-1] == "scale" and kind == "gemma":
+            if tensor.path[-1] == "scale" and kind.startswith("gemma"):
                 one = one + 1
             name = tensor.gguf.format(layer=layer)
             if name != settings.get("leave_out"):
@@ -414,16 +375,30 @@ def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=Non
     return path
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+GEMMA = {"tied": True, "norm_offset": True, "activation": "gelu_tanh"}
+KINDS = {  # what the config has beside PLAIN's, and what else config.json says
+    "llama": ({}, {}),
+    "qwen2": ({"qkv_bias": True}, {}),
+    "gemma": (GEMMA, {}),
+    "gemma2": (GEMMA | {"branch_norms": True}, {"sliding_window": 3, "query_pre_attn_scalar": PLAIN.head_dim}),
+    "gemma3": (
+        GEMMA | {"branch_norms": True, "qk_norm": True, "rope_theta": 1e6},
+        {"model_type": "gemma3_text", "sliding_window": 3, "query_pre_attn_scalar": PLAIN.head_dim},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gguf_and_folder_give_the_same_model(kind, tmp_path):
-    changes = {
-        "qwen2": {"qkv_bias": True},
-        "gemma": {"tied": True, "norm_offset": True, "activation": "gelu_tanh"},
-    }
-    config = dataclasses.replace(PLAIN, **changes.get(kind, {}))
+    changes, settings = KINDS[kind]
+    config = dataclasses.replace(PLAIN, **changes)
     weights = draw(config, dtype=jnp.float32)
-    folder = models.load(save_folder(tmp_path / "folder", config, weights, kind))
-    file = models.load(save_gguf(tmp_path / "model.gguf", config, weights, kind))
+    folder = models.load(save_folder(tmp_path / "folder", config, weights, kind, **settings))
+    window = {"window": 3} if "sliding_window" in settings else {}
+    file = models.load(save_gguf(tmp_path / "model.gguf", config, weights, kind, **window))
+    # "1 + w" is stored added up in the file
+    assert dataclasses.replace(file.config, norm_offset=folder.config.norm_offset) == folder.config
+    assert bool(folder.config.windows) == bool(window)
     assert folder.tokenizer is None and len(file.tokenizer) == config.vocab_size
     jax.tree.map(np.testing.assert_array_equal, folder.weights, weights)
     outputs = [logits(p.model, p.weights, TOKENS, MASK) for p in (folder, file)]
@@ -510,7 +485,7 @@ def bad_tokenizer(folder: Path) -> None:
             ValueError,
             "'mamba', which is not known: llama, mistral, qwen2",
         ),
-        (lambda f: edit(f, hidden_act="relu"), ValueError, "activation 'relu' is not supported"),
+        (lambda f: edit(f, hidden_act="mish"), ValueError, "activation 'mish' is not supported"),
         (lambda f: edit(f, quantization_config={}), ValueError, "quantised weights"),
         (lambda f: edit(f, intermediate_size=25), ValueError, "has shape .* where the config asks for"),
         (

@@ -1,0 +1,84 @@
+"""Checkpoints of Gemma 1, 2 and 3 (text): what they have beside the Llama family's settings and names.
+
+Read off transformers' configuration and modeling files of gemma, gemma2 and gemma3, and llama.cpp's conversion script
+and model files.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from methods.models import llama
+from methods.models.decoder import Decoder, DecoderConfig
+from methods.models.family import Family
+
+
+def from_hf(settings: Mapping[str, Any], names: frozenset[str]) -> DecoderConfig:
+    """The config behind transformers' settings. Raises ValueError on what the decoder does not do."""
+    kind, rope = settings["model_type"], settings["rope_parameters"]
+    if settings.get("use_bidirectional_attention"):
+        raise ValueError("attention to later tokens (use_bidirectional_attention) is not supported.")
+    local_theta = 0.0
+    if kind == "gemma3_text":
+        local, rope = rope["sliding_attention"], rope["full_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(f"rotary scaling {local['rope_type']!r} of local layers is not supported.")
+        local_theta = float(local["rope_theta"])
+    act = settings.get("hidden_activation") or settings["hidden_act"]
+    config = llama.from_hf(dict(settings) | {"rope_parameters": rope, "hidden_act": act}, names)
+    if local_theta and config.rope_scale != 1.0:
+        raise ValueError("rotary scaling 'yarn' of global layers alone is not supported.")
+    return dataclasses.replace(
+        config,
+        norm_offset=settings.get("norm_offset", True),
+        branch_norms=kind != "gemma",
+        local_rope_theta=local_theta if config.windows else 0.0,
+        query_scalar=float(settings.get("query_pre_attn_scalar") or 0.0),
+        attention_cap=settings.get("attn_logit_softcapping") or 0.0,
+        logit_cap=settings.get("final_logit_softcapping") or 0.0,
+        qk_norm=kind == "gemma3_text",
+        embed_scale=math.sqrt(config.hidden_size),
+    )
+
+
+def from_gguf(meta: Mapping[str, Any], names: frozenset[str], read: Callable[[str], np.ndarray]) -> dict[str, Any]:
+    """The settings behind a GGUF file's metadata, named as in transformers. KeyError if one is missing."""
+    settings = llama.from_gguf(meta, names, read)
+    kind, layers, rope = meta["general.architecture"], settings["num_hidden_layers"], settings["rope_parameters"]
+    # What the file does not say is the same in all models of its kind, but for the largest one's query scale.
+    every = {"gemma": 0, "gemma2": 2, "gemma3": 6}[kind]
+    largest = layers == {"gemma2": 46, "gemma3": 62}.get(kind)
+    settings |= {
+        "model_type": "gemma3_text" if kind == "gemma3" else kind,
+        "norm_offset": False,  # the file's norms are stored with the 1 added
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention" if every and (i + 1) % every else "full_attention" for i in range(layers)],
+    }
+    if kind != "gemma":
+        width = settings["hidden_size"] // settings["num_attention_heads"]
+        settings["query_pre_attn_scalar"] = width if largest else settings["head_dim"]
+    if kind == "gemma2":
+        settings["attn_logit_softcapping"] = meta.get("gemma2.attn_logit_softcapping", 50.0)
+        settings["final_logit_softcapping"] = meta.get("gemma2.final_logit_softcapping", 30.0)
+    if kind == "gemma3":
+        local = {"rope_theta": meta.get("gemma3.rope.freq_base_swa", 10_000.0)}
+        rope = rope | {"rope_theta": meta.get("gemma3.rope.freq_base", 1e6)}
+        settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    return settings
+
+
+FAMILY = Family(
+    name="Gemma",
+    model_types=("gemma", "gemma2", "gemma3_text"),
+    gguf_architectures=("gemma", "gemma2", "gemma3"),
+    from_hf=from_hf,
+    from_gguf=from_gguf,
+    tensors=llama.tensors,
+    build=Decoder,
+    modules=llama.MODULES,
+    base_prefix=llama.FAMILY.base_prefix,
+    ignored=llama.IGNORED,
+)

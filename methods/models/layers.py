@@ -1,0 +1,238 @@
+r"""What the models are built from: norms, linears, attention, look-ups, the scan over the layers.
+
+Written for training that is itself differentiated: everything is smooth enough for third derivatives in both modes
+(but for ReLU). Attention is an einsum and a softmax in the weights' precision, at least float32: the fused kernels
+stop at first order and compute the softmax in float32 even in float64.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from methods.models import hooks
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+HF_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+"""transformers' names of `ACTIVATIONS`."""
+
+
+def check_activation(name: str) -> None:
+    """Raises ValueError unless `name` is a key of `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {name!r}: choose from {', '.join(ACTIVATIONS)}.")
+
+
+def hf_activation(name: str) -> str:
+    """The key of `ACTIVATIONS` behind transformers' name. Raises ValueError."""
+    if name not in HF_ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported: {', '.join(HF_ACTIVATIONS)} are.")
+    return HF_ACTIVATIONS[name]
+
+
+class Precision(NamedTuple):
+    """weights: the dtype that products are computed in. stream: that of their results, and of everything between."""
+
+    weights: Any
+    stream: Any
+
+
+class Context(NamedTuple):
+    """What all layers share, with T tokens that look at S slots: S = T without a cache.
+
+    allowed: bool [B or 1, 1, T, S], who sees whom. turns: per kind of layer, cos and sin of the rotary angles
+    [kinds, B, T, head_dim/2]; None without. bias: [1, H, T, S], added to the attention logits; None without.
+    start: int32, the slot of the first of the T tokens.
+    """
+
+    allowed: jax.Array
+    turns: tuple[jax.Array, jax.Array] | None = None
+    bias: jax.Array | None = None
+    start: Any = 0
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """`dtype`, or float32 if it has fewer bits."""
+    # promote_types refuses under strict promotion
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def product(spec: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.Array:
+    """`einsum(spec, a, b)`, from factors of `precision.weights` to a result of `precision.stream`."""
+    a, b = jnp.asarray(a, precision.weights), jnp.asarray(b, precision.weights)
+    return jnp.einsum(spec, a, b, preferred_element_type=precision.stream)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * w over the last axis, (1 + w) with `offset`; in at least float32."""
+
+    eps: float
+    offset: bool
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        z = x.astype(at_least_float32(x.dtype))
+        z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
+        weight = _row(scale, z)
+        return (z * (1 + weight if self.offset else weight)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * w + b over the last axis; in at least float32."""
+
+    eps: float
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        z = x.astype(at_least_float32(x.dtype))
+        z = z - jnp.mean(z, axis=-1, keepdims=True)
+        z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
+        return (z * _row(scale, z) + _row(bias, z)).astype(x.dtype)
+
+
+def _row(weight: jax.Array, like: jax.Array) -> jax.Array:
+    return jnp.asarray(weight, like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+class Linear(nn.Module):
+    """x W (+ b), then the hook. The module's name is the site."""
+
+    features: int
+    use_bias: bool
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array, adapt: hooks.Hook) -> jax.Array:
+        dtype, shape = self.precision.weights, (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.normal(0.02), shape, dtype)
+        y = product("bti,io->bto", x, kernel, self.precision)
+        if self.use_bias:
+            y = y + _row(self.param("bias", nn.initializers.zeros, (self.features,), dtype), y)
+        return hooks.call(adapt, str(self.name), x, y)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    x: jax.Array,
+    adapt: hooks.Hook,
+    context: Context,
+    precision: Precision,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    window: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(cap(scale q k) + bias, over who may be seen) v, heads side by side: [B, T, H * head_dim].
+
+    q [B, T, H, head_dim]; k and v [B, S, G, head_dim], each shared by H/G query heads. x: what hooks at
+    "attention_hidden" are given. cap: the logits become cap * tanh(logits / cap); 0 for none. window: how many slots
+    up to its own a token sees, 0 for all.
+    """
+    batch, length, heads, size = q.shape
+    slots, groups = k.shape[1:3]
+    # query heads that share a key head are neighbours
+    q = q.reshape(batch, length, groups, heads // groups, size)
+    wide = at_least_float32(precision.stream)
+    logits = product("btkgh,bskh->bkgts", q, k, Precision(precision.weights, wide)) * scale
+    logits = logits.reshape(batch, heads, length, slots)
+    if cap:
+        logits = cap * jnp.tanh(logits / cap)
+    if context.bias is not None:
+        logits = logits + context.bias.astype(wide)
+    allowed = context.allowed
+    if window is not None:
+        query, key = context.start + jnp.arange(length, dtype=jnp.int32), jnp.arange(slots, dtype=jnp.int32)
+        near = query[:, None] - key[None, :] < jnp.where(window > 0, window, slots)
+        allowed = allowed & near[None, None]
+    logits = hooks.call(adapt, "attention_logits", allowed, logits)
+    # Finite, and lower than anything a hook returns: a row without any key (padding) is even rather than
+    # NaN, and a row whose keys a hook has dropped attends to those, never to the future.
+    lowest = float(jnp.finfo(wide).min)
+    logits = jnp.where(allowed, jnp.maximum(logits, lowest / 2), lowest)
+    weights = hooks.call(adapt, "attention_weights", allowed, jax.nn.softmax(logits, axis=-1))
+    weights = weights.reshape(batch, groups, -1, length, slots)
+    hidden = product("bkgts,bskh->btkgh", weights, v, precision).reshape(batch, length, heads * size)
+    return hooks.call(adapt, "attention_hidden", x, hidden)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [B, T, heads, head_dim] with its pairs (i, i + head_dim/2) turned by angles [B, T, head_dim/2]."""
+    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    """table[index]; NaN where there is no such row, never another row."""
+    return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def check_input(tokens: jax.Array, mask: jax.Array | None, max_positions: int) -> None:
+    """Raises ValueError on tokens that are not integers [B, T], too many of them, or a mask that is not bool [B, T]."""
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must be integers [batch, length], not {tokens.dtype}{list(tokens.shape)}.")
+    length = tokens.shape[1]
+    if length > max_positions:
+        raise ValueError(
+            f"the sequence has {length} tokens but the model was made for {max_positions} positions: "
+            "truncate it, or raise max_positions in the config if you mean to extrapolate."
+        )
+    if mask is not None and (mask.shape != tokens.shape or mask.dtype != jnp.bool_):
+        raise ValueError(
+            f"mask must be bool{list(tokens.shape)} like the tokens, not {mask.dtype}{list(mask.shape)}: "
+            "give attention_mask.astype(bool)."
+        )
+
+
+def count_positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """int32 [B, T]: the number of tokens that count before this one."""
+    if mask is None:
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :], tokens.shape)
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def stack(block: type[nn.Module], length: int, remat: bool) -> Any:
+    """`length` blocks in one scan: called with (x, adapt, window, cache, context), it gives (x, cache).
+
+    Weights, adapt, windows and cache lead with the layer axis; the context is every layer's. `remat` recomputes each
+    block in the backward pass, and so keeps one residual stream a layer instead of every intermediate; results do
+    not depend on it.
+    """
+    return nn.scan(
+        nn.remat(block, prevent_cse=False) if remat else block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax says int)
+        length=length,
+    )
+
+
+def rotary_turns(positions: jax.Array, frequencies: Any, scale: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """`scale` times cos and sin of position * frequency, [kinds, B, T, head_dim/2]; frequencies [kinds, head_dim/2]."""
+    frequencies = jnp.asarray(frequencies, dtype)[:, None, None, :]
+    angles = positions[None, :, :, None].astype(dtype) * frequencies
+    if scale == 1.0:
+        return jnp.cos(angles), jnp.sin(angles)
+    return scale * jnp.cos(angles), scale * jnp.sin(angles)
