@@ -11,7 +11,8 @@ from bilevel.hypergradients import implicit_function
 from bilevel.hypergradients.base import Estimate, Trained, own_key, schedule, static
 from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
 from bilevel.inner import InnerState
-from bilevel.linear_solvers import CG, LinearSolver
+from bilevel.linear_solvers.base import LinearSolver
+from bilevel.linear_solvers.krylov import CG
 from bilevel.trees import partition
 
 

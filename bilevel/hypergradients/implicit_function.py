@@ -25,7 +25,7 @@ from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import pull
 from bilevel.hypergradients.base import Aux, Estimate
 from bilevel.inner import InnerState, Trace
-from bilevel.linear_solvers import LinearSolver
+from bilevel.linear_solvers.base import LinearSolver
 from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
 
 Condition = Stationary | FixedPointOf

@@ -16,7 +16,8 @@ from bilevel.hypergradients import implicit_function
 from bilevel.hypergradients.base import Estimate, outer_value, own_key, schedule, static
 from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
 from bilevel.inner import InnerState, Trace
-from bilevel.linear_solvers import CG, LinearSolver
+from bilevel.linear_solvers.base import LinearSolver
+from bilevel.linear_solvers.krylov import CG
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem, as_pytree
 from bilevel.trees import PyTree, as_arrays, at_step, partition

@@ -1,0 +1,49 @@
+"""The truncated Neumann series."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from bilevel.linear_solvers.base import info, static, validate
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Neumann:
+    r"""The truncated Neumann series :math:`x = s \sum_{j<T} (I - sA)^j b`, with T terms and scale s.
+
+    Converges to :math:`A^{-1} b` when the spectral radius of :math:`I - sA` is below 1: for a Hessian, for
+    :math:`0 < s < 2/\lambda_{\max}`. The remainder shrinks like :math:`(1 - s\lambda_{\min})^T`. It is the iteration
+    :math:`x \leftarrow x + s(b - Ax)`, which goes on from `start` where there is one. On a Hessian with s the step size
+    of gradient descent, from zero, it equals the unroll truncated to T steps at a fixed point.
+
+    Args:
+      terms: T; T - 1 matvecs from zero, T from a `start`.
+      scale: s.
+
+    References:
+      Lorraine et al. 2020, arXiv 1911.02590.
+    """
+
+    terms: int = static(10)
+    scale: float = static(1.0)
+
+    symmetric_only = False
+
+    def __post_init__(self):
+        validate(self, "terms", 1)
+        if not self.scale > 0:
+            raise ValueError(f"Neumann(scale={self.scale!r}): must be positive.")
+
+    def solve(self, matvec, rhs, start, key, *, symmetric):
+        """See `bilevel.linear_solvers`."""
+
+        def step(_, x):
+            return jax.tree.map(lambda x, b, a: x + self.scale * (b - a), x, rhs, matvec(x))
+
+        steps = self.terms
+        if start is None:
+            start, steps = jax.tree.map(lambda b: self.scale * b, rhs), self.terms - 1
+        return jax.lax.fori_loop(0, steps, step, start), info(self.terms, steps)
