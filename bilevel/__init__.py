@@ -1,5 +1,11 @@
 """Hyper-parameters found by differentiating through training."""
 
+from bilevel.bijectors import Bijector as Bijector
+from bilevel.bijectors import Compose as Compose
+from bilevel.bijectors import Interval as Interval
+from bilevel.bijectors import Positive as Positive
+from bilevel.bijectors import Simplex as Simplex
+from bilevel.bijectors import Softplus as Softplus
 from bilevel.compare import Comparison as Comparison
 from bilevel.compare import compare as compare
 from bilevel.data import Batches as Batches

@@ -37,7 +37,7 @@ class MeanLoss:
 
     Attributes:
       problem, outer: the problem, and its outer variable.
-      fixed: the inner leaves that are not inexact.
+      fixed: the inner leaves that are not trained.
       batches, keys: as for `bilevel.inner.train`.
       constant: whether all terms of the mean are the same, so that one of them is enough.
     """
@@ -55,7 +55,7 @@ class MeanLoss:
         return 1 if self.constant else self.keys.shape[0]
 
     def gradient(self, params: PyTree, rule: Rule) -> tuple[PyTree, jax.Array]:
-        """`(gradient, value)` of the mean at the inexact leaves `params`, in `widened` precision.
+        """`(gradient, value)` of the mean at the trained leaves `params`, in `widened` precision.
 
         Batches are visited one after the other: activations of one batch are alive at a time.
         """
@@ -80,7 +80,7 @@ class MeanLoss:
 
 def mean_loss(problem: Problem, params: PyTree, outer: PyTree, batches: PyTree, keys: jax.Array) -> MeanLoss:
     """The `MeanLoss` of one estimate. `params`: the whole inner variable."""
-    fixed = partition(params)[1]
+    fixed = problem.split(params)[1]
     same_data = batches is None or isinstance(batches, FullBatch)
     constant = keys.shape[0] == 1 or (same_data and not _is_random(problem, params, outer, batches, keys[0]))
     return MeanLoss(problem, outer, fixed, batches, keys, constant)
@@ -101,7 +101,7 @@ def _is_random(problem, params, outer, batch, key) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stationary:
-    """The gradient form; `residual(z, rule)` is the gradient of the mean loss at z, the inexact inner leaves."""
+    """The gradient form; `residual(z, rule)` is the gradient of the mean loss at z, the trained inner leaves."""
 
     loss: MeanLoss
 
@@ -119,7 +119,7 @@ class Stationary:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedPointOf:
-    """The fixed-point form; z is `(params, leaves)`: inexact inner leaves, and the optimizer state leaves that move.
+    """The fixed-point form; z is `(params, leaves)`: trained inner leaves, and the optimizer state leaves that move.
 
     Attributes:
       loss: the mean loss whose gradient the optimizer is given.
@@ -163,27 +163,27 @@ class FixedPointOf:
         )
 
 
-def moving_leaves(optimizer: Optimizer, outer: PyTree, state: InnerState) -> tuple[bool, ...]:
+def moving_leaves(problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState) -> tuple[bool, ...]:
     """For each leaf of `state.opt_state`, whether training moves it and a derivative can pass through it."""
-    params = partition(state.params)[0]
+    params = problem.split(state.params)[0]
     handed_on = optimizers.carried(optimizers.transformation(optimizer, outer), params, state.opt_state)
     leaves = jax.tree.leaves(state.opt_state)
     return tuple(is_inexact(x) and not same for x, same in zip(leaves, handed_on, strict=True))
 
 
-def unknowns(moves: tuple[bool, ...], state: InnerState) -> PyTree:
+def unknowns(problem: Problem, moves: tuple[bool, ...], state: InnerState) -> PyTree:
     """The z of `state` in a fixed-point condition."""
     leaves = zip(moves, jax.tree.leaves(state.opt_state), strict=True)
-    return partition(state.params)[0], [x for m, x in leaves if m]
+    return problem.split(state.params)[0], [x for m, x in leaves if m]
 
 
 def fixed_point_of(optimizer: Optimizer, loss: MeanLoss, state: InnerState) -> tuple[FixedPointOf, PyTree]:
     """The condition that `state` is a fixed point of `optimizer`, and the z of `state`."""
-    moves = moving_leaves(optimizer, loss.outer, state)
-    return FixedPointOf(loss, state.opt_state, optimizer, moves), unknowns(moves, state)
+    moves = moving_leaves(loss.problem, optimizer, loss.outer, state)
+    return FixedPointOf(loss, state.opt_state, optimizer, moves), unknowns(loss.problem, moves, state)
 
 
-def require_stationary_limit(estimator: str, optimizer: Optimizer, params: PyTree, outer: PyTree) -> None:
+def require_stationary_limit(estimator: str, optimizer: Optimizer, trained: PyTree, outer: PyTree) -> None:
     """Refuses an optimizer that moves parameters where the gradient is 0: it does not stop at a stationary point.
 
     Decided when the estimate is traced, by one update from a fresh state with zero gradients, all numbers being 0.5.
@@ -192,7 +192,7 @@ def require_stationary_limit(estimator: str, optimizer: Optimizer, params: PyTre
       ValueError: naming the remedies.
     """
     seen = () if isinstance(optimizer, optax.GradientTransformation) else (outer,)
-    leaves, structure = jax.tree.flatten((partition(params)[0], seen))
+    leaves, structure = jax.tree.flatten((trained, seen))
     if _moves_at_zero_gradient(optimizer, structure, tuple(_kind(x) for x in leaves)):
         raise ValueError(
             f"{estimator}: the optimizer moves parameters where the gradient is 0 (decoupled weight decay as in adamw, "

@@ -13,6 +13,7 @@ backward pass is the point (w, outer, batch, key), not its graph. (Kemaev et al.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -47,20 +48,36 @@ class Gradient(NamedTuple):
     grad: PyTree
     value: jax.Array
     aux: PyTree
+    updates: PyTree
 
 
-def _loss(point: Point) -> tuple[jax.Array, PyTree]:
+class _Outcome(NamedTuple):
+    """What the inner loss returns; the first two can be differentiated."""
+
+    value: jax.Array
+    updates: PyTree
+    aux: PyTree
+
+
+def _loss(point: Point) -> _Outcome:
     inner = combine(point.inner, point.inner_fixed)
     outer = combine(point.outer, point.outer_fixed)
-    value, aux = point.problem.inner_value(inner, outer, point.batch, point.key)
-    return value, jax.lax.stop_gradient(aux)
+    value, updates, aux = point.problem.inner_outcome(inner, outer, point.batch, point.key)
+    return _Outcome(value, updates, jax.lax.stop_gradient(aux))
 
 
 def reverse_gradient(point: Point) -> Gradient:
     """The gradient, differentiated by JAX itself."""
-    function = jax.value_and_grad(lambda inner: _loss(point._replace(inner=inner)), has_aux=True)
-    (value, aux), grad = function(point.inner)
-    return Gradient(grad, value, aux)
+    return _gradient_of(lambda inner: _loss(point._replace(inner=inner)), point)
+
+
+def _gradient_of(loss: Callable[[PyTree], _Outcome], point: Point) -> Gradient:
+    def pair(inner):
+        outcome = loss(inner)
+        return outcome.value, outcome
+
+    (_, outcome), grad = jax.value_and_grad(pair, has_aux=True)(point.inner)
+    return Gradient(grad, outcome.value, outcome.aux, outcome.updates)
 
 
 def mixed_gradient(point: Point) -> Gradient:
@@ -81,22 +98,21 @@ class _Traced:
     jaxpr: Any
     structure: Any
 
-    def __call__(self, point: Point, consts: list[Any]) -> tuple[jax.Array, PyTree]:
+    def __call__(self, point: Point, consts: list[Any]) -> _Outcome:
         closed = jex.ClosedJaxpr(self.jaxpr, consts)
         return jax.tree.unflatten(self.structure, jex.jaxpr_as_fun(closed)(*jax.tree.leaves(point)))
 
     def reads(self) -> list[bool]:
-        """For each leaf of `(point, consts)`, whether the loss is computed from it."""
-        only_value = [i == 0 for i in range(len(self.jaxpr.outvars))]
-        jaxpr, used = partial_eval.dce_jaxpr(self.jaxpr, only_value)
+        """For each leaf of `(point, consts)`, whether the loss, or an update, is computed from it."""
+        outcome = jax.tree.unflatten(self.structure, range(len(self.jaxpr.outvars)))
+        wanted = {outcome.value, *jax.tree.leaves(outcome.updates)}
+        jaxpr, used = partial_eval.dce_jaxpr(self.jaxpr, [i in wanted for i in range(len(self.jaxpr.outvars))])
         read = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, jex.Literal)}
         return used + [const in read or const in jaxpr.outvars for const in self.jaxpr.constvars]
 
 
 def _gradient(loss: _Traced, point: Point, consts: list[Any]) -> Gradient:
-    function = jax.value_and_grad(lambda inner: loss(point._replace(inner=inner), consts), has_aux=True)
-    (value, aux), grad = function(point.inner)
-    return Gradient(grad, value, aux)
+    return _gradient_of(lambda inner: loss(point._replace(inner=inner), consts), point)
 
 
 _mixed_gradient = jax.custom_vjp(_gradient, nondiff_argnums=(0,))
@@ -134,20 +150,35 @@ def _backward(loss: _Traced, residual: _Residual, cotangent: Gradient):
         lambda ct: jnp.zeros(ct.shape, ct.dtype) if is_zero(ct) else ct, cotangent.grad, is_leaf=is_zero
     )
 
-    def gradients(inner):
+    def moved(inner):
+        """The loss as a function of what is wanted, from `inner`, and where that stands."""
         point = jax.tree.leaves((residual.point._replace(inner=inner), residual.consts))
 
-        def value(moving):
+        def outcome(moving):
             full = list(point)
             for i, leaf in zip(wanted, moving, strict=True):
                 full[i] = leaf
-            return loss(*jax.tree.unflatten(structure, full))[0]
+            return loss(*jax.tree.unflatten(structure, full))
 
-        return jax.grad(value)([point[i] for i in wanted])
+        return outcome, [point[i] for i in wanted]
+
+    def gradients(inner):
+        outcome, at = moved(inner)
+        return jax.grad(lambda moving: outcome(moving).value)(at)
 
     first, second = jax.jvp(gradients, (residual.point.inner,), (direction,))
     if not is_zero(cotangent.value):
         second = [h + cotangent.value.astype(g.dtype) * g for h, g in zip(second, first, strict=True)]
+    arriving = [ct for ct in jax.tree.leaves(cotangent.updates, is_leaf=is_zero) if not is_zero(ct)]
+    if arriving:
+        # What training carries beside the weights is differentiated by one reverse pass of its own.
+        reached = [not is_zero(ct) for ct in jax.tree.leaves(cotangent.updates, is_leaf=is_zero)]
+        outcome, at = moved(residual.point.inner)
+        updates = lambda moving: [  # noqa: E731
+            x for x, r in zip(jax.tree.leaves(outcome(moving).updates), reached, strict=True) if r
+        ]
+        _, pull = jax.vjp(updates, at)
+        second = [h + s for h, s in zip(second, pull(arriving)[0], strict=True)]
     result: list[Any] = [None] * len(leaves)
     for i, leaf in zip(wanted, second, strict=True):
         result[i] = leaf

@@ -44,7 +44,7 @@ def start(problem: Problem, optimizer: Optimizer, outer: PyTree, key: jax.Array)
     """The state before the first inner step: `init_inner(key, outer)` and a fresh optimizer."""
     params = problem.start_inner(key, outer)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        opt_state = optimizers.transformation(optimizer, outer).init(partition(params)[0])
+        opt_state = optimizers.transformation(optimizer, outer).init(problem.split(params)[0])
     return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
 
@@ -63,27 +63,31 @@ def train(
     r"""`len(keys)` inner steps, :math:`w_{t+1} = U(w_t, \nabla_w f(w_t, \lambda; b_t, k_t), \lambda)`.
 
     Step t sees the t-th of `batches` and of `keys`, and every random key inside `outer` folded with `first + t`.
-    Inner leaves that are not inexact are constants. Differentiable in `state` and `outer`, as `gradient` and
-    `checkpoint` say.
+    Inner leaves that are not inexact are constants; `mutable` entries become what `inner_loss` returned for them.
+    Differentiable in `state` and `outer`, as `gradient` and `checkpoint` say.
     """
     steps = keys.shape[0]
-    moving, fixed = partition(state.params)
+    moving, fixed = problem.split(state.params)
     outer_moving, outer_fixed = partition(outer)
     transform = optimizers.transformation(optimizer, outer)
     xs, bind = slots(batches, steps)
 
     def step(carry, x):
-        params, opt_state = carry
+        params, carried, opt_state = carry
         t, slot, key = x
-        point = Point(params, outer_moving, fixed, at_step(outer_fixed, t), problem, bind(slot), key)
+        rest = fixed | carried if carried else fixed
+        point = Point(params, outer_moving, rest, at_step(outer_fixed, t), problem, bind(slot), key)
         result = gradient(point)
         updates, new_opt_state = optimizers.update(transform, result.grad, opt_state, params, result.value)
         opt_state = jax.tree.map(_like, new_opt_state, opt_state)
-        return (optimizers.apply(params, updates), opt_state), Trace(result.value, result.aux)
+        carried = jax.tree.map(_like, result.updates, carried)
+        return (optimizers.apply(params, updates), carried, opt_state), Trace(result.value, result.aux)
 
     times = first + jnp.arange(steps, dtype=jnp.int32)
-    (moving, opt_state), trace = scan(checkpoint, step, (moving, state.opt_state), (times, xs, keys), steps)
-    return InnerState(combine(moving, fixed), opt_state, state.step + steps, state.extra), trace
+    carry = moving, problem.carried(state.params), state.opt_state
+    (moving, carried, opt_state), trace = scan(checkpoint, step, carry, (times, xs, keys), steps)
+    params = combine(moving, fixed | carried if carried else fixed)
+    return InnerState(params, opt_state, state.step + steps, state.extra), trace
 
 
 def _like(new: Any, old: Any) -> Any:

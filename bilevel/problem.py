@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import bijectors
 from bilevel.data import resolve
-from bilevel.trees import PyTree, as_arrays, leaf_names
+from bilevel.trees import PyTree, as_arrays, cast_like, leaf_names, partition
 
 
 def as_pytree(function: Any) -> Any:
@@ -44,9 +45,18 @@ class Problem:
         are constant within an outer iteration and advanced after it; all other leaves are constants.
       has_aux: whether both losses return `(scalar, aux)`.
       project: `project(outer) -> outer`, applied after each outer update.
+      domain: bijectors (`Positive`, `Interval`, `Simplex`, ...) in a tree like the top of `outer`, None where a leaf is
+        free. Solvers take their steps in free coordinates; everything else, `Result.outer` included, is natural.
+      mutable: names of the entries of `inner` that are not trained but carried: see below.
 
     Large constants (frozen weights) belong into `jax.tree_util.Partial(loss, weights)`: they are then arguments of
     the compiled step, and their cotangent is never formed.
+
+    `mutable` is for what training updates without a gradient: batch statistics, counters, random keys. `inner` is then
+    a dict with these entries, and `inner_loss` returns their new values as a dict, as flax's `apply(..., mutable=...)`
+    does: `(scalar, updates)`, or `(scalar, (updates, aux))` with `has_aux`. They are carried from step to step beside
+    the optimizer's state, and every estimator that differentiates training differentiates them too. An entry that
+    comes back as it was is a constant, of whatever type.
     """
 
     inner_loss: Callable[..., Any]
@@ -55,32 +65,106 @@ class Problem:
     init_outer: Callable[[jax.Array], PyTree]
     has_aux: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
     project: Callable[[PyTree], PyTree] | None = dataclasses.field(default=None, kw_only=True)
+    domain: PyTree = dataclasses.field(default=None, kw_only=True)
+    mutable: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
 
     def __post_init__(self):
         for name in ("inner_loss", "outer_loss", "init_inner", "init_outer", "project"):
             object.__setattr__(self, name, as_pytree(getattr(self, name)))
+        if isinstance(self.mutable, str) or not all(isinstance(name, str) for name in self.mutable):
+            raise ValueError(f"Problem(mutable={self.mutable!r}): must be a sequence of names of entries of inner.")
+        object.__setattr__(self, "mutable", tuple(self.mutable))
 
     def start_outer(self, key: jax.Array) -> PyTree:
-        """`init_outer(key)`, its numbers made arrays."""
-        return as_arrays(self.init_outer(key))
+        """`init_outer(key)`, its numbers made arrays.
+
+        Raises:
+          ValueError: if a leaf is outside its domain.
+        """
+        outer = as_arrays(self.init_outer(key))
+        bijectors.check(self.domain, outer)
+        return outer
+
+    def free(self, outer: PyTree) -> PyTree:
+        """`outer` in coordinates without bounds, in which solvers move: `outer` itself without `domain`."""
+        return bijectors.free(self.domain, outer)
+
+    def natural(self, free: PyTree) -> PyTree:
+        """The `outer` that `free` stands for; its inverse."""
+        return bijectors.natural(self.domain, free)
+
+    def free_gradient(self, outer: PyTree, grad: PyTree) -> tuple[PyTree, PyTree]:
+        """`(free(outer), the gradient there)` for a gradient in natural units; trees of inexact leaves."""
+        if self.domain is None:
+            return outer, grad
+        free = self.free(outer)
+        _, pull = jax.vjp(self.natural, free)
+        return free, pull(cast_like(grad, outer))[0]
 
     def start_inner(self, key: jax.Array, outer: PyTree) -> PyTree:
-        """`init_inner(key, outer)`, its numbers made arrays."""
-        return as_arrays(self.init_inner(key, outer))
+        """`init_inner(key, outer)`, its numbers made arrays.
+
+        Raises:
+          ValueError: if it is not a dict with the `mutable` entries.
+        """
+        inner = as_arrays(self.init_inner(key, outer))
+        if self.mutable and not (isinstance(inner, dict) and inner.keys() >= set(self.mutable)):
+            found = (
+                f"a dict of {', '.join(map(str, inner))}" if isinstance(inner, dict) else f"a {type(inner).__name__}"
+            )
+            raise ValueError(
+                f"Problem(mutable={self.mutable}): init_inner must return a dict with these entries, not {found}."
+            )
+        return inner
+
+    def split(self, inner: PyTree) -> tuple[PyTree, PyTree]:
+        """`(trained, rest)`: inexact leaves that are not `mutable`, and all others; None in each other's places."""
+        trained, rest = partition(inner)
+        if not self.mutable:
+            return trained, rest
+        nothing = {name: jax.tree.map(lambda _: None, inner[name]) for name in self.mutable}
+        return trained | nothing, rest | self.carried(inner)
+
+    def carried(self, inner: PyTree) -> dict[str, PyTree]:
+        """The `mutable` entries of `inner`."""
+        return {name: inner[name] for name in self.mutable}
 
     def inner_value(self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any) -> tuple[jax.Array, PyTree]:
         """`(inner_loss, aux)`, `aux` being None without `has_aux`.
 
         Raises:
-          ValueError: if the loss is not a real scalar, or is not a pair where `has_aux` says so.
+          ValueError: if the loss is not a real scalar, or is not a pair where `has_aux` or `mutable` says so.
         """
-        return self._value("inner_loss", inner, outer, batch, key)
+        value, _, aux = self.inner_outcome(inner, outer, batch, key)
+        return value, aux
+
+    def inner_outcome(
+        self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any
+    ) -> tuple[jax.Array, dict[str, PyTree], PyTree]:
+        """`(inner_loss, updates, aux)`: `inner_value` with the new values of the `mutable` entries."""
+        value, rest = self._value("inner_loss", bool(self.mutable) or self.has_aux, inner, outer, batch, key)
+        if not self.mutable:
+            return value, {}, rest
+        if self.has_aux and not (isinstance(rest, tuple) and len(rest) == 2):
+            raise ValueError(
+                f"inner_loss returned {_describe(rest)} beside its value, but must return a pair (updates, aux), as "
+                "mutable and has_aux=True say."
+            )
+        updates, aux = rest if self.has_aux else (rest, None)
+        before = self.carried(inner)
+        if not isinstance(updates, dict) or _shapes(updates) != _shapes(before):
+            found = _shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
+            raise ValueError(
+                f"inner_loss returned {found} for the mutable entries, which are {_shapes(before)}: it must return all "
+                "of them, in a dict, of the same shapes and dtypes."
+            )
+        return value, updates, aux
 
     def outer_value(self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any) -> tuple[jax.Array, PyTree]:
         """`(outer_loss, aux)`; as `inner_value`."""
-        return self._value("outer_loss", inner, outer, batch, key)
+        return self._value("outer_loss", self.has_aux, inner, outer, batch, key)
 
-    def _value(self, name, inner, outer, batch, key):
+    def _value(self, name, is_pair, inner, outer, batch, key):
         batch = resolve(batch)
         try:
             result = getattr(self, name)(inner, outer, batch, key)
@@ -89,12 +173,14 @@ class Problem:
             shapes = "; ".join(f"{what}: {_shapes(tree)}" for what, tree in read)
             error.add_note(f"This happened in {name}, which was called with {shapes}. Do they fit together?")
             raise
-        if isinstance(result, tuple) != self.has_aux or (self.has_aux and len(result) != 2):
-            wanted = "a pair (scalar, aux), as has_aux=True says" if self.has_aux else "a scalar"
+        if isinstance(result, tuple) != is_pair or (is_pair and len(result) != 2):
+            wanted = "a pair (scalar, aux), as has_aux=True says" if is_pair else "a scalar"
+            if is_pair and not self.has_aux:
+                wanted = "a pair (scalar, updates), as mutable says"
             raise ValueError(
                 f"{name} returned {_describe(result)}, but must return {wanted}; set Problem(has_aux=...) to match."
             )
-        value, aux = result if self.has_aux else (result, None)
+        value, aux = result if is_pair else (result, None)
         if not _is_loss(value):
             raise ValueError(
                 f"{name} returned {_describe(value)}, but a loss is a real floating-point scalar: "

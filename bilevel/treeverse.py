@@ -176,7 +176,7 @@ def _forward(step: _Traced, *marked):
         carry, y = step(consts, carry, x)
         return (states, carry), y
 
-    states = jax.tree.map(lambda x: jnp.zeros((step.slots + 1, *x.shape), x.dtype), carry)
+    states = jax.tree.map(lambda x: jnp.broadcast_to(x, (step.slots + 1, *x.shape)), carry)  # keys have no zeros
     (states, carry), ys = jax.lax.scan(body, (states, carry), (slot, xs), length=step.length)
     return (carry, ys), _Residual(states, consts, xs, perturbed)
 

@@ -129,7 +129,7 @@ class Trained:
         """`inner_state` ready for a step at this `outer`; a start of its own where it is None."""
         if inner_state is None:
             return self.init(problem, outer, key)
-        moving, _ = partition(inner_state.params)
+        moving, _ = problem.split(inner_state.params)
         opt_state = optimizers.refresh(self.optimizer, outer, moving, inner_state.opt_state)
         return inner_state._replace(opt_state=opt_state)
 

@@ -119,7 +119,8 @@ def _train(estimator: Trained, problem, inner_state, outer, batches, key) -> tup
 def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, key) -> Estimate:
     """The estimate with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
     moving, fixed = partition(outer)
-    params, inner_fixed = partition(at.params)
+    params, inner_fixed = problem.split(at.params)
+    trained, after_fixed = problem.split(state.params)
     step = estimator.steps - 1
     xs, bind = slots(narrow(batches, step, step + 1), 1)
     batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), schedule(key, estimator.steps)[0][step]
@@ -129,9 +130,9 @@ def _difference(estimator, problem, at, state, trace, outer, batches, outer_batc
         return problem.inner_value(combine(params, inner_fixed), outer, batch, inner_key)[0]
 
     def outer_loss(params, moving):
-        return estimator.outer_loss(problem, combine(params, inner_fixed), combine(moving, fixed), outer_batch, key)
+        return estimator.outer_loss(problem, combine(params, after_fixed), combine(moving, fixed), outer_batch, key)
 
-    value, pull_loss, aux = jax.vjp(outer_loss, partition(state.params)[0], moving, has_aux=True)
+    value, pull_loss, aux = jax.vjp(outer_loss, trained, moving, has_aux=True)
     inner_value, gradient = jax.value_and_grad(inner_loss)(params, moving)
     transform = optimizers.transformation(estimator.optimizer, outer)
     updates = lambda grad: optimizers.update(transform, grad, at.opt_state, params, inner_value)[0]  # noqa: E731

@@ -61,7 +61,9 @@ class FixedPoint(Trained):
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
         state = super().init(problem, outer, key)
-        return with_adjoint(state, unknowns(moving_leaves(self.optimizer, outer, state), state), self.warm_start)
+        return with_adjoint(
+            state, unknowns(problem, moving_leaves(problem, self.optimizer, outer, state), state), self.warm_start
+        )
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a fixed point; as `Implicit.solve`."""

@@ -31,6 +31,8 @@ class Implicit(Trained):
     The error is proportional to the distance of :math:`w_K` from a stationary point (`info["stationarity_relative"]`),
     to that of the linear solve (`info["linear_residual"]`) and to `damping`; it is 0 when all three are. Leaves that
     act through training alone (learning rates, starting points) have derivative 0 and are named in a warning.
+    `Problem.mutable` entries are constants here, as training left them: what moves the outer loss through running
+    statistics alone is not seen, and only `Unrolled` sees it.
 
     Args:
       optimizer, steps: as for `Unrolled`. The optimizer must come to rest at stationary points of `inner_loss`:
@@ -60,7 +62,7 @@ class Implicit(Trained):
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
         state = super().init(problem, outer, key)
-        return with_adjoint(state, partition(state.params)[0], self.warm_start)
+        return with_adjoint(state, problem.split(state.params)[0], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a stationary point: in both modes, to any order.
@@ -79,7 +81,8 @@ class Implicit(Trained):
         return implicit_function.estimate("Implicit", *system, outer_loss, state, trace, self.warm_start)
 
     def _system(self, problem, state, outer, batches, key):
-        require_stationary_limit("Implicit", self.optimizer, state.params, outer)
+        trained, _ = problem.split(state.params)
+        require_stationary_limit("Implicit", self.optimizer, trained, outer)
         loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
         backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
-        return backward, Stationary(loss), partition(state.params)[0]
+        return backward, Stationary(loss), trained

@@ -61,10 +61,11 @@ class ImplicitSolve:
 
     def init(self, problem, outer, key) -> InnerState:
         """`init_inner(key, outer)`, which `minimise` does not see; `extra` is the adjoint, as for `Implicit`."""
-        state = self._state(problem.start_inner(key, outer), outer)
+        state = self._state(problem, problem.start_inner(key, outer), outer)
         if self.rest is None:
-            return with_adjoint(state, partition(state.params)[0], self.warm_start)
-        return with_adjoint(state, unknowns(moving_leaves(self.rest, outer, state), state), self.warm_start)
+            return with_adjoint(state, problem.split(state.params)[0], self.warm_start)
+        moves = moving_leaves(problem, self.rest, outer, state)
+        return with_adjoint(state, unknowns(problem, moves, state), self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The solution, with the derivative of what it satisfies; as `Implicit.solve`."""
@@ -86,11 +87,11 @@ class ImplicitSolve:
         xs, bind = slots(batches, self.steps)
         return resolve(bind(jax.tree.map(lambda x: x[0], xs))), schedule(key, self.steps)[0][0]
 
-    def _state(self, params, outer) -> InnerState:
+    def _state(self, problem, params, outer) -> InnerState:
         opt_state = None
         if self.rest is not None:
             with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                opt_state = optimizers.transformation(self.rest, outer).init(partition(params)[0])
+                opt_state = optimizers.transformation(self.rest, outer).init(problem.split(params)[0])
         return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
     def _solution(self, problem, inner_state, outer, batches, key) -> InnerState:
@@ -103,14 +104,14 @@ class ImplicitSolve:
             raise ValueError(
                 f"ImplicitSolve: minimise returned {found}, but init_inner gives {wanted}: they must agree."
             )
-        state = self._state(params, outer)
+        state = self._state(problem, params, outer)
         return state._replace(step=inner_state.step + 1, extra=inner_state.extra)
 
     def _system(self, problem, state, outer, batches, key):
         loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
         backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
         if self.rest is None:
-            return backward, Stationary(loss), partition(state.params)[0]
+            return backward, Stationary(loss), problem.split(state.params)[0]
         return backward, *fixed_point_of(self.rest, loss, state)
 
 

@@ -151,6 +151,11 @@ class _Training:
     def __init__(self, settings: Reversible, problem, outer, inner_batches, key, state: InnerState):
         if jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64:
             raise ValueError("Reversible needs 64-bit integers: set jax.config.update('jax_enable_x64', True).")
+        if problem.mutable:
+            raise ValueError(
+                f"Reversible cannot undo the mutable entries {', '.join(problem.mutable)}: "
+                "use Unrolled(checkpoint='sqrt')."
+            )
         self.settings, self.problem, self.state = settings, problem, state
         self.outer_moving, self.outer_fixed = partition(outer)
         self.fixed = partition(state.params)[1]

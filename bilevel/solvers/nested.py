@@ -35,7 +35,8 @@ class Nested:
     Args:
       problem: the bilevel problem.
       hypergradient: how :math:`\hat\nabla F` is estimated.
-      outer_optimizer: an `optax.GradientTransformation`; it sees `outer` with None at leaves that are not inexact.
+      outer_optimizer: an `optax.GradientTransformation`; it sees `outer` with None at leaves that are not inexact, and
+        in free coordinates where `Problem.domain` bounds it.
       inner_start: `"warm"` continues training where the last outer iteration ended (its start is then a constant);
         `"cold"` starts it anew each time, inside the differentiated map.
 
@@ -66,7 +67,7 @@ class Nested:
         outer = self.problem.start_outer(outer_key)
         inner = self.hypergradient.init(self.problem, outer, inner_key)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            opt_state = self._transform(outer).init(partition(outer)[0])
+            opt_state = self._transform(outer).init(self.problem.free(partition(outer)[0]))
         return NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key)
 
     def step(
@@ -92,6 +93,7 @@ class Nested:
     def _move(self, state: NestedState, estimate: Any) -> tuple[PyTree, PyTree]:
         moving, fixed = partition(state.outer)
         transform = self._transform(state.outer)
-        updates, opt_state = optimizers.update(transform, estimate.grad, state.opt_state, moving, estimate.value)
-        outer = combine(optimizers.apply(moving, updates), advance_keys(fixed))
+        free, grad = self.problem.free_gradient(moving, estimate.grad)
+        updates, opt_state = optimizers.update(transform, grad, state.opt_state, free, estimate.value)
+        outer = combine(self.problem.natural(optimizers.apply(free, updates)), advance_keys(fixed))
         return (self.problem.project(outer) if self.problem.project else outer), opt_state

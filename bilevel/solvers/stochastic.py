@@ -102,7 +102,9 @@ class Iteration(Oracles):
 
     def move_outer(self, direction: PyTree) -> PyTree:
         """The whole `outer` after a step against `direction`: keys advanced, then projected."""
-        outer = combine(descend(self.lam, self.outer_step, direction), advance_keys(self.outer_fixed))
+        free, direction = self.problem.free_gradient(self.lam, direction)
+        moved = self.problem.natural(descend(free, self.outer_step, direction))
+        outer = combine(moved, advance_keys(self.outer_fixed))
         return self.problem.project(outer) if self.problem.project else outer
 
 
@@ -122,7 +124,7 @@ class Stochastic:
     `outer` moved along), and the oracle calls made: `inner_gradients`, `outer_gradients`, `hvps`, `cross_products`.
 
     Raises:
-      ValueError: if a count among the settings is not an integer >= 1.
+      ValueError: if a count among the settings is not an integer >= 1, or the problem has mutable entries.
     """
 
     problem: Problem
@@ -130,6 +132,11 @@ class Stochastic:
     outer_step: StepSize
 
     def __post_init__(self):
+        if getattr(self.problem, "mutable", ()):  # a tree transformation holds placeholders here
+            raise ValueError(
+                f"{type(self).__name__} takes gradient steps of its own and carries no mutable entries "
+                f"({', '.join(self.problem.mutable)}): use Nested."
+            )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata.get("static") and (not isinstance(value, int) or value < 1):

@@ -1,0 +1,175 @@
+r"""Domains of outer leaves: positive numbers, intervals, simplices.
+
+`Problem(domain=...)` is a tree like the top of `outer`, a bijector (or None) for a leaf or for everything below a node.
+A solver then moves :math:`u = T^{-1}(\lambda)`, which is free, by the gradient :math:`(\partial T / \partial u)^\top
+\partial F / \partial \lambda`, and sets :math:`\lambda = T(u)`. Losses, optimizers made from `outer`, hypergradients
+and `Result.outer` are in natural units: only the step is taken elsewhere. It cannot leave the domain.
+
+A bijector is a pytree with two functions, `forward` (u to :math:`\lambda`) and `inverse`, that keep shape and dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.trees import PyTree, is_inexact, leaf_names
+
+
+class Bijector(Protocol):
+    """A smooth one-to-one map from all real arrays (u) onto a domain (lambda). A pytree: register the class."""
+
+    def forward(self, u: jax.Array) -> jax.Array: ...
+
+    def inverse(self, value: jax.Array) -> jax.Array: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    r"""Numbers above 0, :math:`\lambda = e^u`: steps are relative. For what varies over orders of magnitude.
+
+    >>> Positive().inverse(jnp.float32(1.0))
+    Array(0., dtype=float32)
+    """
+
+    def forward(self, u):
+        """:math:`e^u`."""
+        return jnp.exp(u)
+
+    def inverse(self, value):
+        r""":math:`\log \lambda`."""
+        return jnp.log(_above_zero(value))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Softplus:
+    r"""Numbers above 0, :math:`\lambda = \log(1 + e^u)`: steps are absolute where :math:`\lambda` is well above 1."""
+
+    def forward(self, u):
+        r""":math:`\log(1 + e^u)`."""
+        return jax.nn.softplus(u)
+
+    def inverse(self, value):
+        r""":math:`\lambda + \log(1 - e^{-\lambda})`."""
+        value = _above_zero(value)
+        return value + jnp.log(-jnp.expm1(-value))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    r"""Numbers between `low` and `high`, :math:`\lambda = a + (b - a) / (1 + e^{-u})`.
+
+    Raises:
+      ValueError: unless low < high, both finite.
+    """
+
+    low: float = dataclasses.field(metadata={"static": True})
+    high: float = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self):
+        if not (np.isfinite(self.low) and np.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"Interval({self.low}, {self.high}): low must be below high, and both finite.")
+
+    def forward(self, u):
+        r""":math:`a + (b - a) / (1 + e^{-u})`."""
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(u)
+
+    def inverse(self, value):
+        r""":math:`\log \frac{\lambda - a}{b - \lambda}`."""
+        # Where rounding has reached an end, the step starts from the number next to it.
+        share = (value - self.low) / (self.high - self.low)
+        share = jnp.minimum(_above_zero(share), 1 - jnp.finfo(share.dtype).eps)
+        return jnp.log(share) - jnp.log1p(-share)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Simplex:
+    r"""Vectors of positive numbers that sum to 1, along the last axis: :math:`\lambda = \mathrm{softmax}(u)`.
+
+    Of all u with this softmax, `inverse` gives the one that sums to 0.
+    """
+
+    def forward(self, u):
+        r""":math:`\mathrm{softmax}(u)`."""
+        return jax.nn.softmax(u, axis=-1)
+
+    def inverse(self, value):
+        r""":math:`\log \lambda` less its mean."""
+        logs = jnp.log(_above_zero(value))
+        return logs - jnp.mean(logs, axis=-1, keepdims=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Compose:
+    """One bijector after another: `forward` is `first.forward`, then `then.forward`.
+
+    `Compose(Interval(math.log(1e-6), 0.0), Positive())` is a number between 1e-6 and 1 on a logarithmic scale, as a
+    learning rate wants it.
+    """
+
+    first: Bijector
+    then: Bijector
+
+    def forward(self, u):
+        """Both, in their order."""
+        return self.then.forward(self.first.forward(u))
+
+    def inverse(self, value):
+        """Both inverses, in the opposite order."""
+        return self.first.inverse(self.then.inverse(value))
+
+
+def _above_zero(value: jax.Array) -> jax.Array:
+    return jnp.maximum(value, jnp.finfo(value.dtype).tiny)
+
+
+def free(domain: PyTree, natural: PyTree) -> PyTree:
+    """The inexact leaves of `natural` by the inverses of their bijectors; others unchanged."""
+    return _map(domain, natural, lambda bijector, x: bijector.inverse(x))
+
+
+def natural(domain: PyTree, free: PyTree) -> PyTree:
+    """The inverse of `free`."""
+    return _map(domain, free, lambda bijector, x: bijector.forward(x))
+
+
+def check(domain: PyTree, outer: PyTree) -> None:
+    """Raises ValueError, by name, if a leaf of `outer` is outside its domain; traced values are not looked at."""
+    if domain is None:
+        return
+    again = natural(domain, free(domain, outer))
+    for name, x, y in zip(leaf_names(outer), jax.tree.leaves(outer), jax.tree.leaves(again), strict=True):
+        if not is_inexact(x) or isinstance(x, jax.core.Tracer):
+            continue
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if not np.allclose(x, y, rtol=1e-2, atol=0.0):
+            raise ValueError(
+                f"init_outer returned {np.array2string(x, precision=4, threshold=8)} in outer leaf {name}, which is "
+                "outside the domain that Problem(domain=...) gives it: start inside."
+            )
+
+
+def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
+    def is_bijector(node):
+        return node is None or (hasattr(node, "forward") and hasattr(node, "inverse"))
+
+    def below(bijector, subtree):
+        if bijector is None:
+            return subtree
+        return jax.tree.map(lambda x: function(bijector, x) if is_inexact(x) else x, subtree)
+
+    try:
+        return jax.tree.map(below, domain, tree, is_leaf=is_bijector)
+    except ValueError as error:
+        raise ValueError(
+            f"Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: {error}"
+        ) from None
