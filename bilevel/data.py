@@ -41,9 +41,12 @@ class Indexed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullBatch:
-    """The whole of `arrays` as the batch of every step."""
+    """The whole of `arrays`, or the columns of a `datasets.Dataset`, as the batch of every step."""
 
     arrays: PyTree
+
+    def __post_init__(self):
+        object.__setattr__(self, "arrays", columns(self.arrays))
 
 
 def resolve(batch: PyTree) -> PyTree:
@@ -87,6 +90,60 @@ def narrow(batches: PyTree, start: int, stop: int) -> PyTree:
     return jax.tree.map(lambda x: x[start:stop], batches)
 
 
+def columns(data: Any) -> PyTree:
+    """The columns of a `datasets.Dataset`, a dict of NumPy arrays of the types it has; anything else as it is.
+
+    Raises:
+      ValueError: for a column that is no array (text, lists of different lengths, missing values), by name.
+    """
+    # Known by what it can do: the engine does not import datasets.
+    if not (hasattr(data, "with_format") and hasattr(data, "features")):
+        return data
+    if not hasattr(data, "num_rows"):
+        raise ValueError(
+            "A streamed data set has no rows to sample from: pass an iterator of batches, or load it without streaming."
+        )
+    names = data.format["columns"]
+    # The NumPy format would round to float32.
+    table = data.with_format("arrow", columns=names)[:]
+    return {name: _column(name, table.column(name).combine_chunks()) for name in names}
+
+
+def _column(name: str, values: Any) -> np.ndarray:
+    shape, values = [len(values)], getattr(values, "storage", values)
+    while hasattr(values, "flatten") and hasattr(values.type, "value_type"):  # lists
+        if hasattr(values, "offsets"):
+            lengths = set(np.diff(np.asarray(values.offsets)).tolist())
+        else:
+            lengths = {values.type.list_size}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"Column {name!r} holds lists of different lengths: pad them, or drop it (select_columns)."
+            )
+        shape.append(lengths.pop() if lengths else 0)
+        values = values.flatten()
+    array = values.to_numpy(zero_copy_only=False)
+    if values.null_count or array.dtype.kind not in "biuf":
+        what = "missing values" if values.null_count else f"values of type {values.type}"
+        raise ValueError(f"Column {name!r} holds {what}, which are no numbers: encode it, or drop it (select_columns).")
+    return array.reshape(shape)
+
+
+def draw(data: Any, key: jax.Array, first: Any, count: int) -> PyTree:
+    """Batches number `first` to `first + count - 1` of `Batches`; anything else is the same data at every step."""
+    if isinstance(data, Batches):
+        return data.take(key, first, count)
+    if data is None or isinstance(data, FullBatch):
+        return data
+    return FullBatch(jax.tree.map(jnp.asarray, columns(data)))
+
+
+def draw_one(data: Any, key: jax.Array, number: Any) -> PyTree:
+    """Batch `number` of `Batches`, without a leading axis; anything else as `draw`."""
+    batches = draw(data, key, number, 1)
+    return batches.batch(0) if isinstance(batches, Indexed) else batches
+
+
 def rows(arrays: PyTree) -> int:
     """The common length of the leading axes of `arrays`.
 
@@ -115,12 +172,14 @@ class Batches:
     before. Batch number `b` is a function of `key` and `b` alone, so a run resumes exactly from its step number.
 
     Args:
-      arrays: pytree of arrays with a common leading axis of length N.
+      arrays: pytree of arrays with a common leading axis of length N, or a `datasets.Dataset`, which is read once: a
+        batch is then a dict of its columns.
       size: rows a batch, `1 <= size <= N`.
       order: `"rows"` or `"blocks"`.
 
     Raises:
-      ValueError: for an empty data set, unequal lengths, a size that is not in `[1, N]`, or an unknown order.
+      ValueError: for an empty data set, unequal lengths, a column that is no array, a size that is not in `[1, N]`, or
+        an unknown order.
     """
 
     arrays: PyTree
@@ -130,6 +189,7 @@ class Batches:
     def __post_init__(self):
         if self.order not in ("rows", "blocks"):
             raise ValueError(f"Batches(order={self.order!r}): must be 'rows' or 'blocks'.")
+        object.__setattr__(self, "arrays", columns(self.arrays))
         leaves = jax.tree.leaves(self.arrays)
         if leaves and not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
             return  # a tree transformation, or lowering, holds placeholders here

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel.checkpoints import Checkpoints
-from bilevel.data import Batches, FullBatch, Indexed, rows
+from bilevel.data import Batches, FullBatch, Indexed, columns, rows
 from bilevel.diagnosis import describe_failure
 from bilevel.guards import EXACTNESS, warn_if_inexact
 from bilevel.progress import Callback, Progress
@@ -65,9 +65,10 @@ def run(
 
     Args:
       solver: any `Solver`.
-      inner_data, outer_data: `Batches(arrays, size)` for mini-batches; arrays for the full batch at every step; an
-        iterator of batches (`solver.inner_batches` or `outer_batches` of them an outer step), which a run can only be
-        resumed from if it has `get_state() -> JSON` and `set_state`; None where the loss reads no batch.
+      inner_data, outer_data: `Batches(arrays, size)` for mini-batches; arrays, or a `datasets.Dataset` (whose columns
+        are then a dict), for the full batch at every step; an iterator of batches (`solver.inner_batches` or
+        `outer_batches` of them an outer step), which a run can only be resumed from if it has `get_state() -> JSON` and
+        `set_state`; None where the loss reads no batch.
       steps: outer iterations in all, resumed ones included.
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
@@ -139,11 +140,11 @@ class _Feed:
     @classmethod
     def of(cls, name: str, data: Any, key: jax.Array) -> _Feed:
         if data is None or isinstance(data, (Batches, FullBatch)):
-            return cls(data, key, False)
+            return cls(jax.tree.map(jnp.asarray, data), key, False)  # on the device once, not at each chunk
         if isinstance(data, Iterator):
             return cls(data, key, True)
         try:
-            arrays = jax.tree.map(jnp.asarray, data)
+            arrays = jax.tree.map(jnp.asarray, columns(data))
             rows(arrays)
         except (TypeError, ValueError) as error:
             raise ValueError(

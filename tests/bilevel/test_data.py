@@ -1,11 +1,12 @@
 import itertools
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel import Batches
+from bilevel import Batches, FullBatch
 from tests.bilevel.helpers import KEY
 
 
@@ -80,3 +81,52 @@ def test_batches_are_a_pytree():
 def test_data_that_make_no_batches_are_refused(arrays, size, message):
     with pytest.raises(ValueError, match=message):
         Batches(arrays, size)
+
+
+# datasets.Dataset
+
+
+def table():
+    return datasets.Dataset.from_dict(
+        {
+            "x": np.random.default_rng(0).normal(size=(11, 3)),
+            "grid": np.arange(44.0, dtype=np.float32).reshape(11, 2, 2),
+            "id": np.arange(11, dtype=np.int32),
+            "seen": [i % 2 == 0 for i in range(11)],
+            "text": [f"row {i}" for i in range(11)],
+        }
+    )
+
+
+def test_columns_keep_their_values_types_and_shapes():
+    source = table()
+    arrays = Batches(source.remove_columns("text"), 4).arrays
+    assert {name: (x.shape, x.dtype) for name, x in arrays.items()} == {
+        "x": ((11, 3), np.float64),
+        "grid": ((11, 2, 2), np.float32),
+        "id": ((11,), np.int32),
+        "seen": ((11,), np.bool_),
+    }
+    np.testing.assert_array_equal(arrays["x"], np.random.default_rng(0).normal(size=(11, 3)))
+    np.testing.assert_array_equal(arrays["grid"], np.arange(44.0).reshape(11, 2, 2))
+    # rows that were chosen, in chunks, and a format that chooses columns
+    chosen = datasets.concatenate_datasets([source.select([3, 1]), source.select([9])])
+    chosen.set_format("numpy", columns=["id"])
+    arrays = FullBatch(chosen).arrays
+    assert list(arrays) == ["id"]
+    np.testing.assert_array_equal(arrays["id"], [3, 1, 9])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (lambda: table(), "Column 'text' holds values of type string"),
+        (lambda: datasets.Dataset.from_dict({"ids": [[1, 2], [3]]}), "'ids' holds lists of different lengths: pad"),
+        (lambda: datasets.Dataset.from_dict({"y": [1.0, None]}), "'y' holds missing values"),
+        (lambda: datasets.Dataset.from_dict({"y": [1.0]}).select([]), "empty"),
+        (lambda: table().to_iterable_dataset(), "streamed data set"),
+    ],
+)
+def test_columns_that_are_no_arrays_are_refused_by_name(source, message):
+    with pytest.raises(ValueError, match=message):
+        Batches(source(), 1)

@@ -2,6 +2,7 @@ import importlib
 import itertools
 import sys
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -362,3 +363,52 @@ def test_progress_where_there_is_no_terminal(capfd):
 def test_progress_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert len(bilevel.run(LINE_SOLVER, steps=3).history["outer_loss"]) == 3
+
+
+def dataset():
+    rows = {"x": np.asarray(TRAIN["x"]), "id": np.arange(11), "seed": np.arange(11)}
+    return datasets.Dataset.from_dict(rows).with_format("torch")  # whatever format it was used in
+
+
+def dataset_problem():
+    def inner(w, outer, batch, key):
+        return jnp.mean((batch["x"] @ w - outer["a"][batch["id"]]) ** 2)
+
+    return bilevel.Problem(
+        inner,
+        lambda w, outer, batch, key: jnp.mean((batch["x"] @ w - 1.0) ** 2),
+        PROBLEM.init_inner,
+        PROBLEM.init_outer,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.StructuralZeroWarning")
+def test_a_dataset_is_sampled_on_the_device_and_resumed_exactly(tmp_path):
+    solver = Nested(dataset_problem(), Unrolled(optax.adam(0.1), 3), optax.adam(0.05))
+    source, held_out = dataset(), dataset().select(range(6))
+    arrays = {"x": jnp.asarray(TRAIN["x"]), "id": jnp.arange(11), "seed": jnp.arange(11)}
+    by_arrays = run(solver, inner_data=Batches(arrays, 4), outer_data=jax.tree.map(lambda x: x[:6], arrays))
+    data = {"inner_data": Batches(source, 4), "outer_data": held_out}
+    whole = run(solver, **data)
+    assert_equal(whole.state, by_arrays.state)
+    with pytest.raises(Killed):
+        run(solver, **data, checkpoint=tmp_path, callbacks=[killer(2)])
+    assert_equal(run(solver, **data, checkpoint=tmp_path).state, whole.state)
+    assert np.isfinite(
+        bilevel.compare(
+            solver.problem,
+            {"one": solver.hypergradient},
+            reference="one",
+            inner_data=data["inner_data"],
+            outer_data=held_out,
+            repeats=1,
+        )["one"].norm
+    )
+
+
+def test_a_dataset_may_come_as_an_iterator_of_batches():
+    solver = Nested(dataset_problem(), Unrolled(optax.adam(0.1), 3), optax.adam(0.05))
+    stream = dataset().with_format("numpy").repeat(4).iter(batch_size=4, drop_last_batch=True)
+    held_out = {"x": TRAIN["x"], "id": jnp.arange(11), "seed": jnp.arange(11)}
+    result = run(solver, steps=3, inner_data=stream, outer_data=held_out)
+    assert np.isfinite(result.history["outer_loss"]).all()
