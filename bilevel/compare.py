@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import Batches, FullBatch
-from bilevel.hypergradients.base import Hypergradient
-from bilevel.planning import flops, gradient_flops
+from bilevel.data import draw, draw_one
+from bilevel.flops import flops, gradient_flops, has_while, hvp_flops, operations
+from bilevel.hypergradients.base import Estimate, Hypergradient, outer_value
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, global_norm
 
@@ -29,8 +28,11 @@ class Row:
       cosine: cosine of the angle to the reference's gradient; NaN where one of them is 0.
       relative_error: |g - g_ref| / |g_ref|.
       seconds: least time of an estimate, compiled and warm.
-      gradients: its floating-point operations, in those of one inner gradient; a loop whose length is not known
-        beforehand (an iterative linear solver) counts one turn.
+      gradients: its floating-point operations, in those of one inner gradient. An iterative linear solver counts as
+        many products as it took.
+      at_least: whether `gradients` is only a lower bound: a loop without a known length, in a loss or in a solver of
+        your own, counts one turn.
+      hvps: Hessian-vector products it took of one batch's loss.
       temporary: bytes of temporary memory.
       compile_seconds: of tracing and compiling.
       grad: the gradient.
@@ -43,6 +45,8 @@ class Row:
     relative_error: float
     seconds: float
     gradients: float
+    at_least: bool
+    hvps: int
     temporary: int
     compile_seconds: float
     grad: PyTree
@@ -65,13 +69,14 @@ class Comparison:
         from rich.table import Table  # slow to import
 
         table = Table(title=f"Hypergradients, against {self.reference}")
-        columns = "estimator, outer loss, cosine, relative error, seconds, gradients, temporary MB, compile s"
+        columns = "estimator, outer loss, cosine, relative error, seconds, gradients, HVPs, temporary MB, compile s"
         for i, column in enumerate(columns.split(", ")):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in self.rows:
             numbers = f"{row.value:.6g}", f"{row.cosine:.6f}", f"{row.relative_error:.2e}", f"{row.seconds:.2e}"
-            costs = f"{row.gradients:.1f}", f"{row.temporary / 1e6:.2f}", f"{row.compile_seconds:.1f}"
-            table.add_row(row.name, *numbers, *costs)
+            costs = f"{row.temporary / 1e6:.2f}", f"{row.compile_seconds:.1f}"
+            counts = f"{'>= ' if row.at_least else ''}{row.gradients:.1f}", str(row.hvps)
+            table.add_row(row.name, *numbers, *counts, *costs)
         return table
 
     def __str__(self) -> str:
@@ -119,21 +124,21 @@ def compare(
     key = jax.random.key(0) if key is None else key
     outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
     outer = problem.start_outer(outer_key) if outer is None else outer
-    outer_batch = _one(outer_data, batch_key)
-    compiled, costs = {}, {}
+    outer_batch = draw_one(outer_data, batch_key, 0)
+    compiled, costs, results = {}, {}, {}
     for name, estimator in hypergradients.items():
-        batches = _several(inner_data, inner_key, estimator.steps)
+        batches = draw(inner_data, inner_key, 0, estimator.steps)
         arguments = estimator, problem, None, outer, batches, outer_batch, start_key
         begun = time.perf_counter()
         function = jax.jit(_estimate).lower(*arguments).compile()
         took = time.perf_counter() - begun
         costs[name] = {
-            "gradients": flops(_estimate, *arguments) / gradient_flops(problem, estimator, outer, batches, start_key),
             "temporary": getattr(function.memory_analysis(), "temp_size_in_bytes", 0),
             "compile_seconds": took,
         }
         compiled[name] = lambda function=function, arguments=arguments: function(*arguments)
-    results = {name: jax.block_until_ready(call()) for name, call in compiled.items()}
+        results[name] = jax.block_until_ready(compiled[name]())
+        costs[name] |= _counts(results[name], *arguments)
     seconds = _times(compiled, repeats)
     target = results[reference].grad
 
@@ -158,16 +163,26 @@ def _estimate(hypergradient, *arguments):
     return hypergradient.estimate(*arguments)
 
 
-def _several(data: Any, key: jax.Array, count: int) -> Any:
-    if isinstance(data, Batches):
-        return data.take(key, 0, count)
-    return data if data is None or isinstance(data, FullBatch) else FullBatch(jax.tree.map(jnp.asarray, data))
+def _counts(
+    estimate: Estimate, hypergradient, problem, inner_state, outer, batches, outer_batch, key
+) -> dict[str, Any]:
+    """`gradients`, `at_least` and `hvps` of a `Row`."""
+    unit = gradient_flops(problem, hypergradient, outer, batches, key)
+    hvps = int(estimate.aux.info.get("hvps", 0))
+    if "linear_iterations" not in estimate.aux.info:
+        whole = jax.make_jaxpr(_estimate)(hypergradient, problem, inner_state, outer, batches, outer_batch, key).jaxpr
+        return {"gradients": operations(whole) / unit, "at_least": has_while(whole), "hvps": hvps}
+    # The loop of the linear solver has a length that only the run knows: its products are counted by that.
+    training = jax.make_jaxpr(hypergradient.solve)(problem, inner_state, outer, batches, key).jaxpr
 
+    def evaluate(params, outer):
+        return outer_value(problem, hypergradient.steps, params, outer, outer_batch, key)[0]
 
-def _one(data: Any, key: jax.Array) -> Any:
-    if isinstance(data, Batches):
-        return data.take(key, 0, 1).batch(0)
-    return _several(data, key, 1)
+    trained = estimate.inner_state.params
+    last = flops(jax.grad(evaluate, argnums=(0, 1), allow_int=True), trained, outer)
+    product = hvp_flops(problem, hypergradient, outer, batches, key)
+    total = operations(training) + last + hvps * product
+    return {"gradients": total / unit, "at_least": has_while(training), "hvps": hvps}
 
 
 def _times(calls: Mapping[str, Any], repeats: int) -> dict[str, float]:

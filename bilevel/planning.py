@@ -17,20 +17,18 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.interpreters import partial_eval
 from rich.console import Console
 from rich.table import Table
 
 from bilevel import schedules, treeverse
-from bilevel.data import narrow, slots
-from bilevel.hypergradients.base import Hypergradient, schedule
+from bilevel.data import narrow
+from bilevel.flops import flops, gradient_flops, operations
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
 from bilevel.schedules import Binomial, Checkpoint, Levels, StepBytes
-from bilevel.trees import PyTree, at_step, combine, partition
+from bilevel.trees import PyTree, jaxprs
 
 _SHORT = 4
 """Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
@@ -177,7 +175,7 @@ class _Traced(NamedTuple):
         jaxpr = jax.make_jaxpr(_estimate)(hypergradient, *arguments).jaxpr
         # What no result is computed from is not kept either: of a quadratic, for one, not even the iterates.
         jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        return cls(_count(jaxpr), _kept(jaxpr))
+        return cls(operations(jaxpr), _kept(jaxpr))
 
 
 def _fixed_bytes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> int:
@@ -196,7 +194,7 @@ def _kept(jaxpr: Any) -> int:
         if eqn.primitive.name == "scan":
             stacks = eqn.outvars[eqn.params["num_carry"] :]
             stacked += sum(schedules.nbytes(v.aval) for v in stacks if v not in results and _is_used(v))
-        inside = max([inside, *(_kept(inner) for inner in _jaxprs(eqn.params))])
+        inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])
     return stacked + inside
 
 
@@ -219,22 +217,6 @@ def _sizes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_
     return probe.found[-1]
 
 
-def gradient_flops(
-    problem: Problem, hypergradient: Hypergradient, outer: PyTree, inner_batches: PyTree, key: jax.Array
-) -> float:
-    """Floating-point operations of one gradient of the inner loss, the unit that costs are told in."""
-
-    def gradient(problem, outer, inner_batches, key):
-        xs, bind = slots(inner_batches, hypergradient.steps)
-        batch = bind(jax.tree.map(lambda x: x[0], xs))
-        moving, fixed = partition(problem.start_inner(key, outer))
-        at = at_step(outer, 0)
-        keys, _ = schedule(key, hypergradient.steps)
-        return jax.grad(lambda moving: problem.inner_value(combine(moving, fixed), at, batch, keys[0])[0])(moving)
-
-    return flops(gradient, problem, outer, inner_batches, key)
-
-
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     """Peak bytes of temporary memory of the compiled `function(*arguments)`, which is not run.
 
@@ -245,58 +227,3 @@ def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     if analysis is None:
         raise RuntimeError(f"The {jax.default_backend()} backend has no memory analysis, so memory cannot be planned.")
     return analysis.temp_size_in_bytes
-
-
-def flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Floating-point operations of `function(*arguments)`, counted in its jaxpr.
-
-    A matrix product of (m, k) and (k, n) counts 2 m k n, every other operation on floating-point numbers one for each
-    element of its largest argument or result; moving data counts nothing. The body of a `scan` counts as often as it
-    runs (`cost_analysis` counts it once), of a `cond` the dearest branch counts, of a `while_loop` one turn.
-    """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-_MOVES = frozenset(
-    "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather concatenate pad rev "
-    "copy copy_p convert_element_type bitcast_convert_type iota stop_gradient device_put name select_n "
-    "optimization_barrier split".split()
-)
-
-
-def _count(jaxpr: Any) -> float:
-    return float(sum(_cost(eqn) for eqn in jaxpr.eqns if eqn.primitive.name not in _MOVES))
-
-
-def _cost(eqn: Any) -> float:
-    if eqn.primitive.name == "cond":
-        return max(_count(branch.jaxpr) for branch in eqn.params["branches"])
-    inside = list(_jaxprs(eqn.params))
-    if inside and not _is_reduction(eqn):
-        return eqn.params.get("length", 1) * sum(_count(jaxpr) for jaxpr in inside)
-    out = sum(_elements(v) for v in eqn.outvars)
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-    if eqn.primitive.name == "conv_general_dilated":
-        kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
-        return 2 * out * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
-    return max([out, *(_elements(v) for v in eqn.invars)])
-
-
-def _is_reduction(eqn: Any) -> bool:
-    return eqn.primitive.name.startswith(("reduce", "scatter", "cum", "arg", "sort"))
-
-
-def _jaxprs(params: dict[str, Any]):
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item
-
-
-def _elements(variable: Any) -> int:
-    aval = variable.aval
-    inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, np.inexact)
-    return math.prod(aval.shape) if inexact else 0

@@ -125,7 +125,9 @@ class Reversible:
             return jax.tree.map(lambda g: jnp.where(is_reversed, g, jnp.nan), grad), is_reversed
 
         grad, is_reversed = pull(pullback, value, moving, estimator="Reversible", remedy=None)
-        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value, "reversed": is_reversed}))
+        products = jnp.asarray(self.steps, jnp.int32)
+        info = {"inner_loss": trace.value, "hvps": products, "reversed": is_reversed}
+        return Estimate(value, grad, state, Aux(trace.aux, aux, info))
 
 
 def _velocity(state: InnerState) -> PyTree:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel import inner, schedules
 from bilevel.data import narrow, slots
@@ -108,12 +109,14 @@ class Unrolled(Trained):
         state, tail = inner.train(problem, self.optimizer, state, outer, batches, keys[self._split :], **options)
         if head is None:
             return state, tail
-        return state, jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), head, tail)
+        return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)
 
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients and as many Hessian-vector products (in forward mode, as
-        many for each outer number)."""
+        """See `Hypergradient`. Costs `steps` inner gradients and as many Hessian-vector products, `info["hvps"]` (in
+        forward mode, as many for each outer number)."""
         moving, fixed = partition(outer)
+        tangents = sum(jnp.size(x) for x in jax.tree.leaves(moving)) if self.mode == "forward" else 1
+        products = jnp.asarray(tangents * (self.steps - self._split), jnp.int32)
         # Outside the derivative, so that forward mode runs it once and not once a chunk.
         start, head = self._constant_part(problem, inner_state, outer, inner_batches, key)
 
@@ -121,7 +124,7 @@ class Unrolled(Trained):
             outer = combine(moving, fixed)
             state, trace = self._moving_part(problem, start, head, outer, inner_batches, key)
             value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
-            return value, (state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
+            return value, (state, Aux(trace.aux, aux, {"inner_loss": trace.value, "hvps": products}))
 
         if self.mode == "forward":
             (value, (state, aux)), grad = forward_value_and_grad(objective, moving, self.chunk, estimator="Unrolled")

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import bilevel
+from bilevel.flops import flops, gradient_flops, hvp_flops
 
 matplotlib.use("Agg")
 
@@ -48,6 +49,51 @@ def test_estimators_that_agree_and_one_that_does_not(comparison):
 def test_costs_are_counted(comparison):
     assert comparison["mixed"].gradients > comparison["one step"].gradients > 40
     assert comparison["mixed"].temporary > 0 and comparison["mixed"].seconds > 0
+
+
+def test_hessian_vector_products_are_counted(comparison):
+    assert (comparison["mixed"].hvps, comparison["reverse"].hvps, comparison["one step"].hvps) == (40, 40, 1)
+    assert comparison["implicit"].hvps % 40 == 0 and comparison["implicit"].hvps >= 3 * 40  # the mean of 40 batches
+
+
+def solved_by(linear_solver):
+    def inner(w, outer, batch, key):
+        return jnp.sum(jnp.cosh(w - outer)) + 0.5 * jnp.sum(jnp.tanh(w @ jnp.ones((6, 6)) * 0.1) ** 2)
+
+    problem = bilevel.Problem(
+        inner,
+        lambda w, outer, b, k: jnp.sum((w - 1.0) ** 2),
+        lambda key, outer: jnp.zeros(6),
+        lambda key: jnp.linspace(0.2, 2.0, 6),
+    )
+    way = bilevel.Implicit(optax.sgd(0.2), 5, linear_solver=linear_solver)
+    return problem, way, bilevel.compare(problem, {"way": way}, reference="way", repeats=1)["way"]
+
+
+def test_iterations_of_a_linear_solver_are_counted_by_what_it_reports():
+    problem, way, few = solved_by(bilevel.CG(max_steps=1))
+    _, _, many = solved_by(bilevel.CG())
+    assert many.hvps > few.hvps + 2 and not many.at_least
+    outer, key = jnp.linspace(0.2, 2.0, 6), jax.random.key(0)
+    product = hvp_flops(problem, way, outer, None, key) / gradient_flops(problem, way, outer, None, key)
+    assert 1 < product < 4
+    np.testing.assert_allclose(many.gradients - few.gradients, (many.hvps - few.hvps) * product, rtol=1e-12)
+    # A solver without iterations can be counted in the traced program too, where nothing is shared or left out.
+    problem, way, dense = solved_by(bilevel.Dense())
+    traced = flops(lambda h, p: h.estimate(p, None, outer, None, None, key), way, problem)
+    np.testing.assert_allclose(dense.gradients * gradient_flops(problem, way, outer, None, key), traced, rtol=0.35)
+
+
+def test_a_loop_of_unknown_length_is_marked():
+    problem, _, _ = solved_by(bilevel.Dense())
+
+    def minimise(problem, outer, batch, key):
+        going = lambda w: jnp.sum(jax.grad(problem.inner_loss)(w, outer, batch, key) ** 2) > 1e-12  # noqa: E731
+        step = lambda w: w - 0.3 * jax.grad(problem.inner_loss)(w, outer, batch, key)  # noqa: E731
+        return jax.lax.while_loop(going, step, jnp.zeros(6))
+
+    found = bilevel.compare(problem, {"own": bilevel.ImplicitSolve(minimise)}, reference="own", repeats=1)
+    assert found["own"].at_least and ">= " in str(found)
 
 
 def test_table_and_figure(comparison, tmp_path):
