@@ -66,3 +66,5 @@ from bilevel.solvers.stochastic import Power as Power
 from bilevel.solvers.sustain import SUSTAIN as SUSTAIN
 from bilevel.solvers.ttsa import TTSA as TTSA
 from bilevel.solvers.vrbo import VRBO as VRBO
+from bilevel.variance import Variance as Variance
+from bilevel.variance import variance as variance

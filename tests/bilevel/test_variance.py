@@ -1,0 +1,69 @@
+"""The variance of a hypergradient over batches, against its closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from bilevel import Batches, Problem, Unrolled
+
+RATE, STEPS = 0.3, 3
+ROWS = jax.random.normal(jax.random.key(1), (12, 2))
+HELD_OUT = jax.random.normal(jax.random.key(2), (12, 2))
+
+
+def case():
+    # w_K = keep w_0 + sum_t pull (1 - RATE)^(K - 1 - t) (batch mean + outer), linear in the batches.
+    return Problem(
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - jnp.mean(batch, axis=0) - outer["a"]) ** 2),
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - jnp.mean(batch, axis=0)) ** 2) + jnp.sum(outer["b"] ** 2),
+        lambda key, outer: jnp.zeros(2),
+        lambda key: {"a": jnp.zeros(2), "b": jnp.ones(3), "n": 2},
+    )
+
+
+def gradients(inner, outer, samples):
+    """`samples` hypergradients by `a`, by hand."""
+    weights = RATE * (1 - RATE) ** np.arange(STEPS - 1, -1, -1)
+    result = []
+    for i in range(samples):
+        trained = weights @ np.mean(np.asarray(ROWS)[np.asarray(inner[i * STEPS : (i + 1) * STEPS])], axis=1)
+        result.append(weights.sum() * (trained - np.mean(np.asarray(HELD_OUT)[np.asarray(outer[i])], axis=0)))
+    return np.array(result)
+
+
+def test_it_is_that_of_the_batches():
+    samples = 9
+    data, held_out = Batches(ROWS, 4), Batches(HELD_OUT, 3)
+    found = bilevel.variance(
+        case(), Unrolled(optax.sgd(RATE), STEPS), inner_data=data, outer_data=held_out, samples=samples
+    )
+    _, _, inner_key, outer_key = jax.random.split(jax.random.key(0), 4)
+    expected = gradients(
+        data.take(inner_key, 0, samples * STEPS).index, held_out.take(outer_key, 0, samples).index, samples
+    )
+    np.testing.assert_allclose(found.mean["a"], expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.variance["a"], expected.var(0, ddof=1), rtol=1e-10)
+    np.testing.assert_allclose(found.variance["b"], 0.0, atol=1e-30)
+    assert found.mean["n"] is None and found.variance["n"] is None
+    np.testing.assert_allclose(found.total, expected.var(0, ddof=1).sum(), rtol=1e-10)
+    size = np.sum(expected.mean(0) ** 2) + 12.0
+    np.testing.assert_allclose(found.relative, found.total / size, rtol=1e-10)
+
+
+def test_the_whole_data_has_none_and_smaller_batches_have_more():
+    def total(data, outer_data=HELD_OUT):
+        hypergradient = Unrolled(optax.sgd(RATE), STEPS)
+        return bilevel.variance(case(), hypergradient, inner_data=data, outer_data=outer_data, samples=32).total
+
+    assert total(ROWS) < 1e-28
+    # Without replacement the variance of a mean of s of N rows is proportional to (1 / s - 1 / N).
+    ratio = total(Batches(ROWS, 1)) / total(Batches(ROWS, 6))
+    assert 4 < ratio < 40  # 11, from 32 samples of each
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(ValueError, match="samples=1"):
+        bilevel.variance(case(), Unrolled(optax.sgd(RATE), STEPS), inner_data=ROWS, samples=1)
