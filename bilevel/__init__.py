@@ -27,6 +27,7 @@ from bilevel.hypergradients.fixed_point import FixedPoint as FixedPoint
 from bilevel.hypergradients.implicit import Implicit as Implicit
 from bilevel.hypergradients.implicit_solve import ImplicitSolve as ImplicitSolve
 from bilevel.hypergradients.one_step import OneStep as OneStep
+from bilevel.hypergradients.per_task import PerTask as PerTask
 from bilevel.hypergradients.persistent_evolution import PersistentES as PersistentES
 from bilevel.hypergradients.reversible import Reversible as Reversible
 from bilevel.hypergradients.unrolled import Unrolled as Unrolled

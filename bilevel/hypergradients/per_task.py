@@ -1,0 +1,97 @@
+"""One outer variable under many inner problems."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.data import FullBatch, resolve, slots
+from bilevel.guards import EXACTNESS
+from bilevel.hypergradients.base import Estimate, Hypergradient
+from bilevel.inner import InnerState
+from bilevel.problem import Problem
+from bilevel.trees import PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerTask:
+    r"""The mean hypergradient over a batch of tasks, each trained by itself (MAML, learned regularisers):
+
+    .. math:: \widehat{\frac{dF}{d\lambda}} = \frac1n \sum_{i=1}^{n}
+              \widehat{\frac{d}{d\lambda}} F\big(w_i(\lambda), \lambda; q_i\big), \qquad
+              w_i(\lambda) \text{ trained on } s_i .
+
+    A task is a pair `(support, query)`. `inner_loss` sees the whole support :math:`s_i` at each of its steps,
+    `outer_loss` the query :math:`q_i`; random keys are a task's own. Tasks train at once, by `jax.vmap`, and always
+    anew: `inner_state` stays that of the start.
+
+    A row of the inner data is a task, so `run` draws n of them an outer step, inside the compiled step, with
+
+        inner_data=Batches((support, query), n)        # arrays that lead with an axis of all tasks
+
+    and without outer data.
+
+    Args:
+      hypergradient: what estimates a task's; it may be any estimator.
+
+    `aux` is stacked along the tasks; in `info`, `inner_loss[steps]` is the mean and measures of exactness the largest.
+
+    Raises:
+      ValueError: for an inner batch that is no pair, or with outer data.
+
+    References:
+      Finn et al. 2017 (MAML), arXiv 1703.03400; Rajeswaran et al. 2019 (iMAML), arXiv 1909.04630.
+    """
+
+    hypergradient: Hypergradient
+
+    steps = 1  # inner batches an estimate takes: one, of tasks
+
+    def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
+        """The inner problem of a task before its first step."""
+        return self.hypergradient.init(problem, outer, key)
+
+    def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
+        """The training maps of all tasks: states along a leading axis of tasks."""
+        (support, _), keys = self._tasks(inner_batches, key)
+        one = lambda support, key: self.hypergradient.solve(problem, None, outer, self._repeated(support), key)  # noqa: E731
+        return jax.vmap(one)(support, keys)
+
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs an estimate for each task."""
+        if outer_batch is not None:
+            raise ValueError(
+                "PerTask: a task's query is its outer batch, so give no outer data beside (support, query)."
+            )
+        tasks, keys = self._tasks(inner_batches, key)
+
+        def one(task, key):
+            support, query = task
+            return self.hypergradient.estimate(problem, None, outer, self._repeated(support), query, key)
+
+        each = jax.vmap(one)(tasks, keys)
+        mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)  # noqa: E731
+        info = each.aux.info | {"inner_loss": mean(each.aux.info["inner_loss"])}
+        info |= {name: jnp.max(info[name], axis=0) for name in EXACTNESS if name in info}
+        state = self.init(problem, outer, key) if inner_state is None else inner_state
+        return Estimate(mean(each.value), mean(each.grad), state, each.aux._replace(info=info))
+
+    def _repeated(self, support: PyTree) -> Any:
+        return None if support is None else FullBatch(support)
+
+    def _tasks(self, batches: PyTree, key: jax.Array) -> tuple[Any, jax.Array]:
+        xs, bind = slots(batches, 1)
+        tasks = resolve(bind(jax.tree.map(lambda x: x[0], xs)))
+        if not isinstance(tasks, tuple) or len(tasks) != 2:
+            raise ValueError(
+                f"PerTask: the inner batch is a {type(tasks).__name__}, but must be a pair (support, query) of trees "
+                "whose arrays lead with the tasks: give inner_data=Batches((support, query), tasks)."
+            )
+        lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(tasks)}
+        if len(lengths) != 1:
+            raise ValueError(f"PerTask: support and query lead with different numbers of tasks, {sorted(lengths)}.")
+        return tasks, jax.random.split(key, lengths.pop())
