@@ -13,6 +13,7 @@ from bilevel.data import FullBatch as FullBatch
 from bilevel.data import Indexed as Indexed
 from bilevel.fit import fit as fit
 from bilevel.guards import InexactHypergradientWarning as InexactHypergradientWarning
+from bilevel.guards import SteepUpdateWarning as SteepUpdateWarning
 from bilevel.guards import StructuralZeroWarning as StructuralZeroWarning
 from bilevel.guards import warn_if_inexact as warn_if_inexact
 from bilevel.hypergradients.base import Aux as Aux

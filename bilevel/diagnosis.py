@@ -1,4 +1,4 @@
-"""Why a step failed, found by replaying it: nothing of this runs unless something went wrong."""
+"""Why a step failed or is out of proportion, found by replaying it: nothing of this runs unless something is odd."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from bilevel.trees import PyTree, is_inexact, leaf_names
+from bilevel import optimizers
+from bilevel.data import slots
+from bilevel.hypergradients.base import schedule
+from bilevel.hypergradients.one_step import OneStep
+from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.trees import PyTree, at_step, combine, is_inexact, leaf_names, partition
+
+STEEP = 1e3
+"""Norm from which a hypergradient is looked into; growth of a perturbation from which an update counts as steep."""
 
 _START = "check the start values."
 
@@ -20,19 +29,67 @@ def not_finite(tree: PyTree) -> list[str]:
     return [name for name, leaf in named if is_inexact(leaf) and not np.isfinite(np.asarray(leaf)).all()]
 
 
-class _Recorder:
-    """A hypergradient that hands out what the real one estimated."""
+class _Instead:
+    """A hypergradient with another `estimate`."""
 
-    def __init__(self, hypergradient: Any, keep: Callable[[Any], None]):
-        self._hypergradient, self._keep = hypergradient, keep
+    def __init__(self, hypergradient: Any, estimate: Callable[..., Any]):
+        self._hypergradient, self.estimate = hypergradient, estimate
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._hypergradient, name)
 
-    def estimate(self, *args: Any) -> Any:
-        estimate = self._hypergradient.estimate(*args)
-        self._keep(estimate)
-        return estimate
+
+class _Asked(Exception):
+    """Thrown by an `estimate` that only takes note of what it is asked."""
+
+
+def steep_leaves(solver: Any, state: Any, step: Callable[..., Any]) -> list[str]:
+    r"""Inner leaves whose first update, in the outer step taken from `state`, amplifies a change of `outer` enormously.
+
+    Where a gradient entry is exactly 0 but its derivative by `outer` is not, Adam's update :math:`g / (|g| + \epsilon)`
+    has the slope :math:`1 / \epsilon`: the derivative of the training that was run, and no direction to follow.
+    """
+    hypergradient = getattr(solver, "hypergradient", None)
+    if not isinstance(hypergradient, Unrolled | OneStep):
+        return []
+
+    def listen(*args):
+        raise _Asked(*args)
+
+    try:
+        step(dataclasses.replace(solver, hypergradient=_Instead(hypergradient, listen)), state)
+    except _Asked as asked:
+        return _steep(hypergradient, *asked.args)
+    return []
+
+
+def _steep(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key) -> list[str]:
+    state = hypergradient.resume(problem, inner_state, outer, key)
+    (params, rest), (moving, fixed) = problem.split(state.params), partition(outer)
+    xs, bind = slots(inner_batches, hypergradient.steps)
+    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), schedule(key, hypergradient.steps)[0][0]
+    transform = optimizers.transformation(hypergradient.optimizer, outer)
+
+    @jax.jit
+    def amplified(moving, params, batch):
+        def gradient(moving):
+            seen = at_step(combine(moving, fixed), 0)
+            loss = lambda params: problem.inner_value(combine(params, rest), seen, batch, inner_key)[0]  # noqa: E731
+            value, grad = jax.value_and_grad(loss)(params)
+            return grad, value
+
+        leaves, structure = jax.tree.flatten(moving)
+        keys = jax.random.split(jax.random.key(0), len(leaves))
+        direction = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+        grad, slope, value = jax.jvp(gradient, (moving,), (structure.unflatten(direction),), has_aux=True)
+        at_zero = jax.tree.map(lambda g, s: jnp.where(g == 0, s, jnp.zeros_like(s)), grad, slope)
+        update = lambda grad: optimizers.update(transform, grad, state.opt_state, params, value)[0]  # noqa: E731
+        moved = jax.jvp(update, (grad,), (at_zero,))[1]
+        most = lambda x: jnp.max(jnp.abs(x), initial=0.0).astype(jnp.float32)  # noqa: E731
+        return jax.tree.map(lambda s, m: most(m) > STEEP * most(s), at_zero, moved)
+
+    found = amplified(moving, params, batch)
+    return [name for name, steep in zip(leaf_names(params), jax.tree.leaves(found), strict=True) if steep]
 
 
 def describe_failure(solver: Any, state: Any, step: Callable[..., Any], number: int, norms: str = "") -> str:
@@ -46,7 +103,13 @@ def describe_failure(solver: Any, state: Any, step: Callable[..., Any], number: 
         return where + (f"the step before it diverged ({norms}): lower the step sizes." if norms else _START)
     kept: list[Any] = []
     if hasattr(solver, "hypergradient"):
-        solver = dataclasses.replace(solver, hypergradient=_Recorder(solver.hypergradient, kept.append))
+        hypergradient = solver.hypergradient
+
+        def estimate(*args):
+            kept.append(hypergradient.estimate(*args))
+            return kept[-1]
+
+        solver = dataclasses.replace(solver, hypergradient=_Instead(hypergradient, estimate))
     new, metrics = step(solver, state)
     remedy = "lower the inner learning rate, or check the data for values that are not finite."
     for estimate in kept:

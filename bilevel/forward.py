@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from bilevel.guards import dependence, pull
+from bilevel.guards import dependence, pull, refuse_reverse_rules
 from bilevel.trees import PyTree
 
 
@@ -43,6 +43,7 @@ def forward_value_and_grad(
 
     # Traced once: for what has an influence, and for the evaluation.
     closed, shape = jax.make_jaxpr(push, return_shape=True)(parts)
+    refuse_reverse_rules(closed.jaxpr)
     evaluate = jex.jaxpr_as_fun(closed)
 
     def derivative(tangents):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
-from bilevel.trees import PyTree, leaf_names
+from bilevel.trees import PyTree, jaxprs, leaf_names
 
 
 class StructuralZeroWarning(UserWarning):
@@ -75,6 +75,7 @@ def pull(
     # The cotangent reaches exactly those leaves that have an influence; it is looked for in the trace of the pullback,
     # which is then evaluated, so that nothing is traced twice.
     closed, shape = jax.make_jaxpr(pullback, return_shape=True)(jnp.ones_like(value))
+    refuse_reverse_rules(closed.jaxpr)
     count = len(jax.tree.leaves(moving))
     reached = [row[0] for row in _rows(closed.jaxpr, count)]
     acts = [remedy is not None] * count
@@ -113,12 +114,16 @@ def _report(reached: list[bool], moving: PyTree, estimator: str, remedy: str | N
             warnings.warn(
                 f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {why}.",
                 StructuralZeroWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
 class InexactHypergradientWarning(UserWarning):
     """A hypergradient rests on a point that is not trained, or on a linear system that is not solved."""
+
+
+class SteepUpdateWarning(UserWarning):
+    """An inner update is so steep at a gradient of exactly 0 that the hypergradient through it is enormous."""
 
 
 EXACTNESS = ("stationarity_relative", "linear_residual")
@@ -143,6 +148,18 @@ def warn_if_inexact(info: dict[str, Any], *, stationarity: float = 0.1, linear: 
         worst = float(np.max(np.asarray(info.get(name, 0.0))))
         if not worst <= limit:
             warnings.warn(f"{name} is {worst:.2g}: {problem}; {remedy}.", InexactHypergradientWarning, stacklevel=2)
+
+
+def refuse_reverse_rules(jaxpr: Any) -> None:
+    """Raises TypeError if `jaxpr` pushes a tangent through a function with a reverse rule only (`jax.custom_vjp`).
+
+    JAX itself would notice when the program is compiled, far from its cause.
+    """
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "custom_lin":
+            raise TypeError("Forward-mode differentiation was applied to a jax.custom_vjp function.")
+        for inner in jaxprs(eqn.params):
+            refuse_reverse_rules(inner)
 
 
 def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[list[bool]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ from jax.extend.core import jaxpr_as_fun
 
 from bilevel.checkpoints import Checkpoints
 from bilevel.data import Batches, FullBatch, Indexed, columns, rows
-from bilevel.diagnosis import describe_failure
-from bilevel.guards import EXACTNESS, warn_if_inexact
+from bilevel.diagnosis import STEEP, describe_failure, steep_leaves
+from bilevel.guards import EXACTNESS, SteepUpdateWarning, warn_if_inexact
 from bilevel.progress import Callback, Progress
+from bilevel.refusals import refuse_captured, traced_losses
 from bilevel.solvers.base import Solver, outer_batches
 from bilevel.trees import PyTree
 
@@ -79,9 +81,11 @@ def run(
 
     Warns:
       InexactHypergradientWarning: if an implicit estimator's last point was not trained or its system not solved.
+      SteepUpdateWarning: if a hypergradient is enormous because an inner gradient that is exactly 0 depends on `outer`
+        and the optimizer (Adam) divides it by its own size; names the leaf.
 
     Raises:
-      ValueError: for steps < 1 or unusable data.
+      ValueError: for steps < 1, unusable data, or a loss that captured the outer variable instead of reading it.
       FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
     """
     if not isinstance(steps, int) or steps < 1:
@@ -98,7 +102,7 @@ def run(
     done, count, capacity = int(state.step), 1, min(CAPACITY, steps)
     if any(feed.is_iterator for feed in feeds):
         capacity = 1
-    positions = [feed.position() for feed in feeds]
+    positions, looked = [feed.position() for feed in feeds], False
     try:
         with Progress(title, steps, start=done, show=progress) as display:
             while done < steps:
@@ -106,9 +110,12 @@ def run(
                 count = min(count, steps - done, capacity)
                 wanted = solver.inner_batches, outer_batches(solver)
                 data = [feed.next(n, done) for feed, n in zip(feeds, wanted, strict=True)]
+                if not history:
+                    _refuse_captured(solver, state, data)
                 new, buffer = _chunk(solver, record, capacity, state, data, count)
                 rows_ = {name: np.asarray(value)[:count] for name, value in buffer.items()}
                 _check_finite(solver, record, state, data, rows_, done)
+                looked = looked or _warn_if_steep(solver, record, state, data, rows_)
                 # All at once, after the device is done: an interrupt or a failure before leaves what was done before.
                 history.append(rows_)
                 state, done, positions = new, done + count, [feed.position() for feed in feeds]
@@ -198,6 +205,17 @@ def _chunk(solver, record, capacity, state, data, count):
 
 
 def _step(solver, state, data):
+    return solver.step(state, *_batches(solver, state, data))
+
+
+def _refuse_captured(solver, state, data):
+    inner, outer = jax.eval_shape(partial(_batches, solver), state, data)
+    params = getattr(state.inner, "params", None)
+    losses = traced_losses(solver.problem, params, state.outer, inner, outer, state.key, solver.inner_batches)
+    refuse_captured(losses, state.outer)
+
+
+def _batches(solver, state, data):
     (inner_source, inner_key), (outer_source, outer_key) = data
     wanted = solver.inner_batches
     inner = inner_source
@@ -211,7 +229,7 @@ def _step(solver, state, data):
         outer = outer.batch(0)
     elif wanted == 1 and outer is not None and not isinstance(outer, FullBatch):
         outer = jax.tree.map(lambda x: x[0], outer)
-    return solver.step(state, inner, outer)
+    return inner, outer
 
 
 def _is_count(values):
@@ -230,6 +248,25 @@ def _check_finite(solver, record, before, data, rows_, done):
         state, _ = _chunk(solver, record, len(next(iter(rows_.values()))), before, data, min(bad))
         norms = ", ".join(f"{n} was {v[min(bad) - 1]:.3g}" for n, v in numbers.items() if v.ndim == 1)
     raise FloatingPointError(describe_failure(solver, state, partial(_step, data=data), done + min(bad), norms))
+
+
+def _warn_if_steep(solver, record, before, data, rows_) -> bool:
+    """Whether a hypergradient was so large that it was looked into; with a warning if it was for a steep update."""
+    norms = rows_.get("hypergradient_norm", np.zeros(1))
+    if not np.max(norms) > STEEP:
+        return False
+    at, state = int(np.argmax(norms > STEEP)), before
+    if at:
+        state, _ = _chunk(solver, record, len(norms), before, data, at)
+    if names := steep_leaves(solver, state, partial(_step, data=data)):
+        warnings.warn(
+            f"The hypergradient has norm {norms[at]:.2g}: the inner gradient of {', '.join(names)} is exactly 0 at the "
+            "start but depends on outer, and there the optimizer's update has a slope of about 1 / eps; start training "
+            "elsewhere, or give the optimizer a larger eps (as in optax.adam(rate, eps=1e-3)).",
+            SteepUpdateWarning,
+            stacklevel=3,
+        )
+    return True
 
 
 def _concatenate(history):

@@ -55,7 +55,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
             roots.update(eqn.outvars)
         else:
             rule = _RULES.get(name)
-            outputs = rule(eqn, *inputs) if rule else _bind(eqn, *inputs)
+            outputs = rule(eqn, *inputs) if rule else bind(eqn, *inputs)
             if (name in ("sqrt", "rsqrt") and eqn.outvars[0].aval.size == 1) or (name in _SHAPES and any(from_root)):
                 roots.update(eqn.outvars)
         values.update(zip(eqn.outvars, outputs, strict=True))
@@ -66,7 +66,8 @@ def _closed(closed: Any) -> Callable[..., list[Any]]:
     return lambda *args: _evaluate(closed.jaxpr, closed.consts, args)
 
 
-def _bind(eqn, *inputs):
+def bind(eqn: Any, *inputs: Any) -> list[Any]:
+    """The outputs of the operation `eqn` of a jaxpr."""
     bound = eqn.primitive.get_bind_params(eqn.params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 / later
     result = eqn.primitive.bind(*functions, *inputs, **params)
@@ -78,7 +79,7 @@ def _at_nonzero(eqn, x, others=()):
     zero = x == jnp.zeros((), jnp.result_type(x))
     safe = jnp.where(zero, jnp.ones((), jnp.result_type(x)), x)
     frozen = [jax.lax.stop_gradient(value) for value in (*others, x)]
-    return [jnp.where(zero, _bind(eqn, *frozen)[0], _bind(eqn, *others, safe)[0])]
+    return [jnp.where(zero, bind(eqn, *frozen)[0], bind(eqn, *others, safe)[0])]
 
 
 def _sqrt(eqn, x):
@@ -87,7 +88,7 @@ def _sqrt(eqn, x):
 
 def _div(eqn, numerator, denominator):
     if not jnp.issubdtype(jnp.result_type(denominator), jnp.inexact) or isinstance(eqn.invars[1], jex.Literal):
-        return _bind(eqn, numerator, denominator)
+        return bind(eqn, numerator, denominator)
     return _at_nonzero(eqn, denominator, (numerator,))
 
 
@@ -101,8 +102,8 @@ def _product(eqn, from_root, *inputs):
     frozen = [jax.lax.stop_gradient(x) for x in inputs]
     good = finite[0] if len(finite) == 1 else finite[0] & finite[1]
     rule = _RULES.get(eqn.primitive.name)
-    value = (rule(eqn, *safe) if rule else _bind(eqn, *safe))[0]
-    return [jnp.where(good, value, _bind(eqn, *frozen)[0])]
+    value = (rule(eqn, *safe) if rule else bind(eqn, *safe))[0]
+    return [jnp.where(good, value, bind(eqn, *frozen)[0])]
 
 
 def _call(eqn, *inputs):

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from bilevel import inner, optimizers
+from bilevel.gradients import reverse_gradient
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, at_step, partition
+from bilevel.trees import PyTree, at_step, combine, partition
 
 
 class Aux(NamedTuple):
@@ -124,6 +125,17 @@ class Trained:
         keys, _ = schedule(key, self.steps)
         state = self.resume(problem, inner_state, outer, key)
         return inner.train(problem, self.optimizer, state, outer, inner_batches, keys, **options)
+
+    def training(self, problem: Problem, inner_state, outer, inner_batches, key) -> Callable[[PyTree], PyTree]:
+        """The trained variable as a function of the inexact leaves of `outer`, for guards to see what it depends on."""
+        _, fixed = partition(outer)
+
+        def trained(moving):
+            # A gradient with a rule of its own would hide from the trace what it reads.
+            arguments = problem, inner_state, combine(moving, fixed), inner_batches, key
+            return self.trajectory(*arguments, gradient=reverse_gradient)[0].params
+
+        return trained
 
     def resume(self, problem: Problem, inner_state: InnerState | None, outer: PyTree, key: jax.Array) -> InnerState:
         """`inner_state` ready for a step at this `outer`; a start of its own where it is None."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
+from bilevel.refusals import guarded
 from bilevel.trees import PyTree, combine, partition, widened
 
 
@@ -47,6 +48,7 @@ class EvolutionStrategies(Trained):
         super().__post_init__()
         check_population(self)
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients. `info["variance"]`: see `weighted`."""
         moving, fixed = partition(outer)

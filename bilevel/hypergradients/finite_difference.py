@@ -13,6 +13,7 @@ from bilevel.data import narrow, slots
 from bilevel.guards import dependence, pull
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.inner import InnerState, Trace
+from bilevel.refusals import guarded
 from bilevel.trees import at_step, cast_like, combine, global_norm, partition, widened
 
 
@@ -50,10 +51,12 @@ class FiniteDifference(Trained):
         super().__post_init__()
         _check_radius(self)
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
         before, state, trace = _train(self, problem, inner_state, outer, inner_batches, key)
-        return _difference(self, problem, before, state, trace, outer, inner_batches, outer_batch, key)
+        training = self.training(problem, inner_state, outer, inner_batches, key)
+        return _difference(self, problem, before, state, trace, outer, inner_batches, outer_batch, key, training)
 
 
 @jax.tree_util.register_dataclass
@@ -90,10 +93,12 @@ class SAMA(Trained):
         super().__post_init__()
         _check_radius(self)
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
         state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        return _difference(self, problem, state, state, trace, outer, inner_batches, outer_batch, key)
+        training = self.training(problem, inner_state, outer, inner_batches, key)
+        return _difference(self, problem, state, state, trace, outer, inner_batches, outer_batch, key, training)
 
 
 def _check_radius(estimator: Any) -> None:
@@ -116,7 +121,7 @@ def _train(estimator: Trained, problem, inner_state, outer, batches, key) -> tup
     return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
 
 
-def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, key) -> Estimate:
+def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, key, training) -> Estimate:
     """The estimate with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
     moving, fixed = partition(outer)
     params, inner_fixed = problem.split(at.params)
@@ -155,7 +160,8 @@ def _difference(estimator, problem, at, state, trace, outer, batches, outer_batc
         )
         return jax.tree.map(jnp.add, direct, cross), None
 
-    grad, _ = pull(pullback, value, moving, estimator=type(estimator).__name__, remedy=_BLIND)
+    name = type(estimator).__name__
+    grad, _ = pull(pullback, value, moving, estimator=name, remedy=_BLIND, training=training)
     return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
 
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import jax
 
-from bilevel.gradients import reverse_gradient
 from bilevel.guards import value_and_grad
 from bilevel.hypergradients.base import Aux, Estimate, Trained
+from bilevel.refusals import guarded
 from bilevel.trees import combine, partition
 
 
@@ -32,6 +32,7 @@ class FirstOrder(Trained):
       Liu et al. 2019 (DARTS, "first-order approximation"), arXiv 1806.09055.
     """
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` inner gradients and one outer gradient."""
         moving, fixed = partition(outer)
@@ -40,9 +41,6 @@ class FirstOrder(Trained):
         def objective(moving):
             return self.outer_loss(problem, state.params, combine(moving, fixed), outer_batch, key)
 
-        def training(moving):  # by a gradient whose dependence can be seen through
-            arguments = problem, inner_state, combine(moving, fixed), inner_batches, key
-            return self.trajectory(*arguments, gradient=reverse_gradient)[0].params
-
+        training = self.training(problem, inner_state, outer, inner_batches, key)
         (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", training=training)
         return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))

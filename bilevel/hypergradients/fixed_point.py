@@ -13,6 +13,7 @@ from bilevel.hypergradients.implicit_function import Backward, attach, with_adjo
 from bilevel.inner import InnerState
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.neumann import Neumann
+from bilevel.refusals import guarded
 
 
 @jax.tree_util.register_dataclass
@@ -71,12 +72,14 @@ class FixedPoint(Trained):
         backward, condition, z = self._system(problem, state, outer, inner_batches, key)
         return condition.state(attach(backward, condition, z), state)
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs as `Implicit`."""
         state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
         system = self._system(problem, state, outer, inner_batches, key)
         outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
-        return implicit_function.estimate("FixedPoint", *system, outer_loss, state, trace, self.warm_start)
+        training = self.training(problem, inner_state, outer, inner_batches, key)
+        return implicit_function.estimate("FixedPoint", *system, outer_loss, state, trace, self.warm_start, training)
 
     def _system(self, problem, state, outer, batches, key):
         loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])

@@ -13,7 +13,7 @@ from bilevel.hypergradients.implicit_function import Backward, attach, with_adjo
 from bilevel.inner import InnerState
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.krylov import CG
-from bilevel.trees import partition
+from bilevel.refusals import guarded
 
 
 @jax.tree_util.register_dataclass
@@ -73,12 +73,14 @@ class Implicit(Trained):
         backward, condition, z = self._system(problem, state, outer, inner_batches, key)
         return state._replace(params=condition.params(attach(backward, condition, z)))
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
         state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
         system = self._system(problem, state, outer, inner_batches, key)
         outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
-        return implicit_function.estimate("Implicit", *system, outer_loss, state, trace, self.warm_start)
+        training = self.training(problem, inner_state, outer, inner_batches, key)
+        return implicit_function.estimate("Implicit", *system, outer_loss, state, trace, self.warm_start, training)
 
     def _system(self, problem, state, outer, batches, key):
         trained, _ = problem.split(state.params)

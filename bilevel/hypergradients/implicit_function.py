@@ -134,6 +134,7 @@ def estimate(
     state: InnerState,
     trace: Trace,
     warm_start: bool,
+    training: Callable[[PyTree], PyTree],
 ) -> Estimate:
     """The hypergradient at z.
 
@@ -144,6 +145,7 @@ def estimate(
       state, trace: the inner problem at z, and how it came there.
       warm_start: whether the solve starts from the adjoint in `state.extra` (where that is a tree like z: the state may
         come from another estimator), and leaves its own there.
+      training: how z came to be, as for `bilevel.guards.value_and_grad`.
 
     `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
     loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products
@@ -185,7 +187,7 @@ def estimate(
         }
         return jax.tree.map(jnp.subtract, direct, cross), (adjoint, info)
 
-    grad, (adjoint, info) = pull(pullback, value, moving, estimator=estimator, remedy=_BLIND)
+    grad, (adjoint, info) = pull(pullback, value, moving, estimator=estimator, remedy=_BLIND, training=training)
     new_state = state._replace(extra=adjoint if warm_start else None)
     return Estimate(value, grad, new_state, Aux(trace.aux, aux, {"inner_loss": trace.value} | info))
 

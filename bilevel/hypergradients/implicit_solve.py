@@ -20,7 +20,8 @@ from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.krylov import CG
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem, as_pytree
-from bilevel.trees import PyTree, as_arrays, at_step, partition
+from bilevel.refusals import guarded
+from bilevel.trees import PyTree, as_arrays, at_step, combine, partition
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +74,7 @@ class ImplicitSolve:
         backward, condition, z = self._system(problem, state, outer, inner_batches, key)
         return state._replace(params=condition.params(attach(backward, condition, z)))
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs a solve, one inner loss, and `info["hvps"]` Hessian-vector products."""
         state = self._solution(problem, inner_state, outer, inner_batches, key)
@@ -81,7 +83,14 @@ class ImplicitSolve:
         trace = jax.tree.map(lambda x: jnp.asarray(x)[None], trace)
         system = self._system(problem, state, outer, inner_batches, key)
         outer_loss = lambda params, outer: outer_value(problem, self.steps, params, outer, outer_batch, key)  # noqa: E731
-        return implicit_function.estimate("ImplicitSolve", *system, outer_loss, state, trace, self.warm_start)
+        _, fixed = partition(outer)
+
+        def minimised(moving):  # what `minimise` reads cannot be seen; what the loss does can
+            return problem.inner_value(state.params, at_step(combine(moving, fixed), 0), batch, inner_key)[0]
+
+        return implicit_function.estimate(
+            "ImplicitSolve", *system, outer_loss, state, trace, self.warm_start, minimised
+        )
 
     def _slot(self, batches, key):
         xs, bind = slots(batches, self.steps)

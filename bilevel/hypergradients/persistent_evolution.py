@@ -13,6 +13,7 @@ from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
 from bilevel.hypergradients.evolution import check_population, mirrored, perturbations, weighted
 from bilevel.inner import InnerState
+from bilevel.refusals import guarded
 from bilevel.trees import PyTree, combine, partition
 
 
@@ -81,6 +82,7 @@ class PersistentES(Trained):
         state = super().init(problem, outer, key)
         return state._replace(extra=self._particles(state, outer))
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients."""
         moving, fixed = partition(outer)

@@ -18,6 +18,7 @@ from bilevel.guards import pull
 from bilevel.hypergradients.base import Aux, Estimate, Trained, outer_value, schedule, static
 from bilevel.inner import InnerState, Trace
 from bilevel.problem import Problem
+from bilevel.refusals import guarded
 from bilevel.trees import PyTree, at_step, cast_like, combine, partition
 
 
@@ -97,6 +98,7 @@ class Reversible:
         state = self._trained.resume(problem, inner_state, outer, key)
         return _Training(self, problem, outer, inner_batches, key, state).run()[0]
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs 2 `steps` inner gradients and `steps` Hessian-vector products."""
         moving, fixed = partition(outer)

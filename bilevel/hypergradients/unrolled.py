@@ -15,6 +15,7 @@ from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import value_and_grad
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.inner import InnerState, Trace
+from bilevel.refusals import guarded
 from bilevel.schedules import Checkpoint
 from bilevel.trees import combine, partition
 
@@ -111,6 +112,7 @@ class Unrolled(Trained):
             return state, tail
         return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)
 
+    @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` inner gradients and as many Hessian-vector products, `info["hvps"]` (in
         forward mode, as many for each outer number)."""
