@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.optimize
 
 import bilevel
 from bilevel import CG, GMRES, BiCGStab, Dense, FixedPoint, Implicit, ImplicitSolve, Neumann, NormalCG, Nystrom
@@ -172,6 +173,46 @@ def newton(problem, outer, batch, key, tol=1e-13):
     return jax.lax.while_loop(going, step, problem.init_inner(key, outer))
 
 
+def lbfgs(problem, outer, batch, key, tol=1e-12):
+    """The same, by optax's L-BFGS with its line search."""
+
+    def loss(w):
+        return problem.inner_value(w, outer, batch, key)[0]
+
+    optimizer, evaluate = optax.lbfgs(), optax.value_and_grad_from_state(loss)
+
+    def going(carry):
+        norm = optax.tree.norm(optax.tree_utils.tree_get(carry[1], "grad"))
+        return (carry[2] == 0) | ((norm > tol) & (carry[2] < 200))
+
+    def step(carry):
+        w, state, count = carry
+        value, grad = evaluate(w, state=state)
+        updates, state = optimizer.update(grad, state, w, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(w, updates), state, count + 1
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        start = problem.init_inner(key, outer)
+        return jax.lax.while_loop(going, step, (start, optimizer.init(start), jnp.int32(0)))[0]
+
+
+def scipy_minimum(problem, outer, batch, key):
+    """The same, on the host: a function of arrays in NumPy, as scikit-learn's are."""
+
+    def minimise(lam, x, y):
+        lam, x, y = map(np.asarray, (lam, x, y))
+
+        def value_and_grad(w):
+            margin = -y * (x @ w)
+            slope = -y / (1 + np.exp(-margin)) / len(y)
+            return np.mean(np.logaddexp(0, margin)) + 0.5 * np.sum(np.exp(lam) * w**2), slope @ x + np.exp(lam) * w
+
+        options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 500}
+        return scipy.optimize.minimize(value_and_grad, np.zeros(5), jac=True, method="L-BFGS-B", options=options).x
+
+    return jax.pure_callback(minimise, jax.ShapeDtypeStruct((5,), outer.dtype), outer, *batch)
+
+
 def converged(train, validation):
     """`lam -> F(w*(lam), lam)`."""
 
@@ -192,8 +233,10 @@ def converged(train, validation):
         FixedPoint(optax.sgd(0.5, momentum=0.9, nesterov=True), 1000, linear_solver=GMRES()),
         ImplicitSolve(newton),
         ImplicitSolve(newton, rest=optax.sgd(1.0), linear_solver=BiCGStab()),
+        ImplicitSolve(lbfgs),
+        ImplicitSolve(scipy_minimum),
     ],
-    ids=["sgd", "adam", "fixed-point", "momentum", "newton", "newton-fixed-point"],
+    ids=["sgd", "adam", "fixed-point", "momentum", "newton", "newton-fixed-point", "l-bfgs", "scipy"],
 )
 def test_converged_logistic_regression(hypergradient):
     train, validation = logistic_data()

@@ -82,6 +82,19 @@ def test_momentum_must_be_a_fraction(momentum):
 
 
 def test_no_derivative_of_it():
+    reversible, batch = bilevel.Reversible(0.1, 0.9, 2), bilevel.FullBatch(jnp.ones((5, 3)))
+
+    def trained(l2):
+        return reversible.solve(PROBLEM, None, OUTER | {"l2": l2}, batch, KEY).params["v"][0]
+
+    def hypergradient(l2):
+        outer = OUTER | {"l2": l2}
+        return reversible.estimate(PROBLEM, None, outer, batch, jnp.ones((5, 3)), KEY).grad["scale"]
+
+    at = jnp.asarray(1.0)
+    for refused in (lambda: jax.jvp(trained, (at,), (at,)), lambda: jax.grad(hypergradient)(at)):
+        with pytest.raises(ValueError, match="no forward mode and no third level"):
+            refused()
     with pytest.raises(ValueError, match="no third level"):
         jax.grad(
             lambda o: (
