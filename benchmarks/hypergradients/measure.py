@@ -1,9 +1,12 @@
-"""Seconds, bytes and compile time of compiled functions, measured the same way for everything."""
+"""Seconds, bytes and compile time, measured the same way for everything."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,18 +32,48 @@ def compile_ahead(function: Callable[..., Any], *args: Any) -> Compiled:
     return Compiled(compiled, memory.temp_size_in_bytes, traced - begun, done - traced)
 
 
-def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Least time of each call over `repeats` rounds, after a warm-up; the calls take turns, so that what disturbs the
-    machine disturbs all of them."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
+class Timed(NamedTuple):
+    """The least time of a call, and what its first one returned."""
+
+    seconds: float
+    result: Any
+
+
+def timed(calls: dict[str, Callable[[], Any]], repeats: int = 3, enough: float = 20.0) -> dict[str, Timed]:
+    """Each call timed over `repeats` rounds, after a warm-up, complete when its arrays are there. The calls take turns,
+    so that what disturbs the machine disturbs all of them. No round begins that would end after `enough` seconds."""
+    results = {name: jax.block_until_ready(call()) for name, call in calls.items()}
+    best, begun = dict.fromkeys(calls, float("inf")), time.perf_counter()
+    for done in range(1, repeats + 1):
         for name, call in calls.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             jax.block_until_ready(call())
-            best[name] = min(best[name], time.perf_counter() - begun)
-    return best
+            best[name] = min(best[name], time.perf_counter() - started)
+        if (time.perf_counter() - begun) * (done + 1) / done > enough:
+            break
+    return {name: Timed(best[name], results[name]) for name in calls}
+
+
+def resident_peak(call: Callable[[], Any]) -> int | None:
+    """How many bytes of resident memory `call()` takes at its peak, above what the process holds before it.
+
+    The same for every library: it asks the kernel (Linux), not an allocator. None where the kernel does not tell.
+    Memory that the allocator holds free is given back first, or the call would find room in it unseen.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+        before = _status("VmRSS")
+        call()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError):
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
 def bytes_of(tree: Any) -> int:

@@ -1,0 +1,102 @@
+"""What every library of the comparison is given, and what it hands back.
+
+A file for each library is beside this one, with functions `task, *options -> Ready`. It imports its library, so it is
+itself imported only where that is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks.hypergradients.measure import compile_ahead
+from benchmarks.hypergradients.problems import Case, data_weighting, lora_transformer, quadratic
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A hypergradient to compute: the derivative of the outer loss, by `outer`, through K steps of training.
+
+    Attributes:
+      case: the problem; its losses are JAX functions.
+      optimizer: `"sgd"` or `"adam"`, with optax's defaults.
+      rate: its learning rate.
+      steps: K.
+      outer, start: the point, and the inner variable before the first step, a constant.
+      batch, outer_batch: the data of every inner step, and of the outer loss.
+    """
+
+    case: Case
+    optimizer: str
+    rate: float
+    steps: int
+    outer: Any
+    start: Any
+    batch: Any
+    outer_batch: Any
+
+    @property
+    def optax(self) -> optax.GradientTransformation:
+        return optax.adam(self.rate) if self.optimizer == "adam" else optax.sgd(self.rate)
+
+    def inner_loss(self, problem: Any, params: Any, outer: Any) -> jax.Array:
+        return problem.inner_value(params, outer, self.batch, KEY)[0]
+
+    def outer_loss(self, problem: Any, params: Any, outer: Any) -> jax.Array:
+        return problem.outer_value(params, outer, self.outer_batch, KEY)[0]
+
+
+KEY = jax.random.key(0)
+"""Handed to losses that make no use of it."""
+
+
+class Ready(NamedTuple):
+    """A hypergradient that is ready to be computed.
+
+    Attributes:
+      call: computes it; complete when it returns.
+      warm: makes a library start up (threads, kernels), with as little memory as it can.
+      temporary: bytes of temporary memory of the compiled program; None for a library that does not compile.
+      compile_seconds: of tracing and compiling, or None.
+    """
+
+    call: Callable[[], np.ndarray]
+    warm: Callable[[], Any]
+    temporary: int | None = None
+    compile_seconds: float | None = None
+
+
+TASKS: dict[str, tuple[Callable[[], Case], str, float]] = {
+    "quadratic": (quadratic, "sgd", 0.5),
+    "data weighting": (lambda: data_weighting(samples=64, size=64, features=256, width=256), "adam", 1e-3),
+    "transformer": (lambda: lora_transformer(layers=4, width=64, tokens=64, size=2), "adam", 1e-3),
+}
+"""Name -> how to make the problem, the inner optimizer and its learning rate."""
+
+
+def make_task(name: str, steps: int) -> Task:
+    """The task of this name, in the floating-point type that JAX is set to."""
+    make, optimizer, rate = TASKS[name]
+    case = make()
+    outer = case.problem.start_outer(KEY)
+    start = case.problem.start_inner(KEY, outer)
+    batches = case.batch(jax.random.key(1)), case.batch(jax.random.key(2))
+    return Task(case, optimizer, rate, steps, outer, start, *batches)
+
+
+def compiled(function: Callable[[Any, Any, Any], Any], task: Task) -> Ready:
+    """`function(problem, outer, start)`, which returns a hypergradient, compiled. Weights inside `problem` are
+    arguments of the program, as everywhere else."""
+    arguments = task.case.problem, task.outer, task.start
+    found = compile_ahead(function, *arguments)
+    return Ready(
+        call=lambda: np.asarray(found.call(*arguments)),
+        warm=lambda: jax.block_until_ready(jax.jit(lambda x: x @ x)(np.ones((256, 256), np.float32))),
+        temporary=found.temporary,
+        compile_seconds=found.trace_seconds + found.compile_seconds,
+    )

@@ -1,0 +1,69 @@
+"""What was measured: one JSON object a line, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+PACKAGES = ("jax", "optax", "torch", "torchopt", "higher", "jaxopt", "optimistix", "equinox")
+
+
+class Record:
+    """The rows of a file. A last line that was cut short is dropped, and measured again."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+        if not path.exists():
+            return
+        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                self.rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number} is not JSON: remove the line, and it is measured again."
+                ) from error
+        self._write("w", self.rows)
+
+    def add(self, rows: list[Row]) -> None:
+        """Appends rows, to the file as well."""
+        self.rows += rows
+        self._write("a", rows)
+
+    def find(self, **wanted: Any) -> list[Row]:
+        """The rows that have all these entries."""
+        return [row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())]
+
+    def one(self, **wanted: Any) -> Row | None:
+        """The last measured row with these entries; None if there is none."""
+        found = [row for row in self.find(**wanted) if "seconds" in row or "temporary" in row]
+        return found[-1] if found else None
+
+    def _write(self, mode: str, rows: list[Row]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open(mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(_short(row)) + "\n" for row in rows)
+
+
+def machine() -> Row:
+    """Where it is measured, and with which versions."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"section": "machine", "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
+
+
+def _short(value: Any) -> Any:
+    """Six digits are more than a measurement has; gradients, which are compared, keep all."""
+    if isinstance(value, dict):
+        return {k: v if k == "grad" else _short(v) for k, v in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,76 @@
+"""One contender of the comparison with other libraries, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from benchmarks.hypergradients.measure import resident_peak, timed
+
+MISMATCH = {"float32": 1e-2, "float64": 1e-8}
+"""Hypergradients that differ by more, relative to the reference's, do not agree. Many steps of Adam amplify rounding:
+what tells right from wrong is float64."""
+
+
+class Contender(NamedTuple):
+    """`function(task, *options)` of `peers/<file>.py`, which needs `module`."""
+
+    name: str
+    file: str
+    module: str
+    function: str = "unrolled"
+    options: tuple[str, ...] = ()
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("bilevel, mixed, none", "ours", "bilevel", options=("mixed", "none")),
+        Contender("bilevel, mixed, step", "ours", "bilevel", options=("mixed", "step")),
+        Contender("bilevel, mixed, sqrt", "ours", "bilevel", options=("mixed", "sqrt")),
+        Contender("bilevel, reverse, none", "ours", "bilevel", options=("reverse", "none")),
+        Contender("torchopt", "torchopt", "torchopt"),
+        Contender("higher", "higher", "higher"),
+        Contender("hypertorch, reverse_unroll", "hypertorch", "hypergrad.hypergradients", "storing"),
+        Contender("hypertorch, reverse", "hypertorch", "hypergrad.hypergradients", "recomputing"),
+        Contender("jaxopt, unroll", "jaxopt", "jaxopt"),
+        Contender("optimistix, sqrt(K) checkpoints", "optimistix", "optimistix", options=("sqrt",)),
+        Contender("optimistix, default", "optimistix", "optimistix", options=("default",)),
+        Contender("equinox, sqrt(K) checkpoints", "equinox", "equinox.internal"),
+    )
+}
+
+REFERENCE = "bilevel, mixed, none"
+IN_TORCH = ("torchopt", "higher", "hypertorch")
+
+
+def installed(contender: Contender) -> bool:
+    """Whether the module that it needs can be found."""
+    try:
+        return importlib.util.find_spec(contender.module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def measure(name: str, problem: str, steps: int, dtype: str, repeats: int) -> dict[str, Any]:
+    """Seconds, resident and temporary bytes, compile seconds and the hypergradient of one contender."""
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    from benchmarks.hypergradients.peers.base import make_task  # after the type is set
+
+    contender = CONTENDERS[name]
+    peer = importlib.import_module(f"benchmarks.hypergradients.peers.{contender.file}")
+    ready = getattr(peer, contender.function)(make_task(problem, steps), *contender.options)
+    ready.warm()
+    resident = resident_peak(ready.call)
+    took = timed({name: ready.call}, repeats)[name]
+    return {
+        "seconds": took.seconds,
+        "resident": resident,
+        "temporary": ready.temporary,
+        "compile_seconds": ready.compile_seconds,
+        "grad": np.asarray(took.result, np.float64).tolist(),
+    }

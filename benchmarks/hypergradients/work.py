@@ -1,0 +1,34 @@
+"""A process of the benchmark: one job (JSON) in, its rows out, one a line.
+
+A process for each job: what one leaves in memory, in caches or in thread pools is nothing to the next.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import jax
+
+
+def rows(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a job of `__main__.jobs` measures."""
+    from benchmarks.hypergradients import estimators, side_by_side, transformer
+
+    section, given = job["section"], {k: v for k, v in job.items() if k not in ("section", "name")}
+    if section == "estimators":
+        return estimators.measure(**given)
+    if section == "peers":
+        return [{"name": job["name"], **side_by_side.measure(job["name"], **given)}]
+    if section == "transformer":
+        return transformer.measure(**given)
+    if section == "depth":
+        return transformer.depth(**given)
+    return [transformer.pretrained(**given)]
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    for row in rows(json.loads(sys.argv[1])):
+        print(json.dumps(row))

@@ -1,0 +1,102 @@
+"""The hypergradient benchmark: what it measures is what it says, and its page is that of its record."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.hypergradients import estimators, goals, measure, report, side_by_side
+from benchmarks.hypergradients.__main__ import Options, jobs, run
+from benchmarks.hypergradients.record import Record
+
+DOCS = Path(__file__).parents[2] / "docs"
+EXACT = (
+    "mixed, step",
+    "mixed, sqrt",
+    "mixed, 3 levels",
+    "mixed, binomial",
+    "reverse, none",
+    "reverse, sqrt",
+    "forward",
+)
+
+
+@pytest.mark.slow
+def test_every_estimator_is_measured_and_exact_ones_agree():
+    few = [name for name in estimators.estimators(estimators.PROBLEMS["quadratic"][0](), 4) if "K/4" in name]
+    rows = {row["name"]: row for row in estimators.measure("quadratic", 4, few, repeats=1)}
+    assert not {"failed", *few} & {key for row in rows.values() for key in (*row, row["name"])}
+    assert all(row["seconds"] > 0 and row["temporary"] >= 0 for row in rows.values())
+    assert max(rows[name]["error"] for name in EXACT) < 1e-10
+    assert rows["first order"]["error"] > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries
+@pytest.mark.parametrize("name", [name for name, c in side_by_side.CONTENDERS.items() if side_by_side.installed(c)])
+def test_libraries_compute_the_same_hypergradient(name):
+    grads = [
+        side_by_side.measure(which, "quadratic", 3, "float64", repeats=1)["grad"]
+        for which in (side_by_side.REFERENCE, name)
+    ]
+    assert estimators.relative_error(grads[1], grads[0]) < 1e-12
+
+
+def test_resident_peak_sees_what_is_used_and_freed():
+    if measure.resident_peak(lambda: None) is None:
+        pytest.fail("this system does not tell a process's peak of resident memory")
+    megabytes = 64
+    peak = measure.resident_peak(lambda: np.ones(megabytes * 2**17).sum())
+    assert peak == pytest.approx(megabytes * 2**20, rel=0.1)
+
+
+def test_record_goes_on_after_a_line_that_was_cut_short(tmp_path):
+    path = tmp_path / "record.jsonl"
+    Record(path).add([{"section": "depth", "name": "a", "seconds": 1.0}, {"section": "depth", "name": "b"}])
+    path.write_text(path.read_text()[:-5])
+    record = Record(path)
+    assert [row["name"] for row in record.rows] == ["a"]
+    record.add([{"section": "depth", "name": "c"}])
+    assert [row["name"] for row in Record(path).rows] == ["a", "c"]
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        Record(path)
+
+
+@pytest.mark.slow
+def test_a_job_is_run_once_in_a_process_of_its_own(tmp_path):
+    options, record = Options(sections=("depth",)), Record(tmp_path / "record.jsonl")
+    (job,) = jobs(options, record)
+    record.add(run(job | {"depths": [1, 2]}, record))
+    assert [row["blocks"] for row in record.rows] == [1, 2]
+    assert not list(jobs(options, record))
+    (failed,) = run(job | {"depths": ["many"]}, record)
+    assert "Error" in failed["failed"]
+
+
+def test_goals_are_judged_and_the_largest_estimators_left_out(tmp_path):
+    record = Record(tmp_path / "record.jsonl")
+    shared = {"section": "estimators", "problem": "quadratic", "compile_seconds": 1.0}
+    for steps, temporary, ratio in ((16, 1000, 4.0), (64, 1000 + 4 * 200, 6.0)):
+        common = shared | {"steps": steps}
+        record.add([common | {"name": "training", "seconds": 1.0, "ratio": 1.0, "temporary": 0, "state": 100}])
+        record.add([common | {"name": "mixed, sqrt", "seconds": ratio, "ratio": ratio, "temporary": temporary}])
+    found = {goal.text: goal for goal in goals.goals(record)}
+    assert [(goal.measured, goal.is_met) for goal in found.values()] == [((2.0,), True), ((4.0, 6.0), False)]
+    options = Options(sections=("estimators",), steps=(16, 64, 256), seconds=20.0)
+    job = next(job for job in jobs(options, record) if job["problem"] == "quadratic")
+    assert (job["steps"], job["skip"]) == (256, ["mixed, sqrt"])
+
+
+def test_page_is_that_of_the_record():
+    record = Record(report.RECORD)
+    figures = [path.name for path in DOCS.glob("hypergradient-*.png")]
+    assert report.page(record, figures) == (DOCS / report.PAGE).read_text(encoding="utf-8")
+    assert len(figures) == 3
+    assert all("grad" not in row or row["name"] == side_by_side.REFERENCE for row in record.rows)
+
+
+def test_record_keeps_gradients_whole(tmp_path):
+    record, grad = Record(tmp_path / "record.jsonl"), [1 / 3]
+    record.add([{"grad": grad, "seconds": 1 / 3}])
+    assert json.loads(record.path.read_text()) == {"grad": grad, "seconds": 0.333333}
