@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -115,7 +116,9 @@ def run(job: Job, record: Record) -> list[Row]:
     """The rows of a job, run in a process of its own; one that fails gives a row that says so."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.hypergradients.work", json.dumps(job)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        # Unfiltered, so that the last line of a traceback is the error and not a remark on filtering.
+        environment = os.environ | {"JAX_TRACEBACK_FILTERING": "off"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
         message = (
             done.stderr.strip().splitlines()[-1][:300] if done.returncode and done.stderr.strip() else "no message"
         )

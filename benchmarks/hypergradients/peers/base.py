@@ -24,7 +24,7 @@ class Task:
 
     Attributes:
       case: the problem; its losses are JAX functions.
-      optimizer: `"sgd"` or `"adam"`, with optax's defaults.
+      optimizer: `"sgd"` or `"adam"`, the latter with `EPS` and optax's other defaults.
       rate: its learning rate.
       steps: K.
       outer, start: the point, and the inner variable before the first step, a constant.
@@ -42,7 +42,7 @@ class Task:
 
     @property
     def optax(self) -> optax.GradientTransformation:
-        return optax.adam(self.rate) if self.optimizer == "adam" else optax.sgd(self.rate)
+        return optax.adam(self.rate, eps=EPS) if self.optimizer == "adam" else optax.sgd(self.rate)
 
     def inner_loss(self, problem: Any, params: Any, outer: Any) -> jax.Array:
         return problem.inner_value(params, outer, self.batch, KEY)[0]
@@ -50,6 +50,11 @@ class Task:
     def outer_loss(self, problem: Any, params: Any, outer: Any) -> jax.Array:
         return problem.outer_value(params, outer, self.outer_batch, KEY)[0]
 
+
+EPS = 1e-12
+"""Of Adam. The first step's derivative is about 1 / eps at every gradient entry as small as eps: with the usual 1e-8 a
+few entries of many decide the hypergradient, and higher, which adds eps before the bias correction where the others add
+it after, gets another one for its other training. Where no entry is that small, eps does not matter."""
 
 KEY = jax.random.key(0)
 """Handed to losses that make no use of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from hypergrad.hypergradients import reverse, reverse_unroll
 
-from benchmarks.hypergradients.peers.base import Ready, Task
+from benchmarks.hypergradients.peers.base import EPS, Ready, Task
 from benchmarks.hypergradients.peers.torch_losses import TorchTask, eager, to_torch
 
 
@@ -56,7 +56,7 @@ def _training(problem: TorchTask, task: Task):
             return [p - task.rate * g for p, g in zip(params, grads, strict=True)]
         first = [0.9 * m + 0.1 * g for m, g in zip(moments[:count], grads, strict=True)]
         second = [0.999 * v + 0.001 * g**2 for v, g in zip(moments[count:], grads, strict=True)]
-        root = [(v / (1 - 0.999**t)).sqrt() + 1e-8 for v in second]
+        root = [(v / (1 - 0.999**t)).sqrt() + EPS for v in second]
         params = [p - task.rate / (1 - 0.9**t) * m / r for p, m, r in zip(params, first, root, strict=True)]
         return [*params, *first, *second]
 

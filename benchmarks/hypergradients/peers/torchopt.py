@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 import torchopt
 
-from benchmarks.hypergradients.peers.base import Ready, Task
+from benchmarks.hypergradients.peers.base import EPS, Ready, Task
 from benchmarks.hypergradients.peers.torch_losses import eager, to_torch
 
 
 def unrolled(task: Task) -> Ready:
     problem = to_torch(task)
-    optimizer = torchopt.adam(lr=task.rate) if task.optimizer == "adam" else torchopt.sgd(lr=task.rate)
+    optimizer = torchopt.adam(lr=task.rate, eps=EPS) if task.optimizer == "adam" else torchopt.sgd(lr=task.rate)
 
     def hypergradient(steps: int) -> torch.Tensor:
         params, outer = tuple(problem.start), problem.outer
