@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+SHORT, LONG = 0.5, 30.0
+"""Seconds of timing that are little, and too much."""
+
 
 class Compiled(NamedTuple):
     """A compiled function with its bytes of temporary memory, and the seconds that tracing and compiling took."""
@@ -39,18 +42,18 @@ class Timed(NamedTuple):
     result: Any
 
 
-def timed(calls: dict[str, Callable[[], Any]], repeats: int = 3, enough: float = 20.0) -> dict[str, Timed]:
+def timed(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, Timed]:
     """Each call timed over `repeats` rounds, after a warm-up, complete when its arrays are there. The calls take turns,
-    so that what disturbs the machine disturbs all of them. No round begins that would end after `enough` seconds."""
+    so that what disturbs the machine disturbs all of them. There are more rounds where all of them take less than
+    `SHORT` seconds, and fewer, but one, where they would take more than `LONG`."""
     results = {name: jax.block_until_ready(call()) for name, call in calls.items()}
-    best, begun = dict.fromkeys(calls, float("inf")), time.perf_counter()
-    for done in range(1, repeats + 1):
+    best, begun, done, elapsed = dict.fromkeys(calls, float("inf")), time.perf_counter(), 0, 0.0
+    while done == 0 or ((done < repeats or elapsed < SHORT) and elapsed * (done + 1) / done < LONG):
         for name, call in calls.items():
             started = time.perf_counter()
             jax.block_until_ready(call())
             best[name] = min(best[name], time.perf_counter() - started)
-        if (time.perf_counter() - begun) * (done + 1) / done > enough:
-            break
+        done, elapsed = done + 1, time.perf_counter() - begun
     return {name: Timed(best[name], results[name]) for name in calls}
 
 

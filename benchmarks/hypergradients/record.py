@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def machine() -> Row:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"section": "machine", "cores": os.cpu_count(), "system": platform.system(), "versions": versions}
+    return {"section": "machine", "system": f"{platform.machine()}, {platform.system()}", "versions": versions}
 
 
 def _short(value: Any) -> Any:

@@ -91,7 +91,12 @@ def _machine(record: Record) -> str:
     if not found:
         return ""
     versions = ", ".join(f"{name} {version}" for name, version in found[0]["versions"].items())
-    return f"{found[0]['cores']} CPU cores, {found[0]['system']}; {versions}.\n"
+    return f"CPU, {found[0]['system']}; {versions}. Cores: {_cores(record)}.\n"
+
+
+def _cores(record: Record) -> str:
+    found = dict.fromkeys((row["section"], row["cores"]) for row in record.rows if "cores" in row)
+    return ", ".join(f"{cores} for {section}" for section, cores in found)
 
 
 def _goals(record: Record) -> str:

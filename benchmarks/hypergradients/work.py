@@ -6,6 +6,7 @@ A process for each job: what one leaves in memory, in caches or in thread pools 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -30,5 +31,7 @@ def rows(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are measured
+    # A process may be bound to some of the machine's cores.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for row in rows(json.loads(sys.argv[1])):
-        print(json.dumps(row))
+        print(json.dumps({**row, "cores": cores}))

@@ -51,10 +51,10 @@ class Task:
         return problem.outer_value(params, outer, self.outer_batch, KEY)[0]
 
 
-EPS = 1e-12
+EPS = 1e-20
 """Of Adam. The first step's derivative is about 1 / eps at every gradient entry as small as eps: with the usual 1e-8 a
 few entries of many decide the hypergradient, and higher, which adds eps before the bias correction where the others add
-it after, gets another one for its other training. Where no entry is that small, eps does not matter."""
+it after, trains otherwise and gets another one. Where no entry is nearly that small, eps does not matter."""
 
 KEY = jax.random.key(0)
 """Handed to losses that make no use of it."""
