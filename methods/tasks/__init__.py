@@ -3,13 +3,28 @@
 On the host all is numpy; `methods.tasks.loss` is what runs inside a model's loss and is imported by itself.
 """
 
-from methods.tasks import multiple_choice
+from methods.tasks import arithmetic, e2e, glue, multiple_choice
+from methods.tasks.batches import Buckets
+from methods.tasks.classify import Classified, LabelledBatch, encode_labelled, evaluate_labelled, fits
 from methods.tasks.encode import Encoded, TokenBatch, encode
+from methods.tasks.generation import Written, evaluate_written
+from methods.tasks.metrics import METRICS
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
 from methods.tasks.splits import Splits, check_disjoint, load_splits, split
-from methods.tasks.task import Pair, Row, Task, load, training_pairs
+from methods.tasks.task import (
+    Classification,
+    Generation,
+    MultipleChoice,
+    Pair,
+    Row,
+    Task,
+    load,
+    training_pairs,
+)
 
-TASKS: dict[str, Task] = {task.name: task for task in multiple_choice.TASKS}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (*multiple_choice.TASKS, *glue.TASKS, *arithmetic.TASKS, *e2e.TASKS)
+}
 
 
 def get(name: str) -> Task:
@@ -24,18 +39,30 @@ def get(name: str) -> Task:
 
 
 __all__ = [
+    "METRICS",
     "TASKS",
     "Accuracy",
+    "Buckets",
+    "Classification",
+    "Classified",
     "Encoded",
     "Evaluation",
+    "Generation",
+    "LabelledBatch",
+    "MultipleChoice",
     "Pair",
     "Row",
     "Splits",
     "Task",
     "TokenBatch",
+    "Written",
     "check_disjoint",
     "encode",
+    "encode_labelled",
     "evaluate",
+    "evaluate_labelled",
+    "evaluate_written",
+    "fits",
     "get",
     "load",
     "load_splits",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from methods.tasks.encode import TokenBatch
 
@@ -51,6 +52,21 @@ def answer_loss(logits: jax.Array, batch: TokenBatch) -> jax.Array:
 def answer_log_likelihood(logits: jax.Array, batch: TokenBatch) -> jax.Array:
     """log p(answer) of each sequence, `[B]`, in nats. Arguments as in `answer_loss`."""
     return _log_likelihood(logits, jnp.roll(jnp.asarray(batch.tokens), -1, axis=1), jnp.asarray(batch.answer_mask))
+
+
+def label_losses(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """For each row, the cross-entropy of its class in nats, or for labels that are no integers the squared error.
+
+    Args:
+      outputs: `[B, classes]`, or `[B, 1]` for a regression.
+      labels: integers or floats `[B]`.
+
+    Returns:
+      `[B]`.
+    """
+    if jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.asarray(labels))
+    return (outputs[:, 0] - jnp.asarray(labels).astype(outputs.dtype)) ** 2
 
 
 def answer_width(batch: TokenBatch) -> int:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from methods.tasks.task import Hub, Pair, Row, Task
+from methods.tasks.task import Hub, MultipleChoice, Pair, Row
 
 
 def _answers(prompt: Callable[[Row], str]) -> Callable[[Row], tuple[Pair, ...]]:
@@ -41,6 +41,11 @@ def siqa(row: Row) -> str:
 def boolq(row: Row) -> str:
     # Some copies end every question with its mark, others none.
     return f"{row['passage']}\nQuestion: {row['question'].rstrip('?')}?\nAnswer:"
+
+
+def race(row: Row) -> str:
+    """The question alone: the harness shows a passage's earlier questions, answered, before the last one."""
+    return f"Article: {row['article']}\n\nQuestion: {row['question']}\nAnswer:"
 
 
 def winogrande(row: Row) -> tuple[Pair, ...]:
@@ -96,46 +101,64 @@ def _field(name: str) -> Callable[[Row], str]:
     return lambda row: row[name]
 
 
-_ARC = (("question",), _answers(arc), _field("question"))
+def _race_record(record: dict[str, Any]) -> Row:
+    row = {"article": record["article"], "question": record["question"], "choices": list(record["options"])}
+    return row | {"label": "ABCD".index(record["answer"])}
+
+
+def _questions(passage: Row) -> list[Row]:
+    """The rows of a RACE passage that is stored with all its questions."""
+    asked = zip(passage["questions"], passage["options"], passage["labels"], strict=True)
+    return [{"article": passage["article"], "question": q, "choices": o, "label": a} for q, o, a in asked]
+
+
+def _unfold_race(stored: Row) -> list[Row]:
+    return _questions(stored) if "questions" in stored else [stored]
+
+
+_ARC = {"fields": ("question",), "group": _field("question"), "pairs": _answers(arc), "test": "test"}
+_RACE = {"fields": ("article", "question"), "group": _field("article"), "pairs": _answers(race), "test": "test"}
 
 TASKS = (
-    Task("piqa", ("goal",), _answers(piqa), _field("goal"), Hub("baber/piqa", None, _piqa_record)),
-    Task(
+    MultipleChoice("piqa", ("goal",), _field("goal"), Hub("baber/piqa", None, _piqa_record), _answers(piqa)),
+    MultipleChoice(
         "hellaswag",
         ("context",),
-        _answers(hellaswag),
         _field("context"),
         Hub("Rowan/hellaswag", None, _hellaswag_record),
+        _answers(hellaswag),
     ),
-    Task(
+    MultipleChoice(
         "winogrande",
         ("sentence",),
-        winogrande,
         lambda row: row["sentence"].partition("_")[0],  # twin sentences mostly share their beginning
         Hub("allenai/winogrande", "winogrande_xl", _winogrande_record),
+        winogrande,
     ),
-    Task("arc_easy", *_ARC, Hub("allenai/ai2_arc", "ARC-Easy", _lettered("question")), "test"),
-    Task("arc_challenge", *_ARC, Hub("allenai/ai2_arc", "ARC-Challenge", _lettered("question")), "test"),
-    Task(
+    MultipleChoice("arc_easy", hub=Hub("allenai/ai2_arc", "ARC-Easy", _lettered("question")), **_ARC),
+    MultipleChoice("arc_challenge", hub=Hub("allenai/ai2_arc", "ARC-Challenge", _lettered("question")), **_ARC),
+    MultipleChoice(
         "openbookqa",
         ("question",),
-        _answers(openbookqa),
         _field("question"),
         Hub("allenai/openbookqa", "main", _lettered("question_stem")),
-        "test",
+        _answers(openbookqa),
+        test="test",
     ),
-    Task(
+    MultipleChoice(
         "siqa",
         ("context", "question"),
-        _answers(siqa),
         _field("context"),
         Hub("lighteval/siqa", None, _siqa_record),
+        _answers(siqa),
     ),
-    Task(
+    MultipleChoice(
         "boolq",
         ("passage", "question"),
-        _answers(boolq),
         _field("passage"),
         Hub("aps/super_glue", "boolq", _boolq_record),
+        _answers(boolq),
     ),
+    MultipleChoice("race_middle", hub=Hub("ehovy/race", "middle", _race_record), unfold=_unfold_race, **_RACE),
+    MultipleChoice("race_high", hub=Hub("ehovy/race", "high", _race_record), unfold=_unfold_race, **_RACE),
 )

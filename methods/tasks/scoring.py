@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from methods.tasks.batches import by_length
 from methods.tasks.encode import marks, pad, tokenize
-from methods.tasks.task import Row, Task
+from methods.tasks.task import MultipleChoice, Row
 
 ScoreFn = Callable[[np.ndarray, np.ndarray, np.ndarray], Any]
 
@@ -23,6 +24,12 @@ class Accuracy(NamedTuple):
     high: float
     correct: int
     total: int
+
+    @classmethod
+    def of(cls, right: np.ndarray) -> Accuracy:
+        """Of the booleans `right`, one a question."""
+        correct, total = int(right.sum()), len(right)
+        return cls(correct / total, *wilson(correct, total), correct, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Evaluation:
 
 def evaluate(
     score_fn: ScoreFn,
-    task: Task,
+    task: MultipleChoice,
     rows: Sequence[Row],
     tokenizer: Any,
     *,
@@ -85,18 +92,14 @@ def evaluate(
         raise ValueError(f"max_length={max_length} is not a multiple of {multiple}, to which batches are padded.")
     sequences = tokenize(pairs, tokenizer)
     first, fill = marks(tokenizer)
-    shape = [min(max_length, -(-len(ids) // multiple) * multiple) for ids, _ in sequences]
     scores = np.zeros(len(pairs))
-    for length in sorted(set(shape), reverse=True):  # longest first: what runs out of memory does so at once
-        members = [i for i, t in enumerate(shape) if t == length]
-        for at in range(0, len(members), batch_size):
-            index = members[at : at + batch_size]
-            full = index + index[:1] * (batch_size - len(index))
-            batch, _ = pad([sequences[i] for i in full], length, first, fill)
-            values = np.asarray(score_fn(batch.tokens, batch.mask, batch.answer_mask))
-            if values.shape != (batch_size,):
-                raise ValueError(f"score_fn returned shape {values.shape} for {batch_size} sequences: one score each.")
-            scores[index] = values[: len(index)]
+    for index, length in by_length([len(ids) for ids, _ in sequences], batch_size, multiple, max_length):
+        full = np.resize(index, batch_size)
+        batch, _ = pad([sequences[i] for i in full], length, first, fill)
+        values = np.asarray(score_fn(batch.tokens, batch.mask, batch.answer_mask))
+        if values.shape != (batch_size,):
+            raise ValueError(f"score_fn returned shape {values.shape} for {batch_size} sequences: one score each.")
+        scores[index] = values[: len(index)]
     cut = sum(len(ids) > max_length for ids, _ in sequences)
     if not np.isfinite(scores).all():
         worst = int(np.flatnonzero(~np.isfinite(scores))[0])
@@ -112,9 +115,9 @@ def evaluate(
     predictions = choose(scores / characters)
     return Evaluation(
         task.name,
-        _accuracy(predictions == labels),
-        _accuracy(choose(scores / tokens) == labels),
-        _accuracy(choose(scores) == labels),
+        Accuracy.of(predictions == labels),
+        Accuracy.of(choose(scores / tokens) == labels),
+        Accuracy.of(choose(scores) == labels),
         cut,
         predictions,
         np.split(scores, ends),
@@ -141,8 +144,3 @@ def wilson(correct: int, total: int, z: float = 1.959963984540054) -> tuple[floa
     low = 0.0 if correct == 0 else (centre - half) / scale
     high = 1.0 if correct == total else (centre + half) / scale
     return low, high
-
-
-def _accuracy(right: np.ndarray) -> Accuracy:
-    correct, total = int(right.sum()), len(right)
-    return Accuracy(correct / total, *wilson(correct, total), correct, total)

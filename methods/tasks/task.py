@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-"""One question: the task's text fields, `choices` (strings) and `label` (index of the right one)."""
+"""One example: the task's text fields and its label or answer, as the kind of task says."""
 
 ASSETS = Path("assets", "data")
 """What `scripts/fetch_demo.py` fills; the same layout as BILEVEL_DATA."""
@@ -34,27 +34,114 @@ class Hub(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A multiple-choice task.
+    """What all kinds of task share: their rows, and which of these belong together.
 
     Attributes:
-      name: also the name of its folder, `<data>/<name>/train.jsonl`.
-      fields: the text fields of a row, besides `choices` and `label`.
-      pairs: the row's prompt and answer, once a choice, in the order of the choices.
+      name: what it is called.
+      fields: the text fields of a row.
       group: the text that rows on the same subject share; rows of one group never meet in two splits.
+      hub: the hub's copy; None if there is none that we read.
       test: the published split that is tested on (`validation` where the test labels are not public).
-      hub: the hub's copy.
+      folder: of a local copy, `<data>/<folder>/train.jsonl`; None is the name.
+      unfold: the rows of one stored object, where a file holds several in one.
     """
 
     name: str
     fields: tuple[str, ...]
-    pairs: Callable[[Row], tuple[Pair, ...]]
     group: Callable[[Row], str]
-    hub: Hub
-    test: str = "validation"
+    hub: Hub | None
+    test: str = dataclasses.field(default="validation", kw_only=True)
+    folder: str | None = dataclasses.field(default=None, kw_only=True)
+    unfold: Callable[[Row], list[Row]] = dataclasses.field(default=lambda row: [row], kw_only=True)
+
+    def check(self, row: Row, where: str) -> None:
+        """Raises ValueError, with `where` and what is wrong, unless the row is one of this task."""
+        for field in self.fields:
+            if not isinstance(row.get(field), str):
+                raise ValueError(f"{where} has no text {field!r}, which {self.name} needs.")
 
 
-def training_pairs(task: Task, rows: Sequence[Row]) -> list[Pair]:
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice(Task):
+    """The most likely of several answers. A row has `choices` (texts) and `label`, the index of the right one.
+
+    Attributes:
+      pairs: the row's prompt and answer, once a choice, in the order of the choices.
+    """
+
+    pairs: Callable[[Row], tuple[Pair, ...]]
+
+    def check(self, row: Row, where: str) -> None:
+        super().check(row, where)
+        choices, label = row.get("choices"), row.get("label")
+        if not isinstance(choices, list) or not _texts(choices) or len(choices) < 2:
+            raise ValueError(f"{where} has no 'choices', a list of at least two texts.")
+        _check_class(label, len(choices), where)
+        try:
+            self.pairs(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+    """A class, or a number, for one text or a pair of texts (`fields`). A row has `label`.
+
+    Attributes:
+      classes: their names, in the order of the labels 0, 1, ...; empty for a regression.
+      metrics: names in `methods.tasks.metrics.METRICS`; the first is the one that chooses the best model.
+      bounds: least and largest label of a regression.
+    """
+
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...]
+    bounds: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), kw_only=True)
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a head answers with: one a class, or the one of a regression."""
+        return len(self.classes) or 1
+
+    def check(self, row: Row, where: str) -> None:
+        super().check(row, where)
+        label, (low, high) = row.get("label"), self.bounds
+        if self.classes:
+            _check_class(label, len(self.classes), where)
+        elif not isinstance(label, (int, float)) or isinstance(label, bool) or not low <= label <= high:
+            raise ValueError(f"{where} has label {label!r}, which is out of range: {low:g} to {high:g}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation(Task):
+    """A text that the model writes.
+
+    Attributes:
+      pair: the row's prompt, and the answer to train on.
+      target: what a written text is compared with.
+      extract: the answer in a written text, None if there is none.
+      metrics: names in `methods.tasks.generation.METRICS`; the first is the one that chooses the best model.
+      stop: texts that end an answer.
+    """
+
+    pair: Callable[[Row], Pair]
+    target: Callable[[Row], Any]
+    extract: Callable[[str, Row], Any]
+    metrics: tuple[str, ...]
+    stop: tuple[str, ...] = dataclasses.field(default=("\n\n",), kw_only=True)
+
+    def check(self, row: Row, where: str) -> None:
+        super().check(row, where)
+        try:
+            self.pair(row)
+            self.target(row)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{where} is no row of {self.name} ({type(error).__name__}: {error}).") from error
+
+
+def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row]) -> list[Pair]:
     """Prompt and right answer of every row."""
+    if isinstance(task, Generation):
+        return [task.pair(row) for row in rows]
     return [task.pairs(row)[row["label"]] for row in rows]
 
 
@@ -63,27 +150,34 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
 
     Taken from the folder `data` if it is given, else from the first that has them of: the folder that the
     environment variable BILEVEL_DATA names; `assets/data`; the hub. A folder holds `<task>/<split>.jsonl`, or
-    shards `<task>/<split>-00-of-02.jsonl`.
+    shards `<task>/<split>-00-of-02.jsonl`. Where a copy's training rows were taken out of a published split, what
+    they left of it is `<task>/<split>_heldout.jsonl`, which is then read instead of the whole.
 
     Raises:
       FileNotFoundError: if `data` lacks the file, a shard is missing, or no source has the split.
       ValueError: for a corrupt row, with file and line.
     """
+    name = task.folder or task.name
     if data is not None:
         folder = Path(data)
-        files = _files(folder / task.name, split)
+        files = _files(folder / name, split)
         if not files:
-            raise FileNotFoundError(f"There is no {folder / task.name / split}.jsonl: is --data right?")
+            raise FileNotFoundError(f"There is no {folder / name / split}.jsonl: is --data right?")
         return _read(task, files)
     tried = []
     named = os.environ.get("BILEVEL_DATA")
     for title, folder in ((f"BILEVEL_DATA={named}", named), (f"{ASSETS}", ASSETS)):
         if not folder:
             tried.append("BILEVEL_DATA (not set)")
-        elif files := _files(Path(folder, task.name), split):
+        elif files := _files(Path(folder, name), split):
             return _read(task, files)
         else:
-            tried.append(f"{title} (no {task.name}/{split}.jsonl in it)")
+            tried.append(f"{title} (no {name}/{split}.jsonl in it)")
+    if task.hub is None:
+        raise FileNotFoundError(
+            f"No {split} rows of {task.name} found after trying {', '.join(tried)}: name a folder that holds "
+            f"{name}/{split}.jsonl with --data or BILEVEL_DATA."
+        )
     try:
         import datasets  # half a second, and of no use with local files
 
@@ -92,16 +186,18 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
         tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
         raise FileNotFoundError(
             f"No {split} rows of {task.name} found after trying {', '.join(tried)}: run scripts/fetch_demo.py "
-            f"or name a folder that holds {task.name}/{split}.jsonl with --data or BILEVEL_DATA."
+            f"or name a folder that holds {name}/{split}.jsonl with --data or BILEVEL_DATA."
         ) from error
-    rows = (task.hub.row(dict(record)) for record in records)
-    return [_checked(task, row, f"{task.hub.path} {split} row {i}") for i, row in enumerate(rows)]
+    rows = [task.hub.row(dict(record)) for record in records]
+    for i, row in enumerate(rows):
+        task.check(row, f"{task.hub.path} {split} row {i}")
+    return rows
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    whole = folder / f"{split}.jsonl"
-    if whole.is_file():
-        return [whole]
+    for whole in (folder / f"{split}_heldout.jsonl", folder / f"{split}.jsonl"):
+        if whole.is_file():
+            return [whole]
     shards = sorted(folder.glob(f"{split}-*-of-*.jsonl"))
     for shard in shards:
         of = re.fullmatch(r".*-of-(\d+)", shard.stem)
@@ -122,28 +218,23 @@ def _lines(task: Task, file: Path) -> Iterator[Row]:
         for number, line in enumerate(lines, 1):
             where = f"{file} line {number}"
             try:
-                row = json.loads(line)
+                stored = json.loads(line)
             except ValueError as error:  # bad JSON or bad UTF-8
                 raise ValueError(f"{where} is not a JSON row ({error}).") from error
-            yield _checked(task, row, where)
+            if not isinstance(stored, dict):
+                raise ValueError(f"{where} is not a JSON object but {type(stored).__name__}.")
+            try:
+                rows = task.unfold(stored)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{where} is no row of {task.name} ({type(error).__name__}: {error}).") from error
+            for row in rows:
+                task.check(row, where)
+                yield row
 
 
-def _checked(task: Task, row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object but {type(row).__name__}.")
-    for field in task.fields:
-        if not isinstance(row.get(field), str):
-            raise ValueError(f"{where} has no text {field!r}, which {task.name} needs.")
-    choices, label = row.get("choices"), row.get("label")
-    if not isinstance(choices, list) or not _texts(choices) or len(choices) < 2:
-        raise ValueError(f"{where} has no 'choices', a list of at least two texts.")
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        raise ValueError(f"{where} has label {label!r}, which is out of range: 0 to {len(choices) - 1}.")
-    try:
-        task.pairs(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    return row
+def _check_class(label: Any, classes: int, where: str) -> None:
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < classes:
+        raise ValueError(f"{where} has label {label!r}, which is out of range: 0 to {classes - 1}.")
 
 
 def _texts(values: list[Any]) -> bool:

@@ -1,0 +1,120 @@
+"""Word problems, and multiple choice with a derivation: the model writes, and its answer is read out of the text.
+
+Prompts are "Question: ...", "Answer:", as in the Language Model Evaluation Harness. A number is right if it differs
+from the published one by no more than 1e-4 of it. What follows "####" counts, else what follows the last "answer is",
+else the last number (or letter) there is.
+
+GSM8K: arXiv:2110.14168. SVAMP: arXiv:2103.07191. MAWPS: doi:10.18653/v1/N16-1136. AQuA-RAT: arXiv:1705.04146.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from methods.tasks.task import Generation, Hub, Pair, Row
+
+_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MARKS = (re.compile(r"####\s*"), re.compile(r"answer is:?\s*", re.IGNORECASE))
+
+
+def number(text: str, row: Row | None = None) -> float | None:
+    """The number that a written text answers with; None if there is none."""
+    del row
+    for mark in _MARKS:
+        if found := list(mark.finditer(text)):
+            if match := _NUMBER.match(text, found[-1].end()):
+                return _value(match[0])
+    numbers = _NUMBER.findall(text)
+    return _value(numbers[-1]) if numbers else None
+
+
+def letter(text: str, row: Row) -> int | None:
+    """The index of the choice that a written text answers with; None if there is none."""
+    letters = "ABCDEFGH"[: len(row["choices"])]
+    for pattern in (rf"answer is:?\s*\(?([{letters}])\b", rf"\(([{letters}])\)", rf"\b([{letters}])\b"):
+        if found := re.findall(pattern, text):
+            return letters.index(found[-1])
+    return None
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", "").replace("$", ""))
+
+
+def _question(row: Row) -> str:
+    return f"Question: {row['question'].strip()}\nAnswer:"
+
+
+def _gsm8k(row: Row) -> Pair:
+    # Without the marks <<48/2=24>> that call a calculator, which nobody answers here.
+    return Pair(_question(row), " " + re.sub(r"<<.*?>>", "", row["answer"]).strip())
+
+
+def _short(row: Row) -> Pair:
+    return Pair(_question(row), f" {float(row['answer']):.10g}")
+
+
+def _aqua(row: Row) -> Pair:
+    choices = " ".join(f"({mark}) {choice}" for mark, choice in zip("ABCDEFGH", row["choices"], strict=False))
+    row["choices"][row["label"]]  # or an IndexError
+    answer = f" {row['rationale'].strip()}\nThe answer is ({'ABCDEFGH'[row['label']]})."
+    return Pair(f"Question: {row['question'].strip()}\nAnswer choices: {choices}\nAnswer:", answer)
+
+
+def _field(name: str) -> Callable[[Row], Any]:
+    return lambda row: row[name]
+
+
+def _answer(row: Row) -> float:
+    return _value(str(row["answer"]))
+
+
+def _gsm8k_record(record: dict[str, Any]) -> Row:
+    return {**record, "final": record["answer"].rpartition("####")[2].strip()}
+
+
+def _svamp_record(record: dict[str, Any]) -> Row:
+    return {"question": f"{record['Body'].rstrip('.')}. {record['Question']}", "answer": float(record["Answer"])}
+
+
+def _aqua_record(record: dict[str, Any]) -> Row:
+    choices = [option.partition(")")[2].strip() for option in record["options"]]
+    row = {"question": record["question"], "choices": choices, "rationale": record["rationale"]}
+    return row | {"label": "ABCDE".index(record["correct"])}
+
+
+_NUMBERS = {"group": _field("question"), "extract": number, "metrics": ("exact",), "test": "test"}
+
+TASKS = (
+    Generation(
+        "gsm8k",
+        ("question", "answer", "final"),
+        hub=Hub("openai/gsm8k", "main", _gsm8k_record),
+        pair=_gsm8k,
+        target=lambda row: _value(row["final"]),
+        **_NUMBERS,
+    ),
+    Generation(
+        "svamp",
+        ("question",),
+        hub=Hub("ChilleD/SVAMP", None, _svamp_record),
+        pair=_short,
+        target=_answer,
+        **_NUMBERS,
+    ),
+    Generation("mawps", ("question",), hub=None, pair=_short, target=_answer, **_NUMBERS),
+    Generation(
+        "aqua",
+        ("question", "rationale"),
+        group=_field("question"),
+        hub=Hub("deepmind/aqua_rat", "raw", _aqua_record),
+        pair=_aqua,
+        target=_field("label"),
+        extract=letter,
+        metrics=("exact",),
+        test="test",
+        folder="aqua_rat",
+    ),
+)
