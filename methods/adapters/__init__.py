@@ -1,6 +1,8 @@
-"""Adapters: LoRA parameters as a pytree hook, and PEFT's folder format."""
+"""Adapters: LoRA, rsLoRA and DoRA as a pytree hook, and PEFT's folder format."""
 
-from methods.adapters.lora import LoRA, LoRAConfig
-from methods.adapters.peft import load_peft, save_peft
+from methods.adapters.hook import LoRA
+from methods.adapters.lora import LoRAConfig
+from methods.adapters.peft import save_peft
+from methods.adapters.peft_import import Adapter, load_peft
 
-__all__ = ["LoRA", "LoRAConfig", "load_peft", "save_peft"]
+__all__ = ["Adapter", "LoRA", "LoRAConfig", "load_peft", "save_peft"]

@@ -1,13 +1,7 @@
-"""Low-rank adapters as a pytree that a model calls after each linear.
+"""What is fixed about a low-rank adapter, and the hook it makes of parameters (the formulas: `methods.adapters.hook`).
 
-At a site of layer i the model has `y = x W + b` and calls `adapt(site, x, y)`, which returns
-
-    y + g_i * s * (x A_i) B_i,        s = alpha / r   (alpha / sqrt(r) with rslora)
-
-with A_i `[in, r]`, B_i `[r, out]` and a gate g_i. Parameters are stacked over layers and are all that is
-trained: `{site: {"a": [L, in, r], "b": [L, r, out]}}`. What is frozen is `LoRAConfig`; its `bind` joins them.
-
-Reference: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. arXiv:2106.09685.
+Parameters are stacked over layers and are all that is trained: `{site: {"a": [L, in, r], "b": [L, r, out]}}`, with
+`"m": [L, out]` for DoRA. What is frozen is `LoRAConfig`; its `bind` joins them.
 """
 
 from __future__ import annotations
@@ -22,62 +16,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Params = dict[str, dict[str, jax.Array]]
+from methods.adapters.hook import LoRA, Params, deltas, lengths
+
 PerLayer = Any  # gate or mask: an array [L] or [L, r] for every site, or {site: such an array}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LoRA:
-    """The hook that a model calls; made by `LoRAConfig.bind`. Every leaf leads with the layer axis.
-
-    Attributes:
-      params: `{site: {"a": [L, in, r], "b": [L, r, out]}}`.
-      gates: `{site: [L] or [L, r]}`, factors of the update; a site that is not in it has no gate.
-      masks: `{site: bool [L] or [L, r]}`, False where a layer, or a rank of it, is not there at all.
-      scale: s.
-    """
-
-    params: Params
-    gates: dict[str, jax.Array]
-    masks: dict[str, jax.Array]
-    scale: float = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
-        """The adapted output of one layer (the leaves are this layer's, without the layer axis).
-
-        x `[..., in]` is the linear's input, y `[..., out]` its output. The update is computed in the dtype of
-        the parameters and added in the dtype of y. A masked layer returns y, bit for bit, without gradient.
-        """
-        if site not in self.params:
-            return y
-        a, b = self.params[site]["a"], self.params[site]["b"]
-        mask, gate = self.masks.get(site), self.gates.get(site)
-        if mask is not None:
-            # Both, so that not even a NaN in what is masked gets through, forwards or backwards.
-            a = jnp.where(_columns(mask, 2), a, jnp.zeros_like(a))
-            b = jnp.where(mask if mask.ndim == 0 else mask[:, None], b, jnp.zeros_like(b))
-        hidden = x.astype(a.dtype) @ a
-        # The factor meets the r columns of x A, fewer than the outputs; 1 * s is s, so a gate of 1 is exact.
-        factor = self.scale if gate is None else _columns(gate.astype(a.dtype) * self.scale, hidden.ndim)
-        adapted = y + ((hidden * factor) @ b).astype(y.dtype)
-        # y + 0 is not y for y = -0.0, nor where x A overflows.
-        return adapted if mask is None else jnp.where(mask.any(), adapted, y)
+Linears = Mapping[str, Mapping[str, jax.Array]]  # {site: {"kernel": [L, in, out], "bias": [L, out]}}, frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """What is fixed about an adapter.
+    r"""What is fixed about an adapter.
+
+    A module is a site of a layer, called `3.q_proj`. A pattern is a regular expression for the end of that name, as in
+    PEFT: `q_proj` means every layer's, `3.q_proj` one, `[0-3]\..*` all of four layers; the first that matches
+    counts.
 
     Args:
-      rank: r, at least 1; the same at every site (a smaller rank is a mask).
+      rank: r, at least 1; of all modules that no pattern names.
       alpha: numerator of the scale; any positive number.
       targets: the adapted sites: a list of names, or one regular expression that a whole name must match.
       layers: indices of the adapted layers; None means all. The others are an exact no-op without gradient.
-      rslora: s = alpha / sqrt(r) instead of alpha / r (Kalajdzievski, 2023, arXiv:2312.03732).
+      rslora: s = alpha / sqrt(r) instead of alpha / r.
+      dora: DoRA.
+      rank_pattern: `{pattern: r}`. Arrays have the largest rank there is; what a module has less is masked.
+      alpha_pattern: `{pattern: alpha}`.
 
     Raises:
-      ValueError: for a rank below 1, an alpha that is not positive, no target, or no layer or a negative one.
+      ValueError: for a rank below 1, an alpha that is not positive, a pattern that is no regular expression, no target,
+        or no layer or a negative one.
     """
 
     rank: int = 8
@@ -85,13 +50,27 @@ class LoRAConfig:
     targets: str | Sequence[str] = ("q_proj", "v_proj")
     layers: Sequence[int] | None = None
     rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
+    alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
 
     def __post_init__(self):
-        if not isinstance(self.rank, (int, np.integer)) or self.rank < 1:
-            raise ValueError(f"LoRA rank {self.rank!r} is not a positive integer.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            pairs = tuple(value.items() if isinstance(value, Mapping) else value)
+            object.__setattr__(self, name, pairs)  # hashable
+            for pattern, _ in pairs:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"LoRA {name} {pattern!r} is no regular expression ({error}).") from error
+        for rank in (self.rank, *dict(self.rank_pattern).values()):
+            if not isinstance(rank, (int, np.integer)) or rank < 1:
+                raise ValueError(f"LoRA rank {rank!r} is not a positive integer.")
         object.__setattr__(self, "rank", int(self.rank))
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"LoRA alpha {self.alpha!r} is not a positive number: it scales the update.")
+        for alpha in (self.alpha, *dict(self.alpha_pattern).values()):
+            if not (alpha > 0 and math.isfinite(alpha)):
+                raise ValueError(f"LoRA alpha {alpha!r} is not a positive number: it scales the update.")
         if not self.targets:
             raise ValueError("LoRA targets is empty: name the sites to adapt, such as ('q_proj', 'v_proj').")
         if not isinstance(self.targets, str):
@@ -103,9 +82,24 @@ class LoRAConfig:
             object.__setattr__(self, "layers", layers)
 
     @property
+    def width(self) -> int:
+        """The r of the arrays: the largest rank."""
+        return max(self.rank, *dict(self.rank_pattern).values()) if self.rank_pattern else self.rank
+
+    @property
     def scale(self) -> float:
-        """s, the factor of `x A B`."""
+        """s, the factor of `x A B`, of a module that no pattern names."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def module(self, site: str, layer: int) -> tuple[int, float]:
+        """r and alpha of a module."""
+        name = f"{layer}.{site}"
+        return _first(self.rank_pattern, name, self.rank), _first(self.alpha_pattern, name, self.alpha)
+
+    def module_scale(self, site: str, layer: int) -> float:
+        """s of a module."""
+        rank, alpha = self.module(site, layer)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def sites(self, known: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
         """The adapted ones of the `known` sites, in their order.
@@ -125,62 +119,97 @@ class LoRAConfig:
         return found
 
     def init(
-        self, key: jax.Array, shapes: Mapping[str, tuple[int, int]], num_layers: int, dtype: Any = jnp.float32
+        self,
+        key: jax.Array,
+        shapes: Mapping[str, tuple[int, int]],
+        num_layers: int,
+        dtype: Any = jnp.float32,
+        base: Linears | None = None,
     ) -> Params:
-        """Fresh parameters: A Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(in), and B = 0.
+        """Fresh parameters: A Kaiming-uniform with a = sqrt(5), i.e. uniform in +-1/sqrt(in), B = 0, m = |W|.
 
         Args:
           key: PRNG key. What a site draws depends on its place in `shapes`, not on which others are adapted.
           shapes: `{site: (in, out)}` of every site of the model.
           num_layers: L.
-          dtype: of both matrices.
+          dtype: of all parameters.
+          base: the model's linears, `weights["blocks"]`; only DoRA needs them.
 
         Returns:
-          `{site: {"a": [L, in, r], "b": [L, r, out]}}`.
+          `{site: {"a": [L, in, r], "b": [L, r, out]}}`, and `"m": [L, out]` for DoRA.
 
         Raises:
-          ValueError: if a target matches no site or a layer index is not below `num_layers`.
+          ValueError: if a target matches no site, a pattern no module, a layer index is not below `num_layers`, or
+            DoRA is not given `base`.
         """
         self._layer_mask(num_layers)
         adapted, params = self.sites(shapes), {}
+        self._check_patterns(adapted, num_layers)
         for index, (site, (fan_in, fan_out)) in enumerate(shapes.items()):
             if site in adapted:
                 bound = 1.0 / math.sqrt(fan_in)
-                shape = (num_layers, fan_in, self.rank)
+                shape = (num_layers, fan_in, self.width)
                 a = jax.random.uniform(jax.random.fold_in(key, index), shape, dtype, -bound, bound)
-                params[site] = {"a": a, "b": jnp.zeros((num_layers, self.rank, fan_out), dtype)}
+                params[site] = {"a": a, "b": jnp.zeros((num_layers, self.width, fan_out), dtype)}
+                if self.dora:
+                    params[site]["m"] = lengths(_linear(base, site)["kernel"].astype(dtype))
         return params
 
-    def bind(self, params: Params, gate: PerLayer | None = None, mask: PerLayer | None = None) -> LoRA:
+    def bind(
+        self, params: Params, gate: PerLayer | None = None, mask: PerLayer | None = None, base: Linears | None = None
+    ) -> LoRA:
         """The hook `adapt(site, x, y)` for these parameters.
 
         Args:
           params: as from `init`.
           gate: factors of the update, `[L]` (one a layer) or `[L, r]` (one a rank), for all sites alike or as
-            `{site: ...}` (a site left out has none). Exactly 1 is plain LoRA, bit for bit.
-          mask: in the same forms, False where a layer or a rank is to be absent; joined with `layers`.
+            `{site: ...}` (a site left out has none). Exactly 1 is plain LoRA, bit for bit. (At 0 DoRA still sets the
+            lengths of the columns; a mask takes the whole module away.)
+          mask: in the same forms, False where a layer or a rank is to be absent; joined with `layers` and the ranks.
+          base: the model's linears, `weights["blocks"]`; only DoRA needs them.
 
         Raises:
           ValueError: if the parameters are of other sites or another rank than the config's, a layer is out of
-            range, or a gate or mask has another shape or an unknown site.
+            range, a gate or mask has another shape or an unknown site, or DoRA is not given `base`.
         """
-        layers, rank = _dimensions(params)
+        layers, width = _dimensions(params)
         if (sites := self.sites(params)) != tuple(params):
             raise ValueError(
                 f"These LoRA parameters adapt {', '.join(params)}, but the config's targets {self.targets!r} only "
                 f"{', '.join(sites)}."
             )
-        if rank != self.rank:
-            raise ValueError(f"These LoRA parameters have rank {rank}, but the config says {self.rank}.")
-        masks = {site: m.astype(bool) for site, m in _per_site("mask", mask, params, layers, rank).items()}
-        chosen = self._layer_mask(layers)
-        if chosen is not None:
-            masks = {site: _join(jnp.asarray(chosen), masks.get(site)) for site in params}
-        return LoRA(params, _per_site("gate", gate, params, layers, rank), masks, self.scale)
+        if width != self.width:
+            raise ValueError(f"These LoRA parameters have rank {width}, but the config says {self.width}.")
+        if any(("m" in leaves) != self.dora for leaves in params.values()):
+            kinds = ("LoRA", "DoRA") if self.dora else ("DoRA", "LoRA")
+            raise ValueError(f"These are parameters of {kinds[0]}, but the config is one of {kinds[1]}.")
+        self._check_patterns(sites, layers)
+        masks = {site: m.astype(bool) for site, m in _per_site("mask", mask, params, layers, width).items()}
+        chosen, ranks = self._layer_mask(layers), self._rank_masks(sites, layers)
+        for site in params:
+            for own in (chosen, ranks.get(site)):
+                if own is not None:
+                    masks[site] = _join(jnp.asarray(own), masks.get(site))
+        linears = {site: dict(_linear(base, site)) for site in params} if self.dora else {}
+        return LoRA(
+            params,
+            _per_site("gate", gate, params, layers, width),
+            masks,
+            self._scales(sites, layers),
+            {site: {k: v for k, v in linear.items() if k in ("kernel", "bias")} for site, linear in linears.items()},
+            self.scale,
+        )
 
-    def delta(self, params: Params, gate: PerLayer | None = None, mask: PerLayer | None = None) -> dict[str, jax.Array]:
-        """`{site: [L, in, out]}`, the matrices `g * s * A B` that the hook adds to the kernels."""
-        return jax.vmap(_deltas)(self.bind(params, gate, mask))
+    def delta(
+        self,
+        params: Params,
+        gate: PerLayer | None = None,
+        mask: PerLayer | None = None,
+        base: Linears | None = None,
+    ) -> dict[str, jax.Array]:
+        """`{site: [L, in, out]}`, what the hook adds to the kernels: `g * s * A B`, or with DoRA `V m / |V| - W`."""
+        bare = {site: {"kernel": _linear(base, site)["kernel"]} for site in params} if self.dora else None
+        return jax.vmap(deltas)(self.bind(params, gate, mask, bare))
 
     def merge(
         self,
@@ -194,13 +223,48 @@ class LoRAConfig:
         Raises:
           ValueError: if the adapter has a site that is not among the kernels, or of another shape.
         """
-        merged = dict(kernels)
-        for site, delta in self.delta(params, gate, mask).items():
-            if site not in merged or merged[site].shape != delta.shape:
-                found = merged[site].shape if site in merged else "no kernel"
-                raise ValueError(f"LoRA site {site!r} has shape {delta.shape} where the model has {found}.")
-            merged[site] = (merged[site].astype(delta.dtype) + delta).astype(merged[site].dtype)
-        return merged
+        return self._shifted(kernels, params, gate, mask, kernels, 1)
+
+    def unmerge(
+        self,
+        kernels: Mapping[str, jax.Array],
+        params: Params,
+        gate: PerLayer | None = None,
+        mask: PerLayer | None = None,
+        base: Mapping[str, jax.Array] | None = None,
+    ) -> dict[str, jax.Array]:
+        """What `merge` with the same arguments was given, up to the rounding of `kernels`.
+
+        Args:
+          kernels: merged ones.
+          params, gate, mask: as for `merge`.
+          base: the kernels before the merge, for DoRA alone: the lengths of V cannot be told from what was merged.
+
+        Raises:
+          ValueError: as `merge`, and for DoRA without `base`.
+        """
+        return self._shifted(kernels, params, gate, mask, base, -1)
+
+    def size(self, shapes: Mapping[str, tuple[int, int]], num_layers: int) -> int:
+        """Trainable parameters: the sum of r (in + out), and out more with DoRA, over the adapted modules."""
+        layers = range(num_layers) if self.layers is None else self.layers
+        return sum(
+            self.module(site, layer)[0] * sum(shapes[site]) + self.dora * shapes[site][1]
+            for site in self.sites(shapes)
+            for layer in layers
+        )
+
+    def _shifted(self, kernels, params, gate, mask, base, sign):
+        shifted = dict(kernels)
+        for site, leaves in params.items():
+            shape = (leaves["a"].shape[0], leaves["a"].shape[1], leaves["b"].shape[2])
+            if site not in kernels or kernels[site].shape != shape:
+                found = kernels[site].shape if site in kernels else "no kernel"
+                raise ValueError(f"LoRA site {site!r} has shape {shape} where the model has {found}.")
+        linears = {site: {"kernel": kernel} for site, kernel in base.items()} if base else None
+        for site, delta in self.delta(params, gate, mask, linears).items():
+            shifted[site] = (kernels[site].astype(delta.dtype) + sign * delta).astype(kernels[site].dtype)
+        return shifted
 
     def _layer_mask(self, num_layers: int) -> np.ndarray | None:
         if self.layers is None:
@@ -210,16 +274,46 @@ class LoRAConfig:
             raise ValueError(f"LoRA layer {worst} is out of range: the model has layers 0 to {last}.")
         return np.isin(np.arange(num_layers), self.layers)
 
+    def _rank_masks(self, sites: Sequence[str], num_layers: int) -> dict[str, np.ndarray]:
+        """bool `[L, r]` of the sites where some layer has less than the largest rank."""
+        ranks = {site: np.array([self.module(site, i)[0] for i in range(num_layers)]) for site in sites}
+        return {site: np.arange(self.width)[None] < r[:, None] for site, r in ranks.items() if (r < self.width).any()}
 
-def _columns(value: jax.Array, ndim: int) -> jax.Array:
-    """A scalar as it is; a vector `[r]` as `[1, ..., r]`, since implicit rank promotion may be forbidden."""
-    return value if value.ndim == 0 else value.reshape((1,) * (ndim - 1) + value.shape)
+    def _scales(self, sites: Sequence[str], num_layers: int) -> dict[str, jax.Array]:
+        """s `[L]` of the sites where it is not the same as everywhere."""
+        scales = {site: np.array([self.module_scale(site, i) for i in range(num_layers)]) for site in sites}
+        return {site: jnp.asarray(s) for site, s in scales.items() if (s != self.scale).any()}
+
+    def _check_patterns(self, sites: Sequence[str], num_layers: int) -> None:
+        names = [f"{layer}.{site}" for site in sites for layer in range(num_layers)]
+        for kind in ("rank_pattern", "alpha_pattern"):
+            for pattern, _ in getattr(self, kind):
+                if not any(_matches(pattern, name) for name in names):
+                    raise ValueError(
+                        f"LoRA {kind} {pattern!r} matches no adapted module: they are called {names[0]} to "
+                        f"{names[-1]}, with the sites {', '.join(sites)}."
+                    )
+
+
+def _linear(base: Linears | None, site: str) -> Mapping[str, jax.Array]:
+    if base is None or site not in base:
+        raise ValueError(f"DoRA needs the frozen matrix at {site!r}: give base=weights['blocks'] of the model.")
+    return base[site]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _first(patterns: Any, name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if _matches(pattern, name)), default)
 
 
 def _join(chosen: jax.Array, mask: jax.Array | None) -> jax.Array:
     if mask is None:
         return chosen
-    return mask & (chosen if mask.ndim == 1 else chosen[:, None])
+    wide = lambda m, other: m[:, None] if m.ndim < other.ndim else m  # noqa: E731
+    return wide(mask, chosen) & wide(chosen, mask)
 
 
 def _dimensions(params: Params) -> tuple[int, int]:
@@ -244,12 +338,3 @@ def _per_site(kind: str, value: PerLayer | None, params: Params, layers: int, ra
                 f"layer, or ({layers}, {rank}), one a rank."
             )
     return {site: jnp.asarray(entry) for site, entry in table.items()}
-
-
-def _deltas(layer: LoRA) -> dict[str, jax.Array]:
-    """What the hook of one layer answers to x = I and y = 0: merged and unmerged cannot differ in meaning."""
-
-    def delta(site: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return layer(site, jnp.eye(a.shape[0], dtype=a.dtype), jnp.zeros((a.shape[0], b.shape[1]), a.dtype))
-
-    return {site: delta(site, **leaves) for site, leaves in layer.params.items()}

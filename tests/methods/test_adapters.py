@@ -1,5 +1,6 @@
 """LoRA as a hook: its identities, its errors, and PEFT's folder."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,20 +13,24 @@ import safetensors.numpy as safetensors_numpy
 from methods import models
 from methods.adapters import LoRAConfig, load_peft, save_peft
 from methods.models import HFNames
+from methods.objective import Bound, outputs
+from methods.tasks import LabelledBatch
 from tests.conftest import require
 
 SHAPES = {"q_proj": (6, 8), "v_proj": (6, 4), "down_proj": (10, 6)}
 L = 3
+BASE = {
+    site: {"kernel": jax.random.normal(jax.random.key(i), (L, *shape)), "bias": jnp.ones((L, shape[1]))}
+    for i, (site, shape) in enumerate(SHAPES.items())
+}
 
 
 def trained(config, seed=0, dtype=jnp.float64):
     """Parameters with B != 0, as after some training."""
-    params = config.init(jax.random.key(seed), SHAPES, L, dtype)
+    params = config.init(jax.random.key(seed), SHAPES, L, dtype, BASE)
     keys = jax.random.split(jax.random.key(seed + 1), len(params))
-    return {
-        site: {"a": leaves["a"], "b": jax.random.normal(key, leaves["b"].shape, dtype)}
-        for key, (site, leaves) in zip(keys, params.items(), strict=True)
-    }
+    noise = {site: jax.random.normal(k, params[site]["b"].shape, dtype) for k, site in zip(keys, params, strict=True)}
+    return {site: {**leaves, "b": noise[site]} for site, leaves in params.items()}
 
 
 def forward(hook, weights, x):
@@ -155,9 +160,74 @@ def test_merged_kernels_are_the_same_function(stack):
         config.merge({"q_proj": weights}, params)
 
 
+@pytest.mark.parametrize("config", [LoRAConfig(rank=2, layers=[1], rslora=True), LoRAConfig(rank=2, dora=True)])
+def test_unmerge_undoes_merge(config):
+    params, gate = trained(config), jnp.array([1.0, 0.7, 2.0])
+    kernels = {site: linear["kernel"] for site, linear in BASE.items()}
+    merged = config.merge(kernels, params, gate)
+    base = kernels if config.dora else None
+    for site, kernel in config.unmerge(merged, params, gate, base=base).items():
+        np.testing.assert_allclose(kernel, kernels[site], rtol=1e-12, atol=1e-13)
+    assert jnp.abs(merged["q_proj"][1] - kernels["q_proj"][1]).max() > 0.1
+    if config.dora:
+        with pytest.raises(
+            ValueError, match=r"DoRA needs the frozen matrix at 'q_proj': give base=weights\['blocks'\]"
+        ):
+            config.unmerge(merged, params, gate)
+
+
+def test_dora_turns_columns_of_given_lengths(stack):
+    config = LoRAConfig(rank=2, alpha=3.0, dora=True, targets=["q_proj"], layers=[0, 1])
+    start = config.init(jax.random.key(0), SHAPES, L, jnp.float64, BASE)
+    x, base = stack[1], BASE["q_proj"]
+    at = lambda hook, i: jax.tree.map(lambda leaf: leaf[i], hook)  # noqa: E731
+    y = x @ base["kernel"][1] + base["bias"][1][None, None]
+    np.testing.assert_allclose(at(config.bind(start, base=BASE), 1)("q_proj", x, y), y, rtol=1e-13)
+    params = trained(config)
+    params["q_proj"]["m"] = params["q_proj"]["m"] * 1.3
+    hook = config.bind(params, 0.5 * jnp.ones(L), base=BASE)
+    v = base["kernel"][1] + 0.5 * 1.5 * params["q_proj"]["a"][1] @ params["q_proj"]["b"][1]
+    v = v * (params["q_proj"]["m"][1] / np.linalg.norm(v, axis=0))[None]
+    np.testing.assert_allclose(at(hook, 1)("q_proj", x, y), x @ v + base["bias"][1][None, None], rtol=1e-12)
+    assert same_bits(at(hook, 2)("q_proj", x, y), y)  # not an adapted layer
+    merged = config.merge({"q_proj": base["kernel"]}, params, 0.5 * jnp.ones(L))["q_proj"]
+    np.testing.assert_allclose(merged[1], v, rtol=1e-12)
+
+
+def test_rank_and_alpha_by_pattern(stack):
+    config = LoRAConfig(4, 8.0, rank_pattern={r"1\.q_proj": 2, "v_proj": 6}, alpha_pattern={"[02].q_proj": 2.0})
+    assert (config.width, config.module("q_proj", 1), config.module("v_proj", 0)) == (6, (2, 8.0), (6, 8.0))
+    params = trained(config)
+    assert params["q_proj"]["a"].shape == (L, 6, 6)
+    gates = jnp.array([2.0 / 4, 8.0 / 2, 2.0 / 4])  # s of each layer, with s = 1 below
+    plain = LoRAConfig(6, 6.0)
+    mask = {"q_proj": jnp.arange(6)[None, :] < jnp.array([[4], [2], [4]])}
+    expected = plain.bind(params, {"q_proj": gates}, mask)
+    np.testing.assert_allclose(forward(config.bind(params), *stack), forward(expected, *stack), rtol=1e-13)
+    gradient = jax.grad(lambda p: forward(config.bind(p), *stack).sum())(params)["q_proj"]
+    assert not gradient["b"][1, 2:].any() and gradient["b"][1, :2].any() and gradient["b"][0, :4].any()
+    # 14 inputs and outputs of q_proj, 10 of v_proj.
+    assert config.size(SHAPES, L) == (4 + 2 + 4) * 14 + 3 * 6 * 10
+    assert LoRAConfig(2, dora=True, layers=[1], targets=["q_proj"]).size(SHAPES, L) == 2 * 14 + 8
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: LoRAConfig(rank_pattern={"q_proj": 0}), r"LoRA rank 0 is not a positive integer\."),
+        (lambda: LoRAConfig(alpha_pattern={"q_(": 1.0}), r"LoRA alpha_pattern 'q_\(' is no regular expression \("),
+        (
+            lambda: trained(LoRAConfig(rank_pattern={"3.q_proj": 2})),
+            r"rank_pattern '3\.q_proj' matches no adapted module: they are called 0\.q_proj to 2\.v_proj, with",
+        ),
+        (
+            lambda: LoRAConfig(dora=True).bind(trained(LoRAConfig())),
+            r"parameters of LoRA, but the config is one of DoRA",
+        ),
+        (
+            lambda: LoRAConfig(dora=True).init(jax.random.key(0), SHAPES, L),
+            r"DoRA needs the frozen matrix at 'q_proj': give base=weights\['blocks'\] of the model\.",
+        ),
         (lambda: LoRAConfig(rank=0), r"LoRA rank 0 is not a positive integer\."),
         (lambda: LoRAConfig(rank=-3), r"LoRA rank -3 is not a positive integer\."),
         (lambda: LoRAConfig(alpha=0.0), r"LoRA alpha 0\.0 is not a positive number: it scales the update\."),
@@ -224,17 +294,21 @@ def settings_of(folder):
         LoRAConfig(rank=4, alpha=7.5),
         LoRAConfig(rank=4, layers=[0, 2], rslora=True, targets=["q_proj", "v_proj", "down_proj"]),
         LoRAConfig(rank=3, alpha=1.0, layers=[1], targets=["down_proj"]),
+        LoRAConfig(rank=4, dora=True, alpha_pattern={r"0\.q_proj": 5.0}),
+        LoRAConfig(rank=3, rank_pattern={"v_proj": 5}, alpha_pattern={r"1\.q_proj": 0.5}, rslora=True),
     ],
 )
 def test_peft_round_trip_is_exact(tmp_path, config, dtype):
     params = trained(config, dtype=dtype)
     save_peft(tmp_path / "new" / "adapter", config, params, NAMES)
-    again, loaded = load_peft(tmp_path / "new" / "adapter", NAMES, SHAPES, L)
+    again, loaded, _ = load_peft(tmp_path / "new" / "adapter", NAMES, SHAPES, L)
     assert again == config
+    chosen = np.array(config.layers if config.layers is not None else range(L))
     for site, leaves in params.items():
-        for name, leaf in leaves.items():
-            chosen = np.array(config.layers if config.layers is not None else range(L))
-            assert same_bits(leaf[chosen], loaded[site][name][chosen])
+        rank = config.module(site, 1)[0]
+        for name, leaf in {**leaves, "a": leaves["a"][..., :rank], "b": leaves["b"][:, :rank]}.items():
+            cut = {"a": np.s_[..., :rank], "b": np.s_[:, :rank], "m": np.s_[:]}[name]
+            assert same_bits(leaf[chosen], loaded[site][name][cut][chosen])
             assert not np.delete(loaded[site][name], chosen, axis=0).any()
 
 
@@ -266,19 +340,19 @@ def test_peft_export_of_gates_and_ranks_is_the_same_function(tmp_path, stack):
     assert settings["rank_pattern"] == {r"model\.layers\.2\.self_attn\.q_proj": 1}
     assert settings["alpha_pattern"] == {r"model\.layers\.2\.self_attn\.q_proj": 1.5}
     assert "layers_to_transform" not in settings
-    again, loaded = load_peft(folder, NAMES, SHAPES, L)
-    assert again == config
+    again, loaded, _ = load_peft(folder, NAMES, SHAPES, L)
+    assert again == dataclasses.replace(config, rank_pattern={r"2\.q_proj": 1}, alpha_pattern={r"2\.q_proj": 1.5})
     expected = forward(config.bind(params, gate, mask), *stack)
     np.testing.assert_allclose(forward(again.bind(loaded), *stack), expected, rtol=1e-12)
 
 
-def test_peft_import_folds_different_scales_into_b(tmp_path, stack):
+def test_peft_import_of_different_scales(tmp_path, stack):
     config = LoRAConfig(rank=4, alpha=8.0, targets=["q_proj"])
     params = trained(config)
     folder = save_peft(tmp_path / "adapter", config, params, NAMES)
     settings = settings_of(folder) | {"alpha_pattern": {"layers.1.self_attn.q_proj": 2, ".*": 8}}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    again, loaded = load_peft(folder, NAMES, SHAPES, L)
+    again, loaded, _ = load_peft(folder, NAMES, SHAPES, L)
     expected = forward(config.bind(params, jnp.array([1.0, 0.25, 1.0])), *stack)
     np.testing.assert_allclose(forward(again.bind(loaded), *stack), expected, rtol=1e-13)
 
@@ -344,12 +418,16 @@ def damage(folder, what):
         ("cut config", r"adapter_config\.json is damaged or no adapter config \(JSONDecodeError"),
         ("cut weights", r"adapter_model\.safetensors is damaged \(.*\): copy it again\."),
         ("half", r"has only one of A and B for model\.layers\.0\.self_attn\.q_proj: it is incomplete\."),
-        ("stranger", r"has a tensor base_model.*x_proj.* \(2, 6\), which has no place in this model\."),
-        ("shape", r"has A \(2, 3\) and B \(8, 2\) for model.*q_proj, which is 6 to 8 in this model\."),
+        (
+            "stranger",
+            r"has a tensor base_model.*x_proj.* \(2, 6\), which has no place in this model, whose linears are model\.l",
+        ),
+        ("shape", r"has A \(2, 3\) and B \(8, 2\) for model.*q_proj, which is 6 to 8 in this model and of rank 2 in"),
         ({"peft_type": "IA3"}, r"is of peft_type IA3 with r=2 and lora_alpha=16, which is no LoRA\."),
         ({"r": 0}, r"is of peft_type LORA with r=0 and lora_alpha=16, which is no LoRA\."),
-        ({"use_dora": True}, r"sets use_dora=True, which a plain LoRA cannot represent\."),
-        ({"modules_to_save": ["score"]}, r"sets modules_to_save=\['score'\], which a plain LoRA cannot represent\."),
+        ({"use_dora": True}, r"has only A, B for model\.layers\.0\.self_attn\.q_proj: it is incomplete\."),
+        ({"bias": "all"}, r"sets bias='all', which our LoRA cannot represent\."),
+        ({"r": 3}, r"has A \(2, 6\) and B \(8, 2\) for .* and of rank 3 in adapter_config\.json\."),
     ],
 )
 def test_peft_import_errors_are_one_sentence(tmp_path, what, message):
@@ -394,13 +472,17 @@ old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep
 
 
 @old_name
-@pytest.mark.parametrize("case", ["all", "layers", "gates", "rslora"])
+@pytest.mark.parametrize("case", ["all", "layers", "gates", "rslora", "dora", "patterns"])
 def test_peft_gives_the_same_logits(tiny_llama, tmp_path, case):
     torch, transformers, peft = require("torch"), require("transformers"), require("peft")
     folder, ours = tiny_llama
     layers = [0, 2] if case == "layers" else None
     config = LoRAConfig(rank=4, alpha=6.0, targets=".*_proj", layers=layers, rslora=case == "rslora")
-    params = config.init(jax.random.key(0), ours.config.site_shapes(), ours.config.num_layers)
+    if case in ("dora", "patterns"):
+        ranks, alphas = {"up_proj": 2, r"1\.o_proj": 5}, {r"2\..*": 3.0, "k_proj": 1.0}
+        config = dataclasses.replace(config, dora=case == "dora", rank_pattern=ranks, alpha_pattern=alphas)
+    base = ours.weights["blocks"]
+    params = config.init(jax.random.key(0), ours.config.site_shapes(), ours.config.num_layers, base=base)
     params = jax.tree.map(
         lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape, leaf.dtype), params
     )
@@ -412,7 +494,7 @@ def test_peft_gives_the_same_logits(tiny_llama, tmp_path, case):
 
     tokens = np.arange(24).reshape(2, 12) % 50
     apply = jax.jit(lambda weights, adapt: ours.model.apply({"params": weights}, jnp.asarray(tokens), None, adapt))
-    hook = config.bind(params, gate, mask)
+    hook = config.bind(params, gate, mask, base)
     logits = np.asarray(apply(ours.weights, hook))
     base = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -431,17 +513,106 @@ def test_peft_gives_the_same_logits(tiny_llama, tmp_path, case):
 
 
 @old_name
-def test_our_import_of_an_adapter_that_peft_wrote(tiny_llama, tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True, "alpha_pattern": {"layers.1.*": 3.5}}, {"use_dora": True}])
+def test_our_import_of_an_adapter_that_peft_wrote(tiny_llama, tmp_path, kind):
     torch, transformers, peft = require("torch"), require("transformers"), require("peft")
     folder, ours = tiny_llama
     torch.manual_seed(1)
     settings = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1, 2], "rank_pattern": {"q_proj": 3}}
+    settings |= kind
     wanted = peft.LoraConfig(task_type="CAUSAL_LM", r=5, lora_alpha=9, init_lora_weights=False, **settings)
     adapted = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(folder), wanted).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    config, params = load_peft(tmp_path / "adapter", ours.hf_names, ours.config.site_shapes(), ours.config.num_layers)
+    config, params, _ = load_peft(
+        tmp_path / "adapter", ours.hf_names, ours.config.site_shapes(), ours.config.num_layers
+    )
     assert (config.rank, config.targets, config.layers) == (5, ("q_proj", "up_proj"), (1, 2))
     tokens = np.arange(12).reshape(1, 12)
-    logits = ours.model.apply({"params": ours.weights}, jnp.asarray(tokens), None, config.bind(params))
+    hook = config.bind(params, base=ours.weights["blocks"])
+    logits = ours.model.apply({"params": ours.weights}, jnp.asarray(tokens), None, hook)
     with torch.no_grad():
         np.testing.assert_allclose(logits, adapted(torch.tensor(tokens)).logits.numpy(), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory):
+    """A random BERT with three classes as torch makes it, and the same one as we load it."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, num_labels=3, **sizes)
+    config.initializer_range = 0.2
+    folder = tmp_path_factory.mktemp("bert")
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder, models.load(folder)
+
+
+def classified(ours, config, params, head, tokens):
+    bound = Bound(config.bind(params, base=ours.weights["blocks"]), head)
+    batch = LabelledBatch(jnp.asarray(tokens), jnp.ones(tokens.shape, bool), jnp.asarray(tokens % 2), None)
+    return outputs(ours.model, ours.classifier(3), ours.weights, bound, batch)
+
+
+@old_name
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_head_goes_to_peft_and_comes_back(tiny_bert, tmp_path, dora):
+    torch, transformers, peft = require("torch"), require("transformers"), require("peft")
+    folder, ours = tiny_bert
+    config = LoRAConfig(4, 6.0, ["q_proj", "o_proj", "up_proj"], dora=dora, rank_pattern={r"0\.q_proj": 2})
+    base = ours.weights["blocks"]
+    params = config.init(jax.random.key(0), ours.config.site_shapes(), 2, base=base)
+    head = ours.classifier(3).init(jax.random.key(2), jnp.zeros((1, 32)))["params"]
+    noise = lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(1), leaf.shape, leaf.dtype)  # noqa: E731
+    params, head = jax.tree.map(noise, (params, head))
+    save_peft(tmp_path / "adapter", config, params, ours.hf_names, head=head, task_type="SEQ_CLS")
+    assert settings_of(tmp_path / "adapter")["modules_to_save"] == ["classifier"]
+
+    tokens = np.arange(24, dtype=np.int32).reshape(2, 12)
+    wanted = classified(ours, config, params, head, tokens)
+    plain = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    inputs = {"input_ids": torch.tensor(tokens).long(), "token_type_ids": torch.tensor(tokens % 2).long()}
+    with torch.no_grad():
+        theirs = adapted(**inputs).logits.numpy()
+        # The other way: what PEFT writes, with values of its own.
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        moved = adapted(**inputs).logits.numpy()
+    np.testing.assert_allclose(wanted, theirs, atol=1e-4)
+    adapted.save_pretrained(tmp_path / "theirs")
+    found = load_peft(tmp_path / "theirs", ours.hf_names, ours.config.site_shapes(), 2)
+    assert found.config == config and np.abs(moved - theirs).max() > 0.1
+    np.testing.assert_allclose(classified(ours, *found, tokens), moved, atol=1e-4)
+
+
+@old_name
+def test_sites_that_are_one_module_there(tmp_path):
+    torch, transformers, peft = require("torch"), require("transformers"), require("peft")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "initializer_range": 0.2}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, **sizes)).save_pretrained(tmp_path / "gpt2")
+    ours = models.load(tmp_path / "gpt2")
+    config = LoRAConfig(3, 6.0, ["q_proj", "v_proj", "up_proj"], alpha_pattern={"v_proj": 2.0}, layers=[1])
+    params = config.init(jax.random.key(0), ours.config.site_shapes(), 2)
+    noise = lambda leaf: leaf + 0.2 * jax.random.normal(jax.random.key(1), leaf.shape, leaf.dtype)  # noqa: E731
+    params = jax.tree.map(noise, params)
+    save_peft(tmp_path / "adapter", config, params, ours.hf_names)
+    tokens = np.arange(12).reshape(1, 12)
+
+    def logits(config, params):
+        return ours.model.apply({"params": ours.weights}, jnp.asarray(tokens), None, config.bind(params))
+
+    base = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        theirs = adapted(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits(config, params), theirs, atol=1e-4)
+    adapted.save_pretrained(tmp_path / "again")
+    again, loaded, _ = load_peft(tmp_path / "again", ours.hf_names, ours.config.site_shapes(), 2)
+    assert again.targets == ("q_proj", "k_proj", "v_proj", "up_proj") and again.layers == (1,)
+    np.testing.assert_allclose(logits(again, loaded), theirs, atol=1e-4)
+    turned = dataclasses.replace(config, dora=True)
+    params = turned.init(jax.random.key(0), ours.config.site_shapes(), 2, base=ours.weights["blocks"])
+    with pytest.raises(ValueError, match=r"DoRA at a part of transformer\.h\.1\.attn\.c_attn has no place in PEFT's"):
+        save_peft(tmp_path / "dora", turned, params, ours.hf_names)
