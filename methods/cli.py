@@ -19,6 +19,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "lora": Command("methods.baselines.lora", "LoRASettings", "train LoRA, rsLoRA or DoRA on every layer"),
     "flexora": Command("methods.flexora", "FlexoraSettings", "select the layers that deserve LoRA"),
 }
 

@@ -2,27 +2,36 @@
 
 The rows of a task are cut into three: *train*, which the inner loss sees; *outer*, the validation rows of the outer
 loss; and *test*, the published validation set, which only the last evaluation sees.
+
+What is trained is `{"lora": adapter, "head": head}`: the head is a `Classifier`'s parameters where texts are labelled,
+and {} where the model's own head answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import bilevel
 from methods import tasks
 from methods.adapters.lora import LoRAConfig
-from methods.models.hooks import Hook
+from methods.adapters.peft import save_peft
 from methods.models.loading import Pretrained, load
+from methods.objective import Bound, Trainable, jitted_outputs, jitted_row_losses, mean_loss, write
 from methods.runfolder import RunFolder
-from methods.tasks.loss import answer_log_likelihood, answer_loss_at, answer_width
+from methods.tasks.batches import by_length, cut
+from methods.tasks.loss import answer_log_likelihood, answer_width
+from methods.training import Recipe, train
+
+WRITTEN = 256
+"""Most tokens of a written answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +52,13 @@ class Settings:
       test_rows: rows of the last evaluation; 0 takes all.
       rank: LoRA's r.
       lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
+      adapter: "rslora" scales by alpha / sqrt(r), "dora" trains the lengths of the adapted columns beside LoRA.
       targets: names of the adapted linears, or one regular expression.
       finetune_steps: optimizer steps of the final training.
       finetune_lr: peak learning rate of the final training (AdamW, 10 % warm-up, cosine decay).
+      accumulate: batches whose mean gradient makes one step of the final training.
+      validate_every: steps between two validations on the outer rows, the best of which is kept; 0: none.
+      patience: validations without a new best that stop the final training; 0: never.
       remat: recompute blocks in the backward pass: less memory, one more forward pass.
     """
 
@@ -62,9 +75,13 @@ class Settings:
     test_rows: int = 100
     rank: int = 8
     lora_alpha: float = 16.0
+    adapter: Literal["lora", "rslora", "dora"] = "lora"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     finetune_steps: int = 40
     finetune_lr: float = 5e-4
+    accumulate: int = 1
+    validate_every: int = 0
+    patience: int = 0
     remat: bool = True
 
 
@@ -75,23 +92,29 @@ class Bench(NamedTuple):
       pretrained: the model.
       lora: the adapter's fixed part.
       task, splits: the task and its rows.
-      train, outer: encoded rows, arrays `[N, T]`.
-      width: most answer tokens in a row of `train` or `outer`.
+      train, outer: encoded rows, arrays `[N, T]` (of a `LabelledBatch` where the task is a classification).
+      width: most answer tokens in a row of `train` or `outer`; 0 where rows have a label instead.
       left_out: published training rows that are longer than T.
+      head: the `Classifier` that answers; None where the model's own head does.
     """
 
     pretrained: Pretrained
     lora: LoRAConfig
     task: tasks.Task
     splits: tasks.Splits
-    train: tasks.TokenBatch
-    outer: tasks.TokenBatch
+    train: Any
+    outer: Any
     width: int
     left_out: int
+    head: Any = None
 
     @property
     def num_layers(self) -> int:
         return self.pretrained.config.num_layers
+
+    @property
+    def trainable(self) -> Trainable:
+        return Trainable(self.lora)
 
 
 def prepare(settings: Settings) -> Bench:
@@ -101,12 +124,14 @@ def prepare(settings: Settings) -> Bench:
       ValueError, FileNotFoundError: one sentence on what is wrong with which setting.
     """
     # The cheap mistakes first: nobody should wait for a model to load to learn of a misspelt task.
-    task = tasks.get(settings.task)
+    task: Any = tasks.get(settings.task)
     targets = settings.targets[0] if len(settings.targets) == 1 else settings.targets
-    lora = LoRAConfig(settings.rank, settings.lora_alpha, targets)
+    rslora, dora = settings.adapter == "rslora", settings.adapter == "dora"
+    lora = LoRAConfig(settings.rank, settings.lora_alpha, targets, rslora=rslora, dora=dora)
     for name in ("batch_size", "outer_batch_size", "finetune_steps", "length", "train_rows", "outer_rows"):
         if getattr(settings, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1.")
+    recipe(settings)
     for size, rows in (("batch_size", "train_rows"), ("outer_batch_size", "outer_rows")):
         if getattr(settings, size) > getattr(settings, rows):
             raise ValueError(
@@ -118,6 +143,9 @@ def prepare(settings: Settings) -> Bench:
     lora.sites(pretrained.config.site_shapes())
     if pretrained.tokenizer is None:
         raise ValueError(f"The model {settings.model} brings no tokenizer, which a language task needs.")
+    labelled = isinstance(task, tasks.Classification)
+    if not labelled and not hasattr(pretrained.model, "head"):
+        raise ValueError(f"The task {task.name} needs a model that writes text, which {settings.model} does not.")
     if not settings.remat:
         model: Any = pretrained.model
         pretrained = dataclasses.replace(pretrained, model=dataclasses.replace(model, remat=False))
@@ -133,70 +161,89 @@ def prepare(settings: Settings) -> Bench:
     )
 
     def encoded(rows):
-        batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
+        if labelled:
+            batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
+        else:
+            batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
         return jax.tree.map(jnp.asarray, batch)
 
     train, outer = encoded(splits.train), encoded(splits.outer)
-    width = max(answer_width(train), answer_width(outer))
-    return Bench(pretrained, lora, task, splits, train, outer, width, len(published[0]) - len(fitting))
+    width = 0 if labelled else max(answer_width(train), answer_width(outer))
+    head = pretrained.classifier(task.outputs) if labelled else None
+    return Bench(pretrained, lora, task, splits, train, outer, width, len(published[0]) - len(fitting), head)
 
 
-def _fitting(task: tasks.Task, rows: list[Any], tokenizer: Any, settings: Settings) -> list[Any]:
-    """The rows whose prompt and right answer fit into `length` tokens, looked for in a seeded order until enough."""
+def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings) -> list[Any]:
+    """The rows whose text, with the right answer, fits into `length` tokens, looked for in a seeded order until
+    enough."""
     wanted = 4 * (settings.train_rows + settings.outer_rows) + 64  # some share a subject with the test
     order = np.random.default_rng(settings.seed).permutation(len(rows))[:wanted]
     chosen = [rows[i] for i in order]
-    texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen)]
-    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-    return [row for row, length in zip(chosen, lengths, strict=True) if length <= settings.length]
+    if isinstance(task, tasks.Classification):
+        kept = tasks.fits(task, chosen, tokenizer, settings.length)
+    else:
+        texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen)]
+        kept = [len(ids) <= settings.length for ids in tokenizer(texts)["input_ids"]]
+    return [row for row, keep in zip(chosen, kept, strict=True) if keep]
+
+
+def loss(bench: Bench) -> Any:
+    """`loss(weights, bound, batch)`, `objective.mean_loss` of this model and head."""
+    return partial(mean_loss, bench.pretrained.model, bench.head, bench.width)
 
 
 def answer_loss(bench: Bench) -> Any:
-    """`loss(weights, adapt, batch)`: mean negative log-likelihood of the answer tokens, in nats."""
-    model, width = bench.pretrained.model, bench.width
+    """`loss(weights, adapt, batch)`: mean negative log-likelihood of the answer tokens, in nats, of a hook alone."""
+    mean = loss(bench)
+    return lambda weights, adapt, batch: mean(weights, Bound(adapt, {}), batch)
 
-    def loss(weights: Any, adapt: Hook, batch: tasks.TokenBatch) -> jax.Array:
-        variables = {"params": weights}
-        hidden: Any = model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden")
-        return answer_loss_at(lambda h: model.apply(variables, h, method="head"), hidden, batch, width)  # pyright: ignore
 
-    return loss
+def start(bench: Bench, key: jax.Array) -> dict[str, Any]:
+    """What is trained, fresh: A random, B = 0; a head with kernels drawn from N(0, 0.02^2) and biases 0."""
+    if bench.head is None:
+        return {"lora": start_adapter(bench, key), "head": {}}
+    features = jnp.zeros((1, bench.pretrained.config.hidden_size))
+    head = bench.head.init(jax.random.fold_in(key, 1), features)["params"]
+    return {"lora": start_adapter(bench, key), "head": head}
 
 
 def start_adapter(bench: Bench, key: jax.Array) -> Any:
     """Fresh LoRA parameters: A random, B = 0."""
-    return bench.lora.init(key, bench.pretrained.config.site_shapes(), bench.num_layers)
+    shapes = bench.pretrained.config.site_shapes()
+    return bench.lora.init(key, shapes, bench.num_layers, base=bench.pretrained.weights["blocks"])
 
 
-def finetune(settings: Settings, bench: Bench, layers: list[int], name: str, folder: RunFolder) -> Any:
-    """Trains LoRA from scratch on `layers` alone: AdamW, linear warm-up over 10 % of the steps, cosine decay.
+def recipe(settings: Settings) -> Recipe:
+    """The recipe of the final training. Raises ValueError."""
+    counts = settings.accumulate, settings.validate_every, settings.patience
+    return Recipe(settings.finetune_steps, settings.finetune_lr, *counts)
 
-    Returns the parameters. The layers are a mask, an outer variable that does not move, so that every choice of
+
+def finetune(settings: Settings, bench: Bench, layers: list[int], name: str, folder: RunFolder) -> dict[str, Any]:
+    """Trains LoRA from scratch on `layers` alone, and the head if there is one: `methods.training.train`.
+
+    Returns what is trained. The layers are a mask, an outer variable that does not move, so that every choice of
     layers is the same compiled program.
     """
-    loss = answer_loss(bench)
+    mean, trainable = loss(bench), bench.trainable
 
     def inner_loss(weights, params, mask, batch, key):
-        return loss(weights, bench.lora.bind(params, mask=mask), batch)
+        return mean(weights, trainable.bind(params, mask=mask, base=weights["blocks"]), batch)
 
-    steps = settings.finetune_steps
-    schedule = optax.warmup_cosine_decay_schedule(0.0, settings.finetune_lr, max(1, steps // 10), steps)
     partial_loss = jax.tree_util.Partial(inner_loss, bench.pretrained.weights)
     problem = bilevel.Problem(
-        partial_loss, partial_loss, lambda key, mask: start_adapter(bench, key), lambda key: layer_mask(bench, layers)
+        partial_loss, partial_loss, lambda key, mask: start(bench, key), lambda key: layer_mask(bench, layers)
     )
-    result = bilevel.fit(
+    return train(
         problem,
         layer_mask(bench, layers),
-        optimizer=optax.adamw(schedule, weight_decay=0.0),
-        data=bilevel.Batches(bench.train, settings.batch_size),
-        steps=steps,
+        tasks.Buckets(bench.train, settings.batch_size, seed=settings.seed),
+        recipe(settings),
+        folder,
+        name,
         key=jax.random.key(settings.seed + 1),
-        callbacks=[folder.log(f"finetune {name}")],
-        checkpoint=folder.path / "checkpoints" / f"finetune-{name}",
-        title=f"fine-tuning, {name}",
+        validate=lambda params: validation_loss(bench, params, layers),
     )
-    return result.inner.params
 
 
 def layer_mask(bench: Bench, layers: list[int]) -> jax.Array:
@@ -204,12 +251,35 @@ def layer_mask(bench: Bench, layers: list[int]) -> jax.Array:
     return jnp.isin(jnp.arange(bench.num_layers), jnp.asarray(layers, jnp.int32))
 
 
-def evaluate(bench: Bench, params: Any, layers: list[int]) -> tasks.Evaluation:
-    """Accuracy on the test rows with LoRA `params` on `layers`; no layer is the model as it came."""
-    adapt = bench.lora.bind(params, mask=layer_mask(bench, layers))
-    score = partial(_score, bench.pretrained.model, bench.pretrained.weights, adapt)
-    rows = bench.splits.test
-    return tasks.evaluate(score, bench.task, rows, bench.pretrained.tokenizer, batch_size=min(8, 2 * len(rows)))
+def validation_loss(bench: Bench, params: dict[str, Any], layers: list[int], batch_size: int = 16) -> float:
+    """The loss over all outer rows, of what is trained on `layers`."""
+    weights = bench.pretrained.weights
+    bound = bench.trainable.bind(params, mask=layer_mask(bench, layers), base=weights["blocks"])
+    outer = jax.tree.map(np.asarray, bench.outer)
+    total, count = 0.0, 0
+    for index, length in by_length(outer.mask.sum(axis=1), batch_size, 32, outer.mask.shape[1]):
+        batch = cut(outer, np.resize(index, batch_size), length)
+        losses, counts = jitted_row_losses(bench.pretrained.model, bench.head, bench.width, weights, bound, batch)
+        total += float(np.asarray(losses)[: len(index)].sum())
+        count += int(np.asarray(counts)[: len(index)].sum())
+    return total / count
+
+
+def evaluate(
+    bench: Bench, params: dict[str, Any], layers: list[int]
+) -> tasks.Evaluation | tasks.Classified | tasks.Written:
+    """The task's metrics on the test rows, of what is trained on `layers`; no layer is the model as it came."""
+    weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
+    bound = bench.trainable.bind(params, mask=layer_mask(bench, layers), base=weights["blocks"])
+    task: Any = bench.task
+    if bench.head is not None:
+        answer = partial(jitted_outputs, bench.pretrained.model, bench.head, weights, bound)
+        longest = min(512, bench.pretrained.config.max_positions)
+        return tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
+    if isinstance(task, tasks.Generation):
+        return tasks.evaluate_written(lambda p: write(bench.pretrained, bound.adapt, p, tokens=WRITTEN), task, rows)
+    score = partial(_score, bench.pretrained.model, weights, bound.adapt)
+    return tasks.evaluate(score, task, rows, tokenizer, batch_size=min(8, 2 * len(rows)))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -219,6 +289,24 @@ def _score(model, weights, adapt, tokens, mask, answer_mask):
 
 
 def trainable_parameters(bench: Bench, layers: list[int]) -> int:
-    """LoRA parameters on `layers`: sum over their sites of r (in + out)."""
-    shapes = bench.pretrained.config.site_shapes()
-    return len(layers) * sum(bench.lora.rank * sum(shapes[site]) for site in bench.lora.sites(shapes))
+    """Parameters trained: LoRA's on `layers`, sum over their sites of r (in + out), and the head's."""
+    head = jax.eval_shape(lambda: start(bench, jax.random.key(0)))["head"]
+    size = sum(leaf.size for leaf in jax.tree.leaves(head))
+    if not layers:
+        return size
+    return size + dataclasses.replace(bench.lora, layers=layers).size(
+        bench.pretrained.config.site_shapes(), bench.num_layers
+    )
+
+
+def save_adapter(folder: str | os.PathLike[str], bench: Bench, params: dict[str, Any], layers: list[int]) -> Path:
+    """What was trained on `layers`, as PEFT's folder."""
+    config = dataclasses.replace(bench.lora, layers=None if len(layers) == bench.num_layers else layers)
+    return save_peft(
+        folder,
+        config,
+        params["lora"],
+        bench.pretrained.hf_names,
+        head=params["head"],
+        task_type="CAUSAL_LM" if bench.head is None else "SEQ_CLS",
+    )

@@ -30,8 +30,8 @@ import optax
 import bilevel
 from methods import experiment, report
 from methods.adapters.lora import LoRAConfig
-from methods.adapters.peft import save_peft
 from methods.experiment import Bench, Settings
+from methods.objective import Trainable
 from methods.runfolder import RunFolder
 
 
@@ -77,20 +77,22 @@ def cleared(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def problem(loss: Any, weights: Any, lora: LoRAConfig, start: Any, num_layers: int, *, power: int = 1) -> Any:
+def problem(
+    loss: Any, weights: Any, lora: LoRAConfig | Trainable, start: Any, num_layers: int, *, power: int = 1
+) -> Any:
     """Flexora's bilevel problem.
 
     Args:
       loss: `loss(weights, adapt, batch) -> scalar`, for both levels.
       weights: the frozen model.
-      lora: the adapter.
-      start: `start(key) -> LoRA parameters`.
+      lora: the adapter, `LoRAConfig` or `objective.Trainable`: what has its `bind`.
+      start: `start(key)`, the parameters that `lora` binds.
       num_layers: n.
       power: how often the gate multiplies the update; 1, or 3 for the released code.
     """
 
     def gated(weights, params, alpha, batch, key):
-        return loss(weights, lora.bind(params, gate(alpha) ** power), batch)
+        return loss(weights, lora.bind(params, gate(alpha) ** power, base=weights["blocks"]), batch)
 
     gated = jax.tree_util.Partial(gated, weights)
     return bilevel.Problem(gated, gated, lambda key, alpha: start(key), lambda key: jnp.zeros(num_layers))
@@ -159,10 +161,10 @@ def solver(settings: FlexoraSettings, bench: Bench) -> bilevel.Nested:
     first_order = settings.released or settings.hypergradient == "first-order"
     estimator = bilevel.FirstOrder(inner, steps) if first_order else bilevel.Unrolled(inner, steps, checkpoint="step")
     layers = problem(
-        experiment.answer_loss(bench),
+        experiment.loss(bench),
         bench.pretrained.weights,
-        bench.lora,
-        lambda key: experiment.start_adapter(bench, key),
+        bench.trainable,
+        lambda key: experiment.start(bench, key),
         bench.num_layers,
         power=3 if settings.released else 1,
     )
@@ -213,15 +215,14 @@ def main(settings: FlexoraSettings) -> None:
     for i in range(settings.random_baselines):
         rng = np.random.default_rng((settings.seed, i))
         arms[f"random-{i}"] = sorted(int(j) for j in rng.choice(bench.num_layers, len(chosen), replace=False))
-    fresh = experiment.start_adapter(bench, jax.random.key(0))
+    fresh = experiment.start(bench, jax.random.key(0))
     folder.once("results/pretrained", lambda: report.arm(bench, [], experiment.evaluate(bench, fresh, [])))
     for name, layers in arms.items():
 
         def trained(name=name, layers=layers):
             params = experiment.finetune(settings, bench, layers, name, folder)
             if name == "flexora":
-                config = dataclasses.replace(bench.lora, layers=layers)
-                save_peft(folder.path / "adapter", config, params, bench.pretrained.hf_names)
+                experiment.save_adapter(folder.path / "adapter", bench, params, layers)
             return report.arm(bench, layers, experiment.evaluate(bench, params, layers))
 
         folder.once(f"results/{name}", trained)

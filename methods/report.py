@@ -11,18 +11,29 @@ import numpy as np
 from methods import experiment
 from methods.experiment import Bench
 from methods.runfolder import RunFolder
-from methods.tasks import Evaluation
+from methods.tasks import Accuracy, Classified, Evaluation, Written
 
 
-def arm(bench: Bench, layers: list[int], evaluation: Evaluation) -> dict[str, Any]:
-    """One row of the comparison, as it is stored: which layers, how many parameters, how many right."""
-    return {
+def arm(bench: Bench, layers: list[int], evaluation: Evaluation | Classified | Written) -> dict[str, Any]:
+    """One row of the comparison, as it is stored: which layers, how many parameters, how well on the test rows."""
+    row = {
         "layers": layers,
         "parameters": experiment.trainable_parameters(bench, layers),
+        "predictions": evaluation.predictions,
+    }
+    if not isinstance(evaluation, Evaluation):
+        row["metrics"] = evaluation.metrics
+        if (right := evaluation.right) is not None:
+            row["accuracy"] = Accuracy.of(right)._asdict()
+        return row
+    return row | {
+        "metrics": {
+            "accuracy per character": evaluation.accuracy.value,
+            "accuracy per token": evaluation.per_token.value,
+        },
         "accuracy": evaluation.accuracy._asdict(),
         "accuracy_per_token": evaluation.per_token._asdict(),
         "accuracy_unnormalised": evaluation.unnormalised._asdict(),
-        "predictions": evaluation.predictions,
     }
 
 
@@ -44,6 +55,43 @@ def layer_selection(
     alpha_figure(figures / "alpha.png", alpha, chosen)
     selection_figure(figures / "selection.png", alpha[-1], chosen, rule)
     folder.write_text("report.md", _page(settings, bench, alpha, chosen, rule, results))
+
+
+def training(folder: RunFolder, settings: Any, bench: Bench, arms: list[str]) -> None:
+    """`figures/training.png` and `report.md` of fine-tuning runs.
+
+    Args:
+      folder: the run's; its `results/<arm>.json` are the rows of the table.
+      arms: names of the models compared, the trained ones also those of their metrics.
+    """
+    results = {name: folder.read(f"results/{name}") for name in arms}
+    figures = folder.path / "figures"
+    figures.mkdir(exist_ok=True)
+    training_figure(figures / "training.png", folder, arms)
+    folder.write_text("report.md", _training_page(settings, bench, results))
+
+
+def training_figure(file: Path, folder: RunFolder, arms: list[str]) -> None:
+    """Training loss over batches, smoothed over a twentieth of them, with the validation losses as dots."""
+    plt = _pyplot()
+    fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    for name in arms:
+        rows = folder.rows(f"finetune {name}")
+        if not rows:
+            continue
+        loss = np.array([row["inner_loss"] for row in rows])
+        window = max(1, len(loss) // 20)
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        (line,) = ax.plot(np.arange(window, len(loss) + 1), smooth, lw=1.2, label=f"{name}, training")
+        if (folder.path / f"validation/{name}.json").is_file():
+            points = folder.read(f"validation/{name}")
+            at, values = [p["step"] for p in points], [p["loss"] for p in points]
+            ax.plot(at, values, "o--", ms=4, lw=0.8, color=line.get_color(), label=f"{name}, validation")
+    ax.set(xlabel="batch", ylabel="loss", title="Loss")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(file, dpi=150)
+    plt.close(fig)
 
 
 def alpha_figure(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
@@ -78,17 +126,19 @@ def selection_figure(file: Path, alpha: np.ndarray, chosen: list[int], rule: str
 
 
 def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table: parameters, accuracy and its 95 % interval for each model."""
-    lines = [
-        "| model | layers | trainable parameters | accuracy per character | 95 % interval | right |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    """A Markdown table: parameters, the task's metrics, and for classes the share that is right and its interval."""
+    metrics = list(next(iter(results.values()))["metrics"])
+    titles = ["model", "layers", "trainable parameters", *metrics]
+    counted = all("accuracy" in row for row in results.values())
+    titles += ["95 % interval of accuracy", "right"] if counted else []
+    lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for name, row in results.items():
-        score = row["accuracy"]
-        lines.append(
-            f"| {name} | {len(row['layers'])} | {row['parameters']:,} | {100 * score['value']:.1f} % "
-            f"| {100 * score['low']:.1f} to {100 * score['high']:.1f} % | {score['correct']}/{score['total']} |"
-        )
+        cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
+        cells += [f"{100 * row['metrics'][metric]:.1f}" for metric in metrics]
+        if counted:
+            score = row["accuracy"]
+            cells += [f"{100 * score['low']:.1f} to {100 * score['high']:.1f}", f"{score['correct']}/{score['total']}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -152,6 +202,30 @@ for; {bench.splits.dropped} share a subject with the test). LoRA rank {settings.
 AdamW from scratch, peak learning rate {settings.finetune_lr:g}, the same for every row of the table.
 The adapter of the selected layers is in `adapter/`, in PEFT's format. All settings: `config.json`; every step:
 `metrics.jsonl`.
+"""
+
+
+def _training_page(settings, bench: Bench, results) -> str:
+    every = settings.validate_every
+    chosen = f"the best of the validations, one every {every} steps," if every else "the last, without validation,"
+    return f"""# LoRA on {bench.task.name}, {Path(settings.model).name}
+
+{accuracy_table(results)}
+
+Test rows: {len(bench.splits.test)} of the published {bench.task.test} set, which no training saw. Metrics in per cent;
+intervals are Wilson's 95 % binomial intervals.
+
+![loss](figures/training.png)
+
+## How it was made
+
+Trained on {len(bench.splits.train)} rows, validated on {len(bench.splits.outer)} other rows of the published training
+set ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or beyond what was asked
+for; {bench.splits.dropped} share a subject with the test). {settings.adapter}, rank {settings.rank}, alpha
+{settings.lora_alpha:g}, on {", ".join(bench.lora.sites(bench.pretrained.config.site_shapes()))} of all
+{bench.num_layers} layers; {settings.finetune_steps} steps of AdamW, {settings.accumulate} batches of
+{settings.batch_size} rows each, peak learning rate {settings.finetune_lr:g}; {chosen} is what was tested.
+The adapter is in `adapter/`, in PEFT's format. All settings: `config.json`; every step: `metrics.jsonl`.
 """
 
 

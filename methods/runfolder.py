@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -48,16 +50,33 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file: beside it first, then renamed."""
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.name)
+        self._write_bytes(name, text.encode("utf-8"))
+
+    def write_arrays(self, name: str, tree: Any) -> None:
+        """Writes the arrays of a pytree as `name.safetensors`."""
+        from safetensors.numpy import save
+
+        arrays = {key: np.ascontiguousarray(leaf) for key, leaf in _leaves(tree).items()}
+        self._write_bytes(f"{name}.safetensors", save(arrays))
+
+    def read_arrays(self, name: str, like: Any) -> Any:
+        """What `name.safetensors` holds, in the structure of `like`.
+
+        Raises:
+          ValueError: if it is damaged, or of another structure.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        file = self.path / f"{name}.safetensors"
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            arrays = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): delete the run's folder and start again.") from None
+        if set(arrays) != set(_leaves(like)):
+            raise ValueError(f"{file} holds other parameters than this run trains: delete it and start again.")
+        leaves = [jnp.asarray(arrays[key]) for key in _leaves(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def read(self, name: str) -> Any:
         """What `name.json` holds.
@@ -94,6 +113,18 @@ class RunFolder:
         """The logged rows of one stage, by step."""
         return [row for (of, _), row in sorted(self._rows.items()) if of == stage]
 
+    def _write_bytes(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
     def _read_rows(self) -> dict[tuple[str, int], dict[str, Any]]:
         file = self.path / "metrics.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -102,6 +133,11 @@ class RunFolder:
             return {(row["stage"], row["step"]): row for row in rows}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}): delete it to have it made again.") from None
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by the names of their places."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,108 @@
+"""What training minimises: losses of a frozen model, a hook and a head, on answers or on labels; and what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from methods.adapters.lora import Linears, LoRAConfig, PerLayer
+from methods.models.hooks import Hook
+from methods.models.loading import Pretrained
+from methods.tasks.batches import by_length
+from methods.tasks.encode import marks
+from methods.tasks.loss import answer_log_likelihood_at, label_losses
+
+
+class Bound(NamedTuple):
+    """What a loss is given of what is trained: the hook and the head's parameters ({} without a head)."""
+
+    adapt: Hook
+    head: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """`LoRAConfig.bind` for `{"lora": ..., "head": ...}`."""
+
+    lora: LoRAConfig
+
+    def bind(
+        self, params: Any, gate: PerLayer | None = None, mask: PerLayer | None = None, base: Linears | None = None
+    ) -> Bound:
+        return Bound(self.lora.bind(params["lora"], gate, mask, base), params["head"])
+
+
+def mean_loss(model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any) -> jax.Array:
+    """The mean of `row_losses` over answer tokens, or over labelled rows: a scalar."""
+    losses, counts = row_losses(model, head, width, weights, bound, batch)
+    return losses.sum() / counts.sum().astype(losses.dtype)
+
+
+def row_losses(
+    model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each row and what it is counted as, `[B]` both.
+
+    With a head the row's `label_losses`, and 1; without, the negative log-likelihood of its answer in nats, and the
+    answer's tokens.
+
+    Args:
+      model: a module of `methods.models`.
+      head: a `Classifier`, or None where the model's own head answers.
+      width: most answer tokens that a row has; not read with a head.
+      weights: the model's.
+      bound: hook and head parameters.
+      batch: a `LabelledBatch` with a head, a `TokenBatch` without.
+    """
+    if head is not None:
+        losses = label_losses(outputs(model, head, weights, bound, batch), batch.labels)
+        return losses, jnp.ones(losses.shape, jnp.int32)
+    variables = {"params": weights}
+    hidden = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="hidden")
+    values = answer_log_likelihood_at(lambda h: model.apply(variables, h, method="head"), hidden, batch, width)
+    return -values, jnp.asarray(batch.answer_mask).sum(axis=1)
+
+
+def outputs(model: Any, head: Any, weights: Any, bound: Bound, batch: Any) -> jax.Array:
+    """The head's answers to a `LabelledBatch`, `[B, outputs]`."""
+    types = {"token_types": batch.types} if getattr(model.config, "token_types", 0) else {}
+    variables = {"params": weights}
+    features = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="features", **types)
+    return head.apply({"params": bound.head}, features)
+
+
+def write(
+    pretrained: Pretrained, adapt: Hook, prompts: Sequence[str], *, tokens: int, batch_size: int = 8
+) -> list[str]:
+    """What the model writes after each prompt, greedily, at most `tokens` tokens, up to its mark of the end.
+
+    Raises:
+      ValueError: as `methods.models.generate.greedy`.
+    """
+    from methods.models.generate import greedy
+
+    tokenizer: Any = pretrained.tokenizer
+    first, fill = marks(tokenizer)
+    sequences = [[*first, *ids] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = [""] * len(sequences)
+    lengths = [len(ids) for ids in sequences]
+    for index, length in by_length(lengths, batch_size, 32, max(lengths)):
+        rows = np.resize(index, batch_size)
+        array, mask = np.full((batch_size, length), fill, np.int32), np.zeros((batch_size, length), bool)
+        for row, i in enumerate(rows):
+            array[row, : lengths[i]], mask[row, : lengths[i]] = sequences[i], True
+        found = greedy(pretrained, array, mask, tokens, stop, adapt)
+        for row, i in enumerate(index):
+            texts[i] = tokenizer.decode(found.tokens[row][found.mask[row]], skip_special_tokens=True)
+    return texts
+
+
+jitted_outputs = partial(jax.jit, static_argnums=(0, 1))(outputs)
+jitted_row_losses = partial(jax.jit, static_argnums=(0, 1, 2))(row_losses)

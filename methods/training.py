@@ -1,0 +1,155 @@
+"""The ordinary fine-tuning loop: an optax optimizer, a schedule, validation, the best parameters, early stop, resume.
+
+It is `bilevel.fit`, the inner problem at a fixed outer variable, with a callback that validates. Killed at any moment
+and started again it gives what it would have given, bit for bit: batches are a function of the step, and a validation
+that is repeated finds what it found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import bilevel
+from bilevel.checkpoints import Checkpoints
+from methods.runfolder import RunFolder
+from methods.tasks import Buckets
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+      steps: optimizer steps.
+      learning_rate: the peak: AdamW without weight decay, linear warm-up over 10 % of the steps, cosine decay to 0.
+      accumulate: batches whose mean gradient makes one optimizer step.
+      validate_every: optimizer steps between two validations; 0: none, and the last parameters are the result.
+      patience: validations in a row without a new best after which training stops; 0: never.
+
+    Raises:
+      ValueError: for a count below its least, or patience without validations.
+    """
+
+    steps: int
+    learning_rate: float
+    accumulate: int = 1
+    validate_every: int = 0
+    patience: int = 0
+
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("accumulate", 1), ("validate_every", 0), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"Fine-tuning with {name}={getattr(self, name)}: it must be at least {least}.")
+        if self.patience and not self.validate_every:
+            raise ValueError(f"patience={self.patience} counts validations, of which there are none: validate_every=0.")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of one batch a step."""
+        warmup = max(1, self.steps // 10)
+        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, self.steps)
+        adamw = optax.adamw(schedule, weight_decay=0.0)
+        return optax.MultiSteps(adamw, self.accumulate).gradient_transformation() if self.accumulate > 1 else adamw
+
+
+def train(
+    problem: bilevel.Problem,
+    outer: Any,
+    batches: Buckets,
+    recipe: Recipe,
+    folder: RunFolder,
+    name: str,
+    *,
+    key: jax.Array,
+    validate: Callable[[Any], float] | None = None,
+) -> Any:
+    """The inner variable of `problem` after training at `outer`; with validations the best, else the last.
+
+    Args:
+      problem: `inner_loss` is trained on, one batch at a time.
+      outer: where the outer variable stays.
+      batches: training batches; set to their beginning.
+      recipe: how to train.
+      folder: metrics go to `metrics.jsonl`, the state to `checkpoints/finetune-<name>`, validations to
+        `validation/<name>.json`, the best parameters so far to `validation/<name>.safetensors`.
+      name: of the training.
+      key: of the start values and of what the loss draws.
+      validate: from parameters to the validation loss; smaller is better.
+
+    Raises:
+      ValueError: if the recipe validates and there is no `validate`.
+      FloatingPointError: if training diverges; names step and leaf.
+    """
+    if recipe.validate_every and validate is None:
+        raise ValueError("A recipe that validates needs a validation loss.")
+    callbacks: list[Any] = [folder.log(f"finetune {name}")]
+    checkpoint, optimizer = folder.path / "checkpoints" / f"finetune-{name}", recipe.optimizer()
+
+    def fit(steps: int, progress: bool = True) -> Any:
+        batches.set_state(0)
+        return bilevel.fit(
+            problem,
+            outer,
+            optimizer=optimizer,
+            data=batches,
+            steps=steps,
+            key=key,
+            progress=progress,
+            callbacks=callbacks,
+            checkpoint=checkpoint,
+            title=f"fine-tuning, {name}",
+        )
+
+    if validate is None or not recipe.validate_every:
+        return fit(recipe.steps * recipe.accumulate).inner.params
+    validation = Validation(validate, recipe, folder, name)
+    if (last := Checkpoints(checkpoint).latest()) and last not in validation.losses:
+        # Interrupted between the step and its validation, if it has one: `fit` finds it done, and returns its state.
+        validation(last, fit(last, progress=False).state, None)
+    callbacks.append(validation)
+    result = fit(validation.stopped_at() or recipe.steps * recipe.accumulate)
+    return validation.best(result.inner.params)
+
+
+class Validation:
+    """A callback of `bilevel.run` that validates, keeps the best parameters and stops when they stay the best too long.
+
+    What it knows is in two files: `validation/<name>.json`, the loss by step, and the best parameters. A run that
+    resumes from before some of these validations comes by them again, and finds the same.
+    """
+
+    def __init__(self, validate: Callable[[Any], float], recipe: Recipe, folder: RunFolder, name: str):
+        self._validate, self._recipe, self._folder, self._name = validate, recipe, folder, f"validation/{name}"
+        known = (folder.path / f"{self._name}.json").is_file()
+        rows = folder.read(self._name) if known else []
+        self.losses: dict[int, float] = {row["step"]: row["loss"] for row in rows}
+
+    def __call__(self, step: int, state: Any, metrics: Any) -> bool:
+        recipe = self._recipe
+        number, within = divmod(step, recipe.accumulate)
+        if within or (number % recipe.validate_every and number != recipe.steps):
+            return False
+        before = {at: loss for at, loss in self.losses.items() if at < step}
+        loss = float(self._validate(state.inner.params))
+        if not before or loss < min(before.values()):
+            self._folder.write_arrays(self._name, state.inner.params)
+        self.losses = before | {step: loss}
+        self._folder.write(self._name, [{"step": at, "loss": value} for at, value in self.losses.items()])
+        return self.stopped_at() is not None
+
+    def stopped_at(self) -> int | None:
+        """The batch after which patience was at its end, if it was."""
+        best, waited = float("inf"), 0
+        for step, loss in sorted(self.losses.items()):
+            best, waited = (loss, 0) if loss < best else (best, waited + 1)
+            if self._recipe.patience and waited >= self._recipe.patience:
+                return step
+        return None
+
+    def best(self, like: Any) -> Any:
+        """The parameters of the smallest loss, in the structure of `like`."""
+        return self._folder.read_arrays(self._name, like)

@@ -1,0 +1,187 @@
+"""The fine-tuning loop: what it computes, what it keeps, when it stops, and that a killed run is none the worse."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from methods import cli
+from methods.runfolder import RunFolder
+from methods.tasks import Buckets, LabelledBatch
+from methods.training import Recipe, train
+from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
+
+ROWS = 24
+LABELS = np.random.default_rng(0).normal(size=ROWS).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """Settings of a run folder."""
+
+    out: str = ""
+
+
+def stream(size=4):
+    lengths = np.random.default_rng(1).integers(1, 60, ROWS)
+    mask = np.arange(64) < lengths[:, None]
+    return Buckets(LabelledBatch(mask.astype(np.int32), mask, mask.astype(np.int32), LABELS), size, seed=3)
+
+
+def loss(params, outer, batch, key):
+    text = batch.mask.sum(axis=1).astype(params["w"].dtype) / 64
+    return ((text * params["w"] + params["b"] * outer - batch.labels.astype(text.dtype)) ** 2).mean()
+
+
+PROBLEM = bilevel.Problem(
+    loss, loss, lambda key, outer: {"w": jnp.ones(()), "b": jnp.zeros(())}, lambda key: jnp.ones(())
+)
+
+
+def trained(path, recipe, validate=None, size=4):
+    folder = RunFolder(path, Nothing())
+    key = jax.random.key(0)
+    return train(PROBLEM, jnp.ones(()), stream(size), recipe, folder, "x", key=key, validate=validate)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_it_is_adamw_on_the_mean_gradient_of_the_accumulated_batches(tmp_path, accumulate):
+    recipe = Recipe(10, 0.05, accumulate)
+    params = {"w": jnp.ones(()), "b": jnp.zeros(())}
+    schedule = lambda step: 0.05 * (step if step < 1 else 0.5 * (1 + np.cos(np.pi * (step - 1) / 9)))  # noqa: E731
+    batches, optimizer = stream(), optax.adamw(schedule, weight_decay=0.0)
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(params)
+        for _ in range(10):
+            gradients = [jax.grad(loss)(params, jnp.ones(()), next(batches), None) for _ in range(accumulate)]
+            mean = jax.tree.map(lambda *g: sum(g) / accumulate, *gradients)
+            updates, state = optimizer.update(mean, state, params)
+            params = optax.apply_updates(params, updates)
+    result = trained(tmp_path / "run", recipe)
+    for name, value in params.items():
+        np.testing.assert_allclose(result[name], value, rtol=1e-6)
+
+
+def test_the_best_parameters_are_kept_and_patience_ends_the_training(tmp_path):
+    seen = []
+    curve = [3.0, 2.0, 1.0, 1.5, 1.0, 5.0, 0.0]  # 1.0 again is no new best
+
+    def validate(params):
+        seen.append(params)
+        return curve[len(seen) - 1]
+
+    recipe = Recipe(100, 0.05, 2, validate_every=5, patience=3)
+    result = trained(tmp_path / "run", recipe, validate)
+    rows = json.loads((tmp_path / "run" / "validation" / "x.json").read_text())
+    assert [(row["step"], row["loss"]) for row in rows] == [(10, 3), (20, 2), (30, 1), (40, 1.5), (50, 1), (60, 5)]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["step"] == 60
+    assert result == seen[2] != seen[4]
+    # Asked again, it is done: nothing is trained on.
+    assert trained(tmp_path / "run", recipe, validate) == result and len(seen) == 6
+
+
+def test_killed_and_continued_is_never_killed(tmp_path, monkeypatch):
+    recipe = Recipe(40, 0.05, 2, validate_every=4, patience=2)
+
+    def validate(params):
+        return float(loss(params, jnp.ones(()), stream().arrays, None)) * (1 + 0.3 * float(params["w"]) ** 2)
+
+    def files(path):
+        names = "metrics.jsonl", "validation/x.json", "validation/x.safetensors"
+        return [(path / name).read_bytes() for name in names]
+
+    whole = trained(tmp_path / "whole", recipe, validate)
+    log = RunFolder.log
+    for stop in (7, 16, 17):
+
+        def interrupting(self, stage, stop=stop):
+            def callback(step, state, metrics):
+                log(self, stage)(step, state, metrics)
+                if step == stop:
+                    raise KeyboardInterrupt
+
+            return callback
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunFolder, "log", interrupting)
+            with pytest.raises(KeyboardInterrupt):
+                trained(tmp_path / "killed", recipe, validate)
+    result = trained(tmp_path / "killed", recipe, validate)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert result["w"] == whole["w"] and result["b"] == whole["b"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Recipe(0, 0.1), r"Fine-tuning with steps=0: it must be at least 1\."),
+        (lambda: Recipe(5, 0.1, 0), r"Fine-tuning with accumulate=0: it must be at least 1\."),
+        (lambda: Recipe(5, 0.1, patience=2), r"patience=2 counts validations, of which there are none: validate_ever"),
+    ],
+)
+def test_recipe_errors_are_one_sentence(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# --- on a task ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_glue(tmp_path_factory):
+    """An RTE and an STS-B over the words of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("glue")
+    rng = np.random.default_rng(0)
+    words = ["wash", "eat", "pot", "soap", "now", "fast", "with", "the"]
+    for name, label in (("rte", lambda: int(rng.integers(2))), ("stsb", lambda: float(rng.integers(6)))):
+        (folder / f"glue_{name}").mkdir()
+        for split, count in (("train", 40), ("validation", 6)):
+            rows = [
+                {"sentence1": f"{split} {i} {' '.join(rng.choice(words, 3))}", "sentence2": "the pot", "label": label()}
+                for i in range(count)
+            ]
+            lines = [json.dumps(row) for row in rows]
+            (folder / f"glue_{name}" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def arguments(model, data, out, *more):
+    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
+    steps = "--finetune-steps 4 --rank 2 --validate-every 2".split()
+    return ["--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize(("task", "adapter"), [("rte", "dora"), ("stsb", "rslora")])
+def test_plain_lora_with_a_head_leaves_a_whole_run_folder(tiny_model, tiny_glue, tmp_path, task, adapter):  # noqa: F811
+    out = tmp_path / "run"
+    words = ["lora", *arguments(tiny_model, tiny_glue, out, "--task", task, "--adapter", adapter)]
+    assert cli.run(words) == 0
+    settings = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert (settings["use_dora"], settings["use_rslora"]) == (adapter == "dora", adapter == "rslora")
+    result = json.loads((out / "results" / f"{adapter}.json").read_text())
+    assert list(result["metrics"]) == {"rte": ["accuracy"], "stsb": ["pearson", "spearman"]}[task]
+    # q: 16 + 16, v: 16 + 8, two layers of rank 2, the lengths of DoRA, the head.
+    lengths = 2 * (16 + 8) if adapter == "dora" else 0
+    assert result["parameters"] == 2 * 2 * (32 + 24) + lengths + 16 * {"rte": 2, "stsb": 1}[task]
+    for name in ("figures/training.png", "validation/" + adapter + ".json"):
+        assert (out / name).stat().st_size > 0
+    report = (out / "report.md").read_text()
+    assert f"| {adapter} | 2 | " in report and ("/6 |" in report) == (task == "rte")
+    assert cli.run(words) == 0 and (out / "report.md").read_text() == report
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_flexora_on_a_classification(tiny_model, tiny_glue, tmp_path):  # noqa: F811
+    search = "--inner-steps 2 --outer-steps 2 --random-baselines 0".split()
+    words = arguments(tiny_model, tiny_glue, tmp_path / "run", "--task", "rte", *search)
+    assert cli.run(["flexora", *words]) == 0
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["modules_to_save"] == ["score"]
