@@ -120,5 +120,6 @@ class Causal(nn.Module):
         hooks.check(adapt, self.config.num_layers)
         windows = jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None
         context = Context(allowed, self.turns(positions), None, start)
-        x, layers = self.blocks(self.embedded(tokens, positions), adapt, windows, layers, context)  # pyright: ignore
+        x = self.embedded(tokens, positions)
+        (x, _), layers = self.blocks((x, jnp.zeros_like(x)), adapt, windows, layers, context)  # pyright: ignore
         return self.finished(x), layers

@@ -148,17 +148,18 @@ class Block(nn.Module):
         return self._linear("down_proj", c.mlp_bias, hidden, adapt)
 
     @nn.compact
-    def __call__(self, x, adapt, window, cache, context):
-        start = x
-        branch, cache = self._attention(self._norm("attention_norm", x), adapt, window, cache, context)
+    def __call__(self, carry, adapt, window, cache, context):
+        start, below = carry
+        branch, cache = self._attention(self._norm("attention_norm", start), adapt, window, cache, context)
         if self.config.branch_norms:
             branch = self._norm("attention_out_norm", branch)
-        x = x + hooks.call(adapt, "residual_attention", x, branch)
-        branch = self._feed_forward(self._norm("ffn_norm", x), adapt)
+        middle = start + hooks.call(adapt, "residual_attention", start, branch)
+        middle = hooks.call(adapt, "ffn_input", below, middle)
+        branch = self._feed_forward(self._norm("ffn_norm", middle), adapt)
         if self.config.branch_norms:
             branch = self._norm("ffn_out_norm", branch)
-        x = x + hooks.call(adapt, "residual_ffn", x, branch)
-        return hooks.call(adapt, "block_hidden", start, x), cache
+        x = middle + hooks.call(adapt, "residual_ffn", middle, branch)
+        return (hooks.call(adapt, "block_hidden", start, x), middle), cache
 
 
 class Decoder(Causal):

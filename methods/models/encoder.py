@@ -111,7 +111,8 @@ class Encoder(nn.Module):
             distances = np.arange(length)[None, :] - np.arange(length)[:, None]
             bias = jnp.asarray(self.relative)[relative_bucket(distances, c.relative_buckets)]
             bias = bias.transpose(2, 0, 1)[None]
-        x, _ = self.blocks(self.embed_norm(x.astype(stream)), adapt, None, None, Context(allowed, bias=bias))
+        x = self.embed_norm(x.astype(stream))
+        (x, _), _ = self.blocks((x, jnp.zeros_like(x)), adapt, None, None, Context(allowed, bias=bias))
         return x
 
     def features(

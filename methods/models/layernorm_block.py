@@ -83,17 +83,18 @@ class LayerNormBlock(nn.Module):
         return self._linear("down_proj", hooks.call(adapt, "ffn_hidden", x, hidden), adapt)
 
     @nn.compact
-    def __call__(self, x, adapt, window, cache, context):
+    def __call__(self, carry, adapt, window, cache, context):
         del window
-        start, first = x, self.config.norm_first
+        (x, below), first = carry, self.config.norm_first
+        start = x
         attention_norm, ffn_norm = (
             LayerNorm(self.config.norm_eps, self.precision.weights, name=name)
             for name in ("attention_norm", "ffn_norm")
         )
         branch, cache = self._attention(attention_norm(x) if first else x, adapt, cache, context)
         x = x + hooks.call(adapt, "residual_attention", x, branch)
-        x = x if first else attention_norm(x)
-        branch = self._feed_forward(ffn_norm(x) if first else x, adapt)
-        x = x + hooks.call(adapt, "residual_ffn", x, branch)
+        middle = hooks.call(adapt, "ffn_input", below, x if first else attention_norm(x))
+        branch = self._feed_forward(ffn_norm(middle) if first else middle, adapt)
+        x = middle + hooks.call(adapt, "residual_ffn", middle, branch)
         x = x if first else ffn_norm(x)
-        return hooks.call(adapt, "block_hidden", start, x), cache
+        return (hooks.call(adapt, "block_hidden", start, x), middle), cache

@@ -192,7 +192,7 @@ def test_each_site_is_called_with_the_documented_shapes():
     stream, maps = ((b, t, d), (b, t, d)), ((b, 1, t, t), (b, TINY.num_heads, t, t))
     wanted = {site: ((b, t, i), (b, t, o)) for site, (i, o) in TINY.site_shapes().items()}
     wanted |= dict.fromkeys(("attention_logits", "attention_weights"), maps)
-    wanted |= dict.fromkeys(("residual_attention", "residual_ffn", "block_hidden"), stream)
+    wanted |= dict.fromkeys(("residual_attention", "ffn_input", "residual_ffn", "block_hidden"), stream)
     wanted |= {"attention_hidden": ((b, t, d), (b, t, e)), "ffn_hidden": ((b, t, d), (b, t, f))}
     assert seen == wanted and set(seen) == set(models.SITES)
 
@@ -226,6 +226,20 @@ def test_a_layer_gets_its_own_slice_and_a_chain_its_order():
     weights["blocks"]["down_proj"]["kernel"] = kernel * np.asarray([2, 1, 1.0])[:, None, None]
     by_hand = logits(model, weights, TOKENS, None, jax.tree.map(lambda s: 2 * s, shift))
     np.testing.assert_allclose(chained, by_hand, rtol=1e-11)
+
+
+def test_ffn_input_is_handed_what_it_gave_one_block_below():
+    def swap(s, site, x, y):  # in block 1, the stream becomes the one of block 0; there x is 0
+        return jnp.where(s == 1, x, jnp.where(s == 0, y + 5 * x, y)) if site == "ffn_input" else y
+
+    def stop(s, site, x, y):  # nothing is added between the two places
+        return jnp.where({"residual_ffn": s > 1, "residual_attention": s == 1}.get(site, False), jnp.zeros_like(y), y)
+
+    weights, swapped = draw(TINY), jax.tree_util.Partial(swap, jnp.asarray([0.0, 1, 2]))
+    stopped = jax.tree_util.Partial(stop, jnp.asarray([2.0, 1, 0]))
+    one, other = (logits(Decoder(TINY), weights, TOKENS, MASK, adapt) for adapt in (swapped, stopped))
+    np.testing.assert_allclose(one[MASK], other[MASK], rtol=1e-11)
+    assert np.abs(one - logits(Decoder(TINY), weights, TOKENS, MASK))[MASK].max() > 1e-2
 
 
 def test_no_hook_sees_the_future():
