@@ -40,13 +40,6 @@ from bilevel.linear_solvers.krylov import BiCGStab as BiCGStab
 from bilevel.linear_solvers.krylov import NormalCG as NormalCG
 from bilevel.linear_solvers.neumann import Neumann as Neumann
 from bilevel.linear_solvers.nystrom import Nystrom as Nystrom
-from bilevel.linear_solvers import CG as CG
-from bilevel.linear_solvers import GMRES as GMRES
-from bilevel.linear_solvers import BiCGStab as BiCGStab
-from bilevel.linear_solvers import Dense as Dense
-from bilevel.linear_solvers import Neumann as Neumann
-from bilevel.linear_solvers import NormalCG as NormalCG
-from bilevel.linear_solvers import Nystrom as Nystrom
 from bilevel.outer import allocate as allocate
 from bilevel.outer import center as center
 from bilevel.outer import project as project

@@ -1,1 +1,42 @@
-"""What the methods are measured against."""
+"""Published ways to spend a budget of adapter parameters, each a function `find(setting, key) -> Found`."""
+
+from methods.baselines import (
+    adalora,
+    alora,
+    autolora,
+    bilora,
+    depth,
+    increlora,
+    lora_drop,
+    lorta,
+    melora,
+    mos,
+    rac_lora,
+    random_k,
+    sparse,
+    tied_lora,
+    uniform,
+)
+from methods.baselines.base import Found, Setting
+
+BASELINES = {
+    "uniform": uniform.find,
+    "random-k": random_k.find,
+    "first-k": depth.first_k,
+    "last-k": depth.last_k,
+    "lora-drop": lora_drop.find,
+    "adalora": adalora.find,
+    "increlora": increlora.find,
+    "autolora": autolora.find,
+    "bilora": bilora.find,
+    "alora": alora.find,
+    "sam": sparse.find,
+    "melora": melora.find,
+    "tied-lora": tied_lora.find,
+    "lorta": lorta.find,
+    "mos": mos.find,
+    "rac-lora": rac_lora.find,
+}
+"""By the name that the command line knows."""
+
+__all__ = ["BASELINES", "Found", "Setting"]
