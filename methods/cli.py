@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "lora": Command("methods.baselines.lora", "LoRASettings", "train LoRA, rsLoRA or DoRA on every layer"),
     "flexora": Command("methods.flexora", "FlexoraSettings", "select the layers that deserve LoRA"),
+    "report": Command("methods.side_by_side", "ReportSettings", "put finished runs side by side: a table and a figure"),
 }
 
 USAGE = """usage: bilevel METHOD [--preset NAME] [options]
@@ -69,9 +71,10 @@ def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> An
     preset, rest = _take(arguments, "--preset", "demo")
     if preset not in module.PRESETS:
         raise ValueError(f"Unknown preset {preset!r}: {name} has {', '.join(module.PRESETS)}.")
-    cls: Callable[..., Any] = getattr(module, command.settings)
-    model = next((word for word in rest if word == "--model" or word.startswith("--model=")), None)
-    default = cls(model=tyro.MISSING if model is None else "", **module.PRESETS[preset])
+    cls: Any = getattr(module, command.settings)
+    named = any(word == "--model" or word.startswith("--model=") for word in rest)
+    needed = {"model": "" if named else tyro.MISSING} if "model" in {f.name for f in dataclasses.fields(cls)} else {}
+    default = cls(**needed, **module.PRESETS[preset])
     help_line = f"--preset {{{','.join(module.PRESETS)}}} sets other defaults (shown: {preset})."
     return tyro.cli(
         cls,

@@ -1,0 +1,66 @@
+"""`bilevel report RUN...`: one table and one figure of runs of any method."""
+
+import json
+
+import pytest
+
+from methods import cli, side_by_side
+
+
+def make_run(folder, arms, **config):
+    (folder / "results").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model": "models/tiny", "task": "piqa"} | config))
+    for name, result in arms.items():
+        (folder / "results" / f"{name}.json").write_text(json.dumps(result))
+    return folder
+
+
+def result(correct, parameters, on=None):
+    accuracy = {"value": correct / 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1}
+    row = {"parameters": parameters, "accuracy": accuracy | {"correct": correct, "total": 10}}
+    return row if on is None else row | {"on": on}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    on = {"q_proj": [1, 0.5, 0], "v_proj": [0, 0, 1]}
+    more = {"q_proj": [1, 1, 1], "ffn_input": [0, 1, 0]}
+    one = make_run(tmp_path / "one", {"chosen": result(7, 1200, on), "pretrained": result(5, 0)})
+    other = make_run(tmp_path / "other", {"allocated": result(8, 2400, more)}, task="rte")
+    regression = {"parameters": 10, "metrics": {"pearson": 0.5}, "on": on}
+    return [one, other, make_run(tmp_path / "third", {"scored": regression})]
+
+
+def test_runs_are_put_side_by_side(runs, tmp_path):
+    out = tmp_path / "page"
+    assert cli.run(["report", *map(str, runs), "--out", str(out)]) == 0
+    page = (out / "report.md").read_text()
+    assert "| one | chosen | tiny | piqa | 1,200 | 70.0 % | 60.0 to 80.0 % | 7/10 |" in page
+    assert "| other | allocated | tiny | rte | 2,400 | 80.0 %" in page and "pearson 0.500" in page
+    assert (out / "figures" / "side_by_side.png").stat().st_size > 0
+
+
+def test_modules_of_different_runs_share_one_axis(runs):
+    rows = side_by_side.read(tuple(runs[:2]))
+    names, shares = side_by_side.modules(rows)
+    assert [row.arm for row in rows] == ["chosen", "pretrained", "allocated"]
+    assert names == [f"{layer}.{site}" for site in ("q_proj", "v_proj", "ffn_input") for layer in range(3)]
+    assert shares[0].tolist() == [1, 0.5, 0, 0, 0, 1, 0, 0, 0]
+    assert shares[2].tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 0]
+    assert all(share != share for share in shares[1])  # it does not say
+
+
+def test_bad_runs_are_one_sentence(runs, tmp_path, capsys):
+    empty = make_run(tmp_path / "empty", {})
+    damaged = make_run(tmp_path / "damaged", {"a": result(1, 1)})
+    (damaged / "results" / "a.json").write_text("{")
+    cases = {
+        "Nothing to put side by side": [],
+        "is no run: it has no config.json": [str(tmp_path / "nowhere")],
+        "has no finished model yet": [str(empty)],
+        "is damaged": [str(damaged)],
+    }
+    for sentence, words in cases.items():
+        assert cli.run(["report", *words, "--out", str(tmp_path / "page")]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
