@@ -31,6 +31,7 @@ class Setup:
 
     Attributes:
       layers, width, vocab, tokens: shape of the decoder and of its sequences.
+      per: what is planted and looked for, "layer" or "module" (q or v of a layer).
       planted: |S*|.
       rank: of the planted update and of LoRA.
       effect: KL(with one planted layer || without), the same for each of them.
@@ -49,6 +50,7 @@ class Setup:
     width: int = 32
     vocab: int = 32
     tokens: int = 8
+    per: str = "layer"
     planted: int = 3
     rank: int = 4
     effect: float = 0.15
@@ -82,6 +84,22 @@ class Setup:
     def lora(self) -> LoRAConfig:
         return LoRAConfig(rank=self.rank, alpha=float(self.rank))
 
+    @property
+    def units(self) -> int:
+        """Layers, or modules: q of every layer, then v of every layer."""
+        return self.layers * (1 if self.per == "layer" else len(self.lora.targets))
+
+    def spread(self, values: jax.Array) -> Any:
+        """A gate or mask `[units]` as `LoRAConfig.bind` takes it."""
+        if self.per == "layer":
+            return values
+        return dict(zip(self.lora.targets, values.reshape(-1, self.layers), strict=True))
+
+    def gather(self, values: dict[str, jax.Array]) -> jax.Array:
+        """What modules are worth, `{site: [layers]}`, by unit: the sum over a layer, or each by itself."""
+        table = jnp.stack([values[site] for site in self.lora.targets])
+        return table.sum(0) if self.per == "layer" else table.ravel()
+
     def start_lora(self, key: jax.Array) -> Any:
         return self.lora.init(key, self.config.site_shapes(), self.layers)
 
@@ -93,7 +111,7 @@ QUICK = Setup(layers=4, width=16, planted=1, rows=64, seeds=2, total=4, unrolls=
 
 
 class Task(NamedTuple):
-    """One seed: frozen weights, S* as a mask `[layers]`, and data `{"tokens", "target": log p_teacher}`."""
+    """One seed: frozen weights, S* as a mask `[units]`, and data `{"tokens", "target": log p_teacher}`."""
 
     weights: Any
     planted: jax.Array
@@ -130,7 +148,7 @@ def make_task(setup: Setup, key: jax.Array) -> Task:
     """
     keys = jax.random.split(key, 6)
     weights = base_weights(setup, keys[0])
-    planted = jax.random.permutation(keys[1], setup.layers) < setup.planted
+    planted = jax.random.permutation(keys[1], setup.units) < setup.planted
     leaves, structure = jax.tree.flatten(setup.start_lora(keys[2]))
     # [L, in, r] and [L, r, out] alike: variance 1 / fan-in.
     drawn = [
@@ -143,17 +161,17 @@ def make_task(setup: Setup, key: jax.Array) -> Task:
         return jax.random.randint(key, (setup.rows, setup.tokens), 0, setup.vocab, jnp.int32)
 
     def predict(gate, mask, tokens):
-        adapt = setup.lora.bind(update, gate, mask)
+        adapt = setup.lora.bind(update, setup.spread(gate), setup.spread(mask))
         return {"tokens": tokens, "target": jax.nn.log_softmax(setup.logits(weights, adapt, tokens))}
 
-    probe, each = tokens(keys[5])[:128], jnp.eye(setup.layers, dtype=bool)
+    probe, each = tokens(keys[5])[:128], jnp.eye(setup.units, dtype=bool)
     base = setup.lora.bind(update, mask=jnp.zeros(setup.layers, bool))
 
     def rescale(gate, _):
         moved = jax.vmap(lambda mask: divergence(setup, weights, base, predict(gate, mask, probe)))(each)
         return jnp.clip(gate * jnp.sqrt(setup.effect / moved), 0.1, 10.0), None
 
-    gate, _ = jax.lax.scan(rescale, jnp.ones(setup.layers, jnp.float32), None, length=4)
+    gate, _ = jax.lax.scan(rescale, jnp.ones(setup.units, jnp.float32), None, length=4)
     train, val = (predict(gate, planted, tokens(k)) for k in keys[3:5])
     return Task(weights, planted, train, val)
 
@@ -175,21 +193,21 @@ def draw(data: Any, key: jax.Array, *shape: int) -> bilevel.Indexed:
 
 @partial(jax.jit, static_argnums=0)
 def ablations(setup: Setup, tasks: Task, keys: jax.Array) -> dict[str, jax.Array]:
-    """Validation loss `[seeds, 2 + 2 layers]` with LoRA on: no layer, all, each alone, all but each."""
-    each = jnp.eye(setup.layers, dtype=bool)
-    none = jnp.zeros((1, setup.layers), bool)
+    """Validation loss `[seeds, 2 + 2 units]` with LoRA on: no unit, all, each alone, all but each."""
+    each = jnp.eye(setup.units, dtype=bool)
+    none = jnp.zeros((1, setup.units), bool)
     trainer = bilevel.FirstOrder(optax.adam(setup.adam), setup.oracle_steps)
 
     def one(task, key, mask):
         def loss(params, mask, batch, key):
-            return divergence(setup, task.weights, setup.lora.bind(params, mask=mask), batch)
+            return divergence(setup, task.weights, setup.lora.bind(params, mask=setup.spread(mask)), batch)
 
         problem = bilevel.Problem(loss, loss, lambda key, mask: setup.start_lora(key), lambda key: mask)
         batches = draw(task.train, key, setup.oracle_steps, setup.batch)
         trained = trainer.solve(problem, None, mask, batches, key).params
         updates = setup.lora.delta(trained)
-        size = sum(jnp.sum(delta**2, axis=(1, 2)) for delta in updates.values())
-        return {"loss": loss(trained, mask, task.val, key), "update": size}
+        size = {site: jnp.sum(delta**2, axis=(1, 2)) for site, delta in updates.items()}
+        return {"loss": loss(trained, mask, task.val, key), "update": setup.gather(size)}
 
     over_masks = jax.vmap(one, in_axes=(None, None, 0))
     return jax.vmap(over_masks, in_axes=(0, 0, None))(tasks, keys, jnp.concatenate([none, ~none, each, ~each]))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.lora import planted
+from benchmarks.lora import planted, planted_scores
 from benchmarks.lora.planted_task import QUICK, divergence, make_task
 
 TINY = dataclasses.replace(QUICK, layers=3, total=2, unrolls=(1,))
@@ -52,3 +52,27 @@ def test_one_inner_step_from_zero_leaves_nothing_to_unroll(tasks):
     np.testing.assert_allclose(unrolled["alpha"], first_order["alpha"], atol=2e-3 * TINY.reach)
     np.testing.assert_allclose(unrolled["cosine"], 1.0, atol=1e-3)
     np.testing.assert_allclose(np.asarray(unrolled["alpha"]).sum(-1), 0.0, atol=1e-4)
+
+
+def test_every_score_spends_what_it_may_and_is_compared_with_leaving_one_out():
+    setup = dataclasses.replace(TINY, per="module")
+    rows = {r["score"]: r for r in planted_scores.measure(setup, budget=12, unrolls=(2,))}
+    scores = ("UD", "implicit", "first order", "grad-norm", "snip", "synflow", "LoRA-drop")
+    assert set(rows) == {f"{s}, K = 2" for s in scores} | {
+        "grad-norm, K = 0",
+        "leave one out",
+        "leave one in",
+        "random",
+    }
+    assert all(0 <= r["auroc"][0] <= 1 and r["cost"] >= 0 for r in rows.values())
+    assert max(r["cost"] for name, r in rows.items() if "K" in name and "implicit" not in name) <= 12
+    assert np.isclose(rows["leave one out"]["oracle"][0], 1.0)
+
+
+def test_units_are_layers_or_modules():
+    setup = dataclasses.replace(TINY, per="module")
+    assert (TINY.units, setup.units) == (3, 6)
+    spread = setup.spread(np.arange(6.0))
+    assert [spread[site].tolist() for site in setup.lora.targets] == [[0, 1, 2], [3, 4, 5]]
+    np.testing.assert_array_equal(setup.gather(spread), np.arange(6.0))
+    np.testing.assert_array_equal(TINY.gather(spread), [3.0, 5.0, 7.0])

@@ -131,7 +131,8 @@ def test_each_site_is_called_with_the_documented_shapes():
     stream, maps = ((b, t, d), (b, t, d)), ((b, 1, t, t), (b, TINY.num_heads, t, t))
     wanted = {site: ((b, t, i), (b, t, o)) for site, (i, o) in TINY.site_shapes().items()}
     wanted |= dict.fromkeys(("attention_logits", "attention_weights"), maps)
-    wanted |= dict.fromkeys(("residual_attention", "residual_ffn", "block_hidden", "attention_hidden"), stream)
+    streams = ("residual_attention", "ffn_input", "residual_ffn", "block_hidden", "attention_hidden")
+    wanted |= dict.fromkeys(streams, stream)
     wanted |= {"ffn_hidden": ((b, t, d), (b, t, f))}
     assert helpers.record_sites(GPT(TINY)) == wanted
 
