@@ -158,21 +158,25 @@ def allocation(space: Space, share: float, key: jax.Array, *, separated: bool = 
       key: of the ties.
 
     Raises:
-      ValueError: for a share outside (0, 1].
+      ValueError: for a share outside (0, 1], or too small for a single module.
     """
     if not 0 < share <= 1:
         raise ValueError(f"The share {share:g} of modules that stay on must be above 0 and at most 1.")
     costs = space.costs(each=True)
     counts = {k: sum(int(np.isfinite(c).sum()) for c in sites.values()) for k, sites in costs.items()}
-    if separated and "shortcut" in costs:
-        budgets = {"lora": int(share * counts["lora"]), "shortcut": round(share * counts["shortcut"])}
+    budgets = {"all": int(share * sum(counts.values()))}
+    if separated:
+        budgets = {kind: (int if kind == "lora" else round)(share * count) for kind, count in counts.items()}
+    if min(budgets.values()) < 1:
+        raise ValueError(f"The share {share:g} of {counts} modules is less than one: raise it.")
+    if separated:
         groups: dict[Any, Any] = {
             kind: bilevel.allocate(budgets[kind], {**dict.fromkeys(costs, 1), kind: costs[kind]}, key=k)
-            for kind, k in zip(costs, jax.random.split(key), strict=True)
+            for kind, k in zip(costs, jax.random.split(key, len(costs)), strict=True)
         }
         allocate = optax.partition(groups, {kind: kind for kind in costs})
     else:
-        allocate = bilevel.allocate(int(share * sum(counts.values())), costs, key=key)
+        allocate = bilevel.allocate(budgets["all"], costs, key=key)
     return optax.chain(by_type(), allocate) if normalised else allocate
 
 

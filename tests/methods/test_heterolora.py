@@ -255,3 +255,5 @@ def test_normalised_scores_compete_within_their_type():
 def test_bad_share_is_one_sentence():
     with pytest.raises(ValueError, match=r"The share 0 of modules that stay on must be above 0 and at most 1\."):
         heterolora.allocation(SPACE, 0.0, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"The share 0\.01 of .* modules is less than one: raise it\."):
+        heterolora.allocation(SPACE, 0.01, jax.random.key(0))
