@@ -20,7 +20,7 @@ encoders, whose norms are behind the branches:
     attention_hidden         N                            the heads, side by side     [B, T, E]
     o_proj                   attention_hidden             x W (+ b)                   [B, T, D]
     residual_attention       stream before the branch     the branch's output         [B, T, D]
-    ffn_input                what it returned below       stream before the branch    [B, T, D]
+    ffn_input                its result one block below   stream before the branch    [B, T, D]
     gate_proj, up_proj       N                            x W (+ b)                   [B, T, F]
     ffn_hidden               N                            activation(gate) * up       [B, T, F]
     down_proj                ffn_hidden                   x W (+ b)                   [B, T, D]
@@ -29,13 +29,14 @@ encoders, whose norms are behind the branches:
 
 Only the Llama family has a gate_proj; elsewhere ffn_hidden's y is activation(up). The residual sites return what the
 block then adds to the stream; `ffn_input` returns the stream itself, and its x is the one thing that blocks hand on
-beside it: what `ffn_input` returned one block below, 0 in the first block. The attention logits are what the mask and
-the softmax are applied to, with a soft cap and relative position biases where the model has them. "Who sees whom" is
-[B or 1, 1, T, T]: causality, window and padding together (B is 1 where no padding mask is given). In the two attention
-maps the third axis is the query, the fourth the key; they are at least float32, whatever the weights are. With a cache
-of S tokens the fourth axis is S. The mask is applied after `attention_logits`, so nothing done there can let a token
-see the future: a key dropped with -inf or any large negative number gets no weight, unless the row has nothing else,
-which then attends evenly to what it may see. (`attention_weights` comes after the mask: multiply there, or use x.)
+beside it: what the feed-forward branch of the block below started from, 0 in the first block. The attention logits are
+what the mask and the softmax are applied to, with a soft cap and relative position biases where the model has them.
+"Who sees whom" is [B or 1, 1, T, T]: causality, window and padding together (B is 1 where no padding mask is given). In
+the two attention maps the third axis is the query, the fourth the key; they are at least float32, whatever the weights
+are. With a cache of S tokens the fourth axis is S. The mask is applied after `attention_logits`, so nothing done there
+can let a token see the future: a key dropped with -inf or any large negative number gets no weight, unless the row has
+nothing else, which then attends evenly to what it may see. (`attention_weights` comes after the mask: multiply there,
+or use x.)
 
 A hook returns an array of y's shape and dtype; the model raises a ValueError where it does not.
 """

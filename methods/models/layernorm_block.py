@@ -85,15 +85,14 @@ class LayerNormBlock(nn.Module):
     @nn.compact
     def __call__(self, carry, adapt, window, cache, context):
         del window
-        (x, below), first = carry, self.config.norm_first
-        start = x
+        (start, below), first = carry, self.config.norm_first
         attention_norm, ffn_norm = (
             LayerNorm(self.config.norm_eps, self.precision.weights, name=name)
             for name in ("attention_norm", "ffn_norm")
         )
-        branch, cache = self._attention(attention_norm(x) if first else x, adapt, cache, context)
-        x = x + hooks.call(adapt, "residual_attention", x, branch)
-        middle = hooks.call(adapt, "ffn_input", below, x if first else attention_norm(x))
+        branch, cache = self._attention(attention_norm(start) if first else start, adapt, cache, context)
+        middle = start + hooks.call(adapt, "residual_attention", start, branch)
+        middle = hooks.call(adapt, "ffn_input", below, middle if first else attention_norm(middle))
         branch = self._feed_forward(ffn_norm(middle) if first else middle, adapt)
         x = middle + hooks.call(adapt, "residual_ffn", middle, branch)
         x = x if first else ffn_norm(x)

@@ -214,9 +214,10 @@ def count_positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def stack(block: type[nn.Module], length: int, remat: bool) -> Any:
-    """`length` blocks in one scan: called with ((x, 0), adapt, window, cache, context), it gives ((x, below), cache).
+    """`length` blocks in one scan: called with ((x, below), adapt, window, cache, context), it gives ((x, below),
+    cache), x being the stream and `below` what the feed-forward branch of the block below started from.
 
-    x is the stream, and below what the feed-forward branch of the block below started from. Weights, adapt, windows and cache lead with the layer axis; the context is every layer's. `remat` recomputes each
+    Weights, adapt, windows and cache lead with the layer axis; the context is every layer's. `remat` recomputes each
     block in the backward pass, and so keeps one residual stream a layer instead of every intermediate; results do
     not depend on it.
     """
