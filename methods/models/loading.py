@@ -32,12 +32,14 @@ class HFNames:
     """What the model is called in Hugging Face's world: all that writing a PEFT adapter needs.
 
     base_model: for `base_model_name_or_path`. modules: site -> module name with "{layer}". head: path in a
-    `Classifier`'s parameters, ("out", "kernel") -> tensor name; kernels are stored transposed, [out, in].
+    `Classifier`'s parameters, ("out", "kernel") -> tensor name; kernels are stored transposed, [out, in]. conv1d: its
+    linears are of the class Conv1D, which PEFT is to be told.
     """
 
     base_model: str
     modules: Mapping[str, str]
     head: Mapping[tuple[str, ...], str] = dataclasses.field(default_factory=dict)
+    conv1d: bool = False
 
     def module(self, site: str, layer: int) -> str:
         """The module at a site: ("q_proj", 3) -> "model.layers.3.self_attn.q_proj". Raises ValueError."""
@@ -103,6 +105,7 @@ def load(name_or_path: str | Path, *, dtype: Any = jnp.float32, accumulate: Any 
             f"the embedding has {config.vocab_size} rows: tokenizer and weights are of different models."
         )
     head = {tensor.path: tensor.hf for tensor in family.head(config)}
+    conv1d = any(tensor.conv1d for tensor in family.tensors(config))
     weights, head_weights = _weights(checkpoint, family, config, model, dtype)
     return Pretrained(
         name=str(name_or_path),
@@ -110,7 +113,7 @@ def load(name_or_path: str | Path, *, dtype: Any = jnp.float32, accumulate: Any 
         config=config,
         weights=weights,
         tokenizer=tokenizer,
-        hf_names=HFNames(str(name_or_path), family.modules, head),
+        hf_names=HFNames(str(name_or_path), family.modules, head, conv1d),
         head=head_weights,
     )
 
