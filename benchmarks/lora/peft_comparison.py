@@ -3,8 +3,8 @@
 MiniLM-L6 with a new head on RTE, MRPC and 2,000 rows of SST-2, SmolLM2-135M on 500 rows of PIQA, three seeds. What is
 drawn is drawn once: our start values, as a PEFT folder, and our batches, as arrays, are what peft trains from. Dropout
 is off on both sides, AdamW and its schedule are the same, and neither recomputes blocks. Each run is a process of its
-own, so that the peak of its memory is its own; the seconds of a step are measured apart, in one process where the two
-take turns on the same batches.
+own, so that the peak of its memory, up to the end of training, is its own; the seconds of a step are measured apart, in
+one process where the two take turns on the same batches.
 
     python -m benchmarks.lora.peft_comparison                # what is missing of all runs; table and record
     python -m benchmarks.lora.peft_comparison --cases rte    # some of them
@@ -129,9 +129,12 @@ def run(case: str, seed: int, side: str, out: Path) -> None:
     folder = out / f"{case}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     result = {"ours": ours, "peft": peft, "time": timing}[side](CASES[case], seed, folder)
-    # Kilobytes, on Linux.
-    result["mebibytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     (folder / f"{side}.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def peak() -> float:
+    """The most memory that this process has had, in MiB (Linux counts kilobytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 # --- ours ---------------------------------------------------------------------------------------------------------
@@ -196,10 +199,15 @@ def ours(case: Case, seed: int, folder: Path) -> dict[str, Any]:
     layers = list(range(bench.num_layers))
     begun = time.perf_counter()
     params = finetuned(settings, bench, start, RunFolder(settings.out, settings))
-    seconds = time.perf_counter() - begun
+    seconds, mebibytes = time.perf_counter() - begun, peak()
     found = report.arm(bench, layers, experiment.evaluate(bench, params, layers))
     losses = [json.loads(line)["inner_loss"] for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
-    return {"metrics": found["metrics"], "seconds": seconds, "losses": losses[:5] + losses[-5:]}
+    return {
+        "metrics": found["metrics"],
+        "seconds": seconds,
+        "mebibytes": mebibytes,
+        "losses": losses[:5] + losses[-5:],
+    }
 
 
 # --- peft ---------------------------------------------------------------------------------------------------------
@@ -274,7 +282,7 @@ def peft(case: Case, seed: int, folder: Path) -> dict[str, Any]:
     task: Any = tasks.get(case.task)
     begun = time.perf_counter()
     losses = [model.step(next(batches)) for _ in range(case.steps)]
-    seconds = time.perf_counter() - begun
+    seconds, mebibytes = time.perf_counter() - begun, peak()
     rows = json.loads((folder / "test.json").read_text())
     model.model.eval()
     with model.torch.no_grad():
@@ -285,7 +293,7 @@ def peft(case: Case, seed: int, folder: Path) -> dict[str, Any]:
             score = lambda *arrays: model.log_likelihood(TokenBatch(*arrays)).numpy()  # noqa: E731
             found = tasks.evaluate(score, task, rows, model.tokenizer, batch_size=8)
             metrics = {"accuracy per character": found.accuracy.value, "accuracy per token": found.per_token.value}
-    return {"metrics": metrics, "seconds": seconds, "losses": losses[:5] + losses[-5:]}
+    return {"metrics": metrics, "seconds": seconds, "mebibytes": mebibytes, "losses": losses[:5] + losses[-5:]}
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
