@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel.trees import PyTree, is_inexact, leaf_names
 
@@ -148,7 +149,7 @@ def check(domain: PyTree, outer: PyTree) -> None:
         return
     again = natural(domain, free(domain, outer))
     for name, x, y in zip(leaf_names(outer), jax.tree.leaves(outer), jax.tree.leaves(again), strict=True):
-        if not is_inexact(x) or isinstance(x, jax.core.Tracer):
+        if not is_inexact(x) or isinstance(x, Tracer):
             continue
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         if not np.allclose(x, y, rtol=1e-2, atol=0.0):

@@ -142,6 +142,7 @@ class Problem:
         self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any
     ) -> tuple[jax.Array, dict[str, PyTree], PyTree]:
         """`(inner_loss, updates, aux)`: `inner_value` with the new values of the `mutable` entries."""
+        rest: Any
         value, rest = self._value("inner_loss", bool(self.mutable) or self.has_aux, inner, outer, batch, key)
         if not self.mutable:
             return value, {}, rest

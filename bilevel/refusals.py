@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
 
@@ -87,14 +88,14 @@ def traced_losses(
     """
 
     found = []
-    for name, loss, batch in (("inner_loss", _inner_loss, inner_batches), ("outer_loss", _outer_loss, outer_batch)):
+    losses: Any = ("inner_loss", _inner_loss, inner_batches), ("outer_loss", _outer_loss, outer_batch)
+    for name, loss, batch in losses:
         try:
             inner = jax.eval_shape(problem.start_inner, key, outer) if params is None else params
             arguments = inner, outer, batch, problem, key
             closed = loss.trace(*arguments, steps).jaxpr
-            if len(closed.in_avals) != len(
-                jax.tree.leaves(arguments)
-            ):  # a captured value of a trace became an argument
+            if len(closed.in_avals) != len(jax.tree.leaves(arguments)):
+                # A captured value of a trace became an argument.
                 closed = jax.make_jaxpr(loss.__wrapped__, static_argnums=5)(*arguments, steps)
         except Exception:  # whatever a loss may raise
             continue
@@ -151,7 +152,7 @@ def _constants(closed: Any) -> Iterator[Any]:
 
 
 def _is_copy(constant: Any, leaf: Any) -> bool:
-    if any(isinstance(x, jax.core.Tracer) for x in (constant, leaf)) or np.size(leaf) < 2:
+    if any(isinstance(x, Tracer) for x in (constant, leaf)) or np.size(leaf) < 2:
         return False
     same_kind = np.shape(constant) == np.shape(leaf) and getattr(constant, "dtype", None) == leaf.dtype
     return same_kind and bool(np.array_equal(np.asarray(constant), np.asarray(leaf)))

@@ -75,8 +75,8 @@ def variance(
 @partial(jax.jit, static_argnums=(6,))
 def _moments(problem, hypergradient, outer, inner, held_out, key, samples):
     def one(i):
-        batches = draw(*inner, i * hypergradient.steps, hypergradient.steps)
-        return hypergradient.estimate(problem, None, outer, batches, draw_one(*held_out, i), key).grad
+        batches = draw(inner[0], inner[1], i * hypergradient.steps, hypergradient.steps)
+        return hypergradient.estimate(problem, None, outer, batches, draw_one(held_out[0], held_out[1], i), key).grad
 
     grads = jax.lax.map(one, jnp.arange(samples, dtype=jnp.uint32))
     mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)

@@ -161,7 +161,7 @@ def prepare(settings: Settings) -> Bench:
     )
 
     def encoded(rows):
-        if labelled:
+        if isinstance(task, tasks.Classification):
             batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
         else:
             batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch

@@ -168,7 +168,8 @@ def _modules(measure: Callable[[jax.Array], jax.Array], gates: Gates, tree: PyTr
     """For every gate leaf `[L]`, the sum over the parameter leaves below it of `measure(leaf)`, `[L]`."""
 
     def total(gate, below):
-        return sum(measure(leaf) for leaf in jax.tree.leaves(below)).astype(gate.dtype)
+        parts = [measure(leaf).astype(gate.dtype) for leaf in jax.tree.leaves(below)]
+        return jnp.sum(jnp.stack(parts), axis=0)
 
     return jax.tree.map(total, gates, gated(gates, tree))
 
