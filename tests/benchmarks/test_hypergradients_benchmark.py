@@ -1,16 +1,14 @@
-"""The hypergradient benchmark: what it measures is what it says, and its page is that of its record."""
+"""The hypergradient benchmark: what it measures is what it says."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.hypergradients import estimators, goals, measure, report, side_by_side
+from benchmarks.hypergradients import estimators, goals, measure, side_by_side
 from benchmarks.hypergradients.__main__ import Options, jobs, run
 from benchmarks.hypergradients.record import Record
 
-DOCS = Path(__file__).parents[2] / "docs"
 EXACT = (
     "mixed, step",
     "mixed, sqrt",
@@ -86,14 +84,6 @@ def test_goals_are_judged_and_the_largest_estimators_left_out(tmp_path):
     options = Options(sections=("estimators",), steps=(16, 64, 256), seconds=20.0)
     job = next(job for job in jobs(options, record) if job["problem"] == "quadratic")
     assert (job["steps"], job["skip"]) == (256, ["mixed, sqrt"])
-
-
-def test_page_is_that_of_the_record():
-    record = Record(report.RECORD)
-    figures = [path.name for path in DOCS.glob("hypergradient-*.png")]
-    assert report.page(record, figures) == (DOCS / report.PAGE).read_text(encoding="utf-8")
-    assert len(figures) == 3
-    assert all("grad" not in row or row["name"] == side_by_side.REFERENCE for row in record.rows)
 
 
 def test_record_keeps_gradients_whole(tmp_path):
