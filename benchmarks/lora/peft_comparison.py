@@ -76,7 +76,7 @@ def main(
     """Does what is missing of these runs, then prints the table and writes the record.
 
     Args:
-      cases: of the table, some of its rows.
+      cases: what to run; the table and the record hold what is there of all.
       seeds: of rows, start and batches.
       parts: what to run, of "ours", "peft" and "time"; "none" only makes the table.
       out: folder of the runs; what is in it is not done again.
@@ -91,10 +91,11 @@ def main(
         words = ["--case", case, "--seed", str(seed), "--side", side, "--out", str(out)]
         subprocess.run([sys.executable, "-m", "benchmarks.lora.peft_comparison", "run", *words], check=True)
     found = {}
-    for case in cases:
+    for case, settings in CASES.items():
         rows = {side: [_read(out, case, seed, side) for seed in seeds] for side in SIDES}
         rows = {side: [row for row in of if row] for side, of in rows.items()}
-        found[case] = {"settings": dataclasses.asdict(CASES[case]), **rows, "time": _read(out, case, 0, "time")}
+        if any(rows.values()):
+            found[case] = {"settings": dataclasses.asdict(settings), **rows, "time": _read(out, case, 0, "time")}
     RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(report(found))
 
@@ -107,19 +108,22 @@ def _read(out: Path, case: str, seed: int, side: str) -> Any:
 def report(found: dict[str, Any]) -> str:
     """The table in Markdown: mean and standard deviation over the seeds, seconds a step, mebibytes."""
     lines = [
-        "| task | metric | ours | peft | s/step ours | s/step peft | ratio | MiB ours | MiB peft |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| task | metric | seeds | ours | peft | s/step ours | s/step peft | ratio | MiB ours | MiB peft |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for case, of in found.items():
         for metric in (of["ours"] or of["peft"] or [{"metrics": {}}])[0]["metrics"]:
-            cells = [case, metric]
+            cells = [case, metric, str(len(of["ours"]))]
             for side in SIDES:
                 values = 100 * np.array([row["metrics"][metric] for row in of[side]])
-                cells.append(f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+                spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.1f}{spread}" if len(values) else "")
             seconds = of["time"] or {}
             cells += [f"{seconds[side]:.3f}" if side in seconds else "" for side in SIDES]
             cells.append(f"{seconds['ours'] / seconds['peft']:.2f}" if seconds else "")
-            cells += [f"{np.mean([row['mebibytes'] for row in of[side]]):.0f}" if of[side] else "" for side in SIDES]
+            for side in SIDES:
+                peaks = [row["mebibytes"] for row in of[side] if "mebibytes" in row]
+                cells.append(f"{np.mean(peaks):.0f}" if peaks else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
