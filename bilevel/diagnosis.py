@@ -105,11 +105,11 @@ def describe_failure(solver: Any, state: Any, step: Callable[..., Any], number: 
     if hasattr(solver, "hypergradient"):
         hypergradient = solver.hypergradient
 
-        def estimate(*args):
+        def recorded(*args):
             kept.append(hypergradient.estimate(*args))
             return kept[-1]
 
-        solver = dataclasses.replace(solver, hypergradient=_Instead(hypergradient, estimate))
+        solver = dataclasses.replace(solver, hypergradient=_Instead(hypergradient, recorded))
     new, metrics = step(solver, state)
     remedy = "lower the inner learning rate, or check the data for values that are not finite."
     for estimate in kept:

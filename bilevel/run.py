@@ -115,7 +115,7 @@ def run(
                 new, buffer = _chunk(solver, record, capacity, state, data, count)
                 rows_ = {name: np.asarray(value)[:count] for name, value in buffer.items()}
                 _check_finite(solver, record, state, data, rows_, done)
-                looked = looked or _warn_if_steep(solver, record, state, data, rows_)
+                looked = looked or _warn_if_steep(solver, record, capacity, state, data, rows_)
                 # All at once, after the device is done: an interrupt or a failure before leaves what was done before.
                 history.append(rows_)
                 state, done, positions = new, done + count, [feed.position() for feed in feeds]
@@ -250,14 +250,14 @@ def _check_finite(solver, record, before, data, rows_, done):
     raise FloatingPointError(describe_failure(solver, state, partial(_step, data=data), done + min(bad), norms))
 
 
-def _warn_if_steep(solver, record, before, data, rows_) -> bool:
+def _warn_if_steep(solver, record, capacity, before, data, rows_) -> bool:
     """Whether a hypergradient was so large that it was looked into; with a warning if it was for a steep update."""
     norms = rows_.get("hypergradient_norm", np.zeros(1))
     if not np.max(norms) > STEEP:
         return False
     at, state = int(np.argmax(norms > STEEP)), before
     if at:
-        state, _ = _chunk(solver, record, len(norms), before, data, at)
+        state, _ = _chunk(solver, record, capacity, before, data, at)
     if names := steep_leaves(solver, state, partial(_step, data=data)):
         warnings.warn(
             f"The hypergradient has norm {norms[at]:.2g}: the inner gradient of {', '.join(names)} is exactly 0 at the "
