@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.extend import core as jex
 from jax.interpreters import partial_eval
 from rich.console import Console
 from rich.table import Table
@@ -188,7 +189,7 @@ def _fixed_bytes(hypergradient: Unrolled, problem, state, outer, inner_batches, 
 
 def _kept(jaxpr: Any) -> int:
     """Bytes that loops stack up for later ones: all of this level, and the most that is inside one of them."""
-    results = set(jaxpr.outvars)
+    results = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
     stacked, inside = 0, 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":

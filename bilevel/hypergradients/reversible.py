@@ -161,7 +161,8 @@ class _Training:
                 "use Unrolled(checkpoint='sqrt')."
             )
         self.settings, self.problem, self.state = settings, problem, state
-        self.outer_moving, self.outer_fixed = partition(outer)
+        outer_moving, self.outer_fixed = partition(outer)
+        self.outer_moving = jax.tree.map(_final, outer_moving)
         self.fixed = partition(state.params)[1]
         self.keys = schedule(key, settings.steps)[0]
         self.xs, self.bind = slots(inner_batches, settings.steps)

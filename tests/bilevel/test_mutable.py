@@ -21,7 +21,8 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.Dense(4, param_dtype=x.dtype)(x)
+        # A bias would be without effect: the gradient of one is rounding noise, and Adam would make steps of it.
+        x = nn.Dense(4, use_bias=False, param_dtype=x.dtype)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.6, param_dtype=x.dtype, dtype=x.dtype)(x)
         return nn.Dense(1, param_dtype=x.dtype)(x / (1.0 + x**2))[:, 0]
 

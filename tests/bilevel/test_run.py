@@ -28,7 +28,7 @@ def outer_loss(w, outer, batch, key):
 
 
 PROBLEM = bilevel.Problem(
-    inner_loss, outer_loss, lambda key, outer: jnp.zeros(3), lambda key: {"a": jnp.zeros(11), "key": key, "n": 5}
+    inner_loss, outer_loss, lambda key, outer: jnp.zeros(3), lambda key: {"a": jnp.full(11, 0.1), "key": key, "n": 5}
 )
 SOLVER = Nested(PROBLEM, Unrolled(optax.adam(0.1), 3, checkpoint="none"), optax.adam(0.05))
 DATA = {"inner_data": Batches(TRAIN, 4), "outer_data": Batches(TEST, 2)}
@@ -408,7 +408,8 @@ def test_a_dataset_is_sampled_on_the_device_and_resumed_exactly(tmp_path):
 
 def test_a_dataset_may_come_as_an_iterator_of_batches():
     solver = Nested(dataset_problem(), Unrolled(optax.adam(0.1), 3), optax.adam(0.05))
-    stream = dataset().with_format("numpy").repeat(4).iter(batch_size=4, drop_last_batch=True)
+    batches = dataset().with_format("numpy").repeat(4).iter(batch_size=4, drop_last_batch=True)
+    stream = (batch | {"x": batch["x"].astype(float)} for batch in batches)  # datasets' numbers are float32
     held_out = {"x": TRAIN["x"], "id": jnp.arange(11), "seed": jnp.arange(11)}
     result = run(solver, steps=3, inner_data=stream, outer_data=held_out)
     assert np.isfinite(result.history["outer_loss"]).all()
