@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel.checkpoints import Checkpoints
-from bilevel.data import Batches, FullBatch, Indexed, columns, rows
+from bilevel.data import Batches, FullBatch, Indexed, columns, rows, slots
 from bilevel.diagnosis import STEEP, describe_failure, steep_leaves
 from bilevel.guards import EXACTNESS, SteepUpdateWarning, warn_if_inexact
 from bilevel.progress import Callback, Progress
@@ -209,7 +209,14 @@ def _step(solver, state, data):
 
 
 def _refuse_captured(solver, state, data):
-    inner, outer = jax.eval_shape(partial(_batches, solver), state, data)
+    def seen(state, data):
+        inner, outer = _batches(solver, state, data)
+        if (wanted := outer_batches(solver)) > 1:
+            xs, bind = slots(outer, wanted, "outer calls")
+            outer = bind(jax.tree.map(lambda x: x[0], xs))
+        return inner, outer
+
+    inner, outer = jax.eval_shape(seen, state, data)
     params = getattr(state.inner, "params", None)
     losses = traced_losses(solver.problem, params, state.outer, inner, outer, state.key, solver.inner_batches)
     refuse_captured(losses, state.outer)

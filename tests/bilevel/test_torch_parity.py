@@ -46,8 +46,16 @@ def outer_loss(np_like, inner, outer, data):
     return np_like.log1p(miss(np_like, inner, data)).mean() + 1e-3 * np_like.exp(outer["log_l2"])
 
 
+@pytest.fixture(scope="module")
 def by_torch():
     """The outer loss, and its gradient, with the graph of all steps kept."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # TorchOpt corrects Adam's bias in the default precision
+    yield unrolled_by_torch()
+    torch.set_default_dtype(default)
+
+
+def unrolled_by_torch():
 
     def tensors(tree, requires_grad=False):
         return {name: torch.tensor(x, requires_grad=requires_grad) for name, x in tree.items()}
@@ -74,7 +82,7 @@ def by_torch():
     ],
     ids=lambda h: h.mode,
 )
-def test_two_automatic_differentiations_agree(hypergradient):
+def test_two_automatic_differentiations_agree(hypergradient, by_torch):
     problem = Problem(
         lambda inner, outer, batch, key: inner_loss(jnp, inner, outer, batch),
         lambda inner, outer, batch, key: outer_loss(jnp, inner, outer, batch),
@@ -83,6 +91,6 @@ def test_two_automatic_differentiations_agree(hypergradient):
     )
     data, held_out = (bilevel.FullBatch(jax.tree.map(jnp.asarray, d)) for d in (DATA, HELD_OUT))
     result = estimate(problem, hypergradient, None, problem.start_outer(KEY), data, held_out, KEY)
-    value, grad = by_torch()
+    value, grad = by_torch
     np.testing.assert_allclose(result.value, value, rtol=1e-10)
     assert_close(result.grad, grad, 1e-6)
