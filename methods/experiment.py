@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 
 import bilevel
 from methods import tasks
-from methods.adapters.lora import LoRAConfig
+from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.adapters.peft import save_peft
 from methods.models.loading import Pretrained, load
 from methods.objective import Bound, Trainable, jitted_outputs, jitted_row_losses, mean_loss, write
@@ -115,6 +116,10 @@ class Bench(NamedTuple):
     @property
     def trainable(self) -> Trainable:
         return Trainable(self.lora)
+
+
+Where = list[int] | Mapping[str, Any]
+"""Where LoRA is: indices of layers, or modules as a mask `{site: [L]}`."""
 
 
 def prepare(settings: Settings) -> Bench:
@@ -219,42 +224,63 @@ def recipe(settings: Settings) -> Recipe:
     return Recipe(settings.finetune_steps, settings.finetune_lr, *counts)
 
 
-def finetune(settings: Settings, bench: Bench, layers: list[int], name: str, folder: RunFolder) -> dict[str, Any]:
-    """Trains LoRA from scratch on `layers` alone, and the head if there is one: `methods.training.train`.
+def finetune(settings: Settings, bench: Bench, where: Where, name: str, folder: RunFolder) -> dict[str, Any]:
+    """Trains LoRA from scratch on `where` alone, and the head if there is one; returns what is trained.
 
-    Returns what is trained. The layers are a mask, an outer variable that does not move, so that every choice of
-    layers is the same compiled program.
+    The modules are a mask, an outer variable that does not move, so that every choice is the same compiled program.
     """
     mean, trainable = loss(bench), bench.trainable
 
     def inner_loss(weights, params, mask, batch, key):
         return mean(weights, trainable.bind(params, mask=mask, base=weights["blocks"]), batch)
 
-    partial_loss = jax.tree_util.Partial(inner_loss, bench.pretrained.weights)
-    problem = bilevel.Problem(
-        partial_loss, partial_loss, lambda key, mask: start(bench, key), lambda key: layer_mask(bench, layers)
-    )
+    inner_loss = jax.tree_util.Partial(inner_loss, bench.pretrained.weights)
+    mask = modules(bench, where)
+    problem = bilevel.Problem(inner_loss, inner_loss, lambda key, mask: start(bench, key), lambda key: mask)
+    return finetune_at(settings, bench, problem, mask, name, folder, lambda params: masked(bench, params, where))
+
+
+def finetune_at(
+    settings: Settings,
+    bench: Bench,
+    problem: bilevel.Problem,
+    outer: Any,
+    name: str,
+    folder: RunFolder,
+    bind: Callable[[Any], Bound],
+) -> Any:
+    """Trains `problem` at a constant `outer` by the settings' recipe, `methods.training.train`.
+
+    `bind(params)` is what is validated.
+    """
     return train(
         problem,
-        layer_mask(bench, layers),
+        outer,
         tasks.Buckets(bench.train, settings.batch_size, seed=settings.seed),
         recipe(settings),
         folder,
         name,
         key=jax.random.key(settings.seed + 1),
-        validate=lambda params: validation_loss(bench, params, layers),
+        validate=lambda params: validation_loss(bench, bind(params)),
     )
 
 
-def layer_mask(bench: Bench, layers: list[int]) -> jax.Array:
-    """bool `[L]`, True at `layers`."""
-    return jnp.isin(jnp.arange(bench.num_layers), jnp.asarray(layers, jnp.int32))
+def modules(bench: Bench, where: Where) -> dict[str, jax.Array]:
+    """bool `{site: [L]}`, True at the modules that `where` means."""
+    sites = bench.lora.sites(bench.pretrained.config.site_shapes())
+    if isinstance(where, Mapping):
+        return {site: jnp.asarray(where[site], bool) for site in sites}
+    return dict.fromkeys(sites, jnp.isin(jnp.arange(bench.num_layers), jnp.asarray(where, jnp.int32)))
 
 
-def validation_loss(bench: Bench, params: dict[str, Any], layers: list[int], batch_size: int = 16) -> float:
-    """The loss over all outer rows, of what is trained on `layers`."""
+def masked(bench: Bench, params: dict[str, Any], where: Where) -> Bound:
+    """What is trained, on `where` alone; nowhere is the model as it came."""
+    return bench.trainable.bind(params, mask=modules(bench, where), base=bench.pretrained.weights["blocks"])
+
+
+def validation_loss(bench: Bench, bound: Bound, batch_size: int = 16) -> float:
+    """The loss over all outer rows."""
     weights = bench.pretrained.weights
-    bound = bench.trainable.bind(params, mask=layer_mask(bench, layers), base=weights["blocks"])
     outer = jax.tree.map(np.asarray, bench.outer)
     total, count = 0.0, 0
     for index, length in by_length(outer.mask.sum(axis=1), batch_size, 32, outer.mask.shape[1]):
@@ -265,12 +291,14 @@ def validation_loss(bench: Bench, params: dict[str, Any], layers: list[int], bat
     return total / count
 
 
-def evaluate(
-    bench: Bench, params: dict[str, Any], layers: list[int]
-) -> tasks.Evaluation | tasks.Classified | tasks.Written:
-    """The task's metrics on the test rows, of what is trained on `layers`; no layer is the model as it came."""
+def evaluate(bench: Bench, params: dict[str, Any], where: Where) -> tasks.Evaluation | tasks.Classified | tasks.Written:
+    """The task's metrics on the test rows, of what is trained on `where`; nowhere is the model as it came."""
+    return evaluate_with(bench, masked(bench, params, where))
+
+
+def evaluate_with(bench: Bench, bound: Bound) -> tasks.Evaluation | tasks.Classified | tasks.Written:
+    """The task's metrics on the test rows, of a hook and a head."""
     weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
-    bound = bench.trainable.bind(params, mask=layer_mask(bench, layers), base=weights["blocks"])
     task: Any = bench.task
     if bench.head is not None:
         answer = partial(jitted_outputs, bench.pretrained.model, bench.head, weights, bound)
@@ -288,25 +316,34 @@ def _score(model, weights, adapt, tokens, mask, answer_mask):
     return answer_log_likelihood(logits, tasks.TokenBatch(tokens, mask, answer_mask))
 
 
-def trainable_parameters(bench: Bench, layers: list[int]) -> int:
-    """Parameters trained: LoRA's on `layers`, sum over their sites of r (in + out), and the head's."""
+def trainable_parameters(bench: Bench, where: Where) -> int:
+    """Parameters trained: LoRA's on `where`, and the head's."""
     head = jax.eval_shape(lambda: start(bench, jax.random.key(0)))["head"]
-    size = sum(leaf.size for leaf in jax.tree.leaves(head))
-    if not layers:
-        return size
-    return size + dataclasses.replace(bench.lora, layers=layers).size(
-        bench.pretrained.config.site_shapes(), bench.num_layers
-    )
+    shapes, size = bench.pretrained.config.site_shapes(), sum(leaf.size for leaf in jax.tree.leaves(head))
+    for site, mask in modules(bench, where).items():
+        if layers := np.flatnonzero(mask).tolist():
+            size += dataclasses.replace(bench.lora, targets=[site], layers=layers).size(shapes, bench.num_layers)
+    return size
 
 
-def save_adapter(folder: str | os.PathLike[str], bench: Bench, params: dict[str, Any], layers: list[int]) -> Path:
-    """What was trained on `layers`, as PEFT's folder."""
-    config = dataclasses.replace(bench.lora, layers=None if len(layers) == bench.num_layers else layers)
-    return save_peft(
-        folder,
-        config,
-        params["lora"],
-        bench.pretrained.hf_names,
-        head=params["head"],
-        task_type="CAUSAL_LM" if bench.head is None else "SEQ_CLS",
-    )
+def save_adapter(folder: str | os.PathLike[str], bench: Bench, params: dict[str, Any], where: Where) -> Path:
+    """What was trained on `where`, as PEFT's folder."""
+    if isinstance(where, Mapping):
+        return save_bound(folder, bench, bench.lora, params["lora"], params["head"], mask=modules(bench, where))
+    config = dataclasses.replace(bench.lora, layers=None if len(where) == bench.num_layers else where)
+    return save_bound(folder, bench, config, params["lora"], params["head"])
+
+
+def save_bound(
+    folder: str | os.PathLike[str],
+    bench: Bench,
+    config: LoRAConfig,
+    params: Any,
+    head: Any,
+    gate: PerLayer | None = None,
+    mask: PerLayer | None = None,
+) -> Path:
+    """`config.bind(params, gate, mask)` and a head, as PEFT's folder."""
+    task_type = "CAUSAL_LM" if bench.head is None else "SEQ_CLS"
+    names = bench.pretrained.hf_names
+    return save_peft(folder, config, params, names, gate=gate, mask=mask, head=head, task_type=task_type)

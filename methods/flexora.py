@@ -20,6 +20,8 @@ after every step, Adam on alpha, selection of alpha > 0.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -67,6 +69,24 @@ def select(alpha: Any, top_k: int | None = None, *, threshold: float | None = No
     return chosen
 
 
+def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, float]:
+    """Mean Jaccard index of all pairs of selections out of `count`, and what random ones of their sizes would have.
+
+    Random: the mean over pairs of E|both| / E|either|, with E|both| = |a| |b| / count.
+
+    Raises:
+      ValueError: for fewer than two selections.
+    """
+    pairs = [(set(a), set(b)) for a, b in itertools.combinations(selections, 2)]
+    if not pairs:
+        raise ValueError("Stability compares two or more selections.")
+    chance = [len(a) * len(b) / count for a, b in pairs]
+    return {
+        "jaccard": float(np.mean([len(a & b) / len(a | b) for a, b in pairs])),
+        "random": float(np.mean([c / (len(a) + len(b) - c) for c, (a, b) in zip(chance, pairs, strict=True)])),
+    }
+
+
 def cleared(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """`optimizer`, its state thrown away after every step."""
 
@@ -78,7 +98,15 @@ def cleared(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def problem(
-    loss: Any, weights: Any, lora: LoRAConfig | Trainable, start: Any, num_layers: int, *, power: int = 1
+    loss: Any,
+    weights: Any,
+    lora: LoRAConfig | Trainable,
+    start: Any,
+    num_layers: int,
+    *,
+    power: int = 1,
+    sites: Sequence[str] | None = None,
+    decay: float = 0.0,
 ) -> Any:
     """Flexora's bilevel problem.
 
@@ -89,13 +117,23 @@ def problem(
       start: `start(key)`, the parameters that `lora` binds.
       num_layers: n.
       power: how often the gate multiplies the update; 1, or 3 for the released code.
+      sites: the adapted sites, for a logit a module, alpha `[sites, n]` under one softmax; None for one a layer.
+      decay: of the outer level: the validation loss gets decay / 2 times the squared distance of alpha from its mean.
+        Unrolled differentiation can overfit the validation rows (Bao et al. 2021, arXiv 2106.04188).
     """
 
     def gated(weights, params, alpha, batch, key):
-        return loss(weights, lora.bind(params, gate(alpha) ** power, base=weights["blocks"]), batch)
+        gates: Any = gate(alpha) ** power
+        gates = gates if sites is None else dict(zip(sites, gates, strict=True))
+        return loss(weights, lora.bind(params, gates, base=weights["blocks"]), batch)
 
-    gated = jax.tree_util.Partial(gated, weights)
-    return bilevel.Problem(gated, gated, lambda key, alpha: start(key), lambda key: jnp.zeros(num_layers))
+    def regularised(weights, params, alpha, batch, key):
+        value = gated(weights, params, alpha, batch, key)
+        return value + (decay / 2 * jnp.sum((alpha - alpha.mean()) ** 2)).astype(value.dtype)
+
+    training, validation = (jax.tree_util.Partial(f, weights) for f in (gated, regularised if decay else gated))
+    shape = (num_layers,) if sites is None else (len(sites), num_layers)
+    return bilevel.Problem(training, validation, lambda key, alpha: start(key), lambda key: jnp.zeros(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +149,11 @@ class FlexoraSettings(Settings):
       outer_lr: learning rate of alpha.
       outer_optimizer: "sgd" is the paper's gradient descent.
       inner_start: "warm" goes on training LoRA across outer steps; "cold" starts anew for each.
-      top_k: select this many layers instead of those above the mean.
+      per: "layer" gates all of a layer's modules together, "module" each by itself.
+      outer_decay: of the outer loss, towards equal gates.
+      search_rows: training rows that the search sees; 0 for all of them.
+      searches: the search is repeated with as many seeds, the first of which selects; how much they agree is reported.
+      top_k: select this many layers (or modules) instead of those above the mean.
       random_baselines: random choices of as many layers, trained and evaluated beside the selected ones.
     """
 
@@ -123,6 +165,10 @@ class FlexoraSettings(Settings):
     outer_lr: float = 10.0
     outer_optimizer: Literal["sgd", "adam"] = "sgd"
     inner_start: Literal["warm", "cold"] = "warm"
+    per: Literal["layer", "module"] = "layer"
+    outer_decay: float = 0.0
+    search_rows: int = 0
+    searches: int = 1
     top_k: int | None = None
     random_baselines: int = 1
 
@@ -141,6 +187,36 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outer_lr": 2.0,
         "finetune_steps": 500,
         "finetune_lr": 2e-4,
+        "random_baselines": 3,
+    },
+    # The paper: through the training, LoRA anew for each outer step. Its K and T are not known.
+    "paper": {
+        "length": 96,
+        "batch_size": 8,
+        "outer_batch_size": 8,
+        "train_rows": 4800,
+        "outer_rows": 200,
+        "test_rows": 0,
+        "inner_steps": 10,
+        "inner_start": "cold",
+        "outer_steps": 200,
+        "outer_lr": 2.0,
+        "finetune_steps": 1800,
+        "finetune_lr": 1e-4,
+        "random_baselines": 3,
+    },
+    # What the authors released, with its data sizes; the published length is 1024.
+    "released": {
+        "released": True,
+        "length": 96,
+        "batch_size": 8,
+        "outer_batch_size": 8,
+        "train_rows": 4800,
+        "outer_rows": 200,
+        "test_rows": 0,
+        "outer_steps": 600,
+        "finetune_steps": 1800,
+        "finetune_lr": 1e-4,
         "random_baselines": 3,
     },
 }
@@ -167,24 +243,43 @@ def solver(settings: FlexoraSettings, bench: Bench) -> bilevel.Nested:
         lambda key: experiment.start(bench, key),
         bench.num_layers,
         power=3 if settings.released else 1,
+        sites=_sites(settings, bench),
+        decay=settings.outer_decay,
     )
     return bilevel.Nested(layers, estimator, outer, inner_start=settings.inner_start)
 
 
-def search(settings: FlexoraSettings, bench: Bench, folder: RunFolder) -> np.ndarray:
-    """Stage 1: alpha after every outer step, `[T, n]`; kept in the run folder and continued from there."""
+def _sites(settings: FlexoraSettings, bench: Bench) -> tuple[str, ...] | None:
+    return bench.lora.sites(bench.pretrained.config.site_shapes()) if settings.per == "module" else None
+
+
+def search(settings: FlexoraSettings, bench: Bench, folder: RunFolder, number: int = 0) -> np.ndarray:
+    """Stage 1: alpha after every outer step, `[T, n]`; kept in the run folder and continued from there.
+
+    With a gate a module n is sites times layers, site by site. `number` is that of the repetition.
+    """
+    name = f"search-{number}" if number else "search"
+    rows = jax.tree.map(lambda x: x[: settings.search_rows or None], bench.train)
     result = bilevel.run(
         solver(settings, bench),
-        inner_data=bilevel.Batches(bench.train, settings.batch_size),
+        inner_data=bilevel.Batches(rows, settings.batch_size),
         outer_data=bilevel.Batches(bench.outer, settings.outer_batch_size),
         steps=settings.outer_steps,
-        key=jax.random.key(settings.seed),
-        callbacks=[folder.log("search")],
-        checkpoint=folder.path / "checkpoints" / "search",
+        key=jax.random.fold_in(jax.random.key(settings.seed), number) if number else jax.random.key(settings.seed),
+        callbacks=[folder.log(name)],
+        checkpoint=folder.path / "checkpoints" / name,
         record=_alpha,
-        title="search",
+        title=name,
     )
-    return result.history["alpha"]
+    return result.history["alpha"].reshape(settings.outer_steps, -1)
+
+
+def _where(units: list[int], sites: Sequence[str] | None, num_layers: int) -> experiment.Where:
+    """Indices into alpha as layers, or as the mask of modules."""
+    if sites is None:
+        return units
+    on = np.isin(np.arange(len(sites) * num_layers), units).reshape(len(sites), num_layers)
+    return dict(zip(sites, on, strict=True))
 
 
 def _alpha(state: Any) -> dict[str, jax.Array]:
@@ -200,30 +295,43 @@ def main(settings: FlexoraSettings) -> None:
     """
     if settings.inner_steps < 1 or settings.outer_steps < 1:
         raise ValueError("--inner-steps and --outer-steps must be at least 1: the search needs training to look at.")
+    if settings.searches < 1:
+        raise ValueError(f"--searches {settings.searches} must be at least 1.")
+    if settings.search_rows and not settings.batch_size <= settings.search_rows <= settings.train_rows:
+        raise ValueError(
+            f"--search-rows {settings.search_rows} must be between --batch-size {settings.batch_size} and "
+            f"--train-rows {settings.train_rows}, or 0 for all of these."
+        )
     bench = experiment.prepare(settings)
+    sites = _sites(settings, bench)
+    count = bench.num_layers * (1 if sites is None else len(sites))
     if settings.top_k is not None:
-        select(np.zeros(bench.num_layers), settings.top_k)
+        select(np.zeros(count), settings.top_k)
     folder = RunFolder(settings.out, settings)
-    alpha = search(settings, bench, folder)
-    threshold = 0.0 if settings.released else None
+    found = [search(settings, bench, folder, number) for number in range(settings.searches)]
+    alpha, threshold = found[0], 0.0 if settings.released else None
     chosen = select(alpha[-1], settings.top_k, threshold=threshold)
     rule = f"top {settings.top_k}" if settings.top_k else "alpha > 0" if settings.released else "alpha > mean(alpha)"
-    folder.write("selection", {"rule": rule, "layers": chosen, "alpha": alpha[-1], "gate": np.asarray(gate(alpha[-1]))})
+    selection = {"rule": rule, settings.per + "s": chosen, "alpha": alpha[-1], "gate": np.asarray(gate(alpha[-1]))}
+    if len(found) > 1:
+        every = [select(a[-1], settings.top_k, threshold=threshold) for a in found]
+        selection |= {"searches": every, "stability": stability(every, count)}
+    folder.write("selection", selection)
 
-    everything = list(range(bench.num_layers))
-    arms: dict[str, list[int]] = {"flexora": chosen, "all-layers": everything}
+    arms: dict[str, list[int]] = {"flexora": chosen, "all-layers": list(range(count))}
     for i in range(settings.random_baselines):
         rng = np.random.default_rng((settings.seed, i))
-        arms[f"random-{i}"] = sorted(int(j) for j in rng.choice(bench.num_layers, len(chosen), replace=False))
+        arms[f"random-{i}"] = sorted(int(j) for j in rng.choice(count, len(chosen), replace=False))
     fresh = experiment.start(bench, jax.random.key(0))
     folder.once("results/pretrained", lambda: report.arm(bench, [], experiment.evaluate(bench, fresh, [])))
-    for name, layers in arms.items():
+    for name, units in arms.items():
 
-        def trained(name=name, layers=layers):
-            params = experiment.finetune(settings, bench, layers, name, folder)
+        def trained(name=name, units=units):
+            where = _where(units, sites, bench.num_layers)
+            params = experiment.finetune(settings, bench, where, name, folder)
             if name == "flexora":
-                experiment.save_adapter(folder.path / "adapter", bench, params, layers)
-            return report.arm(bench, layers, experiment.evaluate(bench, params, layers))
+                experiment.save_adapter(folder.path / "adapter", bench, params, where)
+            return report.arm(bench, where, experiment.evaluate(bench, params, where))
 
         folder.once(f"results/{name}", trained)
     report.layer_selection(folder, settings, bench, alpha, chosen, rule, ["pretrained", *arms])

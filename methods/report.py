@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 
 from methods import experiment
-from methods.experiment import Bench
+from methods.experiment import Bench, Where
 from methods.runfolder import RunFolder
 from methods.tasks import Accuracy, Classified, Evaluation, Written
 
 
-def arm(bench: Bench, layers: list[int], evaluation: Evaluation | Classified | Written) -> dict[str, Any]:
-    """One row of the comparison, as it is stored: which layers, how many parameters, how well on the test rows."""
+def arm(bench: Bench, where: Where, evaluation: Evaluation | Classified | Written) -> dict[str, Any]:
+    """One row of the comparison, as it is stored: which modules, how many parameters, how well on the test rows."""
+    on = {site: np.asarray(mask) for site, mask in experiment.modules(bench, where).items()}
     row = {
-        "layers": layers,
-        "parameters": experiment.trainable_parameters(bench, layers),
+        "layers": np.flatnonzero(np.any(list(on.values()), axis=0)).tolist(),
+        "on": {site: mask.astype(int).tolist() for site, mask in on.items()},
+        "parameters": experiment.trainable_parameters(bench, where),
         "predictions": evaluation.predictions,
     }
     if not isinstance(evaluation, Evaluation):
@@ -54,7 +56,7 @@ def layer_selection(
     figures.mkdir(exist_ok=True)
     alpha_figure(figures / "alpha.png", alpha, chosen)
     selection_figure(figures / "selection.png", alpha[-1], chosen, rule)
-    folder.write_text("report.md", _page(settings, bench, alpha, chosen, rule, results))
+    folder.write_text("report.md", _page(folder, settings, bench, alpha, chosen, rule, results))
 
 
 def training(folder: RunFolder, settings: Any, bench: Bench, arms: list[str]) -> None:
@@ -73,7 +75,7 @@ def training(folder: RunFolder, settings: Any, bench: Bench, arms: list[str]) ->
 
 def training_figure(file: Path, folder: RunFolder, arms: list[str]) -> None:
     """Training loss over batches, smoothed over a twentieth of them, with the validation losses as dots."""
-    plt = _pyplot()
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     for name in arms:
         rows = folder.rows(f"finetune {name}")
@@ -96,7 +98,7 @@ def training_figure(file: Path, folder: RunFolder, arms: list[str]) -> None:
 
 def alpha_figure(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
     """Layer logits over outer steps, colour by depth, the selected ones drawn through, the others dashed."""
-    plt = _pyplot()
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     path = np.concatenate([np.zeros((1, alpha.shape[1]), alpha.dtype), alpha])
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, alpha.shape[1]))
@@ -113,7 +115,7 @@ def alpha_figure(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
 
 def selection_figure(file: Path, alpha: np.ndarray, chosen: list[int], rule: str) -> None:
     """Final layer logits as bars, the selected ones filled."""
-    plt = _pyplot()
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
     colours = ["#2a6f97" if layer in chosen else "#d0d5da" for layer in range(len(alpha))]
     ax.bar(np.arange(len(alpha)), alpha, color=colours)
@@ -151,10 +153,10 @@ def paired_difference(first: dict[str, Any], second: dict[str, Any], labels: np.
     return wins, losses, p
 
 
-def _page(settings, bench: Bench, alpha, chosen, rule, results) -> str:
+def _page(folder: RunFolder, settings, bench: Bench, alpha, chosen, rule, results) -> str:
     labels = np.array([row["label"] for row in bench.splits.test])
     steps, count = alpha.shape
-    agreement = _halves(alpha)
+    agreement = _halves(alpha) + _repetitions(folder)
     width = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in results.values())
     compared = "\n".join(
         "- against {}: {} questions only flexora got right, {} only the other; p = {:.2f} (exact sign test)".format(
@@ -171,7 +173,7 @@ def _page(settings, bench: Bench, alpha, chosen, rule, results) -> str:
 
 ## What was found
 
-{len(chosen)} of {count} layers, by the rule {rule}: {", ".join(map(str, chosen))}.
+{len(chosen)} of {count} {settings.per}s, by the rule {rule}: {", ".join(map(str, chosen))}.
 
 ![layer logits over time](figures/alpha.png)
 
@@ -242,6 +244,17 @@ def _halves(alpha: np.ndarray) -> str:
     )
 
 
+def _repetitions(folder: RunFolder) -> str:
+    selection = folder.read("selection")
+    if "stability" not in selection:
+        return ""
+    index = selection["stability"]
+    return (
+        f" Over {len(selection['searches'])} searches that differ in their seed alone the selections have a mean "
+        f"Jaccard index of {index['jaccard']:.2f}; random ones of their sizes would have {index['random']:.2f}."
+    )
+
+
 def _warning(steps: int, layers: int) -> str:
     if steps >= 3 * layers:
         return ""
@@ -251,7 +264,7 @@ def _warning(steps: int, layers: int) -> str:
     )
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib  # half a second, and only needed at the end
 
     matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from methods.report import _pyplot as pyplot
+from methods.report import pyplot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""`bilevel baseline NAME`: one of the baselines on a real model and task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from methods import experiment, report, side_by_side
+from methods.baselines import BASELINES, Setting
+from methods.baselines.base import Found
+from methods.experiment import Bench, Settings
+from methods.objective import Bound
+from methods.runfolder import RunFolder
+
+Name = Literal[
+    "uniform", "random-k", "first-k", "last-k", "lora-drop", "adalora", "increlora", "autolora", "bilora", "alora",
+    "sam", "melora", "tied-lora", "lorta", "mos", "rac-lora",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class BaselineSettings(Settings):
+    """A baseline: spend a budget of adapter parameters in a published way, and evaluate.
+
+    Attributes:
+      name: of the baseline.
+      share: the budget, as a share of the parameters of LoRA of `rank` on all modules.
+    """
+
+    name: tyro.conf.Positional[Name] = "uniform"
+    share: float = 0.25
+
+
+PRESETS: dict[str, dict[str, Any]] = {"demo": {}}
+
+
+def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) -> Setting:
+    """What the baselines are given of a bench.
+
+    Raises:
+      ValueError: for DoRA, whose lengths no baseline has.
+    """
+    if settings.adapter == "dora":
+        raise ValueError("--adapter dora: the baselines are made for LoRA and rsLoRA.")
+    loss = experiment.loss(bench)
+    return Setting(
+        lambda weights, adapt, head, batch: loss(weights, Bound(adapt, head), batch),
+        bench.pretrained.weights,
+        bench.lora,
+        bench.pretrained.config.site_shapes(),
+        bench.num_layers,
+        bench.train,
+        bench.outer,
+        settings.share,
+        settings.finetune_steps,
+        settings.batch_size,
+        settings.finetune_lr,
+        start_head=lambda key: experiment.start(bench, key)["head"],
+        callbacks=callbacks,
+    )
+
+
+def main(settings: BaselineSettings) -> None:
+    """Training, evaluation, report, adapter: all in `settings.out`.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong.
+      FloatingPointError: if training diverges; names step and leaf.
+    """
+    if not 0 < settings.share <= 1:
+        raise ValueError(f"--share {settings.share:g} must be above 0 and at most 1.")
+    bench = experiment.prepare(settings)
+    setting_of(settings, bench)
+    folder = RunFolder(settings.out, settings)
+
+    def trained() -> dict[str, Any]:
+        setting = setting_of(settings, bench, [folder.log(settings.name)])
+        found = BASELINES[settings.name](setting, jax.random.key(settings.seed + 1))
+        folder.write("selection", {"on": found.on, "scores": found.scores})
+        if found.exported is not None:
+            config, params, gate, mask = found.exported
+            experiment.save_bound(folder.path / "adapter", bench, config, params, found.head, gate, mask)
+        return _row(bench, found)
+
+    folder.once(f"results/{settings.name}", trained)
+    title = f"{settings.name} on {bench.task.name}, {Path(settings.model).name}"
+    side_by_side.page(folder.path, (folder.path,), title, _how(settings))
+
+
+def _row(bench: Bench, found: Found) -> dict[str, Any]:
+    row = report.arm(bench, [], experiment.evaluate_with(bench, Bound(found.adapt, found.head)))
+    on = {site: np.asarray(share, float).tolist() for site, share in found.on.items()}
+    return row | {"on": on, "parameters": row["parameters"] + found.parameters}
+
+
+def _how(settings: BaselineSettings) -> str:
+    return f"""Trained for {settings.finetune_steps} steps of Adam, learning rate {settings.finetune_lr:g}, with a
+budget of {settings.share:.0%} of LoRA of rank {settings.rank}. The docstring of its file in `methods/baselines/` says
+what is published and what is our choice. All settings: `config.json`; the steps of its last training: `metrics.jsonl`;
+which modules are in use, and their scores: `selection.json`. If it is a LoRA, it is in `adapter/`, in PEFT's format.
+"""
