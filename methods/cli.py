@@ -22,7 +22,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "lora": Command("methods.baselines.lora", "LoRASettings", "train LoRA, rsLoRA or DoRA on every layer"),
     "flexora": Command("methods.flexora", "FlexoraSettings", "select the layers that deserve LoRA"),
-    "report": Command("methods.side_by_side", "ReportSettings", "put finished runs side by side: a table and a figure"),
+    "heterolora": Command("methods.heterolora", "HeteroLoRASettings", "spend a budget on modules"),
+    "baseline": Command("methods.baselines.command", "BaselineSettings", "what methods are measured against"),
+    "report": Command("methods.side_by_side", "ReportSettings", "put finished runs side by side"),
 }
 
 USAGE = """usage: bilevel METHOD [--preset NAME] [options]

@@ -29,7 +29,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,12 @@ import optax
 
 import bilevel
 from bilevel.trees import PyTree
+from methods import experiment, proxies, report, side_by_side
 from methods.adapters.lora import LoRAConfig
+from methods.experiment import Bench, Settings
 from methods.models.hooks import Chain
-from methods.proxies import gated as having_gates
+from methods.objective import Bound
+from methods.runfolder import RunFolder
 
 SHORTCUTS = ("residual_attention", "residual_ffn", "block_hidden", "ffn_input")
 """The sites of the four kinds of shortcuts."""
@@ -128,7 +132,7 @@ def frozen_where_off(optimizer: optax.GradientTransformation) -> Callable[[Gates
             return jax.tree.map(lambda u: jnp.where(_leading(gate > 0, u.ndim), u, jnp.zeros_like(u)), updates)
 
         def only_on(updates, params):
-            return updates | jax.tree.map(stop, gates, having_gates(gates, updates))
+            return updates | jax.tree.map(stop, gates, proxies.gated(gates, updates))
 
         return optax.chain(optimizer, optax.stateless(only_on))
 
@@ -178,6 +182,215 @@ def allocation(space: Space, share: float, key: jax.Array, *, separated: bool = 
     else:
         allocate = bilevel.allocate(budgets["all"], costs, key=key)
     return optax.chain(by_type(), allocate) if normalised else allocate
+
+
+@dataclasses.dataclass(frozen=True)
+class HeteroLoRASettings(Settings):
+    """HeteroLoRA: score LoRA modules and shortcuts, keep the best within a budget, train them, evaluate.
+
+    Attributes:
+      proxy: the score; "unrolled", "implicit" and "first-order" are hypergradients of the gates.
+      allocation: "static" scores once and trains what was chosen from scratch; "dynamic" scores again and again during
+        training and goes on from there.
+      ranking: "combined" ranks all modules together, "separated" LoRA modules and shortcuts each by themselves.
+      shortcuts: their sites, any of residual_attention, residual_ffn, block_hidden, ffn_input; "none" for none.
+      shortcut_alpha: alpha of the shortcuts' LoRA, whose rank is `rank`.
+      share: share of the modules that stay on.
+      normalised: scores are divided by the mean of their type first.
+      score_on: rows that the score looks at, those of training (as published) or the held-out outer ones.
+      reallocations: how often modules are scored; "static" does so once.
+      interval: training steps before each scoring; the first are with every module on.
+      search_lr: learning rate of these steps (Adam).
+      random_baselines: random allocations of as many modules, trained and evaluated beside.
+    """
+
+    proxy: Literal["grad-norm", "constant", "snip", "synflow", "alpha-test", "unrolled", "implicit", "first-order"] = (
+        "grad-norm"
+    )
+    allocation: Literal["static", "dynamic"] = "dynamic"
+    ranking: Literal["combined", "separated"] = "combined"
+    shortcuts: tuple[str, ...] = SHORTCUTS
+    shortcut_alpha: float = 4.0
+    share: float = 0.25
+    normalised: bool = False
+    score_on: Literal["train", "outer"] = "train"
+    reallocations: int = 5
+    interval: int = 4
+    search_lr: float = 5e-4
+    random_baselines: int = 1
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "paper": {
+        "task": "rte",
+        "length": 128,
+        "batch_size": 8,
+        "outer_batch_size": 256,
+        "train_rows": 2000,
+        "outer_rows": 256,
+        "test_rows": 0,
+        "reallocations": 50,
+        "interval": 60,
+        "finetune_steps": 2000,
+        "finetune_lr": 2e-4,
+        "search_lr": 2e-4,
+        "random_baselines": 3,
+    },
+}
+"""Settings that differ from the defaults, by preset."""
+
+
+def search_space(settings: HeteroLoRASettings, bench: Bench) -> Space:
+    """The modules that `settings` name.
+
+    Raises:
+      ValueError: for an unknown shortcut, for DoRA, and for SYNFLOW on a model that writes no text.
+    """
+    config = bench.pretrained.config
+    if settings.adapter == "dora":
+        raise ValueError("--adapter dora: the modules of HeteroLoRA are LoRA or rsLoRA.")
+    if settings.proxy == "synflow" and not hasattr(bench.pretrained.model, "head"):
+        raise ValueError("--proxy synflow follows the logits of a model that writes text, which this one does not.")
+    shortcut = None
+    if settings.shortcuts != ("none",):
+        if unknown := [site for site in settings.shortcuts if site not in SHORTCUTS]:
+            raise ValueError(f"--shortcuts {unknown[0]!r} is none: choose from {', '.join(SHORTCUTS)}, or none.")
+        shortcut = LoRAConfig(settings.rank, settings.shortcut_alpha, settings.shortcuts)
+    return Space(bench.lora, shortcut, config.site_shapes(), config.hidden_size, bench.num_layers)
+
+
+def gated_problem(bench: Bench, space: Space) -> bilevel.Problem:
+    """`problem` on a bench: what is trained is the space's parameters, and a head where there is one."""
+    loss = experiment.loss(bench)
+
+    def gated(weights, params, gates, batch, key):
+        return loss(weights, Bound(space.bind(params, gates), params["head"]), batch)
+
+    def start(key, gates):
+        return space.init(key) | {"head": experiment.start(bench, key)["head"]}
+
+    gated = jax.tree_util.Partial(gated, bench.pretrained.weights)
+    return bilevel.Problem(gated, gated, start, lambda key: space.gates())
+
+
+def score(settings: HeteroLoRASettings, bench: Bench, space: Space, optimizer: Any) -> Any:
+    """The score that `settings.proxy` names."""
+    steps = settings.interval
+    makers = {
+        "constant": lambda: proxies.constant,
+        "grad-norm": lambda: proxies.grad_norm,
+        "snip": lambda: proxies.snip,
+        "synflow": lambda: proxies.synflow(
+            proxies.decoder_flow(bench.pretrained.model, bench.pretrained.weights, space.bind)
+        ),
+        "alpha-test": proxies.alpha_test,
+        "unrolled": lambda: proxies.estimated(bilevel.Unrolled(optimizer, steps, checkpoint="step")),
+        "implicit": lambda: proxies.estimated(
+            bilevel.Implicit(optimizer, steps, linear_solver=bilevel.CG(max_steps=10), damping=0.1)
+        ),
+        "first-order": lambda: proxies.estimated(bilevel.FirstOrder(optimizer, steps)),
+    }
+    return makers[settings.proxy]()
+
+
+def search(settings: HeteroLoRASettings, bench: Bench, space: Space, rule: Any, folder: RunFolder) -> Any:
+    """Trains and reallocates; the history has the gates after every reallocation, `[T, L]` a site."""
+    optimizer = optax.adam(settings.search_lr)
+    proxy = proxies.Proxy(
+        frozen_where_off(optimizer), settings.interval, score=score(settings, bench, space, optimizer)
+    )
+    rows = bench.train if settings.score_on == "train" else bench.outer
+    return bilevel.run(
+        bilevel.Nested(gated_problem(bench, space), proxy, rule),
+        inner_data=bilevel.Batches(bench.train, settings.batch_size),
+        outer_data=bilevel.Batches(rows, settings.outer_batch_size),
+        steps=settings.reallocations if settings.allocation == "dynamic" else 1,
+        key=jax.random.key(settings.seed),
+        callbacks=[folder.log("search")],
+        checkpoint=folder.path / "checkpoints" / "search",
+        record=lambda state: {f"{k}.{s}": gate for k, sites in state.outer.items() for s, gate in sites.items()},
+        title="search",
+    )
+
+
+def main(settings: HeteroLoRASettings) -> None:
+    """Search, allocation, training, evaluation, report, adapter: all in `settings.out`.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong.
+      FloatingPointError: if training diverges; names step and leaf.
+    """
+    if settings.interval < 1 or settings.reallocations < 1:
+        raise ValueError("--interval and --reallocations must be at least 1: a score needs training to look at.")
+    bench = experiment.prepare(settings)
+    space, separated = search_space(settings, bench), settings.ranking == "separated"
+    key = jax.random.key(settings.seed + 2)
+    rule = allocation(space, settings.share, key, separated=separated, normalised=settings.normalised)
+    folder = RunFolder(settings.out, settings)
+    result = search(settings, bench, space, rule, folder)
+    arms = {"heterolora": result.outer}
+    for i in range(settings.random_baselines):
+        draw, on = allocation(space, settings.share, jax.random.fold_in(key, i), separated=separated), space.gates()
+        updates, _ = draw.update(jax.tree.map(jnp.zeros_like, on), draw.init(on), on)
+        arms[f"random-{i}"] = optax.apply_updates(on, updates)
+    chosen = {kind: {s: np.asarray(g, int) for s, g in sites.items()} for kind, sites in result.outer.items()}
+    folder.write("selection", {"proxy": settings.proxy, "on": chosen, "history": result.history})
+    problem = gated_problem(bench, space)
+    if bench.head is None:  # a fresh head knows nothing of the task
+        off = jax.tree.map(jnp.zeros_like, space.gates())
+        fresh = problem.start_inner(jax.random.key(0), off)
+        folder.once("results/pretrained", lambda: _row(bench, space, fresh, off))
+    for name, gates in arms.items():
+
+        def trained(name=name, gates=gates):
+            start = problem
+            if name == "heterolora" and settings.allocation == "dynamic":
+                going_on = jax.tree_util.Partial(lambda params, key, gates: params, result.inner.params)
+                start = dataclasses.replace(problem, init_inner=going_on)
+            bind = lambda params: Bound(space.bind(params, gates), params["head"])  # noqa: E731
+            params = experiment.finetune_at(settings, bench, start, gates, name, folder, bind)
+            if name == "heterolora":
+                _save(folder, bench, space, params, gates)
+            return _row(bench, space, params, gates)
+
+        folder.once(f"results/{name}", trained)
+    title = f"HeteroLoRA on {bench.task.name}, {Path(settings.model).name}"
+    side_by_side.page(folder.path, (folder.path,), title, _how(settings))
+
+
+def _row(bench: Bench, space: Space, params: PyTree, gates: Gates) -> dict[str, Any]:
+    """A row of the comparison: as `report.arm`, with the modules that are on and what they cost."""
+    bound = Bound(space.bind(params, gates), params["head"])
+    row = report.arm(bench, [], experiment.evaluate_with(bench, bound))
+    costs, on = space.costs(), {}
+    for kind, sites in gates.items():
+        for site, gate in sites.items():
+            row["parameters"] += int(costs[kind][site][np.asarray(gate) > 0].sum())
+            on[site] = np.asarray(gate, int).tolist()
+    return row | {"on": on}
+
+
+def _save(folder: RunFolder, bench: Bench, space: Space, params: PyTree, gates: Gates) -> None:
+    """LoRA in PEFT's format; shortcuts, for which PEFT has no place, in `adapter-shortcuts.safetensors`."""
+    mask = {site: gate > 0 for site, gate in gates["lora"].items()}
+    if any(bool(m.any()) for m in mask.values()):
+        experiment.save_bound(folder.path / "adapter", bench, space.lora, params["lora"], params["head"], mask=mask)
+    if "shortcut" in gates:
+        keep = lambda gate, below: jax.tree.map(lambda x: x * gate.astype(x.dtype)[:, None, None], below)  # noqa: E731
+        folder.write_arrays("adapter-shortcuts", jax.tree.map(keep, gates["shortcut"], params["shortcut"]))
+
+
+def _how(settings: HeteroLoRASettings) -> str:
+    times = settings.reallocations if settings.allocation == "dynamic" else 1
+    going = "goes on from there" if settings.allocation == "dynamic" else "starts anew"
+    return f"""Scored by {settings.proxy}, {times} times, each after {settings.interval} training steps, on
+{settings.outer_batch_size} of the {settings.score_on} rows; {settings.share:.0%} of the modules stay on, in a
+{settings.ranking} ranking. The last training of the chosen ones {going}: {settings.finetune_steps} steps, peak learning
+rate {settings.finetune_lr:g}. The random allocations have as many modules. LoRA is in `adapter/`, in PEFT's format;
+shortcuts, for which that has no place, in `adapter-shortcuts.safetensors`. All settings: `config.json`; every step:
+`metrics.jsonl`; the allocation and its history: `selection.json`.
+"""
 
 
 def _leading(mask: jax.Array, ndim: int) -> jax.Array:
