@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,8 @@ def row(label: str, cost: float, found: Any, planted: np.ndarray, oracle: np.nda
     }
 
 
-def measure(setup: Setup, budget: int, unrolls: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The rows of one variant: oracles first."""
+def measure(setup: Setup, budget: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """The rows of one variant: oracles first, then `arms`, then random."""
     task_keys, oracle_keys, score_keys = (jax.random.split(jax.random.key(i), setup.seeds) for i in (10, 11, 12))
     tasks = jax.jit(jax.vmap(partial(make_task, setup)))(task_keys)
     planted, n = np.asarray(tasks.planted), setup.units
@@ -184,7 +185,7 @@ def measure(setup: Setup, budget: int, unrolls: tuple[int, ...]) -> list[dict[st
         row("leave one out", trainings, left_out, planted, left_out),
         row("leave one in", trainings, left_in, planted, left_out),
     ]
-    for arm in arms(setup, unrolls):
+    for arm in arms:
         begun = time.monotonic()
         found = scores(setup, arm, budget, tasks, score_keys)
         rows.append(row(arm.label, repeated(arm, budget) * arm.cost, found, planted, left_out))
@@ -238,7 +239,7 @@ def main(quick: bool = False, budget: int = BUDGET, out: Path = Path("runs/plant
     variants = {}
     for name, setup in setups.items():
         print(f"{name}: {setup.planted} of {setup.units} planted, {setup.seeds} seeds", flush=True)
-        variants[name] = measure(setup, budget, unrolls)
+        variants[name] = measure(setup, budget, arms(setup, unrolls))
         print(table(variants[name]), flush=True)
         everything = {"budget": budget, "setup": dataclasses.asdict(setup), "rows": variants[name]}
         (out / f"{name.replace(' ', '-')}.json").write_text(json.dumps(everything, indent=1))
