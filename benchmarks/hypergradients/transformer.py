@@ -9,7 +9,7 @@ import jax
 import optax
 
 import bilevel
-from benchmarks.hypergradients.measure import Compiled, compile_ahead, timed
+from benchmarks.hypergradients.measure import Compiled, bytes_of, compile_ahead, timed
 from benchmarks.hypergradients.problems import Case, lora_transformer
 
 BLOCKS, STEPS = 8, 4
@@ -17,15 +17,17 @@ SCHEDULES = ("none", "step", "sqrt")
 DEPTHS = (2, 8, 32)
 
 
-def measure(repeats: int, *, blocks: int = BLOCKS, width: int = 128, tokens: int = 128) -> list[dict[str, Any]]:
+def measure(
+    repeats: int, *, blocks: int = BLOCKS, width: int = 128, tokens: int = 128, size: int = 4, steps: int = STEPS
+) -> list[dict[str, Any]]:
     """A row for training and one for every mode and schedule, with blocks rematerialised and with blocks stored."""
     rows = []
     for remat in (True, False):
-        case = lora_transformer(layers=blocks, width=width, tokens=tokens, size=4, remat=remat)
-        programs = {"training": _training(case, STEPS)}
+        case = lora_transformer(layers=blocks, width=width, tokens=tokens, size=size, remat=remat)
+        programs = {"training": _training(case, steps)}
         for mode in ("mixed", "reverse"):
             for schedule in SCHEDULES:
-                programs[f"{mode}, {schedule}"] = _hypergradient(case, STEPS, mode=mode, checkpoint=schedule)
+                programs[f"{mode}, {schedule}"] = _hypergradient(case, steps, mode=mode, checkpoint=schedule)
         times = timed({name: program.call for name, program in programs.items()}, repeats)
         for name, program in programs.items():
             rows.append({"name": name, "blocks": "rematerialised" if remat else "stored", **_costs(program)})
@@ -41,6 +43,29 @@ def depth(depths: tuple[int, ...] = DEPTHS) -> list[dict[str, Any]]:
         case = lora_transformer(layers=blocks, width=32, tokens=16, size=2)
         rows.append({"name": f"{blocks} blocks", "blocks": blocks, **_costs(_hypergradient(case, STEPS))})
     return rows
+
+
+def length(lengths: tuple[int, int], *, blocks: int = BLOCKS) -> list[dict[str, Any]]:
+    """Compile time at two numbers of steps, for every schedule."""
+    case = lora_transformer(layers=blocks, width=64, tokens=16, size=2)
+    rows = []
+    for schedule in SCHEDULES:
+        for steps in lengths:
+            program = _hypergradient(case, steps, checkpoint=schedule)
+            rows.append({"name": schedule, "steps": steps, **_costs(program)})
+    return rows
+
+
+def step_memory(case: Case) -> tuple[int, int]:
+    """Bytes: temporary of one gradient of the inner loss, and of what training moves (weights, optimizer state)."""
+    key = jax.random.key(0)
+    outer, batch = case.problem.start_outer(key), case.batch(key)
+    state = bilevel.FirstOrder(case.optimizer, 1).init(case.problem, outer, key)
+
+    def gradient(problem, params):
+        return jax.grad(lambda params: problem.inner_value(params, outer, batch, key)[0])(params)
+
+    return compile_ahead(gradient, case.problem, state.params).temporary, bytes_of((state.params, state.opt_state))
 
 
 def pretrained(model: str, repeats: int) -> dict[str, Any]:
