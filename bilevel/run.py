@@ -193,15 +193,37 @@ def _chunk(solver, record, capacity, state, data, count):
 
     # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
     step, shapes = jax.make_jaxpr(one, return_shape=True)(state)
-    buffer = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), shapes[1])
+    rows = jax.eval_shape(_packed, shapes[1])
+    buffer = jax.tree.map(lambda row: jnp.zeros((capacity, *row.shape), row.dtype), rows)
 
     def body(i, carry):
         state, buffer = carry
         leaves = jaxpr_as_fun(step)(*jax.tree.leaves(state))
         state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        return state, jax.tree.map(partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0), buffer, metrics)
+        write = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return state, jax.tree.map(write, buffer, _packed(metrics))
 
-    return jax.lax.fori_loop(0, count, body, (state, buffer))
+    state, buffer = jax.lax.fori_loop(0, count, body, (state, buffer))
+    return state, jax.vmap(partial(_unpacked, shapes[1]))(buffer)
+
+
+def _packed(metrics):
+    """One vector a dtype: to write each metric by itself takes as long as a gradient of a small problem."""
+    vectors: dict[str, list[jax.Array]] = {}
+    for leaf in jax.tree.leaves(metrics):
+        vectors.setdefault(str(leaf.dtype), []).append(leaf.ravel())
+    return {dtype: jnp.concatenate(parts) for dtype, parts in vectors.items()}
+
+
+def _unpacked(like, vectors):
+    """The inverse of `_packed`, for metrics like `like`."""
+    ends = dict.fromkeys(vectors, 0)
+
+    def take(leaf):
+        start, ends[str(leaf.dtype)] = ends[str(leaf.dtype)], ends[str(leaf.dtype)] + leaf.size
+        return vectors[str(leaf.dtype)][start : start + leaf.size].reshape(leaf.shape)
+
+    return jax.tree.map(take, like)
 
 
 def _step(solver, state, data):

@@ -42,7 +42,7 @@ class State(NamedTuple):
       inner: the inner problem; `inner.params` is the inner variable, `inner.step` counts its updates.
       memory: what the solver keeps beside (adjoint, momenta, tables); its own docstring says what.
       step: outer iterations taken, int32.
-      key: randomness of what is to come.
+      key: randomness of the run; a step takes what it needs from it and from its number.
     """
 
     outer: PyTree
@@ -180,7 +180,8 @@ class Stochastic:
         Raises:
           ValueError: if a leading axis is not as long as `inner_batches` or `outer_batches` says.
         """
-        next_key, key, own = jax.random.split(state.key, 3)
+        # A function of the step, so that randomness that nobody reads is never made.
+        key, own = jax.random.split(jax.random.fold_in(state.key, state.step))
         count = self.inner_batches
         if self.outer_batches == 1:
             outer_batch = leading(outer_batch)
@@ -209,7 +210,7 @@ class Stochastic:
             "hypergradient_norm": global_norm(new.direction),
             **{name: jnp.asarray(n, jnp.int32) for name, n in new.calls._asdict().items()},
         }
-        return State(new.outer, inner, new.memory, state.step + 1, next_key), metrics
+        return State(new.outer, inner, new.memory, state.step + 1, state.key), metrics
 
 
 def size(step_size: StepSize, step: jax.Array) -> Any:
