@@ -44,7 +44,7 @@ class Nested:
       ValueError: for an unknown `inner_start`.
 
     Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`; of an implicit
-    estimator also `stationarity_relative` and `linear_residual`.
+    estimator also `stationarity_relative`, `linear_residual` and `hvps`.
     """
 
     problem: Problem
@@ -83,8 +83,9 @@ class Nested:
             "inner_loss": estimate.aux.info["inner_loss"][-1],
             "hypergradient_norm": global_norm(estimate.grad),
         }
-        # What an implicit estimator says of its own exactness; `run` warns of it.
-        metrics |= {name: estimate.aux.info[name] for name in EXACTNESS if name in estimate.aux.info}
+        # What an implicit estimator says of its own exactness, of which `run` warns, and of its cost.
+        told = (*EXACTNESS, "hvps")
+        metrics |= {name: estimate.aux.info[name] for name in told if name in estimate.aux.info}
         return NestedState(outer, estimate.inner_state, opt_state, state.step + 1, next_key), metrics
 
     def _transform(self, outer: PyTree):

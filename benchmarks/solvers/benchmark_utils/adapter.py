@@ -9,10 +9,12 @@ from bilevel import Power
 from bilevel.solvers.stochastic import Calls
 
 ENDLESS = 2**31 - 1  # benchopt says when to stop
+UNIT = 64
+"""Rows that an oracle call is counted in, so that solvers with other batches, or full ones, can be compared."""
 
 
 class BilevelSolver(BaseSolver):
-    """Runs `make(problem)` by `bilevel.run`; subclasses give `make` and, where the solver does not count, `calls`.
+    """Runs `make(problem)` by `bilevel.run`; subclasses give `make` and, where the solver does not count, `count`.
 
     `run` waits for the device before each return to benchopt, so that the clock sees the work, and everything is
     compiled in `warm_up`, so that it sees nothing else. It returns after 1, 3, 7, ... iterations, and later about once
@@ -29,9 +31,9 @@ class BilevelSolver(BaseSolver):
     def make(self, problem):
         raise NotImplementedError
 
-    def calls(self) -> Calls | None:
-        """Oracle calls of one iteration; None where the solver's metrics say."""
-        return None
+    def count(self, metrics) -> np.ndarray:
+        """Oracle calls, in batches, of the iterations that these rows of metrics come from, as `Calls` orders them."""
+        return np.array([metrics[name].sum() for name in Calls._fields])
 
     def steps(self, inner_exponent: float = 0.0, outer_exponent: float = 0.0) -> tuple[Power, Power]:
         """`(inner_step, outer_step)` that decay with these exponents."""
@@ -39,7 +41,7 @@ class BilevelSolver(BaseSolver):
 
     def batches(self, arrays) -> int:
         """Mini-batches in a data set."""
-        return -(-self._rows(arrays) // self._size(arrays))
+        return -(-_rows(arrays) // self._size(arrays))
 
     def period(self, fraction: float) -> int:
         """Iterations that see `fraction` of the mini-batches of both data sets."""
@@ -53,50 +55,70 @@ class BilevelSolver(BaseSolver):
         }
         self.solver = self.make(problem)
 
+    @property
+    def weights(self) -> np.ndarray:
+        """How many calls of `UNIT` rows a call on a batch is, as `Calls` orders them."""
+        inner, outer = (self._size(arrays) / UNIT for arrays in (self.inner_arrays, self.outer_arrays))
+        return np.array(Calls(inner, outer, inner, inner))
+
     def warm_up(self):
         # Two returns: the second chunk of a run is the first that is not a single step.
         returns = iter([False, True])
         self._start([lambda *_: next(returns)])
 
     def run(self, callback):
-        state = self.solver.init(jax.random.split(jax.random.key(self.seed), 3)[0])  # as `bilevel.run` starts
-        self.result, self.counts = state, np.zeros(len(Calls._fields), np.int64)
+        self.result = self.solver.init(start_key(self.seed))
+        self.counts = np.zeros(len(Calls._fields))
 
         def between(step, state, metrics):
             jax.block_until_ready(state)
             self.result = state
-            self.counts += self._count(metrics)
+            self.counts += self.count(metrics) * self.weights
             return not callback()
 
         if callback():
             self._start([between])
 
     def get_result(self):
-        counts = dict(zip(Calls._fields, self.counts.tolist(), strict=True))
-        inner = self.result.inner.params
-        return {
-            "inner": inner,
-            "outer": self.result.outer,
-            "counts": counts | {"oracle_calls": sum(counts.values()), "steps": int(self.result.step)},
-        }
+        return result(self.result.inner.params, self.result.outer, self.counts, int(self.result.step))
 
     def _start(self, callbacks):
         key = jax.random.key(self.seed)
         bilevel.run(self.solver, **self.data, steps=ENDLESS, key=key, progress=False, callbacks=callbacks)
-
-    def _count(self, metrics):
-        fixed = self.calls()
-        if fixed is not None:
-            return np.array(fixed) * len(metrics["outer_loss"])
-        return np.array([metrics[name].sum() for name in Calls._fields])
 
     def _batches(self, arrays):
         if self.batch_size == "full":
             return bilevel.FullBatch(arrays)
         return bilevel.Batches(arrays, self.batch_size, order="blocks")  # as benchmark_bilevel samples
 
-    def _rows(self, arrays) -> int:
-        return len(jax.tree.leaves(arrays)[0])
-
     def _size(self, arrays) -> int:
-        return self._rows(arrays) if self.batch_size == "full" else self.batch_size
+        return _rows(arrays) if self.batch_size == "full" else self.batch_size
+
+
+def start_key(seed: int) -> jax.Array:
+    """The key that `bilevel.run` initialises a solver with."""
+    return jax.random.split(jax.random.key(seed), 3)[0]
+
+
+def result(inner, outer, counts, steps):
+    """What the objective measures: both variables, `steps`, the oracle calls of `UNIT` rows each, and their sums."""
+    counts = dict(zip(Calls._fields, (float(n) for n in counts), strict=True))
+    gradients = counts["inner_gradients"] + counts["outer_gradients"]
+    sums = {"gradient_calls": gradients, "oracle_calls": sum(counts.values()), "steps": steps}
+    return {"inner": inner, "outer": outer, "counts": counts | sums}
+
+
+def sizes(problem) -> tuple[int, int]:
+    """Numbers in the inner and in the outer variable."""
+
+    def start(key):
+        outer = problem.start_outer(key)
+        return problem.start_inner(key, outer), outer
+
+    shapes = jax.eval_shape(start, jax.random.key(0))
+    inner, outer = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in shapes)
+    return inner, outer
+
+
+def _rows(arrays) -> int:
+    return len(jax.tree.leaves(arrays)[0])

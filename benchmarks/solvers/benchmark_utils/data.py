@@ -1,28 +1,70 @@
 """Where the arrays of the real data sets come from, and how they are split and scaled."""
 
 import os
+import tempfile
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 
 
 def load(name: str) -> dict[str, np.ndarray]:
-    """The arrays of `$BILEVEL_DATA/<name>/<name>.npz`.
+    """The arrays of `$BILEVEL_DATA/<name>/<name>.npz`; where that is not there, of the public source in `PUBLIC`.
 
     Raises:
-      FileNotFoundError: if the variable is not set or the file is not there.
+      FileNotFoundError: if neither is to be had.
     """
     folder = os.environ.get("BILEVEL_DATA")
-    if not folder:
+    path = Path(folder or ".") / name / f"{name}.npz"
+    if folder and path.is_file():
+        with np.load(path) as arrays:
+            return dict(arrays)
+    missing = (
+        f"{path} does not exist"
+        if folder
+        else f"The environment variable BILEVEL_DATA is not set to a folder that holds {name}/{name}.npz"
+    )
+    if name not in PUBLIC:
+        raise FileNotFoundError(f"{missing}, and this data set has no public source: make the file and set it.")
+    try:
+        return PUBLIC[name]()
+    except ImportError as error:
+        raise FileNotFoundError(f"{missing}, and its public source needs scikit-learn: pip install it.") from error
+    except OSError as error:  # urllib's errors are OSErrors
         raise FileNotFoundError(
-            f"The data set {name} is read from the folder that the environment variable BILEVEL_DATA names, and it is "
-            f"not set: point it at a folder that holds {name}/{name}.npz."
-        )
-    path = Path(folder) / name / f"{name}.npz"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: BILEVEL_DATA must name a folder that holds {name}/{name}.npz.")
-    with np.load(path) as arrays:
-        return dict(arrays)
+            f"{missing}, and its public source cannot be reached ({error}): get online, or make the file."
+        ) from error
+
+
+def _covtype():
+    from sklearn.datasets import fetch_covtype
+
+    x, y = fetch_covtype(return_X_y=True)
+    return {"x": x.astype(np.float32), "y": y}
+
+
+def _ijcnn1():
+    from sklearn.datasets import load_svmlight_files
+
+    base = "https://www.csie.ntu.edu.tw/~cjlin/libsvmtools/datasets/binary/"
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("ijcnn1.bz2", "ijcnn1.t.bz2")]
+        for file in files:
+            urllib.request.urlretrieve(base + file.name, file)
+        x, y, x_test, y_test = load_svmlight_files([str(file) for file in files], n_features=22, dtype=np.float32)
+    return {"x_train": x.toarray(), "y_train": y, "x_test": x_test.toarray(), "y_test": y_test}
+
+
+def _mnist():
+    from sklearn.datasets import fetch_openml
+
+    x, y = fetch_openml("mnist_784", version=1, return_X_y=True, as_frame=False)
+    x, y = x.astype(np.float32), y.astype(np.int32)
+    return {"x_train": x[:60_000], "y_train": y[:60_000], "x_test": x[60_000:], "y_test": y[60_000:]}
+
+
+PUBLIC = {"covtype": _covtype, "ijcnn1": _ijcnn1, "mnist": _mnist}
+"""What scikit-learn fetches, in the form of the npz files."""
 
 
 def scaler(x: np.ndarray):

@@ -17,31 +17,12 @@ class Dataset(BaseDataset):
     parameters = {"random_state": [2442]}
 
     def get_data(self):
-        import jax.numpy as jnp
         import numpy as np
-        from benchmark_utils.classification import cross_entropy, error_rates
-        from benchmark_utils.data import load, scaler, split
-
-        import bilevel
+        from benchmark_utils.classification import regularised_classes
+        from benchmark_utils.data import load, split
 
         arrays, rng = load("covtype_subset"), np.random.RandomState(self.random_state)
         x, y = arrays["x_train"], arrays["y_train"].astype(np.int32) - 1
         train, val = split(rng, len(x), held_out=-(-len(x) // 5))
-        scale = scaler(x[train])
-        sets = {
-            "train": (scale(x[train]), y[train]),
-            "val": (scale(x[val]), y[val]),
-            "test": (scale(arrays["x_test"]), arrays["y_test"].astype(np.int32) - 1),
-        }
-
-        def outer_loss(z, x, batch, key):
-            return jnp.mean(cross_entropy(z, batch))
-
-        def inner_loss(z, x, batch, key):
-            return outer_loss(z, x, batch, key) + 0.5 * jnp.sum(jnp.exp(x) * jnp.sum(z**2, axis=0))
-
-        problem = bilevel.Problem(
-            inner_loss, outer_loss, lambda key, outer: jnp.zeros((54, 7)), lambda key: jnp.full(7, -2.0)
-        )
-        inner, outer = ({"x": jnp.asarray(sets[n][0]), "y": jnp.asarray(sets[n][1])} for n in ("train", "val"))
-        return {"problem": problem, "inner": inner, "outer": outer, "metrics": error_rates(**sets)}
+        test = arrays["x_test"], arrays["y_test"].astype(np.int32) - 1
+        return regularised_classes(train=(x[train], y[train]), val=(x[val], y[val]), test=test)

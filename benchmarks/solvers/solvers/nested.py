@@ -1,5 +1,6 @@
 """Unrolled differentiation in the benchmark."""
 
+import numpy as np
 import optax
 from benchmark_utils.adapter import BilevelSolver
 
@@ -19,6 +20,7 @@ class Solver(BilevelSolver):
         outer = optax.sgd(self.step_size / self.outer_ratio)
         return bilevel.Nested(problem, estimator, outer, inner_start=self.start)
 
-    def calls(self):
+    def count(self, metrics):
         # The backward pass takes one product with H and one with C a step.
-        return Calls(self.inner_steps, 1, self.inner_steps, self.inner_steps)
+        steps = len(metrics["outer_loss"])
+        return np.array(Calls(self.inner_steps, 1, self.inner_steps, self.inner_steps)) * steps
