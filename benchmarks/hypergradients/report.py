@@ -105,7 +105,7 @@ def _goals(record: Record) -> str:
         measured = " / ".join(f"{x:.2f}" for x in goal.measured)
         wanted = f"{'at least' if goal.is_least else 'at most'} {goal.wanted:g}"
         body.append((goal.text, goal.where, measured, wanted, "yes" if goal.is_met else "**no**", goal.limit))
-    return _table(("goal", "where", "measured", "wanted", "met", "limit"), body)
+    return _table(("goal", "where", "measured", "wanted", "met", "limit"), body, align="---")
 
 
 def _estimators(record: Record) -> Iterable[str]:
@@ -187,9 +187,10 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.0f}" if size >= 1e8 else f"{size / 1e6:.3g}"
 
 
-def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+def _table(head: Iterable[str], body: Iterable[Iterable[str]], align: str = "---:") -> str:
+    """A table whose first column is text, and the others aligned like `align`."""
     head = list(head)
-    rule = ["---" if i == 0 else "---:" for i in range(len(head))]
+    rule = ["---" if i == 0 else align for i in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body)) + "\n"
 
 
@@ -259,7 +260,7 @@ def _peers_figure(record: Record) -> Any:
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         points = sorted((r["steps"], r["seconds"], r["resident"] or float("nan")) for r in rows if r["name"] == name)
         ks, seconds, resident = zip(*points, strict=True)
-        style = {"color": f"C{i % 10}", "ms": 4, "lw": 1.3, "label": name}
+        style = {"color": plt.get_cmap("tab20")(i), "ms": 4, "lw": 1.3, "label": name}
         style |= {"marker": "o", "ls": "-"} if name.startswith("bilevel") else {"marker": "s", "ls": "--"}
         axes[0, 0].plot(ks, seconds, **style)
         axes[0, 1].plot(ks, [size / 1e6 for size in resident], **style)

@@ -32,6 +32,7 @@ CONTENDERS = {
         Contender("bilevel, mixed, none", "ours", "bilevel", options=("mixed", "none")),
         Contender("bilevel, mixed, step", "ours", "bilevel", options=("mixed", "step")),
         Contender("bilevel, mixed, sqrt", "ours", "bilevel", options=("mixed", "sqrt")),
+        Contender("bilevel, mixed, binomial", "ours", "bilevel", options=("mixed", "binomial")),
         Contender("bilevel, reverse, none", "ours", "bilevel", options=("reverse", "none")),
         Contender("torchopt", "torchopt", "torchopt"),
         Contender("higher", "higher", "higher"),

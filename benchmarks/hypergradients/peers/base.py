@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -94,14 +95,19 @@ def make_task(name: str, steps: int) -> Task:
     return Task(case, optimizer, rate, steps, outer, start, *batches)
 
 
-def compiled(function: Callable[[Any, Any, Any], Any], task: Task) -> Ready:
-    """`function(problem, outer, start)`, which returns a hypergradient, compiled. Weights inside `problem` are
-    arguments of the program, as everywhere else."""
+def compiled(hypergradient: Callable[[Task, Any, Any, Any], Any], task: Task) -> Ready:
+    """`hypergradient(task, problem, outer, start)` compiled. Weights inside `problem` are arguments of the program, as
+    everywhere else. It warms up with two steps."""
     arguments = task.case.problem, task.outer, task.start
-    found = compile_ahead(function, *arguments)
+    found = compile_ahead(partial(hypergradient, task), *arguments)
+
+    def warm():
+        short = dataclasses.replace(task, steps=min(2, task.steps))
+        jax.block_until_ready(compile_ahead(partial(hypergradient, short), *arguments).call(*arguments))
+
     return Ready(
         call=lambda: np.asarray(found.call(*arguments)),
-        warm=lambda: jax.block_until_ready(jax.jit(lambda x: x @ x)(np.ones((256, 256), np.float32))),
+        warm=warm,
         temporary=found.temporary,
         compile_seconds=found.trace_seconds + found.compile_seconds,
     )

@@ -12,7 +12,7 @@ from benchmarks.hypergradients.peers.base import Ready, Task, compiled
 
 
 def unrolled(task: Task) -> Ready:
-    def hypergradient(problem, outer, start):
+    def hypergradient(task, problem, outer, start):
         def objective(outer):
             def step(carry, _):
                 params, state = carry

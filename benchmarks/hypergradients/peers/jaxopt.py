@@ -9,7 +9,7 @@ from benchmarks.hypergradients.peers.base import Ready, Task, compiled
 
 
 def unrolled(task: Task) -> Ready:
-    def hypergradient(problem, outer, start):
+    def hypergradient(task, problem, outer, start):
         def objective(outer):
             solver = jaxopt.OptaxSolver(
                 fun=lambda params, outer: task.inner_loss(problem, params, outer),

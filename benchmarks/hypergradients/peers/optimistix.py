@@ -11,9 +11,9 @@ from benchmarks.hypergradients.peers.base import Ready, Task, compiled
 
 
 def unrolled(task: Task, checkpoints: str) -> Ready:
-    count = math.isqrt(task.steps) if checkpoints == "sqrt" else None  # None: its own default
+    def hypergradient(task, problem, outer, start):
+        count = math.isqrt(task.steps) if checkpoints == "sqrt" else None  # None: its own default
 
-    def hypergradient(problem, outer, start):
         def objective(outer):
             found = optimistix.minimise(
                 lambda params, outer: task.inner_loss(problem, params, outer),
