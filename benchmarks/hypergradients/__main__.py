@@ -23,6 +23,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.hypergradients import estimators, report, side_by_side
+from benchmarks.hypergradients.measure import relative_error
 from benchmarks.hypergradients.record import Record, Row, machine
 
 Job = dict[str, Any]
@@ -36,20 +37,21 @@ class Options:
 
     Attributes:
       sections: of estimators, peers, transformer, depth.
-      steps: K of the estimators; other libraries are compared at 64 and 256, if among them.
+      steps: K of the estimators. peer_steps: of the other libraries.
       repeats: timing rounds; the least time counts.
       seconds: an estimator whose call would take longer at the next K, going by the last, is left out there.
       gigabytes: and so is one whose temporary memory would be larger.
       minutes: begin no job after so many; None for no end.
       model: a pretrained model (GGUF, folder or hub name) to measure as well.
-      quick: K = 4 and 8, small transformers, one timing round: does it run?
+      quick: a small K, small transformers, one timing round: does it run?
       record: the rows; out: where page and figures go.
     """
 
     sections: tuple[str, ...] = SECTIONS
-    steps: tuple[int, ...] = (4, 16, 64, 256, 1024)
+    steps: tuple[int, ...] = (4, 64, 1024)
+    peer_steps: tuple[int, ...] = (64, 256)
     repeats: int = 3
-    seconds: float = 10.0
+    seconds: float = 5.0
     gigabytes: float = 3.0
     minutes: float | None = None
     model: str | None = None
@@ -73,18 +75,18 @@ def jobs(options: Options, record: Record) -> Iterator[Job]:
                 if not record.find(**job):
                     yield job | {"skip": _too_large(options, record, problem, steps), "repeats": repeats}
     if "peers" in options.sections:
-        lengths = [k for k in options.steps if k in (64, 256)] or [max(options.steps)]
-        settings = [("data weighting", k, "float32") for k in lengths]
-        # Whether they agree is seen in few steps, before the training amplifies rounding.
-        settings += [(problem, min(16, lengths[0]), "float64") for problem in ("quadratic", "data weighting")]
-        settings.append(("transformer", lengths[0], "float32"))
-        for problem, steps, dtype in settings:
+        lengths = options.peer_steps
+        for problem, steps in [*(("data weighting", k) for k in lengths), ("transformer", lengths[0])]:
             for name, contender in side_by_side.CONTENDERS.items():
-                if problem == "transformer" and contender.file in side_by_side.IN_TORCH:
-                    continue  # its losses are JAX functions
-                job = {"section": "peers", "problem": problem, "steps": steps, "dtype": dtype, "name": name}
-                if side_by_side.installed(contender) and not record.find(**job):
+                job = {"section": "peers", "problem": problem, "steps": steps, "name": name}
+                possible = side_by_side.installed(contender) and side_by_side.can_solve(contender, problem)
+                if possible and not record.find(**job):
                     yield job | {"repeats": repeats}
+        # Whether they agree is seen in few steps, before the training amplifies rounding.
+        for problem in ("quadratic", "data weighting", "transformer"):
+            job = {"section": "agreement", "problem": problem, "steps": 16}
+            if not record.find(**job):
+                yield job
     if "transformer" in options.sections and not record.find(section="transformer"):
         size = {"blocks": 2, "width": 32, "tokens": 16} if options.quick else {}
         yield {"section": "transformer", "repeats": repeats, **size}
@@ -125,7 +127,7 @@ def run(job: Job, record: Record) -> list[Row]:
         )
     except subprocess.TimeoutExpired:
         done, message = None, "no answer in 900 seconds"
-    label = {k: job[k] for k in ("section", "problem", "steps", "dtype") if k in job}
+    label = {k: job[k] for k in ("section", "problem", "steps") if k in job}
     if done is None or done.returncode:
         return [label | {"name": job.get("name", "all"), "failed": message}]
     rows = [label | json.loads(line) for line in done.stdout.splitlines()]
@@ -144,12 +146,12 @@ def _compare(row: Row, label: Row, record: Record) -> None:
     reference = record.one(**label, name=side_by_side.REFERENCE)
     grad = row.pop("grad")
     if reference is not None:
-        row["error"] = estimators.relative_error(grad, reference["grad"])
+        row["error"] = relative_error(grad, reference["grad"])
 
 
 def main(options: Options) -> None:
     if options.quick:
-        options = dataclasses.replace(options, steps=(4, 8), repeats=1)
+        options = dataclasses.replace(options, steps=(4, 8), peer_steps=(4,), repeats=1)
     console, record, begun = Console(), Record(options.record), time.monotonic()
     missing = sorted({c.file for c in side_by_side.CONTENDERS.values() if not side_by_side.installed(c)})
     if missing and "peers" in options.sections:

@@ -57,7 +57,7 @@ def _sqrt(record: Record) -> Iterator[Goal]:
 
 
 def _torch(record: Record) -> Iterator[Goal]:
-    for problem in _distinct(record.find(section="peers", dtype="float32"), "problem"):
+    for problem in _distinct(record.find(section="peers"), "problem"):
         for name, contender in CONTENDERS.items():
             peers = _peers(record, problem, name)
             if contender.file not in IN_TORCH or not peers:
@@ -73,7 +73,7 @@ def _torch(record: Record) -> Iterator[Goal]:
 
 
 def _checkpointing(record: Record) -> Iterator[Goal]:
-    for problem in _distinct(record.find(section="peers", dtype="float32"), "problem"):
+    for problem in _distinct(record.find(section="peers"), "problem"):
         for own in (SQRT, BINOMIAL):
             for name in CHECKPOINTED:
                 peers, ours = _peers(record, problem, name), _peers(record, problem, own)
@@ -120,9 +120,8 @@ def _compile(record: Record) -> Iterator[Goal]:
 
 
 def disagreements(record: Record) -> list[Row]:
-    """Rows of other libraries whose hypergradient is not the reference's, up to rounding."""
-    rows = record.find(section="peers")
-    return [row for row in rows if "error" in row and not row["error"] <= MISMATCH[row["dtype"]]]
+    """Rows of hypergradients that are not the reference's."""
+    return [row for row in record.find(section="agreement") if "error" in row and not row["error"] <= MISMATCH]
 
 
 def _where(problem: str, lengths: list[int]) -> str:
@@ -140,6 +139,6 @@ def _estimators(record: Record, problem: str, name: str) -> list[Row]:
 
 
 def _peers(record: Record, problem: str, name: str) -> dict[int, Row]:
-    """K -> the measured row in float32."""
-    rows = record.find(section="peers", dtype="float32", problem=problem, name=name)
+    """K -> the measured row."""
+    rows = record.find(section="peers", problem=problem, name=name)
     return {row["steps"]: row for row in rows if "seconds" in row}

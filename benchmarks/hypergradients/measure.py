@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 SHORT, LONG = 0.5, 30.0
 """Seconds of timing that are little, and too much."""
@@ -82,3 +83,9 @@ def _status(field: str) -> int:
 def bytes_of(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def relative_error(grad: Any, reference: Any) -> float:
+    """|g - g_ref| / |g_ref|."""
+    grad, reference = np.asarray(grad), np.asarray(reference)
+    return float(np.linalg.norm(grad - reference) / np.linalg.norm(reference))

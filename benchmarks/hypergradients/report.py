@@ -33,7 +33,7 @@ class Options:
 
 def line(row: Row) -> str:
     """A row, for a terminal."""
-    where = ", ".join(str(row[k]) for k in ("section", "problem", "steps", "dtype") if k in row)
+    where = ", ".join(str(row[k]) for k in ("section", "problem", "steps") if k in row)
     numbers = {"seconds": "s", "temporary": "bytes", "resident": "bytes resident", "error": "error"}
     found = [f"{row[k]:.3g} {unit}" for k, unit in numbers.items() if row.get(k) is not None]
     found += [f"{k.replace('_', ' ')}: {row[k]}" for k in ("failed", "left_out") if k in row]
@@ -132,9 +132,7 @@ def _estimators(record: Record) -> Iterable[str]:
 
 
 def _peers(record: Record) -> Iterable[str]:
-    settings = dict.fromkeys((r["problem"], r["dtype"], r["steps"]) for r in record.find(section="peers"))
-    for problem, dtype, steps in settings:
-        rows = record.find(section="peers", problem=problem, dtype=dtype, steps=steps)
+    for problem, steps in dict.fromkeys((row["problem"], row["steps"]) for row in record.find(section="peers")):
         body = [
             (
                 row["name"],
@@ -144,16 +142,24 @@ def _peers(record: Record) -> Iterable[str]:
                 _cell(row, "compile_seconds", "{:.1f}".format),
                 "reference" if row["name"] == side_by_side.REFERENCE else _cell(row, "error", "{:.0e}".format),
             )
-            for row in rows
+            for row in record.find(section="peers", problem=problem, steps=steps)
         ]
-        yield f"**{problem[0].upper() + problem[1:]}**, {dtype}, K = {steps}:\n"
+        yield f"**{problem[0].upper() + problem[1:]}**, float32, K = {steps}:\n"
         yield _table(("", "seconds", "resident MB", "temporary MB", "compile s", "difference"), body)
-    wrong = [f"{row['name']} ({row['problem']}, {row['dtype']}, K = {row['steps']})" for row in disagreements(record)]
-    if settings:
-        limits = ", ".join(f"{limit:g} in {dtype}" for dtype, limit in side_by_side.MISMATCH.items())
-        yield (
-            f"All hypergradients agree (to {limits}).\n" if not wrong else f"These do not agree: {', '.join(wrong)}.\n"
-        )
+    rows = record.find(section="agreement")
+    if not rows:
+        return
+    wrong = [f"{row['name']} on the {row['problem']} problem ({row['error']:.0e})" for row in disagreements(record)]
+    yield f"Relative difference from the hypergradient of {side_by_side.REFERENCE}, float64, K = {rows[0]['steps']}:\n"
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    found = {(row["name"], row["problem"]): row for row in rows}
+    body = [
+        (name, *(_cell(found.get((name, problem)), "error", "{:.0e}".format) for problem in problems))
+        for name in dict.fromkeys(row["name"] for row in rows)
+    ]
+    yield _table(("", *problems), body)
+    limit = f"to {side_by_side.MISMATCH:g}"
+    yield f"All agree {limit}.\n" if not wrong else f"All agree {limit}, but for: {', '.join(wrong)}.\n"
 
 
 def _transformer(record: Record) -> str:
@@ -252,7 +258,7 @@ def _bias(record: Record) -> Any:
 
 
 def _peers_figure(record: Record) -> Any:
-    rows = [r for r in record.find(section="peers", problem="data weighting", dtype="float32") if "seconds" in r]
+    rows = [r for r in record.find(section="peers", problem="data weighting") if "seconds" in r]
     if not rows:
         return None
     figure, axes = _grid(1, 2, 4.6)

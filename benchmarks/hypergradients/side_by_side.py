@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.hypergradients.measure import resident_peak, timed
+from benchmarks.hypergradients.measure import relative_error, resident_peak, timed
 
-MISMATCH = {"float32": 1e-2, "float64": 1e-8}
-"""Hypergradients that differ by more, relative to the reference's, do not agree. Many steps of Adam amplify rounding:
-what tells right from wrong is float64."""
+MISMATCH = 1e-9
+"""Hypergradients whose relative difference is larger, in float64, do not agree."""
 
 
 class Contender(NamedTuple):
@@ -57,21 +56,41 @@ def installed(contender: Contender) -> bool:
         return False
 
 
-def measure(name: str, problem: str, steps: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """Seconds, resident and temporary bytes, compile seconds and the hypergradient of one contender."""
-    jax.config.update("jax_enable_x64", dtype == "float64")
-    from benchmarks.hypergradients.peers.base import make_task  # after the type is set
-
-    contender = CONTENDERS[name]
-    peer = importlib.import_module(f"benchmarks.hypergradients.peers.{contender.file}")
-    ready = getattr(peer, contender.function)(make_task(problem, steps), *contender.options)
+def measure(name: str, problem: str, steps: int, repeats: int) -> dict[str, Any]:
+    """Seconds, resident and temporary bytes, compile seconds and the hypergradient of one contender, in float32."""
+    ready = _ready(name, problem, steps)
     ready.warm()
     resident = resident_peak(ready.call)
     took = timed({name: ready.call}, repeats)[name]
     return {
+        "name": name,
         "seconds": took.seconds,
         "resident": resident,
         "temporary": ready.temporary,
         "compile_seconds": ready.compile_seconds,
         "grad": np.asarray(took.result, np.float64).tolist(),
     }
+
+
+def agreement(problem: str, steps: int) -> list[dict[str, Any]]:
+    """The relative error of each contender's hypergradient against the reference's, in float64."""
+    jax.config.update("jax_enable_x64", True)
+    reference = _ready(REFERENCE, problem, steps).call()
+    rows = []
+    for name, contender in CONTENDERS.items():
+        if installed(contender) and can_solve(contender, problem):
+            rows.append({"name": name, "error": relative_error(_ready(name, problem, steps).call(), reference)})
+    return rows
+
+
+def can_solve(contender: Contender, problem: str) -> bool:
+    """Whether the losses are there in its framework."""
+    return problem != "transformer" or contender.file not in IN_TORCH
+
+
+def _ready(name: str, problem: str, steps: int) -> Any:
+    from benchmarks.hypergradients.peers.base import make_task  # makes arrays, whose type is set by now
+
+    contender = CONTENDERS[name]
+    peer = importlib.import_module(f"benchmarks.hypergradients.peers.{contender.file}")
+    return getattr(peer, contender.function)(make_task(problem, steps), *contender.options)

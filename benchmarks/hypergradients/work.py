@@ -17,11 +17,13 @@ def rows(job: dict[str, Any]) -> list[dict[str, Any]]:
     """What a job of `__main__.jobs` measures."""
     from benchmarks.hypergradients import estimators, side_by_side, transformer
 
-    section, given = job["section"], {k: v for k, v in job.items() if k not in ("section", "name")}
+    section, given = job["section"], {k: v for k, v in job.items() if k != "section"}
     if section == "estimators":
         return estimators.measure(**given)
     if section == "peers":
-        return [{"name": job["name"], **side_by_side.measure(job["name"], **given)}]
+        return [side_by_side.measure(**given)]
+    if section == "agreement":
+        return side_by_side.agreement(**given)
     if section == "transformer":
         return transformer.measure(**given)
     if section == "depth":
