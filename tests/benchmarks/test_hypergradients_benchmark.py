@@ -5,19 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.hypergradients import estimators, goals, measure, side_by_side
+from benchmarks.hypergradients import estimators, goals, measure, report, side_by_side
 from benchmarks.hypergradients.__main__ import Options, jobs, run
 from benchmarks.hypergradients.record import Record
 
-EXACT = (
-    "mixed, step",
-    "mixed, sqrt",
-    "mixed, 3 levels",
-    "mixed, binomial",
-    "reverse, none",
-    "reverse, sqrt",
-    "forward",
-)
+EXACT = ("mixed, step", "mixed, sqrt", "mixed, binomial", "reverse, none", "forward", "reversible")
 
 
 @pytest.mark.slow
@@ -87,3 +79,19 @@ def test_record_keeps_gradients_whole(tmp_path):
     record, grad = Record(tmp_path / "record.jsonl"), [1 / 3]
     record.add([{"grad": grad, "seconds": 1 / 3}])
     assert json.loads(record.path.read_text()) == {"grad": grad, "seconds": 0.333333}
+
+
+def test_page_shows_what_was_measured_and_dashes_for_what_was_not(tmp_path):
+    record = Record(tmp_path / "record.jsonl")
+    shared = {"section": "peers", "problem": "data weighting", "steps": 64}
+    record.add(
+        [shared | {"name": side_by_side.REFERENCE, "seconds": 1.0, "resident": 2e6, "temporary": 1e6, "grad": []}]
+    )
+    record.add([shared | {"name": "higher", "seconds": 3.0, "resident": 8e6, "temporary": None, "error": 1e-6}])
+    record.add([{"section": "agreement", "problem": "quadratic", "steps": 16, "name": "higher", "error": 0.5}])
+    figure, page = report.write(record, tmp_path / "out")
+    assert figure.name == "hypergradient-peers.png"
+    text = page.read_text(encoding="utf-8")
+    assert "| higher | 3 | 8 | – | – | 1e-06 |" in text
+    assert "but for: higher on the quadratic problem (5e-01)" in text
+    assert [line.rpartition("(")[2] for line in text.splitlines() if line.startswith("![")] == [f"{figure.name})"]
