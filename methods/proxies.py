@@ -35,7 +35,7 @@ class Proxy(Trained):
     `grad_norm` and those of `estimated` is 0 (as are all gradients with respect to A), so the K steps are a warm-up.
 
     Args:
-      optimizer, steps: as for `bilevel.Unrolled`; see `methods.heterolora.frozen_where_off`.
+      optimizer, steps: as for `bilevel.Unrolled`; see `methods.search_space.frozen_where_off`.
       score: see the module. The loss it looks at is the outer one: give training rows as outer batches to score as
         published.
     """

@@ -10,11 +10,11 @@ import pytest
 
 import bilevel
 from bilevel.problem import as_pytree
-from methods import heterolora, proxies
+from methods import proxies, search_space
 from methods.adapters.lora import LoRAConfig
-from methods.heterolora import SHORTCUTS, Space
 from methods.models import identity
 from methods.models.decoder import Decoder, DecoderConfig
+from methods.search_space import SHORTCUTS, Space
 from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 
 LAYERS = 3
@@ -52,7 +52,7 @@ def logits(weights, adapt):
 
 
 def problem(space=SPACE):
-    return heterolora.problem(loss, weights(), space, jnp.float64)
+    return search_space.problem(loss, weights(), space, jnp.float64)
 
 
 @functools.cache
@@ -188,8 +188,8 @@ def test_alpha_test_finds_the_smallest_sufficient_factor():
 def reallocated(name, steps=5):
     """`(scores, gates)` of a dynamic search, a row each reallocation, and the final state. Modules start at B = 0."""
     score = getattr(proxies, name)
-    proxy = proxies.Proxy(heterolora.frozen_where_off(optax.adam(3e-2)), 2, score=score)
-    budget = heterolora.allocation(SPACE, 0.3, jax.random.key(0), normalised=True)
+    proxy = proxies.Proxy(search_space.frozen_where_off(optax.adam(3e-2)), 2, score=score)
+    budget = search_space.allocation(SPACE, 0.3, jax.random.key(0), normalised=True)
     solver = bilevel.Nested(problem(), proxy, budget)
     step = jax.jit(lambda solver, state, batches, outer: solver.step(state, batches, outer))
     see = jax.jit(lambda score, p, at, outer: score(p, at, SPACE.gates(), None, outer, jax.random.key(0)))
@@ -217,7 +217,7 @@ def test_reallocations_differ_and_no_module_is_lost_for_ever(name):
 
 
 def test_what_is_off_stays_where_it_is_though_adam_has_momentum():
-    optimizer = heterolora.frozen_where_off(optax.adam(0.1))
+    optimizer = search_space.frozen_where_off(optax.adam(0.1))
     params, gates = start(), SPACE.gates()
     state = optimizer(gates).init(params)
     ones = jax.tree.map(jnp.ones_like, params)
@@ -238,7 +238,7 @@ def test_combined_and_separated_rankings_spend_the_same_budget(separated):
     # Combined, shortcuts with their higher scores take everything.
     gates = SPACE.gates()
     found = {kind: jax.tree.map(lambda g, k=kind: g * (1 + (k == "shortcut")), gates[kind]) for kind in gates}
-    transform = heterolora.allocation(SPACE, 0.5, jax.random.key(0), separated=separated)
+    transform = search_space.allocation(SPACE, 0.5, jax.random.key(0), separated=separated)
     updates, _ = transform.update(jax.tree.map(jnp.negative, found), transform.init(gates), gates)
     on = optax.apply_updates(gates, updates)
     count = {kind: sum(float(leaf.sum()) for leaf in sites.values()) for kind, sites in on.items()}
@@ -248,13 +248,13 @@ def test_combined_and_separated_rankings_spend_the_same_budget(separated):
 
 def test_normalised_scores_compete_within_their_type():
     found = {"q": jnp.asarray([1.0, 3.0]), "v": jnp.asarray([100.0, 300.0]), "dead": jnp.zeros(2)}
-    out, _ = heterolora.by_type().update(found, heterolora.by_type().init(found), None)
+    out, _ = search_space.by_type().update(found, search_space.by_type().init(found), None)
     np.testing.assert_allclose(out["q"], out["v"])
     np.testing.assert_array_equal(out["dead"], 0.0)
 
 
 def test_bad_share_is_one_sentence():
     with pytest.raises(ValueError, match=r"The share 0 of modules that stay on must be above 0 and at most 1\."):
-        heterolora.allocation(SPACE, 0.0, jax.random.key(0))
+        search_space.allocation(SPACE, 0.0, jax.random.key(0))
     with pytest.raises(ValueError, match=r"The share 0\.01 of .* modules is less than one: raise it\."):
-        heterolora.allocation(SPACE, 0.01, jax.random.key(0))
+        search_space.allocation(SPACE, 0.01, jax.random.key(0))
