@@ -5,6 +5,8 @@ Written for training that is itself differentiated: everything is smooth enough 
 stop at first order and compute the softmax in float32 even in float64.
 """
 
+import operator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -77,6 +79,26 @@ def product(spec: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.
     return jnp.einsum(spec, a, b, preferred_element_type=precision.stream)
 
 
+LONGEST_SUM = 384
+"""Inputs of a linear that are summed at once in float32, see `linear`."""
+
+
+def linear(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
+    """x [B, T, in] times kernel [in, out].
+
+    In float32 the inputs are summed in parts of at most `LONGEST_SUM` and the parts pairwise. The products of XLA on
+    CPU round 1.6 times as coarsely as torch's, which adds up to 1.4e-4 in SmolLM2's logits; in parts it is 9e-5, for
+    2 to 8 % of a training step's time.
+    """
+    size = x.shape[-1]
+    count = -(-size // LONGEST_SUM) if jnp.dtype(precision.weights) == jnp.float32 else 1
+    ends = [size * part // count for part in range(count + 1)]
+    sums = [product("bti,io->bto", x[..., start:end], kernel[start:end], precision) for start, end in pairwise(ends)]
+    while len(sums) > 1:
+        sums = [*map(operator.add, sums[::2], sums[1::2]), *sums[len(sums) // 2 * 2 :]]
+    return sums[0]
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * w over the last axis, (1 + w) with `offset`; in at least float32."""
 
@@ -125,7 +147,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array, adapt: hooks.Hook) -> jax.Array:
         dtype, shape = self.precision.weights, (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, dtype)
-        y = product("bti,io->bto", x, kernel, self.precision)
+        y = linear(x, kernel, self.precision)
         if self.use_bias:
             y = y + _row(self.param("bias", nn.initializers.zeros, (self.features,), dtype), y)
         return hooks.call(adapt, str(self.name), x, y)

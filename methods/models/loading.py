@@ -217,7 +217,7 @@ def _array(
                 f"for {place.shape}: config and weights are of different models."
             )
         place[...] = array
-    return jnp.asarray(out)
+    return jax.device_put(out)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
