@@ -29,7 +29,7 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
 from bilevel.schedules import Binomial, Checkpoint, Levels, StepBytes
-from bilevel.trees import PyTree, jaxprs
+from bilevel.trees import PyTree, jaxprs, partition
 
 _SHORT = 4
 """Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
@@ -121,6 +121,7 @@ def plan(
     through = hypergradient.truncate or hypergradient.steps
     gradient = gradient_flops(problem, hypergradient, outer, inner_batches, key)
     step = flops(_solve, hypergradient, *arguments[:4], key) / hypergradient.steps
+    moving = jax.tree.leaves(partition(outer)[0])
     rows = []
     for mode in ("mixed", "reverse", "forward"):
         own = dataclasses.replace(hypergradient, mode=mode, checkpoint="none")
@@ -137,10 +138,9 @@ def plan(
                 kept = (slots + 1) * state if plain.kept else 0
             else:
                 traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
-                # The starts of chunks stay even where nothing depends on them: the compiler removes a stack that nobody
-                # reads, but not one that a loop starts from, be its result unread.
-                starts = sum(schedules.chunks(through, schedules.levels(checkpoint))[:-1])
-                count, kept = traced.flops, max(traced.kept, starts * state)
+                # Every loop inside another sums up a derivative by `outer` of its own.
+                inside = len(schedules.chunks(through, schedules.levels(checkpoint))) - 1
+                count, kept = traced.flops, traced.kept + inside * sum(map(schedules.nbytes, moving))
             rows.append(Row(mode, checkpoint, count, count / gradient, rest + kept))
     return Plan(hypergradient.steps, tuple(rows), _chosen(rows, hypergradient, arguments, through))
 
@@ -190,6 +190,9 @@ def _fixed_bytes(hypergradient: Unrolled, problem, state, outer, inner_batches, 
 def _kept(jaxpr: Any) -> int:
     """Bytes that loops stack up for later ones: all of this level, and the most that is inside one of them."""
     results = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    for eqn in reversed(jaxpr.eqns):  # a report by another name is a result too
+        if eqn.primitive.name in ("reshape", "stop_gradient") and results.intersection(eqn.outvars):
+            results.update(eqn.invars)
     stacked, inside = 0, 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":

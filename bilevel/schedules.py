@@ -14,8 +14,9 @@ gradient in reverse mode), at most this is kept, and so many times the inner gra
 | `Auto(bytes)` | the fastest of "none", "step", "sqrt", `Levels(3 ...)` that keeps no more than `bytes` | | |
 | `"auto"` | `Auto` with an eighth of the device's memory (of the host's, on a CPU) | | |
 
-Limits. `Binomial` allows neither forward mode nor a third level. `Auto` counts whole arrays: the batch axis of a
-surrounding `vmap` it does not see, and sharding makes it overestimate.
+Limits. `Binomial` allows neither forward mode nor a third level. A derivative by the inputs of the loop (batches that
+depend on what is differentiated) is summed over all of them once a chunk. `Auto` counts whole arrays: the batch axis of
+a surrounding `vmap` it does not see, and sharding makes it overestimate.
 """
 
 from __future__ import annotations
@@ -141,18 +142,24 @@ def _nested(step: Step, carry, xs, length: int, depth: int):
     if total > length:
         # A shorter last chunk would compile the step again at every level; idle steps at the end do not.
         step = _idling(step, carry)
-        xs = jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], total - length, axis=0)]), xs)
-        xs = (jnp.arange(total) < length, xs)
-    step = jax.checkpoint(step, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT))
 
-    def run(carry, xs, sizes):
+    def at(carry, t):
+        # Each step reads its own input: a loop over chunks would hand every chunk a copy of all its inputs.
+        active = t < length
+        place = t if total == length else jnp.where(active, t, 0)
+        options = {"keepdims": False, "allow_negative_indices": False}
+        x = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, place, **options), xs)
+        return step(carry, x if total == length else (active, x))
+
+    remat = jax.checkpoint(at, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(INNER_GRADIENT))
+
+    def run(carry, times, sizes):
         if len(sizes) == 1:
-            return jax.lax.scan(step, carry, xs, length=sizes[0])
-        chunk = jax.checkpoint(lambda c, x: run(c, x, sizes[1:]), prevent_cse=False)
-        return jax.lax.scan(chunk, carry, xs, length=sizes[0])
+            return jax.lax.scan(remat, carry, times, length=sizes[0])
+        chunk = jax.checkpoint(lambda c, t: run(c, t, sizes[1:]), prevent_cse=False)
+        return jax.lax.scan(chunk, carry, times, length=sizes[0])
 
-    xs = jax.tree.map(lambda x: x.reshape(*sizes, *x.shape[1:]), xs)
-    carry, ys = run(carry, xs, sizes)
+    carry, ys = run(carry, jnp.arange(total, dtype=jnp.int32).reshape(sizes), sizes)
     return carry, jax.tree.map(lambda y: y.reshape(total, *y.shape[len(sizes) :])[:length], ys)
 
 
