@@ -201,19 +201,43 @@ class Batches:
 
     def take(self, key: jax.Array, first: Any, count: int) -> Indexed:
         """Batches number `first` to `first + count - 1` of the stream that `key` names: `index[count, size]`."""
-        n, by_block = rows(self.arrays), self.order == "blocks"
-        per_epoch = -(-n // self.size) if by_block else n // self.size
+        return self.shuffle(key, first, count).take(first, count)
+
+    def shuffle(self, key: jax.Array, first: Any, count: int) -> Shuffled:
+        """Draws what `take` needs for batches number `first` to `first + count - 1`, once for many calls of it."""
+        per_epoch, epochs = self.per_epoch, min(count, (count - 1) // self.per_epoch + 2)
+        start = jnp.asarray(first, jnp.uint32) // jnp.uint32(per_epoch)
+        words = jax.vmap(lambda e: _words(jax.random.fold_in(key, e)))(start + jnp.arange(epochs, dtype=jnp.uint32))
+        return Shuffled(self, start, words)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in an epoch."""
+        n = rows(self.arrays)
+        return -(-n // self.size) if self.order == "blocks" else n // self.size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """`source` with the permutations of some epochs: `words[epochs, 2]`, from epoch number `start` on."""
+
+    source: Batches
+    start: jax.Array
+    words: jax.Array
+
+    def take(self, first: Any, count: int) -> Indexed:
+        """Batches number `first` to `first + count - 1`, which must be among those that were asked for."""
+        n, size, per_epoch = rows(self.source.arrays), self.source.size, self.source.per_epoch
+        by_block = self.source.order == "blocks"
         number = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
         epoch, offset = jnp.divmod(number, jnp.uint32(per_epoch))
-        within = jnp.arange(self.size, dtype=jnp.uint32)[None]
-        position = offset[:, None] if by_block else offset[:, None] * jnp.uint32(self.size) + within
-        # Few epochs share a call: one permutation is drawn for each of them, not for each batch.
-        epochs = min(count, (count - 1) // per_epoch + 2)
-        words = jax.vmap(lambda e: _words(jax.random.fold_in(key, e)))(epoch[0] + jnp.arange(epochs, dtype=jnp.uint32))
-        index = _permute(words[epoch - epoch[0]], position, per_epoch if by_block else n)
+        within = jnp.arange(size, dtype=jnp.uint32)[None]
+        position = offset[:, None] if by_block else offset[:, None] * jnp.uint32(size) + within
+        index = _permute(self.words[epoch - self.start], position, per_epoch if by_block else n)
         if by_block:
-            index = jnp.minimum(index * jnp.uint32(self.size), jnp.uint32(n - self.size)) + within
-        return Indexed(self.arrays, index.astype(jnp.int32), by_block)
+            index = jnp.minimum(index * jnp.uint32(size), jnp.uint32(n - size)) + within
+        return Indexed(self.source.arrays, index.astype(jnp.int32), by_block)
 
 
 ROUNDS = 24

@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from bilevel.checkpoints import Checkpoints
-from bilevel.data import Batches, FullBatch, Indexed, columns, rows, slots
+from bilevel.data import Batches, FullBatch, Indexed, Shuffled, columns, rows, slots
 from bilevel.diagnosis import STEEP, describe_failure, steep_leaves
 from bilevel.guards import EXACTNESS, SteepUpdateWarning, warn_if_inexact
 from bilevel.progress import Callback, Progress
@@ -108,8 +108,7 @@ def run(
             while done < steps:
                 begun = time.monotonic()
                 count = min(count, steps - done, capacity)
-                wanted = solver.inner_batches, outer_batches(solver)
-                data = [feed.next(n, done) for feed, n in zip(feeds, wanted, strict=True)]
+                data = [feed.next(n, done) for feed, n in zip(feeds, _wanted(solver), strict=True)]
                 if not history:
                     _refuse_captured(solver, state, data)
                 new, buffer = _chunk(solver, record, capacity, state, data, count)
@@ -186,6 +185,11 @@ class _Feed:
 @partial(jax.jit, static_argnums=(1, 2))
 def _chunk(solver, record, capacity, state, data, count):
     """`count` steps on the device; rows of metrics in buffers of `capacity` rows."""
+    # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
+    data = [
+        (source.shuffle(key, state.step * wanted, capacity * wanted), key) if isinstance(source, Batches) else feed
+        for feed, (source, key), wanted in zip(data, data, _wanted(solver), strict=True)
+    ]
 
     def one(state):
         state, metrics = _step(solver, state, data)
@@ -244,19 +248,22 @@ def _refuse_captured(solver, state, data):
     refuse_captured(losses, state.outer)
 
 
+def _wanted(solver):
+    """Batches an outer step, from the inner and from the outer data."""
+    return solver.inner_batches, outer_batches(solver)
+
+
 def _batches(solver, state, data):
-    (inner_source, inner_key), (outer_source, outer_key) = data
-    wanted = solver.inner_batches
-    inner = inner_source
-    if isinstance(inner_source, Batches):
-        inner = inner_source.take(inner_key, state.step * wanted, wanted)
-    outer = outer_source
-    wanted = outer_batches(solver)
-    if isinstance(outer_source, Batches):
-        outer = outer_source.take(outer_key, state.step * wanted, wanted)
-    if wanted == 1 and isinstance(outer, Indexed):
+    found = []
+    for (source, key), wanted in zip(data, _wanted(solver), strict=True):
+        if isinstance(source, Batches):
+            source = source.shuffle(key, state.step * wanted, wanted)
+        found.append(source.take(state.step * wanted, wanted) if isinstance(source, Shuffled) else source)
+    inner, outer = found
+    single = outer_batches(solver) == 1
+    if single and isinstance(outer, Indexed):
         outer = outer.batch(0)
-    elif wanted == 1 and outer is not None and not isinstance(outer, FullBatch):
+    elif single and outer is not None and not isinstance(outer, FullBatch):
         outer = jax.tree.map(lambda x: x[0], outer)
     return inner, outer
 

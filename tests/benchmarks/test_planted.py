@@ -59,7 +59,7 @@ def test_every_score_spends_what_it_may_and_is_compared_with_leaving_one_out():
     arms = {arm.label: arm for arm in planted_scores.arms(setup, (2,))}
     scores = ("UD", "implicit", "first order", "grad-norm", "snip", "synflow", "LoRA-drop")
     assert set(arms) == {f"{s}, K = 2" for s in scores} | {"grad-norm, K = 0"}
-    few = ("UD, K = 2", "synflow, K = 2", "LoRA-drop, K = 2")  # compiling all of them takes minutes
+    few = ("UD, K = 2", "LoRA-drop, K = 2")  # compiling all of them takes minutes
     rows = {r["score"]: r for r in planted_scores.measure(setup, 12, [arms[name] for name in few])}
     assert set(rows) == {*few, "leave one out", "leave one in", "random"}
     assert all(0 <= r["auroc"][0] <= 1 and r["cost"] >= 0 for r in rows.values())

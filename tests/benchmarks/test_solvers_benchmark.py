@@ -169,8 +169,14 @@ def test_seeds_side_by_side_are_runs_of_their_own(benchmark, tmp_path):
         np.testing.assert_allclose(got, np.quantile(ends, [0.25, 0.5, 0.75], method="nearest"), rtol=2e-2)
         assert 0.5 * budget <= found["calls"][-1] <= 1.5 * budget
         assert found["seconds"][0] == 0 < found["seconds"][-1]
-    record.write(tmp_path / "folder" / "SOBA.json", found)
-    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["SOBA.json"]
+    records = tmp_path / "records"
+    file = record.path(records, "quadratic", "Implicit CG")
+    record.write(file, {"seeds": 3} | found)
+    assert [path.name for path in file.parent.iterdir()] == ["Implicit_CG.json"]
+    by_time, by_calls, page = load_module("report").write(records, tmp_path / "docs")
+    text, median = page.read_text(encoding="utf-8"), found["metrics"]["value"]["median"][-1]
+    assert f"| Implicit CG | {median:.3g} (" in text and f"({by_time.name})" in text and f"({by_calls.name})" in text
+    assert "benchmark_bilevel" not in text  # its speed was not measured
 
 
 class StochasticJaxSolver:
