@@ -166,6 +166,29 @@ def search(settings: HeteroLoRASettings, bench: Bench, space: Space, rule: Any, 
     )
 
 
+def finetune(
+    settings: Settings, bench: Bench, space: Space, gates: Gates, name: str, folder: RunFolder, start: PyTree = None
+) -> PyTree:
+    """The final training of the modules whose gate is 1, from `start`, or from scratch without one."""
+    problem = gated_problem(bench, space)
+    if start is not None:
+        problem = dataclasses.replace(problem, init_inner=jax.tree_util.Partial(lambda at, key, gates: at, start))
+    bind = lambda params: Bound(space.bind(params, gates), params["head"])  # noqa: E731
+    return experiment.finetune_at(settings, bench, problem, gates, name, folder, bind)
+
+
+def row(bench: Bench, space: Space, params: PyTree, gates: Gates) -> dict[str, Any]:
+    """A row of the comparison: as `report.arm`, with the modules that are on and what they cost."""
+    bound = Bound(space.bind(params, gates), params["head"])
+    found = report.arm(bench, [], experiment.evaluate_with(bench, bound))
+    costs, on = space.costs(), {}
+    for kind, sites in gates.items():
+        for site, gate in sites.items():
+            found["parameters"] += int(costs[kind][site][np.asarray(gate) > 0].sum())
+            on[site] = np.asarray(gate, int).tolist()
+    return found | {"on": on}
+
+
 def main(settings: HeteroLoRASettings) -> None:
     """Search, allocation, training, evaluation, report, adapter: all in `settings.out`.
 
@@ -188,39 +211,23 @@ def main(settings: HeteroLoRASettings) -> None:
         arms[f"random-{i}"] = optax.apply_updates(on, updates)
     chosen = {kind: {s: np.asarray(g, int) for s, g in sites.items()} for kind, sites in result.outer.items()}
     folder.write("selection", {"proxy": settings.proxy, "on": chosen, "history": result.history})
-    problem = gated_problem(bench, space)
     if bench.head is None:  # a fresh head knows nothing of the task
         off = jax.tree.map(jnp.zeros_like, space.gates())
-        fresh = problem.start_inner(jax.random.key(0), off)
-        folder.once("results/pretrained", lambda: _row(bench, space, fresh, off))
+        fresh = gated_problem(bench, space).start_inner(jax.random.key(0), off)
+        folder.once("results/pretrained", lambda: row(bench, space, fresh, off))
     for name, gates in arms.items():
 
         def trained(name=name, gates=gates):
-            start = problem
-            if name == "heterolora" and settings.allocation == "dynamic":
-                going_on = jax.tree_util.Partial(lambda params, key, gates: params, result.inner.params)
-                start = dataclasses.replace(problem, init_inner=going_on)
-            bind = lambda params: Bound(space.bind(params, gates), params["head"])  # noqa: E731
-            params = experiment.finetune_at(settings, bench, start, gates, name, folder, bind)
+            going_on = name == "heterolora" and settings.allocation == "dynamic"
+            start = result.inner.params if going_on else None
+            params = finetune(settings, bench, space, gates, name, folder, start)
             if name == "heterolora":
                 _save(folder, bench, space, params, gates)
-            return _row(bench, space, params, gates)
+            return row(bench, space, params, gates)
 
         folder.once(f"results/{name}", trained)
     title = f"HeteroLoRA on {bench.task.name}, {Path(settings.model).name}"
     side_by_side.page(folder.path, (folder.path,), title, _how(settings))
-
-
-def _row(bench: Bench, space: Space, params: PyTree, gates: Gates) -> dict[str, Any]:
-    """A row of the comparison: as `report.arm`, with the modules that are on and what they cost."""
-    bound = Bound(space.bind(params, gates), params["head"])
-    row = report.arm(bench, [], experiment.evaluate_with(bench, bound))
-    costs, on = space.costs(), {}
-    for kind, sites in gates.items():
-        for site, gate in sites.items():
-            row["parameters"] += int(costs[kind][site][np.asarray(gate) > 0].sum())
-            on[site] = np.asarray(gate, int).tolist()
-    return row | {"on": on}
 
 
 def _save(folder: RunFolder, bench: Bench, space: Space, params: PyTree, gates: Gates) -> None:

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.hypergradients import estimators, report, side_by_side
 from benchmarks.hypergradients.measure import relative_error
-from benchmarks.hypergradients.record import Record, Row, machine
+from benchmarks.record import Record, Row, machine
 
 Job = dict[str, Any]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.hypergradients.record import Record, Row
 from benchmarks.hypergradients.side_by_side import CONTENDERS, IN_TORCH, MISMATCH
+from benchmarks.record import Record, Row
 
 SQRT, BINOMIAL, NONE = "bilevel, mixed, sqrt", "bilevel, mixed, binomial", "bilevel, mixed, none"
 CHECKPOINTED = ("optimistix, sqrt(K) checkpoints", "equinox, sqrt(K) checkpoints")

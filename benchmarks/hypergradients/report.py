@@ -15,7 +15,7 @@ import tyro
 
 from benchmarks.hypergradients import side_by_side
 from benchmarks.hypergradients.goals import disagreements, goals
-from benchmarks.hypergradients.record import Record, Row
+from benchmarks.record import Record, Row
 
 RECORD = Path(__file__).with_name("record.jsonl")
 PAGE = "hypergradient-benchmark.md"

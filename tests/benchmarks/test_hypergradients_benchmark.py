@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.hypergradients import estimators, goals, measure, report, side_by_side
 from benchmarks.hypergradients.__main__ import Options, jobs, run
-from benchmarks.hypergradients.record import Record
+from benchmarks.record import Record
 
 EXACT = ("mixed, step", "mixed, sqrt", "mixed, binomial", "reverse, none", "forward", "reversible")
 

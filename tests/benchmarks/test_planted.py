@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.lora import planted, planted_scores
+from benchmarks.lora import planted, planted_scores, report
 from benchmarks.lora.planted_task import QUICK, divergence, make_task
+from benchmarks.record import Record
 
 TINY = dataclasses.replace(QUICK, layers=3, total=2, unrolls=(1,))
 
@@ -54,17 +55,25 @@ def test_one_inner_step_from_zero_leaves_nothing_to_unroll(tasks):
     np.testing.assert_allclose(np.asarray(unrolled["alpha"]).sum(-1), 0.0, atol=1e-4)
 
 
-def test_every_score_spends_what_it_may_and_is_compared_with_leaving_one_out():
-    setup = dataclasses.replace(TINY, per="module")
+def test_every_score_spends_what_it_may_and_is_compared_with_leaving_one_out(tmp_path):
+    setup, file = dataclasses.replace(TINY, per="module"), tmp_path / "record.jsonl"
     arms = {arm.label: arm for arm in planted_scores.arms(setup, (2,))}
     scores = ("UD", "implicit", "first order", "grad-norm", "snip", "synflow", "LoRA-drop")
     assert set(arms) == {f"{s}, K = 2" for s in scores} | {"grad-norm, K = 0"}
-    few = ("UD, K = 2", "LoRA-drop, K = 2")  # compiling all of them takes minutes
-    rows = {r["score"]: r for r in planted_scores.measure(setup, 12, [arms[name] for name in few])}
-    assert set(rows) == {*few, "leave one out", "leave one in", "random"}
-    assert all(0 <= r["auroc"][0] <= 1 and r["cost"] >= 0 for r in rows.values())
-    assert max(r["cost"] for name, r in rows.items() if "K" in name) <= 12
-    assert np.isclose(rows["leave one out"]["oracle"][0], 1.0)
+    few = ("leave one out", "UD, K = 2", "LoRA-drop, K = 2", "random")  # compiling all of them takes minutes
+    record = Record(file)
+    for job, arm in planted_scores.jobs(record, {"modules": setup}, (0, 1), (2,)):
+        if job["score"] in few:
+            record.add([job | row for row in planted_scores.measure(setup, 12, job["seed"], job["score"], arm)])
+    assert not {job["score"] for job, _ in planted_scores.jobs(Record(file), {"modules": setup}, (0, 1), (2,))} & {*few}
+    found = report.measures(Record(file), "modules")
+    assert set(found) == {*few, "leave one in"}
+    assert all(of["seeds"] == [0, 1] and 0 <= of["auroc"][0] <= 1 for of in found.values())
+    assert 0 < max(of["cost"] for name, of in found.items() if "K" in name) <= 12
+    assert np.isclose(found["leave one out"]["rank"], 1.0).all()
+    figure, page = report.write(tmp_path / "docs", file, tmp_path / "none.jsonl")
+    assert figure.stat().st_size > 0
+    assert "| UD, K = 2 | 10 |" in page.read_text(encoding="utf-8")
 
 
 def test_units_are_layers_or_modules():

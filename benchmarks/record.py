@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class Record:
         self.path, self.rows = path, []
         if not path.exists():
             return
-        whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self.rows.append(json.loads(line))
@@ -28,7 +29,8 @@ class Record:
                 raise ValueError(
                     f"{path}, line {number} is not JSON: remove the line, and it is measured again."
                 ) from error
-        self._write("w", self.rows)
+        if cut:  # otherwise left alone, for another process may be adding to it
+            self._write("w", self.rows)
 
     def add(self, rows: list[Row]) -> None:
         """Appends rows, to the file as well."""
@@ -48,6 +50,22 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open(mode, encoding="utf-8") as file:
             file.writelines(json.dumps(_short(row)) + "\n" for row in rows)
+
+
+def seconds_left(record: Record, jobs: Iterable[Row], *alike: str) -> float:
+    """What `jobs` will take: each the mean of the rows that are `alike` in these entries, or of all; NaN without."""
+
+    def mean(rows: list[Row]) -> float:
+        times = [row["seconds"] for row in rows if "seconds" in row]
+        return sum(times) / len(times) if times else float("nan")
+
+    each = mean(record.rows)
+    return sum(mean(found) if (found := record.find(**{k: job[k] for k in alike})) else each for job in jobs)
+
+
+def clock(seconds: float) -> str:
+    """`1:05 h`; a question mark for NaN."""
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d} h" if seconds == seconds else "? h"
 
 
 def machine() -> Row:
