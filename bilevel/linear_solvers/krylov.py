@@ -17,9 +17,28 @@ from bilevel.trees import PyTree, global_norm
 _PSD = lx.positive_semidefinite_tag
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Preconditioned:
+    """Settings of the solvers that take a preconditioner."""
+
+    tol: float | None = static(None)
+    max_steps: int = static(100)
+    preconditioner: Any = None
+
+    def __post_init__(self):
+        validate(self, "max_steps", 1)
+        object.__setattr__(self, "preconditioner", as_pytree(self.preconditioner))
+
+    def iterate(self, method, matvec, rhs, start, key, tags=()) -> tuple[PyTree, jax.Array, int]:
+        """`(solution, steps)` of lineax's `method(rtol, atol)`, and the matvecs of sketching the preconditioner."""
+        inverse = _inverse(self.preconditioner, matvec, rhs, key)
+        solution, steps = _krylov(method, self.tol, matvec, rhs, start, tags, inverse)
+        return solution, steps, getattr(self.preconditioner, "rank", 0)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CG:
+class CG(_Preconditioned):
     r"""Conjugate gradients, for symmetric positive definite A.
 
     After n steps the error in the A-norm is at most :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^n` of the first. A
@@ -37,22 +56,12 @@ class CG:
       Hestenes and Stiefel 1952; for hypergradients Pedregosa 2016, arXiv 1602.02355. Computed by lineax.
     """
 
-    tol: float | None = static(None)
-    max_steps: int = static(100)
-    preconditioner: Any = None
-
     symmetric_only = True
-
-    def __post_init__(self):
-        validate(self, "max_steps", 1)
-        object.__setattr__(self, "preconditioner", as_pytree(self.preconditioner))
 
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
-        sketched = getattr(self.preconditioner, "rank", 0)
-        inverse = _inverse(self.preconditioner, matvec, rhs, key)
         method = lambda rtol, atol: lx.CG(rtol, atol, norm=global_norm, stabilise_every=10, max_steps=self.max_steps)  # noqa: E731
-        solution, steps = _krylov(method, self.tol, matvec, rhs, start, _PSD, inverse)
+        solution, steps, sketched = self.iterate(method, matvec, rhs, start, key, _PSD)
         return solution, info(steps, steps + steps // 10 + 1 + sketched)
 
 
@@ -91,7 +100,7 @@ class NormalCG:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GMRES:
+class GMRES(_Preconditioned):
     r"""Generalised minimal residuals with restarts, for any nonsingular A.
 
     The residual is smallest over the Krylov space of `restart` vectors, and never grows; with `restart` at least the
@@ -110,17 +119,14 @@ class GMRES:
       Saad and Schultz 1986. Computed by lineax.
     """
 
-    tol: float | None = static(None)
     restart: int = static(20)
     max_steps: int = static(200)
-    preconditioner: Any = None
 
     symmetric_only = False
 
     def __post_init__(self):
+        super().__post_init__()
         validate(self, "restart", 1)
-        validate(self, "max_steps", 1)
-        object.__setattr__(self, "preconditioner", as_pytree(self.preconditioner))
 
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
@@ -128,17 +134,15 @@ class GMRES:
         restart = min(self.restart, size)
         # lineax's first pass only computes the residual.
         passes = 1 + math.ceil(self.max_steps / restart)
-        sketched = getattr(self.preconditioner, "rank", 0)
-        inverse = _inverse(self.preconditioner, matvec, rhs, key)
         method = lambda rtol, atol: lx.GMRES(rtol, atol, norm=global_norm, restart=restart, max_steps=passes)  # noqa: E731
-        solution, steps = _krylov(method, self.tol, matvec, rhs, start, (), inverse)
+        solution, steps, sketched = self.iterate(method, matvec, rhs, start, key)
         cycles = jnp.maximum(steps - 1, 0)
         return solution, info(cycles * restart, 1 + cycles * (restart + 1) + sketched)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BiCGStab:
+class BiCGStab(_Preconditioned):
     """Stabilised biconjugate gradients, for any nonsingular A, in the memory of a few vectors.
 
     Converges as a rule, not by a theorem: it may break down where an inner product vanishes, and then returns what it
@@ -151,22 +155,12 @@ class BiCGStab:
       van der Vorst 1992. Computed by lineax.
     """
 
-    tol: float | None = static(None)
-    max_steps: int = static(100)
-    preconditioner: Any = None
-
     symmetric_only = False
-
-    def __post_init__(self):
-        validate(self, "max_steps", 1)
-        object.__setattr__(self, "preconditioner", as_pytree(self.preconditioner))
 
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
-        sketched = getattr(self.preconditioner, "rank", 0)
-        inverse = _inverse(self.preconditioner, matvec, rhs, key)
         method = lambda rtol, atol: lx.BiCGStab(rtol, atol, norm=global_norm, max_steps=self.max_steps)  # noqa: E731
-        solution, steps = _krylov(method, self.tol, matvec, rhs, start, (), inverse)
+        solution, steps, sketched = self.iterate(method, matvec, rhs, start, key)
         # lineax's divides 0 by 0 where the start is already exact.
         finite = jnp.isfinite(global_norm(solution))
         start = jax.tree.map(jnp.zeros_like, rhs) if start is None else start

@@ -130,6 +130,20 @@ def test_nystrom(sketch):
     assert 1e-3 < error(coarse, np.linalg.solve(matrix + 1e-2 * np.eye(7), rhs))
 
 
+def test_nystrom_errs_by_what_its_rank_leaves_out_over_its_damping():
+    rng = np.random.default_rng(2)
+    basis, _ = np.linalg.qr(rng.normal(size=(60, 60)))
+    matrix, exact = (basis * np.linspace(0.1, 1.0, 60)) @ basis.T, rng.normal(size=60)
+
+    def wrong(**damping):
+        return error(solve(Nystrom(12, **damping), matrix, matrix @ exact, symmetric=True)[0], exact)
+
+    assert 100 < wrong() < 1 / Nystrom().damping  # the default is far below the eigenvalues here
+    assert wrong(damping=0.5) <= 1.0
+    quick, _ = solve(CG(preconditioner=Nystrom(12, 0.5)), matrix, matrix @ exact, symmetric=True)
+    assert error(quick, exact) < 1e-8
+
+
 def test_zero_right_hand_side():
     matrix, rhs = system()
     for solver in [*GENERAL, *SYMMETRIC, Nystrom(3, 0.1)]:
