@@ -15,6 +15,7 @@ from bilevel.flops import flops, gradient_flops, has_while, hvp_flops, operation
 from bilevel.hypergradients.base import Estimate, Hypergradient, outer_value
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, global_norm
+from bilevel.variance import variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Row:
       norm: Euclidean norm of its gradient.
       cosine: cosine of the angle to the reference's gradient; NaN where one of them is 0.
       relative_error: |g - g_ref| / |g_ref|.
+      variance: `Variance.relative`, over batches; None where it was not asked for.
       seconds: least time of an estimate, compiled and warm.
       gradients: its floating-point operations, in those of one inner gradient. An iterative linear solver counts as
         many products as it took.
@@ -43,6 +45,7 @@ class Row:
     norm: float
     cosine: float
     relative_error: float
+    variance: float | None
     seconds: float
     gradients: float
     at_least: bool
@@ -70,13 +73,15 @@ class Comparison:
 
         table = Table(title=f"Hypergradients, against {self.reference}")
         columns = "estimator, outer loss, cosine, relative error, seconds, gradients, HVPs, temporary MB, compile s"
-        for i, column in enumerate(columns.split(", ")):
+        varied = [row for row in self.rows if row.variance is not None]
+        for i, column in enumerate([*columns.split(", "), *(["variance"] if varied else [])]):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in self.rows:
             numbers = f"{row.value:.6g}", f"{row.cosine:.6f}", f"{row.relative_error:.2e}", f"{row.seconds:.2e}"
             costs = f"{row.temporary / 1e6:.2f}", f"{row.compile_seconds:.1f}"
             counts = f"{'>= ' if row.at_least else ''}{row.gradients:.1f}", str(row.hvps)
-            table.add_row(row.name, *numbers, *counts, *costs)
+            spread = () if row.variance is None else (f"{row.variance:.2e}",)
+            table.add_row(row.name, *numbers, *counts, *costs, *spread)
         return table
 
     def __str__(self) -> str:
@@ -104,6 +109,7 @@ def compare(
     outer: PyTree = None,
     key: jax.Array | None = None,
     repeats: int = 3,
+    samples: int | None = None,
 ) -> Comparison:
     """Estimates the same hypergradient in several ways, from a cold start and with the same data and random keys.
 
@@ -115,9 +121,10 @@ def compare(
       outer: the point; by default `problem.start_outer(key)`.
       key: randomness; None is `jax.random.key(0)`.
       repeats: how often each is timed; they take turns, and the least time counts.
+      samples: on how many batches each is estimated again for its `variance` over them; None for no such column.
 
     Raises:
-      ValueError: if `reference` is not among `hypergradients`.
+      ValueError: if `reference` is not among `hypergradients`, or for samples < 2.
     """
     if reference not in hypergradients:
         raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
@@ -141,6 +148,12 @@ def compare(
         costs[name] |= _counts(results[name], *arguments)
     seconds = _times(compiled, repeats)
     target = results[reference].grad
+    data = {"inner_data": inner_data, "outer_data": outer_data}
+
+    def relative_variance(name: str) -> float | None:
+        if samples is None:
+            return None
+        return variance(problem, hypergradients[name], **data, outer=outer, samples=samples, key=key).relative
 
     def row(name: str) -> Row:
         estimate = results[name]
@@ -150,6 +163,7 @@ def compare(
             norm=float(global_norm(estimate.grad)),
             cosine=_cosine(estimate.grad, target),
             relative_error=_relative_error(estimate.grad, target),
+            variance=relative_variance(name),
             seconds=seconds[name],
             grad=estimate.grad,
             **costs[name],

@@ -38,6 +38,29 @@ def comparison():
     )
 
 
+def test_variance_is_a_column_where_it_is_asked_for(comparison):
+    assert comparison["mixed"].variance is None and "variance" not in str(comparison)
+    problem = bilevel.Problem(
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - outer - batch.mean(axis=0)) ** 2),
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - 1.0) ** 2),
+        lambda key, outer: jnp.zeros(3),
+        lambda key: jnp.ones(3),
+    )
+    few, many = bilevel.Unrolled(optax.sgd(0.5), 1), bilevel.Unrolled(optax.sgd(0.5), 8)
+    data = bilevel.Batches(jax.random.normal(jax.random.key(1), (16, 3)), 2)
+    found = bilevel.compare(
+        problem, {"few": few, "many": many}, reference="many", inner_data=data, repeats=1, samples=8
+    )
+    outer = problem.start_outer(jax.random.key(0))
+    for row, estimator in (("few", few), ("many", many)):
+        expected = bilevel.variance(problem, estimator, inner_data=data, outer=outer, samples=8).relative
+        assert expected > 0
+        np.testing.assert_allclose(found[row].variance, expected, rtol=1e-12)
+    assert f"{found['few'].variance:.2e}" in str(found) and "variance" in str(found)
+    with pytest.raises(ValueError, match="samples=1"):
+        bilevel.compare(problem, {"few": few}, reference="few", inner_data=data, repeats=1, samples=1)
+
+
 def test_estimators_that_agree_and_one_that_does_not(comparison):
     assert [row.name for row in comparison.rows] == ["reverse", "mixed", "implicit", "one step"]
     assert comparison["mixed"].relative_error < 1e-12 and comparison["mixed"].cosine > 1 - 1e-12
