@@ -14,6 +14,7 @@ from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
 from bilevel.progress import Callback
+from bilevel.refusals import TRAINING, explained, traced_losses
 from bilevel.run import Result, run
 from bilevel.trees import PyTree, advance_keys
 
@@ -45,7 +46,10 @@ class _Training:
 
     def step(self, state: TrainingState, inner_batches: PyTree, outer_batch: PyTree):
         next_key, key = jax.random.split(state.key)
-        inner, trace = self.trained.trajectory(self.problem, state.inner, state.outer, inner_batches, key)
+        # No hypergradient, so no second derivative: only what has no gradient at all is refused.
+        losses = traced_losses(self.problem, state.inner.params, state.outer, inner_batches, None, key, 1)
+        with explained(losses, TRAINING):
+            inner, trace = self.trained.trajectory(self.problem, state.inner, state.outer, inner_batches, key)
         new = TrainingState(advance_keys(state.outer), inner, state.step + 1, next_key)
         return new, {"inner_loss": trace.value[0]}
 
@@ -75,7 +79,8 @@ def fit(
       A `Result`; `result.inner.params` is the trained inner variable.
 
     Raises:
-      As `run`.
+      As `run`; ValueError if `inner_loss` holds an operation without a gradient, by its name. One without a second
+      derivative is fine.
     """
     training = _Training(problem, Trained(optimizer, 1), outer)
     return run(

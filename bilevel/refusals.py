@@ -6,8 +6,9 @@ without a derivative fails deep inside JAX. Nothing here looks at values of a tr
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -40,15 +41,26 @@ def guarded(estimate: Callable[..., Any]) -> Callable[..., Any]:
         params = None if inner_state is None else inner_state.params
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
-        try:
+        with explained(losses, _ORDERS):
             return estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
-        except _FAILURES as error:
-            reason = _undifferentiable(losses)
-            if reason is None:
-                raise
-            raise ValueError(reason) from error
 
     return method
+
+
+@contextlib.contextmanager
+def explained(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """What is differentiated inside, as `orders` says for each of `losses`, with JAX's failure put in a sentence.
+
+    Raises:
+      ValueError: instead of JAX's error where an operation of a loss cannot be differentiated so: names it.
+    """
+    try:
+        yield
+    except _FAILURES as error:
+        reason = _undifferentiable(losses, orders)
+        if reason is None:
+            raise
+        raise ValueError(reason) from error
 
 
 class TracedLoss(NamedTuple):
@@ -165,7 +177,13 @@ _DERIVATIVES: dict[str, Callable[..., Any]] = {
 }
 """Derivatives that estimators take of a loss, by the words for them."""
 
-_ORDERS = {"inner_loss": ("", " twice, forward over reverse"), "outer_loss": ("", " in forward mode")}
+TRAINING = {"inner_loss": ("",)}
+"""What training alone takes."""
+
+_ORDERS: dict[str, tuple[str, ...]] = {
+    "inner_loss": ("", " twice, forward over reverse"),
+    "outer_loss": ("", " in forward mode"),
+}
 
 _REMEDIES = {
     "while": "jax.lax.while_loop, and fori_loop with bounds not known beforehand, have no reverse derivative: use "
@@ -183,11 +201,11 @@ _REMEDY = (
 )
 
 
-def _undifferentiable(losses: list[TracedLoss]) -> str | None:
+def _undifferentiable(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -> str | None:
     """Which operation of which loss cannot be differentiated, and what to do; None if all can."""
     for loss in losses:
         whole, variables = jex.jaxpr_as_fun(loss.closed), range(loss.inner + loss.outer)
-        for words in _ORDERS[loss.name]:
+        for words in orders.get(loss.name, ()):
             if not _fails(whole, loss.closed.in_avals, variables, words):
                 continue
             if name := _culprit(loss.closed.jaxpr, variables, words):

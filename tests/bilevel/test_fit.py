@@ -82,3 +82,26 @@ def test_bad_arguments_are_refused():
         fit(steps=0)
     with pytest.raises(ValueError, match="inner_data is a str"):
         fit(steps=1, data="train.csv")
+
+
+def test_a_loss_without_a_gradient_is_refused_and_one_without_a_second_derivative_is_not():
+    def train(inner_loss):
+        problem = bilevel.Problem(inner_loss, None, lambda key, outer: jnp.full(2, 0.5), lambda key: jnp.ones(2))
+        return bilevel.fit(problem, jnp.ones(2), optimizer=optax.sgd(0.1), steps=3, progress=False)
+
+    def looping(w, outer, batch, key):
+        return jnp.sum(jax.lax.while_loop(lambda x: jnp.sum(x) < 4.0, lambda x: 2.0 * x, w * outer))
+
+    with pytest.raises(ValueError, match=r"^inner_loss cannot be differentiated, because of `while`: .*scan"):
+        train(looping)
+
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    def backward(x, ct):  # a derivative of this would be wanted for a hypergradient only
+        return (jax.pure_callback(lambda x, ct: np.asarray(2 * x * ct), jax.ShapeDtypeStruct((2,), x.dtype), x, ct),)
+
+    square.defvjp(lambda x: (x**2, x), backward)
+    trained = train(lambda w, outer, batch, key: 0.5 * jnp.sum(square(w - outer)))
+    np.testing.assert_allclose(trained.inner.params, 1 - 0.5 * 0.9**3, rtol=1e-12)
