@@ -25,7 +25,8 @@ class PZOBO(Stochastic):
             \Big\langle \frac{w^T(\lambda + \mu u_j) - w^T(\lambda)}{\mu},\, \partial_w F \Big\rangle\, u_j \Big),
         \qquad w \leftarrow w^T(\lambda),
 
-    :math:`F` taken at :math:`(w^T(\lambda), \lambda)` and all trainings on the same batches.
+    :math:`F` taken at :math:`(w^T(\lambda), \lambda)` and all trainings on the same batches. Where `Problem.domain`
+    bounds :math:`\lambda`, it is the free variable that is perturbed, so that no training leaves the domain.
 
     Constant steps. Biased in two ways: it estimates the hypergradient of T unrolled steps from a constant start, and
     finite differences add :math:`O(\mu)` times the curvature of the training map (0 where that is linear). Its variance
@@ -55,14 +56,17 @@ class PZOBO(Stochastic):
         inside = at.inner_gradient(w, at.lam, at.draws[-1])  # for its value
         outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
 
+        free, to_natural = jax.vjp(at.problem.free, at.lam)
+
         def along(key):
-            u = optax.tree.random_like(key, at.lam)
-            moved = sgd(at, at.w, descend(at.lam, -jnp.asarray(self.smoothing), u), self.inner_steps)
+            u = optax.tree.random_like(key, free)
+            lam = at.problem.natural(descend(free, -jnp.asarray(self.smoothing), u))
+            moved = sgd(at, at.w, lam, self.inner_steps)
             slope = optax.tree.vdot(minus(moved, w), outside.inner) / self.smoothing
             return jax.tree.map(lambda x: jnp.asarray(slope, x.dtype) * x, u)
 
         samples = jax.vmap(along)(jax.random.split(at.key, self.directions))
         indirect = jax.tree.map(lambda x: jnp.mean(x, axis=0), samples)
-        direction = plus(outside.outer, indirect)
+        direction = plus(outside.outer, to_natural(indirect)[0])
         calls = Calls(inner_gradients=self.inner_steps * (1 + self.directions), outer_gradients=1)
         return Iterate(w, at.move_outer(direction), (), direction, inside.value, outside.value, calls)

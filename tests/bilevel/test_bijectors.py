@@ -108,6 +108,33 @@ def test_a_learning_rate_and_the_stochastic_solvers_are_in_natural_units_too():
     assert 1e-6 < result.outer["rate"] < 5e-3
 
 
+def test_pzobo_perturbs_inside_the_domain():
+    def problem(domain, natural):
+        # In a training that leaves the domain the loss is no number, and so is the step.
+        def loss(w, u, batch, key):
+            outer = natural(u)
+            return 0.5 * jnp.sum((w - jnp.sqrt(outer["decay"]) - outer["share"]) ** 2)
+
+        def value(w, u, batch, key):
+            return 0.5 * jnp.sum((w - 2.0) ** 2) + 0.1 * jnp.sum(natural(u)["decay"] ** 2)
+
+        start = {"decay": jnp.full(3, 0.01), "share": jnp.full(3, 0.5)}
+        return Problem(loss, value, lambda key, u: jnp.zeros(3), lambda key: start, domain=domain)
+
+    domain = {"decay": Positive(), "share": Interval(0.0, 1.0)}
+    bounded = problem(domain, lambda u: u)
+    free = dataclasses.replace(
+        problem(None, bounded.natural), init_outer=lambda key: bounded.free(bounded.init_outer(key))
+    )
+    settings = {"inner_step": 0.5, "outer_step": 0.3, "smoothing": 0.5}
+    moved = bilevel.run(bilevel.PZOBO(bounded, **settings), steps=20, progress=False).outer
+    # The same as the free variable alone: perturbations and steps are taken there.
+    by_hand = bilevel.run(bilevel.PZOBO(free, **settings), steps=20, progress=False).outer
+    assert float(jnp.max(jnp.abs(moved["decay"] - 0.01))) > 1e-2
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9)  # noqa: E731
+    jax.tree.map(assert_close, moved, bounded.natural(by_hand))
+
+
 def test_what_cannot_be_a_domain_is_refused_in_a_sentence():
     bounds = {"decay": Positive(), "mix": Simplex(), "shift": None, "n": None}
     problem = dataclasses.replace(toward({}), domain=bounds)
