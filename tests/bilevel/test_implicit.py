@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
+from sklearn.linear_model import Lasso, Ridge
 
 import bilevel
 from bilevel import CG, GMRES, BiCGStab, Dense, FixedPoint, Implicit, ImplicitSolve, Neumann, NormalCG, Nystrom
@@ -213,6 +214,54 @@ def scipy_minimum(problem, outer, batch, key):
     return jax.pure_callback(minimise, jax.ShapeDtypeStruct((5,), outer.dtype), outer, *batch)
 
 
+def ridge_of_sklearn(problem, outer, batch, key):
+    """Ridge regression by scikit-learn, whose penalty is not divided by the number of rows."""
+
+    def fit(lam, x, y):
+        lam, x, y = map(np.asarray, (lam, x, y))
+        return Ridge(alpha=float(np.exp(lam)) * len(y), fit_intercept=False, solver="cholesky").fit(x, y).coef_
+
+    return jax.pure_callback(fit, jax.ShapeDtypeStruct((4,), outer.dtype), outer, *batch)
+
+
+def test_ridge_regression_by_scikit_learn_has_its_closed_form():
+    rng = np.random.default_rng(7)
+    x, y, x_new, y_new = (rng.normal(size=s) for s in ((30, 4), 30, (20, 4), 20))
+
+    def squares(w, batch):
+        return 0.5 * jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    problem = bilevel.Problem(
+        lambda w, lam, batch, key: squares(w, batch) + 0.5 * jnp.exp(lam) * jnp.sum(w**2),
+        lambda w, lam, batch, key: squares(w, batch),
+        lambda key, lam: jnp.zeros(4),
+        lambda key: jnp.array(-1.0),
+    )
+    hessian = x.T @ x / 30 + np.exp(-1.0) * np.eye(4)
+    w = np.linalg.solve(hessian, x.T @ y / 30)
+    wanted = -(x_new.T @ (x_new @ w - y_new) / 20) @ np.linalg.solve(hessian, np.exp(-1.0) * w)
+    train, held_out = (bilevel.FullBatch(jax.tree.map(jnp.asarray, d)) for d in ((x, y), (x_new, y_new)))
+    way = ImplicitSolve(ridge_of_sklearn)
+    result = estimate(way, problem, None, jnp.array(-1.0), train, held_out)
+    np.testing.assert_allclose(result.inner_state.params, w, rtol=1e-10)
+    np.testing.assert_allclose(result.grad, wanted, rtol=1e-8)
+    # as part of a run, whose steps are compiled
+    found = bilevel.run(
+        bilevel.Nested(problem, way, optax.adam(0.3)), inner_data=train, outer_data=held_out, steps=30, progress=False
+    )
+    assert found.history["outer_loss"][-1] < found.history["outer_loss"][0]
+
+
+def lasso_of_sklearn(problem, outer, batch, key):
+    """The lasso of `lasso_problem` by scikit-learn."""
+
+    def fit(lam):
+        x, y = (np.asarray(a[:30]) for a in lasso_data())
+        return Lasso(alpha=float(np.exp(lam)), fit_intercept=False, tol=1e-14, max_iter=100_000).fit(x, y).coef_
+
+    return jax.pure_callback(fit, jax.ShapeDtypeStruct((8,), outer.dtype), outer, vmap_method="sequential")
+
+
 def converged(train, validation):
     """`lam -> F(w*(lam), lam)`."""
 
@@ -294,11 +343,14 @@ def test_adamw_through_its_fixed_point():
     assert float(jnp.linalg.norm(jax.grad(problem.inner_loss)(result.inner_state.params, lam, None, None))) > 0.1
 
 
-def lasso_problem():
+def lasso_data():
     rng = np.random.default_rng(3)
     x, truth = rng.normal(size=(60, 8)), np.array([2.0, -1.5, 1.0, 0, 0, 0, 0, 0])
-    y = x @ truth + 0.3 * rng.normal(size=60)
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    return x, x @ truth + 0.3 * rng.normal(size=60)
+
+
+def lasso_problem():
+    x, y = map(jnp.asarray, lasso_data())
 
     def squares(w, rows):
         return 0.5 * jnp.mean((x[rows] @ w - y[rows]) ** 2)
@@ -333,6 +385,7 @@ def test_lasso():
         FixedPoint(optimizer, 3000, linear_solver=Neumann(1000)),
         FixedPoint(optimizer, 3000, linear_solver=GMRES()),
         ImplicitSolve(on_the_host, rest=optimizer, linear_solver=Dense()),
+        ImplicitSolve(lasso_of_sklearn, rest=optimizer, linear_solver=Dense()),
     ):
         result = estimate(hypergradient, problem, None, lam)
         assert result.grad == pytest.approx(wanted[()], rel=1e-6)
