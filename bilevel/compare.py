@@ -73,8 +73,9 @@ class Comparison:
 
         table = Table(title=f"Hypergradients, against {self.reference}")
         columns = "estimator, outer loss, cosine, relative error, seconds, gradients, HVPs, temporary MB, compile s"
-        varied = [row for row in self.rows if row.variance is not None]
-        for i, column in enumerate([*columns.split(", "), *(["variance"] if varied else [])]):
+        if any(row.variance is not None for row in self.rows):
+            columns += ", variance"
+        for i, column in enumerate(columns.split(", ")):
             table.add_column(column, justify="left" if i == 0 else "right")
         for row in self.rows:
             numbers = f"{row.value:.6g}", f"{row.cosine:.6f}", f"{row.relative_error:.2e}", f"{row.seconds:.2e}"
