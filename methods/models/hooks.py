@@ -24,19 +24,20 @@ encoders, whose norms are behind the branches:
     gate_proj, up_proj       N                            x W (+ b)                   [B, T, F]
     ffn_hidden               N                            activation(gate) * up       [B, T, F]
     down_proj                ffn_hidden                   x W (+ b)                   [B, T, D]
+    q_proj.input and so on   what the linear reads        the same                    [B, T, in]
     residual_ffn             stream before the branch     the branch's output         [B, T, D]
     block_hidden             the block's input            the block's output          [B, T, D]
 
-Only the Llama family has a gate_proj; elsewhere ffn_hidden's y is activation(up). The residual sites return what the
-block then adds to the stream; `ffn_input` returns the stream itself, and its x is the one thing that blocks hand on
-beside it: what the feed-forward branch of the block below started from, 0 in the first block. The attention logits are
-what the mask and the softmax are applied to, with a soft cap and relative position biases where the model has them.
-"Who sees whom" is [B or 1, 1, T, T]: causality, window and padding together (B is 1 where no padding mask is given). In
-the two attention maps the third axis is the query, the fourth the key; they are at least float32, whatever the weights
-are. With a cache of S tokens the fourth axis is S. The mask is applied after `attention_logits`, so nothing done there
-can let a token see the future: a key dropped with -inf or any large negative number gets no weight, unless the row has
-nothing else, which then attends evenly to what it may see. (`attention_weights` comes after the mask: multiply there,
-or use x.)
+Only the Llama family has a gate_proj; elsewhere ffn_hidden's y is activation(up). What comes back at a linear's
+".input" is what the linear reads, and x at its own site. The residual sites return what the block then adds to the
+stream; `ffn_input` returns the stream itself, and its x is the one thing that blocks hand on beside it: what the
+feed-forward branch of the block below started from, 0 in the first block. The attention logits are what the mask and
+the softmax are applied to, with a soft cap and relative position biases where the model has them. "Who sees whom" is
+[B or 1, 1, T, T]: causality, window and padding together (B is 1 where no padding mask is given). In the two attention
+maps the third axis is the query, the fourth the key; they are at least float32, whatever the weights are. With a cache
+of S tokens the fourth axis is S. The mask is applied after `attention_logits`, so nothing done there can let a token
+see the future: a key dropped with -inf or any large negative number gets no weight, unless the row has nothing else,
+which then attends evenly to what it may see. (`attention_weights` comes after the mask: multiply there, or use x.)
 
 A hook returns an array of y's shape and dtype; the model raises a ValueError where it does not.
 """
@@ -59,10 +60,10 @@ ACTIVATION_SITES = (
     "residual_ffn",
     "block_hidden",
 )
-"""Everything else a hook sees."""
+"""What else a hook sees, beside the linears' inputs."""
 
 SITES = LINEAR_SITES + ACTIVATION_SITES
-"""All sites."""
+"""All sites, but for the inputs of linears."""
 
 _T = TypeVar("_T")
 

@@ -137,7 +137,7 @@ def _row(weight: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """x W (+ b), then the hook. The module's name is the site."""
+    """x W (+ b), with the hook before it and after. The module's name is the site."""
 
     features: int
     use_bias: bool
@@ -146,6 +146,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, adapt: hooks.Hook) -> jax.Array:
         dtype, shape = self.precision.weights, (x.shape[-1], self.features)
+        x = hooks.call(adapt, f"{self.name}.input", x, x)
         kernel = self.param("kernel", nn.initializers.normal(0.02), shape, dtype)
         y = linear(x, kernel, self.precision)
         if self.use_bias:
@@ -195,7 +196,7 @@ def attend(
     logits = jnp.where(allowed, jnp.maximum(logits, lowest / 2), lowest)
     weights = hooks.call(adapt, "attention_weights", allowed, jax.nn.softmax(logits, axis=-1))
     weights = weights.reshape(batch, groups, -1, length, slots)
-    hidden = product("bkgts,bskh->btkgh", weights, v, precision).reshape(batch, length, heads * size)
+    hidden = product("bkgts,bskh->btkgh", weights, v, precision).reshape(batch, length, -1)
     return hooks.call(adapt, "attention_hidden", x, hidden)
 
 
