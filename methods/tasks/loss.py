@@ -34,6 +34,61 @@ class Answers(NamedTuple):
     mask: jax.Array
 
 
+class Prediction(NamedTuple):
+    """What a model says, and what is right: the common form of answers and of classes.
+
+    Attributes:
+      logits: `[..., C]`.
+      targets: int32 `[...]`.
+      mask: bool `[...]`, which of them count.
+    """
+
+    logits: jax.Array
+    targets: jax.Array
+    mask: jax.Array
+
+
+def cross_entropy(prediction: Prediction) -> jax.Array:
+    """Mean negative log-likelihood of the targets that count, in nats; NaN if none does."""
+    mask = prediction.mask
+    values = jnp.where(mask, _log_likelihood_each(prediction.logits, prediction.targets), 0)
+    return -values.sum() / mask.sum().astype(values.dtype)
+
+
+def answer_prediction(
+    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, batch: TokenBatch, width: int
+) -> Prediction:
+    """The answer tokens of a batch; arguments as in `answer_loss_at`, whose value is its `cross_entropy`."""
+    answers = keep_answers(hidden, batch, width)
+    logits = head(answers.hidden)
+    whole = jnp.asarray(batch.answer_mask).sum(axis=1) <= width
+    return Prediction(jnp.where(whole[:, None, None], logits, jnp.nan), answers.targets, answers.mask)
+
+
+def bidirectional_kl(first: jax.Array, second: jax.Array, mask: jax.Array) -> jax.Array:
+    r""":math:`\frac12 [KL(P_1 \| P_2) + KL(P_2 \| P_1)]` in nats, the mean where `mask`; 0 for equal predictions.
+
+    Args:
+      first, second: logits `[..., C]` of two passes.
+      mask: bool `[...]`.
+
+    Source: R-Drop, Liang et al. 2021, arXiv 2106.14448.
+    """
+    a, b = (jax.nn.log_softmax(_wide(x)) for x in (first, second))
+    return _mean(0.5 * ((jnp.exp(a) - jnp.exp(b)) * (a - b)).sum(axis=-1), mask)
+
+
+def jensen_shannon(first: jax.Array, second: jax.Array, mask: jax.Array) -> jax.Array:
+    r""":math:`\frac12 [KL(P_1 \| M) + KL(P_2 \| M)]`, :math:`M = (P_1 + P_2) / 2`, as `bidirectional_kl` otherwise."""
+    a, b = (jax.nn.log_softmax(_wide(x)) for x in (first, second))
+    middle = jnp.logaddexp(a, b) - jnp.log(jnp.asarray(2, a.dtype))
+    return _mean(0.5 * (jnp.exp(a) * (a - middle) + jnp.exp(b) * (b - middle)).sum(axis=-1), mask)
+
+
+DIVERGENCES = {"kl": bidirectional_kl, "js": jensen_shannon}
+"""How far two predictions are apart, by name."""
+
+
 def answer_loss(logits: jax.Array, batch: TokenBatch) -> jax.Array:
     """Mean negative log-likelihood, in nats, over all answer tokens of the batch.
 
@@ -117,9 +172,20 @@ def answer_log_likelihood_at(
 
 
 def _log_likelihood(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    if jnp.finfo(logits.dtype).bits < 32:
-        logits = logits.astype(jnp.float32)
-    # Not log_softmax: only one entry of V is wanted.
-    chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
-    values = chosen - jax.nn.logsumexp(logits, axis=-1)
+    values = _log_likelihood_each(logits, targets)
     return jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=1)
+
+
+def _log_likelihood_each(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    logits = _wide(logits)
+    # Not log_softmax: only one entry of V is wanted.
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _wide(logits: jax.Array) -> jax.Array:
+    return logits if jnp.finfo(logits.dtype).bits >= 32 else logits.astype(jnp.float32)
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, values, 0).sum() / mask.sum().astype(values.dtype)
