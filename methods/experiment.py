@@ -278,13 +278,17 @@ def masked(bench: Bench, params: dict[str, Any], where: Where) -> Bound:
     return bench.trainable.bind(params, mask=modules(bench, where), base=bench.pretrained.weights["blocks"])
 
 
-def validation_loss(bench: Bench, bound: Bound, batch_size: int = 16) -> float:
+def validation_loss(bench: Bench, bound: Bound) -> float:
     """The loss over all outer rows."""
-    weights = bench.pretrained.weights
-    outer = jax.tree.map(np.asarray, bench.outer)
+    return loss_over(bench, bound, bench.outer)
+
+
+def loss_over(bench: Bench, bound: Bound, rows: Any, batch_size: int = 16) -> float:
+    """The loss over all of `rows`, encoded as `bench.outer` is."""
+    weights, rows = bench.pretrained.weights, jax.tree.map(np.asarray, rows)
     total, count = 0.0, 0
-    for index, length in by_length(outer.mask.sum(axis=1), batch_size, 32, outer.mask.shape[1]):
-        batch = cut(outer, np.resize(index, batch_size), length)
+    for index, length in by_length(rows.mask.sum(axis=1), batch_size, 32, rows.mask.shape[1]):
+        batch = cut(rows, np.resize(index, batch_size), length)
         losses, counts = jitted_row_losses(bench.pretrained.model, bench.head, bench.width, weights, bound, batch)
         total += float(np.asarray(losses)[: len(index)].sum())
         count += int(np.asarray(counts)[: len(index)].sum())

@@ -265,6 +265,7 @@ def _warning(steps: int, layers: int) -> str:
 
 
 def pyplot() -> Any:
+    """matplotlib's, without a display."""
     import matplotlib  # half a second, and only needed at the end
 
     matplotlib.use("Agg")

@@ -66,6 +66,7 @@ def train(
     *,
     key: jax.Array,
     validate: Callable[[Any], float] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Any:
     """The inner variable of `problem` after training at `outer`; with validations the best, else the last.
 
@@ -79,6 +80,7 @@ def train(
       name: of the training.
       key: of the start values and of what the loss draws.
       validate: from parameters to the validation loss; smaller is better.
+      optimizer: in place of the recipe's.
 
     Raises:
       ValueError: if the recipe validates and there is no `validate`.
@@ -87,7 +89,8 @@ def train(
     if recipe.validate_every and validate is None:
         raise ValueError("A recipe that validates needs a validation loss.")
     callbacks: list[Any] = [folder.log(f"finetune {name}")]
-    checkpoint, optimizer = folder.path / "checkpoints" / f"finetune-{name}", recipe.optimizer()
+    checkpoint = folder.path / "checkpoints" / f"finetune-{name}"
+    optimizer = recipe.optimizer() if optimizer is None else optimizer
 
     def fit(steps: int, progress: bool = True) -> Any:
         batches.set_state(0)
