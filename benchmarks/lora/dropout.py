@@ -1,0 +1,223 @@
+r"""Dropout rates and the KL weight of HiddenKey: learned through training, against a grid.
+
+For each seed, on one split into training, validation and test rows:
+
+1. *grid*: every point of rates x rates x betas is trained, validation chooses one;
+2. *unrolled*: rates and beta are learned by differentiating through training, then one model is trained with them;
+3. *first-order*: the control. Its gradient is 0, so it trains with the rates it started from.
+
+All final trainings have the same length, hard masks, and the same random numbers. Told are the test loss, its excess
+over the grid's choice (paired over seeds, with a 95 % interval of the mean) and the inner gradients spent: one for each
+pass that is back-propagated, 2.07 for a Hessian-vector product on top of the recomputed gradient of a step.
+
+    python -m benchmarks.lora.dropout --model FOLDER --task rte        # resumable; table and json in runs/dropout
+    python -m benchmarks.lora.dropout --model FOLDER --table           # positions x patterns x compensations instead
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from methods import experiment, hiddenkey, inside
+from methods.hiddenkey import HiddenKeySettings
+from methods.runfolder import RunFolder
+
+HVP = 3.07
+"""Cost of differentiating one training step, in gradients: the step again and a Hessian-vector product."""
+POSITIONS = ("attention_logits", "attention_weights", "ffn_hidden")
+PATTERNS = ("element", "column", "span")
+TERMS = ("rescale", "kl", "js")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is compared.
+
+    Attributes:
+      model: a folder in Hugging Face layout, or a name on the hub.
+      task: a classification task.
+      data: as for `bilevel hiddenkey`.
+      out: results; the same command continues.
+      seeds: splits and start values.
+      rows: training rows, and as many validation rows.
+      steps: of every final training.
+      inner_steps: K of the search.
+      outer_steps: T of the search.
+      outer_lr: of the search's Adam.
+      rates: of the grid.
+      betas: of the grid.
+      table: tell positions, patterns and compensations apart instead, each at the middle rate and beta.
+    """
+
+    model: str
+    task: str = "rte"
+    data: str | None = None
+    out: Path = Path("runs/dropout")
+    seeds: int = 5
+    rows: int = 150
+    steps: int = 60
+    inner_steps: int = 10
+    outer_steps: int = 5
+    outer_lr: float = 0.3
+    rates: tuple[float, ...] = (0.05, 0.1, 0.2)
+    betas: tuple[float, ...] = (0.1, 1.0, 5.0)
+    table: bool = False
+
+
+def settings_of(setup: Setup, seed: int, **changes: Any) -> HiddenKeySettings:
+    """One seed's settings."""
+    middle = setup.rates[len(setup.rates) // 2], setup.betas[len(setup.betas) // 2]
+    base = HiddenKeySettings(
+        model=setup.model,
+        task=setup.task,
+        data=setup.data,
+        out=setup.out / f"{setup.task}-{'table' if setup.table else 'grid'}-seed-{seed}",
+        seed=seed,
+        length=96,
+        batch_size=16,
+        outer_batch_size=min(64, setup.rows),
+        train_rows=setup.rows,
+        outer_rows=setup.rows,
+        test_rows=0,
+        finetune_steps=setup.steps,
+        finetune_lr=1e-3,
+        inner_steps=setup.inner_steps,
+        outer_steps=setup.outer_steps,
+        outer_lr=setup.outer_lr,
+        rate=middle[0],
+        beta=middle[1],
+        grid=setup.rates,
+        grid_beta=setup.betas,
+        inner_start="warm",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+class Trainer:
+    """Trains at a given outer variable and tells the losses; each name once."""
+
+    def __init__(self, settings: HiddenKeySettings):
+        self.settings, self.bench = settings, experiment.prepare(settings)
+        self.folder = RunFolder(settings.out, settings)
+        self.test = inside.encoded(self.bench, self.bench.splits.test, settings.length)
+
+    def losses(self, name: str, problem: Any, outer: Any) -> dict[str, float]:
+        """Validation and test loss, and the test metric, after training at `outer`."""
+
+        def trained():
+            params = inside.train_inner(self.settings, self.bench, problem, outer, name, self.folder)
+            bound = inside.bind(self.bench, params)
+            return {
+                "validation": experiment.loss_over(self.bench, bound, self.bench.outer),
+                "test": experiment.loss_over(self.bench, bound, self.test),
+                "metric": next(iter(experiment.test(self.bench, bound).metrics.values())),
+            }
+
+        return self.folder.once(f"losses/{name}", trained)
+
+
+def compare(setup: Setup, seed: int) -> dict[str, dict[str, Any]]:
+    """One seed: losses and gradients of the grid's choice, of what was learned, and of the control."""
+    trainer = Trainer(settings_of(setup, seed))
+    settings, bench = trainer.settings, trainer.bench
+    hard = hiddenkey.make(settings, bench)
+    first = hard.start_outer(jax.random.key(seed))
+    points = hiddenkey.grid(settings, first)
+    tried = [trainer.losses(f"grid-{i}", hard, point) for i, point in enumerate(points)]
+    best = min(tried, key=lambda row: row["validation"])
+    learned = trainer.folder.once("learned", lambda: _learn(trainer))
+    outer = first | jax.tree.map(
+        lambda like, value: np.asarray(value, like.dtype), {k: first[k] for k in learned["outer"]}, learned["outer"]
+    )
+    search = setup.outer_steps * (setup.inner_steps * HVP + 1)
+    return {
+        "grid": best | {"gradients": len(points) * setup.steps},
+        "unrolled": trainer.losses("unrolled", hard, outer) | {"gradients": search + setup.steps} | learned["found"],
+        "first-order": trainer.losses("first-order", hard, first) | {"gradients": setup.steps},
+    }
+
+
+def _learn(trainer: Trainer) -> dict[str, Any]:
+    settings, bench = trainer.settings, trainer.bench
+    outer = inside.search(settings, bench, hiddenkey.solver(settings, bench), trainer.folder).outer
+    kept = {name: value for name, value in outer.items() if name != "key"}
+    found = {name: float(np.mean(value)) for name, value in hiddenkey.found(outer).items()}
+    return {"outer": jax.tree.map(lambda x: np.asarray(x).tolist(), kept), "found": found}
+
+
+def positions(setup: Setup, seed: int) -> dict[str, dict[str, Any]]:
+    """One seed: every position, pattern and compensation at the middle rate and beta, and no dropout."""
+    trainer = Trainer(settings_of(setup, seed))
+    rows = {}
+    for position in POSITIONS:
+        for pattern in PATTERNS:
+            for term in TERMS:
+                words = f"{position} {pattern} {term}"
+                problem = hiddenkey.make(dataclasses.replace(trainer.settings, rules=(words,)), trainer.bench)
+                outer = problem.start_outer(jax.random.key(seed))
+                rows[words] = trainer.losses(words.replace(" ", "-"), problem, outer)
+                if not rows.get("no dropout"):
+                    off = outer | {"rates": {position: np.full_like(outer["rates"][position], -np.inf)}}
+                    rows["no dropout"] = trainer.losses("no-dropout", problem, off)
+    return rows
+
+
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its 95 % interval, by Student's t."""
+    from scipy import stats
+
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def main(setup: Setup) -> None:
+    """All seeds; prints a table and writes `<task>-<kind>.json`."""
+    rows = [(positions if setup.table else compare)(setup, seed) for seed in range(setup.seeds)]
+    against = "no dropout" if setup.table else "grid"
+    reference = np.array([row[against]["test"] for row in rows])
+    console, table = (
+        Console(),
+        Table("arm", "test loss", f"excess over {against}, %", "95 % interval", "metric", "gradients"),
+    )
+    summary = {}
+    for name in rows[0]:
+        test = np.array([row[name]["test"] for row in rows])
+        mean, low, high = interval(100 * (test - reference) / reference.mean())
+        metric = float(np.mean([row[name]["metric"] for row in rows]))
+        gradients = rows[0][name].get("gradients", setup.steps)
+        summary[name] = {
+            "test": test.tolist(),
+            "excess_percent": [mean, low, high],
+            "metric": metric,
+            "gradients": gradients,
+            "seeds": [row[name] for row in rows],
+        }
+        table.add_row(
+            name,
+            f"{test.mean():.4f}",
+            f"{mean:+.2f}",
+            f"{low:+.2f} to {high:+.2f}",
+            f"{metric:.3f}",
+            f"{gradients:.0f}",
+        )
+    console.print(table)
+    file = setup.out / f"{setup.task}-{'table' if setup.table else 'grid'}.json"
+    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Setup, description=__doc__))

@@ -1,0 +1,177 @@
+"""HiddenKey: rates and the KL weight act in training alone, and a hypergradient through training sees them."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from methods import hiddenkey
+from methods.adapters.dropout import DropoutConfig
+from methods.models.hooks import Chain, identity
+from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
+from tests.methods.test_flexora import LAYERS, LORA, MODEL, setting, start
+
+KEY = jax.random.key(5)
+# Compile time is most of what these tests take; their arrays are tiny.
+quick = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+)
+SMALL = MODEL.clone(remat=False)
+
+
+def predict(weights, params, adapt, batch, gate=None):
+    logits = SMALL.apply({"params": weights}, batch, None, Chain((LORA.bind(params, gate), adapt)))
+    return Prediction(logits[:, :-1], batch[:, 1:], jnp.ones_like(batch[:, 1:], bool))
+
+
+def dropout(temperature=0.3, rules=hiddenkey.RULES):
+    return DropoutConfig(rules, temperature)
+
+
+def outer_start(config, rate=0.1, beta=1.0):
+    return hiddenkey.start_outer(config, dict.fromkeys(config.positions, rate), beta, KEY)
+
+
+def problem(config, **options):
+    weights = setting()[0]
+    return hiddenkey.problem(predict, weights, start, lambda key: outer_start(config), LAYERS, config, **options)
+
+
+def trained(params_key=3):
+    return jax.tree.map(lambda x: x + 0.1, start(jax.random.key(params_key)))
+
+
+def inner_loss(config, outer, **options):
+    _, _, train, _ = setting()
+    return problem(config, **options).inner_value(trained(), outer, train, None)[0]
+
+
+@pytest.mark.parametrize("rules", [hiddenkey.RULES, ("ffn_hidden element js",)])
+def test_without_dropout_it_is_plain_lora_and_the_two_passes_agree(rules):
+    weights, _, train, _ = setting()
+    config = dropout(0.0, rules)
+    value = inner_loss(config, outer_start(config, rate=0.0, beta=100.0))
+    plain = cross_entropy(predict(weights, trained(), identity, train))
+    np.testing.assert_allclose(value, plain, rtol=1e-12)
+
+
+def test_the_same_key_gives_the_same_masks_and_the_next_key_others():
+    config = dropout(0.0)
+    outer = outer_start(config, rate=0.3)
+    first, again = inner_loss(config, outer), inner_loss(config, outer)
+    assert first == again
+    assert first != inner_loss(config, outer | {"key": jax.random.fold_in(KEY, 1)})
+
+
+def test_layers_that_are_not_active_drop_nothing():
+    config = dropout(0.0)
+    outer = outer_start(config, rate=0.5)
+    none = inner_loss(config, outer, active=jnp.zeros(LAYERS, bool))
+    assert none == inner_loss(config, outer_start(config, rate=0.0))
+    some = inner_loss(config, outer, active=jnp.arange(LAYERS) >= LAYERS // 2)
+    assert len({float(x) for x in (none, some, inner_loss(config, outer))}) == 3
+
+
+def test_one_pass_has_half_the_gradient_of_the_term_on_average():
+    # By symmetry; here for the two orders of one pair of passes, whose one-pass gradients add up to the whole.
+    a, b = jax.random.normal(KEY, (2, 3, 4))
+    kl = lambda a, b: bidirectional_kl(a, b, jnp.ones(3, bool))  # noqa: E731
+    w = jnp.asarray(0.3)
+    whole = jax.grad(lambda w: kl(w * a, b + w**2 * a))(w)
+    first = jax.grad(lambda w: kl(w * a, hiddenkey.held(b + w**2 * a, 0.0)))(w)
+    second = jax.grad(lambda w: kl(b + w**2 * a, hiddenkey.held(w * a, 0.0)))(w)
+    np.testing.assert_allclose(first + second, whole, rtol=1e-12)
+
+
+@functools.cache
+def jitted(backward, mode, temperature=0.3):
+    _, _, train, validation = setting()
+    config = dropout(temperature)
+    estimator = bilevel.Unrolled(optax.adam(1e-2), 3, mode=mode, checkpoint="step")
+    hard = problem(config, backward=backward)
+
+    def value(outer):
+        state = estimator.solve(hard, None, outer, bilevel.FullBatch(train), jax.random.key(0))
+        return hard.outer_value(state.params, outer, validation, None)[0]
+
+    def estimate(outer):
+        return estimator.estimate(hard, None, outer, bilevel.FullBatch(train), validation, jax.random.key(0))
+
+    return quick(value), quick(estimate)
+
+
+@pytest.mark.parametrize("backward, mode", [("one", "reverse"), ("both", "mixed")])
+def test_hypergradient_is_the_derivative_of_the_training(backward, mode):
+    value, estimate = jitted(backward, mode)
+    outer = outer_start(dropout(), rate=0.2)
+    grad = estimate(outer).grad
+    assert grad["key"] is None
+    step = 1e-6
+
+    def central(shift):
+        return (value(shift(step)) - value(shift(-step))) / (2 * step)
+
+    for position in outer["rates"]:
+        moved = lambda h, p=position: outer | {"rates": outer["rates"] | {p: outer["rates"][p] + h}}  # noqa: E731
+        np.testing.assert_allclose(grad["rates"][position], central(moved), rtol=1e-5)
+    np.testing.assert_allclose(
+        grad["log_beta"], central(lambda h: outer | {"log_beta": outer["log_beta"] + h}), rtol=1e-5
+    )
+
+
+def test_one_pass_under_mixed_mode_is_refused():
+    _, _, train, validation = setting()
+    estimator = bilevel.Unrolled(optax.sgd(1e-2), 2)
+    with pytest.raises(ValueError, match='Unrolled\\(mode="reverse"\\)'):
+        estimator.estimate(
+            problem(dropout()), None, outer_start(dropout()), bilevel.FullBatch(train), validation, jax.random.key(0)
+        )
+
+
+def test_first_order_gradient_is_exactly_zero_and_said_to_be():
+    _, _, train, validation = setting()
+    estimator = bilevel.FirstOrder(optax.adam(1e-2), 2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        grad = estimator.estimate(
+            problem(dropout()), None, outer_start(dropout()), bilevel.FullBatch(train), validation, jax.random.key(0)
+        ).grad
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(grad))
+    sentences = [str(w.message) for w in said if issubclass(w.category, bilevel.StructuralZeroWarning)]
+    assert len(sentences) == 1
+    for name in ("['rates']['attention_logits']", "['rates']['ffn_hidden']", "['log_beta']", "use Unrolled"):
+        assert name in sentences[0]
+
+
+def test_a_step_moves_rates_and_advances_the_key():
+    _, _, train, validation = setting()
+    solver = bilevel.Nested(problem(dropout()), bilevel.Unrolled(optax.adam(1e-2), 2, mode="reverse"), optax.adam(0.1))
+    state = solver.init(jax.random.key(0))
+    new, _ = quick(lambda state: solver.step(state, bilevel.FullBatch(train), validation))(state)
+    moved = jax.tree.map(lambda a, b: abs(a - b) > 1e-3, new.outer["rates"], state.outer["rates"])
+    assert all(jax.tree.leaves(moved))
+    assert (jax.random.key_data(new.outer["key"]) != jax.random.key_data(state.outer["key"])).any()
+
+
+def test_implicit_gradient_of_two_passes_sees_rates_and_beta():
+    _, _, train, validation = setting()
+    estimator = bilevel.Implicit(optax.sgd(1e-2), 2, linear_solver=bilevel.CG(max_steps=3), damping=1.0)
+    run = jax.jit(
+        lambda outer: (
+            estimator.estimate(
+                problem(dropout(), backward="both"),
+                None,
+                outer,
+                bilevel.FullBatch(train),
+                validation,
+                jax.random.key(0),
+            ).grad
+        )
+    )
+    grad = run(outer_start(dropout()))
+    assert all(jnp.isfinite(leaf) and leaf != 0 for leaf in jax.tree.leaves(grad))
