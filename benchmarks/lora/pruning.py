@@ -1,0 +1,217 @@
+r"""FineGates: what counted removed weights cost in accuracy, and what the sliced model saves in time.
+
+For each number of training rows, seed and target: gates trained as `methods.finegates` does, against gates closed by
+the weights' magnitude (smallest norm of what a gate would remove, the same share in every layer and structure) with the
+same biases trained, and against LoRA on the dense model at the rank whose parameters are nearest to those of biases and
+gates.
+Then the forward time of the sliced and the dense model, batch 1 and 32, in one run, alternating.
+
+    python -m benchmarks.lora.pruning --model FOLDER --task sst2       # resumable; table and json in runs/pruning
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from methods import experiment, finegates, inside
+from methods.adapters import gates, slicing
+from methods.experiment import Bench
+from methods.finegates import FineGatesSettings
+from methods.runfolder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is compared.
+
+    Attributes:
+      model: a folder in Hugging Face layout, or a name on the hub.
+      task: a classification task.
+      data: as for `bilevel finegates`.
+      out: results; the same command continues.
+      seeds: splits and start values.
+      rows: numbers of training rows.
+      targets: shares of gates to close.
+      steps: of every training.
+      outer: the level of `methods.finegates` that is tried.
+      length: tokens of the timed batches.
+      repeats: timed calls of each model.
+    """
+
+    model: str
+    task: str = "sst2"
+    data: str | None = None
+    out: Path = Path("runs/pruning")
+    seeds: int = 3
+    rows: tuple[int, ...] = (100, 1000)
+    targets: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
+    steps: int = 300
+    outer: finegates.Outer = "none"
+    length: int = 64
+    repeats: int = 20
+
+
+def magnitude(bench: Bench, structures: dict[str, gates.Structure], share: float) -> dict[str, jax.Array]:
+    """Gates, open or closed, by the norm of the weights that each would remove."""
+    blocks, config = bench.pretrained.weights["blocks"], bench.pretrained.config
+    square = {site: np.asarray(blocks[site]["kernel"]) ** 2 for site in config.site_shapes()}
+    rows = {site: values.sum(axis=1) for site, values in square.items()}
+    columns = {site: values.sum(axis=2) for site, values in square.items()}
+
+    def summed(name: str, factors: np.ndarray) -> np.ndarray:
+        """What the gates of a structure share, added up: the transpose of `Structure.expand`."""
+        structure = structures[name]
+        zeros = jnp.zeros((factors.shape[0], structure.size))
+        _, transpose = jax.vjp(jax.vmap(structure.expand), zeros)
+        return np.asarray(transpose(jnp.asarray(factors, zeros.dtype))[0])
+
+    groups, size = config.num_kv_heads, config.head_dim
+    pairs = rows["k_proj"].reshape(-1, groups, 2, size // 2).sum(axis=2).reshape(-1, groups * size // 2)
+    scores = {
+        "ffn": rows["up_proj"] + rows.get("gate_proj", 0) + columns["down_proj"],
+        "value": summed("value", columns["o_proj"]) + rows["v_proj"],
+    }
+    if "query_key" in structures:
+        scores["query_key"] = summed("query_key", rows["q_proj"]) + pairs
+    closed = {}
+    for name, score in scores.items():
+        rank = np.argsort(np.argsort(score, axis=1), axis=1)
+        closed[name] = jnp.where(rank < round(share * score.shape[1]), -2.0, 2.0)
+    return closed
+
+
+def settings_of(setup: Setup, rows: int, seed: int) -> FineGatesSettings:
+    """One run's settings."""
+    return FineGatesSettings(
+        model=setup.model,
+        task=setup.task,
+        data=setup.data,
+        out=setup.out / f"{setup.task}-{rows}-{setup.outer}-seed-{seed}",
+        seed=seed,
+        length=96,
+        batch_size=16,
+        outer_batch_size=min(64, rows),
+        train_rows=rows,
+        outer_rows=rows,
+        test_rows=0,
+        outer=setup.outer,
+        target_sparsity=setup.targets,
+        finetune_steps=setup.steps,
+        finetune_lr=1e-3,
+        gate_lr=0.02,
+    )
+
+
+def one(setup: Setup, rows: int, seed: int) -> dict[str, dict[str, Any]]:
+    """One number of rows and one seed: a row for each arm and target."""
+    settings = settings_of(setup, rows, seed)
+    bench = experiment.prepare(settings)
+    folder = RunFolder(settings.out, settings)
+    structures = finegates.structures(settings, bench)
+    found = {}
+    for target in setup.targets:
+
+        def gated(target=target):
+            return finegates.pruned(settings, bench, target, folder)
+
+        def by_magnitude(target=target):
+            values = magnitude(bench, structures, target)
+            frozen = dataclasses.replace(settings, outer="gates")
+            of = finegates.make(frozen, bench, target)
+            outer = of.start_outer(jax.random.key(seed)) | {"gates": values}
+            params = inside.train_inner(settings, bench, of, outer, f"magnitude-{target:g}", folder)
+            adapt = finegates.hook(params, values, structures, settings.family, None)
+            evaluation = experiment.test(bench, inside.bind(bench, params["adapter"], adapt))
+            removed = gates.removed(values, structures, settings.family, bench.pretrained.config)
+            return {"metrics": evaluation.metrics, "removed": removed}
+
+        found[f"finegates {target:g}"] = folder.once(f"results/sparsity-{target:g}", gated)
+        found[f"magnitude {target:g}"] = folder.once(f"results/magnitude-{target:g}", by_magnitude)
+
+    def lora():
+        budget = next(iter(found.values()))["parameters"]
+        head = experiment.trainable_parameters(bench, [])
+        one_rank = (experiment.trainable_parameters(bench, list(range(bench.num_layers))) - head) / settings.rank
+        rank = max(1, round((budget - head) / one_rank))
+        matched = bench._replace(lora=dataclasses.replace(bench.lora, rank=rank))
+        everything = list(range(bench.num_layers))
+        params = experiment.finetune(settings, matched, everything, "lora", folder)
+        evaluation = experiment.test(matched, inside.bind(matched, params))
+        return {"metrics": evaluation.metrics, "removed": 0.0, "rank": rank}
+
+    found["lora"] = folder.once("results/lora", lora)
+    return found
+
+
+def timing(setup: Setup, bench: Bench) -> list[dict[str, float]]:
+    """Median seconds of a forward pass, dense and sliced by magnitude, `repeats` alternating calls each."""
+    pretrained, structures = bench.pretrained, gates.tied(bench.pretrained.config)
+    rows = []
+    for target in setup.targets:
+        values = magnitude(bench, structures, target)
+        small, weights = slicing.cut(pretrained.model, pretrained.weights, values, structures)
+        removed = gates.removed(values, structures, "stg", pretrained.config)
+        for batch in (1, 32):
+            tokens = jnp.ones((batch, setup.length), jnp.int32)
+            calls = {
+                "dense": (
+                    jax.jit(lambda w, t: pretrained.model.apply({"params": w}, t, method="features")),
+                    pretrained.weights,
+                ),
+                "sliced": (
+                    jax.jit(lambda w, t, small=small: small.apply({"params": w}, t, method="features")),
+                    weights,
+                ),
+            }
+            seconds: dict[str, list[float]] = {name: [] for name in calls}
+            for repeat in range(setup.repeats + 2):
+                for name, (call, parameters) in calls.items():
+                    begun = time.perf_counter()
+                    jax.block_until_ready(call(parameters, tokens))
+                    if repeat > 1:  # the first compiles, the second warms up
+                        seconds[name].append(time.perf_counter() - begun)
+            medians = {name: float(np.median(values)) for name, values in seconds.items()}
+            rows.append({"target": target, "removed": removed, "batch": batch, **medians})
+    return rows
+
+
+def main(setup: Setup) -> None:
+    """All runs and the timing; prints two tables and writes `<task>.json`."""
+    console = Console()
+    table = Table("rows", "arm", "removed (counted), %", "metric, mean over seeds", "sd")
+    summary: dict[str, Any] = {}
+    for rows in setup.rows:
+        runs = [one(setup, rows, seed) for seed in range(setup.seeds)]
+        for arm in runs[0]:
+            metric = np.array([next(iter(run[arm]["metrics"].values())) for run in runs])
+            removed = float(np.mean([run[arm]["removed"] for run in runs]))
+            summary[f"{rows} {arm}"] = {"metric": metric.tolist(), "removed": removed}
+            spread = metric.std(ddof=1) if len(metric) > 1 else float("nan")
+            table.add_row(str(rows), arm, f"{100 * removed:.1f}", f"{metric.mean():.3f}", f"{spread:.3f}")
+    console.print(table)
+    times = timing(setup, experiment.prepare(settings_of(setup, setup.rows[0], 0)))
+    table = Table("batch", "removed (counted), %", "dense, ms", "sliced, ms", "time saved, %")
+    for row in times:
+        saved = 100 * (1 - row["sliced"] / row["dense"])
+        milliseconds = (f"{1000 * row[name]:.2f}" for name in ("dense", "sliced"))
+        table.add_row(f"{row['batch']}", f"{100 * row['removed']:.1f}", *milliseconds, f"{saved:.0f}")
+    console.print(table)
+    setup.out.mkdir(parents=True, exist_ok=True)
+    file = setup.out / f"{setup.task}.json"
+    file.write_text(json.dumps({"arms": summary, "times": times}, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {file}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Setup, description=__doc__))

@@ -1,0 +1,165 @@
+"""Cutting out of a model what closed gates have closed, and keeping the smaller model in a file.
+
+`cut` folds what is trained (LoRA, biases) and the values of open gates into the kernels, and leaves out the rows and
+columns of closed ones: the sliced model computes what the gated one does. Only `gates.tied` can be cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from methods.adapters.gates import Structure, activation
+from methods.models.sliced import Sliced
+
+Weights = dict[str, Any]
+
+
+def cut(
+    model: Any,
+    weights: Weights,
+    gates: Mapping[str, jax.Array],
+    structures: Mapping[str, Structure],
+    family: str = "stg",
+    biases: Mapping[str, jax.Array] | None = None,
+) -> tuple[Sliced, Weights]:
+    """The sliced model and its weights.
+
+    Args:
+      model: the dense model.
+      weights: its weights, LoRA merged (`LoRAConfig.merge`).
+      gates: `{structure: l [L, size]}`.
+      structures: what they gate: `gates.tied(config)`, or some of it.
+      family: of gates.
+      biases: `{site: [L, out]}`, added to those the model has.
+
+    Raises:
+      ValueError: for gates that are not tied.
+    """
+    if not set(structures) <= {"ffn", "value", "query_key"}:
+        raise ValueError("Only tied gates can be cut out: a row of one linear is no row of the next.")
+    blocks: Any = weights["blocks"]
+    omega = {name: np.asarray(activation(family, jnp.asarray(gates[name]))) for name in structures}
+    added = {site: np.asarray(value) for site, value in (biases or {}).items()}
+    layers = {}
+    for i in range(model.config.num_layers):
+        layer = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), blocks)
+        for site, bias in added.items():
+            layer[site] = {"kernel": layer[site]["kernel"], "bias": layer[site].get("bias", 0) + bias[i]}
+        here = {name: value[i] for name, value in omega.items()}
+        layers[str(i)] = _feed_forward(layer, here) | _attention(layer, here, model.config)
+    shared = {name: value for name, value in weights.items() if name != "blocks"}
+    return Sliced(model), jax.tree.map(jnp.asarray, shared | {"layers": layers})
+
+
+def parameters(weights: Weights) -> int:
+    """Numbers in the kernels of all layers' linears."""
+    layers = weights["layers"].values()
+    return sum(linear["kernel"].size for layer in layers for site, linear in layer.items() if site.endswith("_proj"))
+
+
+def save(folder: Path, sliced: Sliced, weights: Weights) -> None:
+    """Writes `model.safetensors` and `config.json`; `load` reads them."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {".".join(k.key for k in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(weights)}
+    save_file(flat, folder / "model.safetensors", metadata={"format": "bilevel-sliced"})
+    config = {"model": type(sliced.model).__name__, "config": dataclasses.asdict(sliced.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> tuple[Sliced, Weights]:
+    """What `save` wrote.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if it is damaged, or of a model that is not known.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    from methods import models
+
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"There is no sliced model in {folder}: {name} is missing.")
+    try:
+        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        flat = load_file(folder / "model.safetensors")
+        kind = getattr(models, description["model"])
+        config_type = next(f.type for f in dataclasses.fields(kind) if f.name == "config")
+        config_type = getattr(models, config_type) if isinstance(config_type, str) else config_type
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
+        model = kind(config_type(**values), param_dtype=next(v.dtype for k, v in flat.items() if k == "embed"))
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
+        raise ValueError(f"The sliced model in {folder} is damaged ({error}): save it again.") from None
+    weights: Weights = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        node = weights
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = jnp.asarray(value)
+    return Sliced(model), weights
+
+
+def _take(linear: Weights, axis: int, keep: np.ndarray, factor: np.ndarray | None = None) -> Weights:
+    """A linear with the features `keep` of one axis (0: in, 1: out), times `factor` each."""
+    out = {"kernel": np.take(linear["kernel"], keep, axis)}
+    if factor is not None:
+        shape = [-1, 1] if axis == 0 else [1, -1]
+        out["kernel"] = out["kernel"] * factor.reshape(shape).astype(out["kernel"].dtype)
+    if "bias" in linear:
+        bias = linear["bias"] if axis == 0 else linear["bias"][keep]
+        out["bias"] = bias if factor is None or axis == 0 else bias * factor.astype(bias.dtype)
+    return out
+
+
+def _feed_forward(layer: Weights, omega: Mapping[str, np.ndarray]) -> Weights:
+    """The layer, its feed-forward features cut."""
+    if "ffn" not in omega:
+        return layer
+    keep = np.flatnonzero(omega["ffn"] > 0)
+    cut = {site: _take(layer[site], 1, keep) for site in ("gate_proj", "up_proj") if site in layer}
+    return layer | cut | {"down_proj": _take(layer["down_proj"], 0, keep, omega["ffn"][keep])}
+
+
+def _attention(layer: Weights, omega: Mapping[str, np.ndarray], config: Any) -> Weights:
+    """The cut linears of attention, and which heads and rotary pairs are left."""
+    heads, groups, size = config.num_heads, config.num_kv_heads, config.head_dim
+    shared, half = heads // groups, size // 2
+    value = omega.get("value", np.ones(groups * size)).reshape(groups, size)
+    query = omega.get("query_key", np.ones(groups * half)).reshape(groups, half)
+    kept = np.flatnonzero((value > 0).any(axis=1))
+    left = (kept[:, None] * shared + np.arange(shared)).reshape(-1)
+    # Heads side by side in one array: each keeps as many features as the one that keeps most, the rest times 0.
+    v_at, v_factor = _padded(value[kept])
+    q_at, q_factor = _padded(query[kept])
+    o_in = (left[:, None] * size + np.repeat(v_at, shared, axis=0)).reshape(-1)
+    k_pairs = np.stack([q_at, q_at + half], axis=1).reshape(kept.size, 2 * q_at.shape[1])
+    q_out = (left[:, None] * size + np.repeat(k_pairs, shared, axis=0)).reshape(-1)
+    q_by = np.repeat(np.tile(q_factor, 2), shared, axis=0).reshape(-1)
+    return {
+        "q_proj": _take(layer["q_proj"], 1, q_out, q_by),
+        "k_proj": _take(layer["k_proj"], 1, (kept[:, None] * size + k_pairs).reshape(-1)),
+        "v_proj": _take(layer["v_proj"], 1, (kept[:, None] * size + v_at).reshape(-1)),
+        "o_proj": _take(layer["o_proj"], 0, o_in, np.repeat(v_factor, shared, axis=0).reshape(-1)),
+        "heads": left.astype(np.int32),
+        "groups": kept.astype(np.int32),
+        "pairs": q_at.astype(np.int32),
+    }
+
+
+def _padded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For `[n, m]` values: `[n, width]` indices of the positive ones of each row, and these values; 0 where padded."""
+    width = max(int((values > 0).sum(axis=1).max(initial=0)), 1)
+    at = np.argsort(values <= 0, axis=1, kind="stable")[:, :width]
+    return at, np.where(np.take_along_axis(values, at, axis=1) > 0, np.take_along_axis(values, at, axis=1), 0)
