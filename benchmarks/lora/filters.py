@@ -1,0 +1,175 @@
+r"""LoRATRF, reconstructed: does the filter find the tokens that matter?
+
+A synthetic mixture of two tasks. Each sequence shuffles words of task 1, of class y, with words of task 2, of another
+class; the label is y, so the words of task 1 matter and those of task 2 do not. A random encoder is frozen; LoRA, the
+edit and a head are trained on few rows of which a share has a wrong label. Told are, over seeds, the test accuracy and
+the AUROC of the filter c(h) for "this token is of task 1", at the layer where it is largest on validation rows, for
+task vectors that are random, from the data, trained with the rest, and chosen on validation rows (unrolled).
+
+    python -m benchmarks.lora.filters [--seeds 5] [--quick]            # minutes; table and json in runs/filters
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import bilevel
+from benchmarks.lora.planted import auroc
+from methods import loratrf, models
+from methods.adapters.filters import task_vectors
+from methods.adapters.lora import LoRAConfig
+from methods.models.hooks import identity
+from methods.tasks.loss import Prediction, cross_entropy
+
+WORDS, CLASSES, LENGTH = 8, 2, 16
+CONFIG = models.EncoderConfig(
+    vocab_size=2 * CLASSES * WORDS,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    max_positions=LENGTH,
+)
+MODEL, HEAD, LORA = models.Encoder(CONFIG, remat=False), models.Classifier(CLASSES), LoRAConfig(rank=2)
+SITES = {"block_hidden": CONFIG.hidden_size}
+ARMS = {"random, fixed": "fixed", "data, fixed": "fixed", "data, trained": "none", "data, validation": "vectors"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Sizes.
+
+    Attributes:
+      seeds: draws of the encoder, the rows and the start values.
+      rows: training rows, and as many validation rows.
+      wrong: share of training labels that are wrong.
+      steps: of training.
+      inner_steps: K of the search.
+      outer_steps: T of the search.
+      quick: one seed and few steps: does it run.
+      out: results.
+    """
+
+    seeds: int = 5
+    rows: int = 64
+    wrong: float = 0.2
+    steps: int = 150
+    inner_steps: int = 10
+    outer_steps: int = 20
+    quick: bool = False
+    out: Path = Path("runs/filters")
+
+
+def draw(rng: np.random.Generator, rows: int, wrong: float = 0.0) -> dict[str, jax.Array]:
+    """Tokens `[N, T]`, labels `[N]`, and which tokens are of task 1."""
+    labels, others = rng.integers(CLASSES, size=(2, rows))
+    of_one = rng.permuted(np.tile(np.arange(LENGTH) < LENGTH // 2, (rows, 1)), axis=1)
+    kind = np.where(of_one, labels[:, None], CLASSES + others[:, None])
+    tokens = kind * WORDS + rng.integers(WORDS, size=of_one.shape)
+    given = np.where(rng.uniform(size=rows) < wrong, 1 - labels, labels)
+    return {
+        "tokens": jnp.asarray(tokens, jnp.int32),
+        "labels": jnp.asarray(given, jnp.int32),
+        "of_one": jnp.asarray(of_one),
+    }
+
+
+def predict(weights: Any, params: Any, adapt: Any, batch: Any, before: Any = identity) -> Prediction:
+    """The head's answer to the mean hidden state."""
+    chain = models.Chain((before, LORA.bind(params["lora"]), adapt))
+    hidden: Any = MODEL.apply({"params": weights}, batch["tokens"], None, chain, method="hidden")
+    logits: Any = HEAD.apply({"params": params["head"]}, hidden.mean(axis=1))
+    return Prediction(logits, batch["labels"], jnp.ones_like(batch["labels"], bool))
+
+
+def start(key: jax.Array) -> dict[str, Any]:
+    """Fresh LoRA and head."""
+    keys = jax.random.split(key)
+    head = HEAD.init(keys[1], jnp.zeros((1, CONFIG.hidden_size)))["params"]
+    return {"lora": LORA.init(keys[0], CONFIG.site_shapes(), CONFIG.num_layers), "head": head}
+
+
+def relevance(weights: Any, vectors: Any, batch: Any) -> np.ndarray:
+    """c(h) of each layer's output, `[L, N, T]`: the cosine before it is clipped."""
+    found = []
+    for layer in range(CONFIG.num_layers):
+        # The stream after block `layer` is the model's output when later blocks hand on what they are given.
+        keep = jnp.arange(CONFIG.num_layers) <= layer
+        cut = jax.tree_util.Partial(lambda k, site, x, y: jnp.where(k, y, x) if site == "block_hidden" else y, keep)
+        hidden = np.asarray(MODEL.apply({"params": weights}, batch["tokens"], None, cut, method="hidden"))
+        t = np.asarray(vectors["block_hidden"][layer])
+        found.append(hidden @ t / (np.linalg.norm(hidden, axis=-1) * np.linalg.norm(t)))
+    return np.stack(found)
+
+
+def one(setup: Setup, seed: int) -> dict[str, dict[str, float]]:
+    """One seed: accuracy and AUROC of every arm, and of plain LoRA."""
+    rng, keys = np.random.default_rng(seed), jax.random.split(jax.random.key(seed), 4)
+    train, val, test = draw(rng, setup.rows, setup.wrong), draw(rng, setup.rows), draw(rng, 1000)
+    weights = jax.tree.map(lambda w: 4 * w if w.ndim > 1 else w, MODEL.init(keys[0], train["tokens"])["params"])
+    first = (train["labels"] == 1)[:, None] & jnp.ones_like(train["of_one"])
+    marked = first / first.sum() - ~first / (~first).sum()
+    output = lambda adapt: MODEL.apply({"params": weights}, train["tokens"], None, adapt, method="hidden")  # noqa: E731
+    from_data = task_vectors(output, marked, SITES, CONFIG.num_layers)
+    random = {"block_hidden": jax.random.normal(keys[1], from_data["block_hidden"].shape)}
+    optimizer = optax.adam(1e-2)
+    fit = partial(bilevel.fit, optimizer=optimizer, data=train, steps=setup.steps, key=keys[2], progress=False)
+    accuracy = lambda p: float((p.logits.argmax(axis=1) == test["labels"]).mean())  # noqa: E731
+
+    loss = jax.tree_util.Partial(lambda w, p, o, b, k: cross_entropy(predict(w, p, identity, b)), weights)
+    plain = fit(bilevel.Problem(loss, loss, lambda key, outer: start(key), lambda key: ()), ()).inner.params
+    found = {"LoRA": {"accuracy": accuracy(predict(weights, plain, identity, test))}}
+    for name, outer in ARMS.items():
+        vectors = random if name.startswith("random") else from_data
+        level = "vectors" if outer == "fixed" else outer
+        args = predict, weights, start, vectors, SITES, CONFIG.num_layers
+        problem: Any = loratrf.problem(*args, rank=4, outer=level)  # pyright: ignore[reportArgumentType]
+        hyper = problem.start_outer(keys[3])
+        if outer == "vectors":
+            solver = bilevel.Nested(problem, bilevel.Unrolled(optimizer, setup.inner_steps), optax.adam(3e-2))
+            steps = setup.outer_steps
+            hyper = bilevel.run(solver, inner_data=train, outer_data=val, steps=steps, progress=False).outer
+        params = fit(problem, hyper).inner.params
+        edit = loratrf.bind(params, hyper, CONFIG.num_layers, "cosine", level)  # pyright: ignore[reportArgumentType]
+        seen = [jax.tree.map(lambda leaf: leaf[:100], rows) for rows in (val, test)]
+        layers = [relevance(weights, edit.vectors, rows) for rows in seen]
+        marks = [np.asarray(rows["of_one"]).ravel() for rows in seen]
+        best = int(np.argmax([auroc(c.ravel(), marks[0]) for c in layers[0]]))
+        found[name] = {
+            "accuracy": accuracy(predict(weights, params["adapter"], identity, test, before=edit)),
+            "auroc": auroc(layers[1][best].ravel(), marks[1]),
+        }
+    return found
+
+
+def main(setup: Setup) -> None:
+    """All seeds; prints a table and writes `filters.json`."""
+    if setup.quick:
+        setup = dataclasses.replace(setup, seeds=1, rows=16, steps=5, inner_steps=2, outer_steps=2)
+    rows = [one(setup, seed) for seed in range(setup.seeds)]
+    table = Table("task vectors", "test accuracy", "sd", "AUROC of the filter", "sd")
+    for name in rows[0]:
+        cells = [name]
+        for measure in ("accuracy", "auroc"):
+            values = np.array([row[name].get(measure, np.nan) for row in rows])
+            cells += [f"{values.mean():.3f}", f"{values.std():.3f}"]
+        table.add_row(*cells)
+    Console().print(table)
+    setup.out.mkdir(parents=True, exist_ok=True)
+    (setup.out / "filters.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Setup, description=__doc__))

@@ -1,0 +1,217 @@
+r"""LoRATRF, *reconstructed*: LoRA with a low-rank edit of the features that a task vector points at.
+
+The paper's text and code are not to be had; its abstract names a task-aware filter on hidden representations, task
+vectors, and a low-rank edit beside LoRA. What follows is our reading. At a site with output h, `[..., d]`, and LoRA's
+update s B A x,
+
+.. math:: y = h + s B A x + a\, D\, C\, (c(h) \odot h), \qquad C \in R^{q \times d},\; D \in R^{d \times q},
+
+D = 0 at the start, so that training starts from the pretrained model, and c(h) the filter: the similarity of h with a
+task vector, or another of `methods.adapters.filters`.
+What is outer, that is, chosen on validation rows while A, B, C, D train on others:
+
+    none         nothing: all is trained together
+    vectors      the task vectors, and so what is relevant
+    thresholds   tau, log T and log a of each layer
+    layers       one logit a layer; the edit is multiplied by the gate n softmax, as in `methods.flexora`
+
+After Li, Ding, Luan, Di, "Low-Rank Adaptation with Task-Relevant Feature Enhancement for Fine-tuning Language Models",
+AAAI 2025 workshop CoLoRAI, arXiv 2412.09827.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel
+from methods import experiment, inside, report, summary
+from methods.adapters.filters import FILTERS, Edit, Filter, init, scalars, task_vectors
+from methods.experiment import Bench, Settings
+from methods.flexora import gate
+from methods.models.hooks import identity
+from methods.runfolder import RunFolder
+from methods.tasks.loss import cross_entropy
+
+Outer = Literal["none", "vectors", "thresholds", "layers"]
+
+
+def bind(params: Any, hyper: Any, num_layers: int, kind: Filter, outer: Outer) -> Edit:
+    """The hook of the problem's inner and outer variable; it comes before LoRA's."""
+    numbers = scalars(num_layers) | {"gate": jnp.ones(num_layers)}
+    numbers |= hyper if outer == "thresholds" else {"gate": gate(hyper)} if outer == "layers" else {}
+    return Edit(params["edit"], hyper if outer == "vectors" else params["vectors"], numbers, kind)
+
+
+def problem(
+    predict: Callable[..., Any],
+    weights: Any,
+    start: Callable[[jax.Array], Any],
+    vectors: dict[str, jax.Array],
+    shapes: Mapping[str, int],
+    num_layers: int,
+    *,
+    rank: int = 8,
+    kind: Filter = "cosine",
+    outer: Outer = "vectors",
+) -> bilevel.Problem:
+    """LoRATRF's problem; with outer="none" one for `bilevel.fit`.
+
+    The inner variable is `{"adapter", "edit"}`, with `"vectors"` where these are not outer.
+
+    Args:
+      predict: `predict(weights, adapter, adapt, batch, before=hook) -> Prediction`, `before` a hook that comes before
+        LoRA.
+      weights: the frozen model.
+      start: `start(key) -> adapter`, LoRA's parameters.
+      vectors: where the task vectors start, `{site: [L, d]}`; `{}` for a filter without.
+      shapes: `{site: d}` of what is edited: outputs of linears, or of "block_hidden", the stream after a block.
+      num_layers: L.
+      rank: q.
+      kind: of filter.
+      outer: see the module.
+
+    Raises:
+      ValueError: for an outer variable that the filter does not have.
+    """
+    needed = {"vectors": ("cosine", "sigmoid"), "thresholds": ("sigmoid",)}.get(outer, FILTERS)
+    if kind not in needed:
+        raise ValueError(f"Outer {outer!r} needs a filter that has them, {' or '.join(needed)}, not {kind!r}.")
+
+    def loss(weights, params, hyper, batch, key):
+        del key
+        edit = bind(params, hyper, num_layers, kind, outer)
+        return cross_entropy(predict(weights, params["adapter"], identity, batch, before=edit))
+
+    def init_inner(key, hyper):
+        keys = jax.random.split(key)
+        params = {"adapter": start(keys[0]), "edit": init(keys[1], shapes, num_layers, rank, kind)}
+        return params if outer == "vectors" else params | {"vectors": vectors}
+
+    def init_outer(key):
+        none = jnp.zeros(num_layers)
+        return {"vectors": vectors, "thresholds": scalars(num_layers), "layers": none, "none": ()}[outer]
+
+    both = jax.tree_util.Partial(loss, weights)
+    return bilevel.Problem(both, both, init_inner, init_outer)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRATRFSettings(Settings):
+    """LoRATRF, reconstructed: learn what is outer through training, train LoRA and the edit with it, evaluate.
+
+    Attributes:
+      filter: how the edited features are chosen (see `methods.adapters.filters`).
+      place: "linears" edits what the adapted linears give, "stream" the residual stream after each block.
+      vectors: where task vectors start: "data" is the difference of class means (the mean, without classes).
+      outer: what is chosen on the outer rows; "none" trains all on the training rows.
+      edit_rank: q.
+      inner_steps: K, training steps between two outer steps.
+      outer_steps: T, updates of the outer variable.
+      inner_lr: learning rate of the search's Adam.
+      outer_lr: learning rate of the Adam on the outer variable.
+    """
+
+    filter: Filter = "cosine"
+    place: Literal["linears", "stream"] = "linears"
+    vectors: Literal["data", "random"] = "data"
+    outer: Outer = "vectors"
+    edit_rank: int = 8
+    inner_steps: int = 4
+    outer_steps: int = 6
+    inner_lr: float = 1e-3
+    outer_lr: float = 1e-2
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "evidence": {"train_rows": 1000, "outer_rows": 400, "test_rows": 0, "batch_size": 16, "outer_batch_size": 64}
+    | {"length": 96, "finetune_steps": 400, "inner_steps": 10, "outer_steps": 60},
+}
+"""Settings that differ from the defaults, by preset."""
+
+
+def places(settings: LoRATRFSettings, bench: Bench) -> dict[str, int]:
+    """`{site: d}` of what is edited."""
+    config = bench.pretrained.config
+    if settings.place == "stream":
+        return {"block_hidden": config.hidden_size}
+    return {site: config.site_shapes()[site][1] for site in bench.lora.sites(config.site_shapes())}
+
+
+def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Array]:
+    """Where the task vectors start, `{site: [L, d]}`; from at most 64 training rows."""
+    shapes, layers = places(settings, bench), bench.num_layers
+    if settings.filter not in ("cosine", "sigmoid"):
+        return {}
+    if settings.vectors == "random":
+        keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
+        return {site: jax.random.normal(key, (layers, shapes[site])) for site, key in zip(shapes, keys, strict=True)}
+    batch = jax.tree.map(lambda rows: rows[:64], bench.train)
+    marked = _share(batch.mask)
+    if bench.head is not None:
+        labels = batch.labels.astype(jnp.float32)
+        first = (labels > labels.mean())[:, None] & batch.mask
+        marked = _share(first) - _share(batch.mask & ~first)
+    variables = {"params": bench.pretrained.weights}
+
+    def output(adapt):
+        return bench.pretrained.model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden")
+
+    return task_vectors(output, marked, shapes, layers)
+
+
+def _share(which: jax.Array) -> jax.Array:
+    return which.astype(jnp.float32) / which.sum().astype(jnp.float32)
+
+
+def main(settings: LoRATRFSettings) -> None:
+    """Search, training, evaluation beside plain LoRA, report: all in `settings.out`.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong.
+      FloatingPointError: if training diverges; names step and leaf.
+    """
+    inside.check_search(settings)
+    bench = experiment.prepare(settings)
+    options: dict[str, Any] = {"rank": settings.edit_rank, "kind": settings.filter, "outer": settings.outer}
+    of = problem(
+        inside.predictor(bench),
+        bench.pretrained.weights,
+        lambda key: experiment.start(bench, key),
+        start_vectors(settings, bench),
+        places(settings, bench),
+        bench.num_layers,
+        **options,
+    )
+    hyper = of.start_outer(jax.random.key(settings.seed))
+    jax.eval_shape(of.init_inner, jax.random.key(0), hyper)
+    folder = RunFolder(settings.out, settings)
+    if settings.outer != "none":
+        estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
+        hyper = inside.search(
+            settings, bench, bilevel.Nested(of, estimator, optax.adam(settings.outer_lr)), folder
+        ).outer
+    everything = list(range(bench.num_layers))
+
+    def edited():
+        params = inside.train_inner(settings, bench, of, hyper, "loratrf", folder)
+        before = bind(params, hyper, bench.num_layers, settings.filter, settings.outer)
+        row = report.arm(
+            bench, everything, experiment.test(bench, inside.bind(bench, params["adapter"], before=before))
+        )
+        size = sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))
+        return row | {"parameters": size}
+
+    def lora():
+        params = experiment.finetune(settings, bench, everything, "lora", folder)
+        return report.arm(bench, everything, experiment.test(bench, inside.bind(bench, params)))
+
+    folder.once("results/loratrf", edited)
+    folder.once("results/lora", lora)
+    summary.edited(folder, settings, bench)
