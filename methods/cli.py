@@ -24,6 +24,9 @@ COMMANDS = {
     "flexora": Command("methods.flexora", "FlexoraSettings", "select the layers that deserve LoRA"),
     "heterolora": Command("methods.heterolora", "HeteroLoRASettings", "spend a budget on modules"),
     "baseline": Command("methods.baselines.command", "BaselineSettings", "what methods are measured against"),
+    "hiddenkey": Command("methods.hiddenkey", "HiddenKeySettings", "learn dropout rates and their KL weight"),
+    "finegates": Command("methods.finegates", "FineGatesSettings", "close gates on frozen weights and cut them out"),
+    "loratrf": Command("methods.loratrf", "LoRATRFSettings", "edit features by a task vector (reconstructed)"),
     "report": Command("methods.side_by_side", "ReportSettings", "put finished runs side by side"),
 }
 
