@@ -60,7 +60,8 @@ def explained(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -
         reason = _undifferentiable(losses, orders)
         if reason is None:
             raise
-        raise ValueError(reason) from error
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"{reason} ({said})") from error
 
 
 class TracedLoss(NamedTuple):

@@ -46,7 +46,9 @@ class Scale:
 
     def __call__(self, site, x, y, /):
         del x
-        return y if self.only not in ("", site) else y * (1 + self.s.astype(y.dtype))
+        if self.only != site and (self.only or site.endswith(".input")):
+            return y
+        return y * (1 + self.s.astype(y.dtype))
 
 
 def record_sites(model, **options):

@@ -186,7 +186,7 @@ def test_padding_does_not_matter_and_every_site_does():
     sites = [site for site in models.SITES if site != "gate_proj"]
 
     def bend(s, site, x, y):
-        return y + s[sites.index(site)] * y * y
+        return y if site.endswith(".input") else y + s[sites.index(site)] * y * y
 
     for number, site in enumerate(sites):
         adapt = jax.tree_util.Partial(bend, jnp.zeros((3, len(sites))).at[1, number].set(0.1))
