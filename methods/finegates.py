@@ -212,7 +212,7 @@ def pruned(settings: FineGatesSettings, bench: Bench, target: float, folder: Run
     values = outer["gates"] if settings.outer == "gates" else params["gates"]
     adapt = hook(params, values, what, settings.family, None)
     bound = inside.bind(bench, params["adapter"], adapt)
-    row = report.arm(bench, list(range(bench.num_layers)), experiment.test(bench, bound))
+    row = report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound))
     row["parameters"] = sum(leaf.size for leaf in jax.tree.leaves((params, values if "gates" not in params else ())))
     row["removed"] = gates.removed(values, what, settings.family, config)
     row["open"] = {s: np.asarray((gates.activation(settings.family, l) > 0).mean(axis=1)) for s, l in values.items()}
@@ -240,7 +240,7 @@ def main(settings: FineGatesSettings) -> None:
 
     def lora():
         params = experiment.finetune(settings, bench, everything, "lora", folder)
-        return report.arm(bench, everything, experiment.test(bench, inside.bind(bench, params)))
+        return report.arm(bench, everything, experiment.evaluate_with(bench, inside.bind(bench, params)))
 
     folder.once("results/lora", lora)
     arms = [f"sparsity-{target:g}" for target in settings.target_sparsity]

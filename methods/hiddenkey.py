@@ -237,7 +237,7 @@ def main(settings: HiddenKeySettings) -> None:
 
     def tested(name, outer):
         bound, row = trained(name, outer)
-        return report.arm(bench, list(range(bench.num_layers)), experiment.test(bench, bound)) | row
+        return report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound)) | row
 
     if settings.grid:
         points = grid(settings, first)

@@ -203,14 +203,14 @@ def main(settings: LoRATRFSettings) -> None:
         params = inside.train_inner(settings, bench, of, hyper, "loratrf", folder)
         before = bind(params, hyper, bench.num_layers, settings.filter, settings.outer)
         row = report.arm(
-            bench, everything, experiment.test(bench, inside.bind(bench, params["adapter"], before=before))
+            bench, everything, experiment.evaluate_with(bench, inside.bind(bench, params["adapter"], before=before))
         )
         size = sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))
         return row | {"parameters": size}
 
     def lora():
         params = experiment.finetune(settings, bench, everything, "lora", folder)
-        return report.arm(bench, everything, experiment.test(bench, inside.bind(bench, params)))
+        return report.arm(bench, everything, experiment.evaluate_with(bench, inside.bind(bench, params)))
 
     folder.once("results/loratrf", edited)
     folder.once("results/lora", lora)

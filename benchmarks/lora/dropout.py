@@ -120,7 +120,7 @@ class Trainer:
             return {
                 "validation": experiment.loss_over(self.bench, bound, self.bench.outer),
                 "test": experiment.loss_over(self.bench, bound, self.test),
-                "metric": next(iter(experiment.test(self.bench, bound).metrics.values())),
+                "metric": next(iter(experiment.evaluate_with(self.bench, bound).metrics.values())),
             }
 
         return self.folder.once(f"losses/{name}", trained)

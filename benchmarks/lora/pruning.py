@@ -132,7 +132,7 @@ def one(setup: Setup, rows: int, seed: int) -> dict[str, dict[str, Any]]:
             outer = of.start_outer(jax.random.key(seed)) | {"gates": values}
             params = inside.train_inner(settings, bench, of, outer, f"magnitude-{target:g}", folder)
             adapt = finegates.hook(params, values, structures, settings.family, None)
-            evaluation = experiment.test(bench, inside.bind(bench, params["adapter"], adapt))
+            evaluation = experiment.evaluate_with(bench, inside.bind(bench, params["adapter"], adapt))
             removed = gates.removed(values, structures, settings.family, bench.pretrained.config)
             return {"metrics": evaluation.metrics, "removed": removed}
 
@@ -147,7 +147,7 @@ def one(setup: Setup, rows: int, seed: int) -> dict[str, dict[str, Any]]:
         matched = bench._replace(lora=dataclasses.replace(bench.lora, rank=rank))
         everything = list(range(bench.num_layers))
         params = experiment.finetune(settings, matched, everything, "lora", folder)
-        evaluation = experiment.test(matched, inside.bind(matched, params))
+        evaluation = experiment.evaluate_with(matched, inside.bind(matched, params))
         return {"metrics": evaluation.metrics, "removed": 0.0, "rank": rank}
 
     found["lora"] = folder.once("results/lora", lora)
