@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import bilevel
 from methods import tasks
@@ -237,7 +238,8 @@ def finetune(settings: Settings, bench: Bench, where: Where, name: str, folder: 
     inner_loss = jax.tree_util.Partial(inner_loss, bench.pretrained.weights)
     mask = modules(bench, where)
     problem = bilevel.Problem(inner_loss, inner_loss, lambda key, mask: start(bench, key), lambda key: mask)
-    return finetune_at(settings, bench, problem, mask, name, folder, lambda params: masked(bench, params, where))
+    validate = lambda params: validation_loss(bench, masked(bench, params, where))  # noqa: E731
+    return finetune_at(settings, bench, problem, mask, name, folder, validate)
 
 
 def finetune_at(
@@ -247,12 +249,10 @@ def finetune_at(
     outer: Any,
     name: str,
     folder: RunFolder,
-    bind: Callable[[Any], Bound],
+    validate: Callable[[Any], float],
+    optimizer: optax.GradientTransformation | None = None,
 ) -> Any:
-    """Trains `problem` at a constant `outer` by the settings' recipe, `methods.training.train`.
-
-    `bind(params)` is what is validated.
-    """
+    """Trains `problem` at a constant `outer` by the settings' recipe; the rest as in `methods.training.train`."""
     return train(
         problem,
         outer,
@@ -261,7 +261,8 @@ def finetune_at(
         folder,
         name,
         key=jax.random.key(settings.seed + 1),
-        validate=lambda params: validation_loss(bench, bind(params)),
+        validate=validate,
+        optimizer=optimizer,
     )
 
 

@@ -118,8 +118,8 @@ def problem(
             first = jnp.log(jnp.asarray(weight, jnp.result_type(float)))
             return {"log_weight": first, "kappa": jnp.zeros(layers), "key": key}
 
-    losses = (jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss))
-    return bilevel.Problem(*losses, init_inner, init_outer)
+    losses = [jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss)]
+    return bilevel.Problem(losses[0], losses[1], init_inner, init_outer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def pruned(settings: FineGatesSettings, bench: Bench, target: float, folder: Run
         outer = inside.search(settings, bench, solver(settings, of), folder, name=f"search {name}").outer
     rest = experiment.recipe(settings).optimizer()
     together = rest if settings.outer == "gates" else optimizer(rest, settings.gate_lr)
-    params = inside.train_inner(settings, bench, of, outer, name, folder, together)
+    params = inside.train_inner(settings, bench, of, outer, name, folder, optimizer=together)
     values = outer["gates"] if settings.outer == "gates" else params["gates"]
     adapt = hook(params, values, what, settings.family, None)
     bound = inside.bind(bench, params["adapter"], adapt)

@@ -173,8 +173,11 @@ def finetune(
     problem = gated_problem(bench, space)
     if start is not None:
         problem = dataclasses.replace(problem, init_inner=jax.tree_util.Partial(lambda at, key, gates: at, start))
-    bind = lambda params: Bound(space.bind(params, gates), params["head"])  # noqa: E731
-    return experiment.finetune_at(settings, bench, problem, gates, name, folder, bind)
+
+    def validate(params):
+        return experiment.validation_loss(bench, Bound(space.bind(params, gates), params["head"]))
+
+    return experiment.finetune_at(settings, bench, problem, gates, name, folder, validate)
 
 
 def row(bench: Bench, space: Space, params: PyTree, gates: Gates) -> dict[str, Any]:

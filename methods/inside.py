@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import bilevel
 from methods import experiment, objective, tasks
@@ -18,7 +17,6 @@ from methods.models.hooks import Chain, Hook, identity
 from methods.objective import Bound
 from methods.runfolder import RunFolder
 from methods.tasks.loss import Prediction, answer_prediction
-from methods.training import train
 
 
 def bind(
@@ -86,29 +84,15 @@ def search(
 
 
 def train_inner(
-    settings: Settings,
-    bench: Bench,
-    problem: bilevel.Problem,
-    outer: Any,
-    name: str,
-    folder: RunFolder,
-    optimizer: optax.GradientTransformation | None = None,
+    settings: Settings, bench: Bench, problem: bilevel.Problem, outer: Any, name: str, folder: RunFolder, **options: Any
 ) -> Any:
     """The inner variable of `problem`, trained at `outer` as `experiment.finetune` trains LoRA.
 
-    A validation, where the settings ask for some, is the outer loss over all outer rows.
+    A validation, where the settings ask for some, is the outer loss over all outer rows. options: `optimizer`, in place
+    of the recipe's.
     """
-    return train(
-        problem,
-        outer,
-        tasks.Buckets(bench.train, settings.batch_size, seed=settings.seed),
-        experiment.recipe(settings),
-        folder,
-        name,
-        key=jax.random.key(settings.seed + 1),
-        validate=lambda params: float(_outer_value(problem, params, outer, bench.outer)),
-        optimizer=optimizer,
-    )
+    validate = lambda params: float(_outer_value(problem, params, outer, bench.outer))  # noqa: E731
+    return experiment.finetune_at(settings, bench, problem, outer, name, folder, validate, **options)
 
 
 @jax.jit

@@ -160,7 +160,7 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
         marked = _share(first) - _share(batch.mask & ~first)
     variables = {"params": bench.pretrained.weights}
 
-    def output(adapt):
+    def output(adapt) -> Any:
         return bench.pretrained.model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden")
 
     return task_vectors(output, marked, shapes, layers)

@@ -41,6 +41,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 POSITIONS = ("attention_logits", "attention_weights", "ffn_hidden", "linear_input", "linear_output")
 PATTERNS = ("element", "column", "span")
@@ -97,7 +98,7 @@ class DropoutConfig:
       ValueError: for an unknown word, two rules for a position, both loss terms, or a negative temperature.
     """
 
-    rules: Sequence[Rule | tuple[str, str, str] | str]
+    rules: Sequence[Any]  # of `Rule` once made
     temperature: float = 0.0
     linears: Sequence[str] = ("q_proj", "v_proj")
 
@@ -107,7 +108,7 @@ class DropoutConfig:
         positions = self.positions
         if len(set(positions)) < len(positions):
             raise ValueError(f"Dropout has two rules for one position ({', '.join(positions)}): give one.")
-        if {"kl", "js"} <= {rule.compensation for rule in self.rules}:  # pyright: ignore[reportAttributeAccessIssue]
+        if {"kl", "js"} <= {rule.compensation for rule in self.rules}:
             raise ValueError("The dropout rules ask for both kl and js: two passes are compared one way, choose one.")
         if not self.temperature >= 0:
             raise ValueError(f"Dropout temperature {self.temperature} must be 0 (hard masks) or positive.")
@@ -115,19 +116,19 @@ class DropoutConfig:
     @property
     def term(self) -> str | None:
         """The loss term that the rules ask for: "kl", "js" or None."""
-        found = {rule.compensation for rule in self.rules} & {"kl", "js"}  # pyright: ignore[reportAttributeAccessIssue]
+        found = {rule.compensation for rule in self.rules} & {"kl", "js"}
         return found.pop() if found else None
 
     @property
     def positions(self) -> tuple[str, ...]:
         """Those of the rules, in their order."""
-        return tuple(rule.position for rule in self.rules)  # pyright: ignore[reportAttributeAccessIssue]
+        return tuple(rule.position for rule in self.rules)
 
     def sites(self, rule: Any) -> tuple[str, ...]:
         """Where a rule acts."""
         if rule.position == "linear_input":
             return tuple(f"{site}.input" for site in self.linears)
-        return self.linears if rule.position == "linear_output" else (rule.position,)  # pyright: ignore
+        return tuple(self.linears) if rule.position == "linear_output" else (rule.position,)
 
     def bind(self, key: jax.Array, logits: Mapping[str, Any], num_layers: int, active: Any = True) -> Dropout:
         """The hook `adapt(site, x, y)`.
@@ -153,7 +154,7 @@ class DropoutConfig:
 
 def logit(rate: Any) -> jax.Array:
     """log p - log(1 - p); -inf for a rate of 0. Raises ValueError for a concrete rate outside [0, 1)."""
-    if not isinstance(rate, jax.core.Tracer) and not ((np.asarray(rate) >= 0) & (np.asarray(rate) < 1)).all():
+    if not isinstance(rate, Tracer) and not ((np.asarray(rate) >= 0) & (np.asarray(rate) < 1)).all():
         raise ValueError(f"Dropout rate {rate} must be at least 0 and below 1.")
     rate = jnp.asarray(rate, jnp.result_type(float))
     return jnp.log(rate) - jnp.log1p(-rate)

@@ -51,7 +51,7 @@ class Sliced:
         return self.model.apply({"params": weights}, *args, method=sliced, **options)
 
 
-def _blocks(stack: Any, layers: dict[str, Any], x: Any, adapt: hooks.Hook, windows: Any, cache: Any, context: Any):
+def _blocks(stack: Any, layers: dict[str, Any], carry: Any, adapt: hooks.Hook, windows: Any, cache: Any, context: Any):
     """What the scan over the blocks does, in a loop."""
     if cache is not None:
         raise ValueError("A sliced model keeps no cache: generate with the dense one.")
@@ -60,19 +60,21 @@ def _blocks(stack: Any, layers: dict[str, Any], x: Any, adapt: hooks.Hook, windo
     for i in range(stack.config.num_layers):
         here, window = jax.tree.map(lambda leaf, i=i: leaf[i], (adapt, windows))
         with nn.intercept_methods(_layer(layers[str(i)])):
-            x, _ = block.apply({"params": layers[str(i)]}, x, here, window, None, context)
-    return x, None
+            carry, _ = block.apply({"params": layers[str(i)]}, carry, here, window, None, context)
+    return carry, None
 
 
 def _layer(weights: dict[str, Any]) -> Any:
     """Runs one block's linears and its attention with `weights`."""
 
-    def intercept(next_method, args, options, context):
-        module = context.module
-        if isinstance(module, Linear) and context.method_name == "__call__":
-            return _linear(weights, str(module.name), *args, module.precision)
-        if isinstance(module, (Block, LayerNormBlock)) and context.method_name == "_attention":
-            return _attention(module, weights, *args)
+    def intercept(next_method, args, options, call):
+        module = call.module
+        if isinstance(module, Linear) and call.method_name == "__call__":
+            x, adapt = args
+            return _linear(weights, str(module.name), x, adapt, module.precision)
+        if isinstance(module, (Block, LayerNormBlock)) and call.method_name == "_attention":
+            x, adapt, *window, _, context = args  # a decoder's block has a window
+            return _attention(module, weights, x, adapt, window[0] if window else None, context)
         return next_method(*args, **options)
 
     return intercept
@@ -86,8 +88,7 @@ def _linear(weights: dict[str, Any], site: str, x: jax.Array, adapt: hooks.Hook,
     return hooks.call(adapt, site, x, y)
 
 
-def _attention(block: Any, weights: dict[str, Any], x: jax.Array, adapt: hooks.Hook, *rest: Any):
-    window, context = (rest[0] if len(rest) == 3 else None), rest[-1]
+def _attention(block: Any, weights: dict[str, Any], x: jax.Array, adapt: hooks.Hook, window: Any, context: Any):
     config, precision, heads, groups = block.config, block.precision, weights["heads"].size, weights["groups"].size
     if not heads:
         hidden = jnp.zeros((*x.shape[:2], 0), precision.stream)

@@ -15,7 +15,12 @@ MASK = np.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
 
 
 # Compile time is most of what these tests take; their arrays are tiny.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"), compiler_options=QUICK)

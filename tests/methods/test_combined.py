@@ -11,9 +11,11 @@ from methods.adapters import gates
 from methods.adapters.dropout import DropoutConfig, logit
 from methods.models.hooks import Chain
 from methods.tasks.loss import cross_entropy
+from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
+from tests.methods.helpers import quick
 from tests.methods.test_finegates import closed
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
-from tests.methods.test_hiddenkey import predict, quick
+from tests.methods.test_hiddenkey import predict
 
 TIED = gates.tied(CONFIG)
 DROPOUT = DropoutConfig(["attention_logits column rescale", "ffn_hidden element rescale"], 0.3)

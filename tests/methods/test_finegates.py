@@ -10,9 +10,10 @@ import bilevel
 from methods import finegates
 from methods.adapters import gates
 from methods.models.hooks import identity
+from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
+from tests.methods.helpers import quick
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
 from tests.methods.test_hiddenkey import predict as predict_lora
-from tests.methods.test_hiddenkey import quick
 
 FAMILIES = list(gates.FAMILIES)
 KINDS = {"tied": gates.tied(CONFIG), "untied": gates.untied(CONFIG)}
@@ -147,7 +148,7 @@ def test_single_level_training_closes_gates():
 
 def test_gates_on_the_validation_loss_see_it_at_first_order_and_through_training():
     for estimator in (bilevel.FirstOrder(optax.sgd(0.1), 2), bilevel.Unrolled(optax.sgd(0.1), 2)):
-        of = problem(outer="gates", lora=True)
+        of = problem(outer="gates")
         _, grad = estimate(estimator, of, gates=closed(KINDS["tied"], 0.0))
         assert all(jnp.abs(g).max() > 1e-6 for g in grad["gates"].values())
         assert grad["key"] is None

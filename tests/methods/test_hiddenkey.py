@@ -14,13 +14,11 @@ from methods import hiddenkey
 from methods.adapters.dropout import DropoutConfig
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
+from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
+from tests.methods.helpers import quick
 from tests.methods.test_flexora import LAYERS, LORA, MODEL, setting, start
 
 KEY = jax.random.key(5)
-# Compile time is most of what these tests take; their arrays are tiny.
-quick = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-)
 SMALL = MODEL.clone(remat=False)
 
 
@@ -46,9 +44,15 @@ def trained(params_key=3):
     return jax.tree.map(lambda x: x + 0.1, start(jax.random.key(params_key)))
 
 
-def inner_loss(config, outer, **options):
+@functools.cache
+def compiled_loss(config):
     _, _, train, _ = setting()
-    return problem(config, **options).inner_value(trained(), outer, train, None)[0]
+    params = trained()
+    return quick(lambda outer, active: problem(config, active=active).inner_value(params, outer, train, None)[0])
+
+
+def inner_loss(config, outer, active=True):
+    return compiled_loss(config)(outer, jnp.broadcast_to(active, (LAYERS,)))
 
 
 @pytest.mark.parametrize("rules", [hiddenkey.RULES, ("ffn_hidden element js",)])
@@ -56,7 +60,7 @@ def test_without_dropout_it_is_plain_lora_and_the_two_passes_agree(rules):
     weights, _, train, _ = setting()
     config = dropout(0.0, rules)
     value = inner_loss(config, outer_start(config, rate=0.0, beta=100.0))
-    plain = cross_entropy(predict(weights, trained(), identity, train))
+    plain = quick(lambda: cross_entropy(predict(weights, trained(), identity, train)))()
     np.testing.assert_allclose(value, plain, rtol=1e-12)
 
 
@@ -88,28 +92,23 @@ def test_one_pass_has_half_the_gradient_of_the_term_on_average():
     np.testing.assert_allclose(first + second, whole, rtol=1e-12)
 
 
-@functools.cache
-def jitted(backward, mode, temperature=0.3):
+def jitted(backward, mode):
     _, _, train, validation = setting()
-    config = dropout(temperature)
     estimator = bilevel.Unrolled(optax.adam(1e-2), 3, mode=mode, checkpoint="step")
-    hard = problem(config, backward=backward)
+    of = problem(dropout(), backward=backward)
 
     def value(outer):
-        state = estimator.solve(hard, None, outer, bilevel.FullBatch(train), jax.random.key(0))
-        return hard.outer_value(state.params, outer, validation, None)[0]
+        state = estimator.solve(of, None, outer, bilevel.FullBatch(train), jax.random.key(0))
+        return of.outer_value(state.params, outer, validation, None)[0]
 
-    def estimate(outer):
-        return estimator.estimate(hard, None, outer, bilevel.FullBatch(train), validation, jax.random.key(0))
-
-    return quick(value), quick(estimate)
+    return quick(value), quick(lambda outer: estimate(estimator, outer, backward=backward).grad)
 
 
 @pytest.mark.parametrize("backward, mode", [("one", "reverse"), ("both", "mixed")])
 def test_hypergradient_is_the_derivative_of_the_training(backward, mode):
-    value, estimate = jitted(backward, mode)
+    value, gradient = jitted(backward, mode)
     outer = outer_start(dropout(), rate=0.2)
-    grad = estimate(outer).grad
+    grad = gradient(outer)
     assert grad["key"] is None
     step = 1e-6
 
@@ -124,23 +123,23 @@ def test_hypergradient_is_the_derivative_of_the_training(backward, mode):
     )
 
 
-def test_one_pass_under_mixed_mode_is_refused():
+def estimate(estimator, outer, **options):
     _, _, train, validation = setting()
+    of = problem(dropout(), **options)
+    return estimator.estimate(of, None, outer, bilevel.FullBatch(train), validation, jax.random.key(0))
+
+
+def test_one_pass_under_mixed_mode_is_refused():
     estimator = bilevel.Unrolled(optax.sgd(1e-2), 2)
     with pytest.raises(ValueError, match='Unrolled\\(mode="reverse"\\)'):
-        estimator.estimate(
-            problem(dropout()), None, outer_start(dropout()), bilevel.FullBatch(train), validation, jax.random.key(0)
-        )
+        jax.eval_shape(lambda outer: estimate(estimator, outer), outer_start(dropout()))
 
 
 def test_first_order_gradient_is_exactly_zero_and_said_to_be():
-    _, _, train, validation = setting()
     estimator = bilevel.FirstOrder(optax.adam(1e-2), 2)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        grad = estimator.estimate(
-            problem(dropout()), None, outer_start(dropout()), bilevel.FullBatch(train), validation, jax.random.key(0)
-        ).grad
+        grad = quick(lambda outer: estimate(estimator, outer).grad)(outer_start(dropout()))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grad))
     sentences = [str(w.message) for w in said if issubclass(w.category, bilevel.StructuralZeroWarning)]
     assert len(sentences) == 1
@@ -148,30 +147,7 @@ def test_first_order_gradient_is_exactly_zero_and_said_to_be():
         assert name in sentences[0]
 
 
-def test_a_step_moves_rates_and_advances_the_key():
-    _, _, train, validation = setting()
-    solver = bilevel.Nested(problem(dropout()), bilevel.Unrolled(optax.adam(1e-2), 2, mode="reverse"), optax.adam(0.1))
-    state = solver.init(jax.random.key(0))
-    new, _ = quick(lambda state: solver.step(state, bilevel.FullBatch(train), validation))(state)
-    moved = jax.tree.map(lambda a, b: abs(a - b) > 1e-3, new.outer["rates"], state.outer["rates"])
-    assert all(jax.tree.leaves(moved))
-    assert (jax.random.key_data(new.outer["key"]) != jax.random.key_data(state.outer["key"])).any()
-
-
 def test_implicit_gradient_of_two_passes_sees_rates_and_beta():
-    _, _, train, validation = setting()
     estimator = bilevel.Implicit(optax.sgd(1e-2), 2, linear_solver=bilevel.CG(max_steps=3), damping=1.0)
-    run = jax.jit(
-        lambda outer: (
-            estimator.estimate(
-                problem(dropout(), backward="both"),
-                None,
-                outer,
-                bilevel.FullBatch(train),
-                validation,
-                jax.random.key(0),
-            ).grad
-        )
-    )
-    grad = run(outer_start(dropout()))
+    grad = quick(lambda outer: estimate(estimator, outer, backward="both").grad)(outer_start(dropout()))
     assert all(jnp.isfinite(leaf) and leaf != 0 for leaf in jax.tree.leaves(grad))

@@ -11,8 +11,10 @@ from methods import flexora, loratrf
 from methods.adapters import filters
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction
+from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
+from tests.methods.helpers import quick
 from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
-from tests.methods.test_hiddenkey import SMALL, quick
+from tests.methods.test_hiddenkey import SMALL
 
 PLACES = {
     "linears": {site: CONFIG.site_shapes()[site][1] for site in ("q_proj", "v_proj")},
@@ -46,12 +48,13 @@ def edit(kind, place="linears", seed=1):
 @pytest.mark.parametrize("kind", filters.FILTERS)
 def test_it_starts_as_the_pretrained_model_and_then_changes_it(kind, place):
     weights, _, train, _ = setting()
+    run = quick(apply)
     params = filters.init(jax.random.key(0), PLACES[place], LAYERS, 3, kind)
     scalars = filters.scalars(LAYERS) | {"gate": jnp.ones(LAYERS)}
     fresh = filters.Edit(params, vectors(place), scalars, kind)
-    plain = apply(weights, identity, train)
-    np.testing.assert_array_equal(apply(weights, fresh, train), plain)
-    assert np.abs(apply(weights, edit(kind, place), train) - plain).max() > 1e-3
+    plain = run(weights, identity, train)
+    np.testing.assert_array_equal(run(weights, fresh, train), plain)
+    assert np.abs(run(weights, edit(kind, place), train) - plain).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", filters.FILTERS)
