@@ -91,7 +91,7 @@ def linear(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     2 to 8 % of a training step's time.
     """
     size = x.shape[-1]
-    count = -(-size // LONGEST_SUM) if jnp.dtype(precision.weights) == jnp.float32 else 1
+    count = max(-(-size // LONGEST_SUM), 1) if jnp.dtype(precision.weights) == jnp.float32 else 1
     ends = [size * part // count for part in range(count + 1)]
     sums = [product("bti,io->bto", x[..., start:end], kernel[start:end], precision) for start, end in pairwise(ends)]
     while len(sums) > 1:

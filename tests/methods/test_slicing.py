@@ -96,6 +96,17 @@ def test_even_gates_leave_exactly_the_counted_weights():
     )
 
 
+def test_a_layer_without_features_runs_in_float32():
+    model, weights, structures, *_ = setting("gpt")
+    model = model.clone(param_dtype=jnp.float32)
+    weights = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), weights)
+    values = {name: jnp.full((3, s.size), -2.0, jnp.float32) for name, s in structures.items()}
+    small, small_weights = slicing.cut(model, weights, values, structures)
+    assert slicing.parameters(small_weights) == 0
+    expected = helpers.logits(model, weights, TOKENS, MASK, gates.bind(values, structures))
+    np.testing.assert_allclose(helpers.logits(small, small_weights, TOKENS, MASK), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_open_gates_change_nothing_and_hooks_still_act():
     model, weights, structures, *_ = setting("decoder")
     values = {name: jnp.full((3, s.size), 2.0) for name, s in structures.items()}
