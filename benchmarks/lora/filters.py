@@ -6,7 +6,7 @@ edit and a head are trained on few rows of which a share has a wrong label. Told
 the AUROC of the filter c(h) for "this token is of task 1", at the layer where it is largest on validation rows, for
 task vectors that are random, from the data, trained with the rest, and chosen on validation rows (unrolled).
 
-    python -m benchmarks.lora.filters [--seeds 5] [--quick]            # minutes; table and json in runs/filters
+    python -m benchmarks.lora.filters [--seeds 5] [--quick]            # resumable; table and json in runs/filters
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from methods import loratrf, models
 from methods.adapters.filters import task_vectors
 from methods.adapters.lora import LoRAConfig
 from methods.models.hooks import identity
+from methods.runfolder import RunFolder
 from methods.tasks.loss import Prediction, cross_entropy
 
 WORDS, CLASSES, LENGTH = 8, 2, 16
@@ -59,7 +60,7 @@ class Setup:
       inner_steps: K of the search.
       outer_steps: T of the search.
       quick: one seed and few steps: does it run.
-      out: results.
+      out: results; the same command continues.
     """
 
     seeds: int = 5
@@ -157,8 +158,11 @@ def one(setup: Setup, seed: int) -> dict[str, dict[str, float]]:
 def main(setup: Setup) -> None:
     """All seeds; prints a table and writes `filters.json`."""
     if setup.quick:
-        setup = dataclasses.replace(setup, seeds=1, rows=16, steps=5, inner_steps=2, outer_steps=2)
-    rows = [one(setup, seed) for seed in range(setup.seeds)]
+        setup = dataclasses.replace(
+            setup, seeds=1, rows=16, steps=5, inner_steps=2, outer_steps=2, out=setup.out / "quick"
+        )
+    folder = RunFolder(setup.out / "seeds", dataclasses.replace(setup, seeds=0))  # more seeds continue it
+    rows = [folder.once(f"seed-{seed}", partial(one, setup, seed)) for seed in range(setup.seeds)]
     table = Table("task vectors", "test accuracy", "sd", "AUROC of the filter", "sd")
     for name in rows[0]:
         cells = [name]
@@ -167,7 +171,6 @@ def main(setup: Setup) -> None:
             cells += [f"{values.mean():.3f}", f"{values.std():.3f}"]
         table.add_row(*cells)
     Console().print(table)
-    setup.out.mkdir(parents=True, exist_ok=True)
     (setup.out / "filters.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 
 
