@@ -92,6 +92,12 @@ def test_one_pass_has_half_the_gradient_of_the_term_on_average():
     np.testing.assert_allclose(first + second, whole, rtol=1e-12)
 
 
+def gradient_by(estimator, **options):
+    _, _, train, validation = setting()  # drawn here, not in a trace
+    of, batch = problem(dropout(), **options), bilevel.FullBatch(train)
+    return quick(lambda outer: estimator.estimate(of, None, outer, batch, validation, jax.random.key(0)).grad)
+
+
 def jitted(backward, mode):
     _, _, train, validation = setting()
     estimator = bilevel.Unrolled(optax.adam(1e-2), 3, mode=mode, checkpoint="step")
@@ -101,7 +107,7 @@ def jitted(backward, mode):
         state = estimator.solve(of, None, outer, bilevel.FullBatch(train), jax.random.key(0))
         return of.outer_value(state.params, outer, validation, None)[0]
 
-    return quick(value), quick(lambda outer: estimate(estimator, outer, backward=backward).grad)
+    return quick(value), gradient_by(estimator, backward=backward)
 
 
 @pytest.mark.parametrize("backward, mode", [("one", "reverse"), ("both", "mixed")])
@@ -123,23 +129,17 @@ def test_hypergradient_is_the_derivative_of_the_training(backward, mode):
     )
 
 
-def estimate(estimator, outer, **options):
-    _, _, train, validation = setting()
-    of = problem(dropout(), **options)
-    return estimator.estimate(of, None, outer, bilevel.FullBatch(train), validation, jax.random.key(0))
-
-
 def test_one_pass_under_mixed_mode_is_refused():
     estimator = bilevel.Unrolled(optax.sgd(1e-2), 2)
     with pytest.raises(ValueError, match='Unrolled\\(mode="reverse"\\)'):
-        jax.eval_shape(lambda outer: estimate(estimator, outer), outer_start(dropout()))
+        gradient_by(estimator)(outer_start(dropout()))
 
 
 def test_first_order_gradient_is_exactly_zero_and_said_to_be():
     estimator = bilevel.FirstOrder(optax.adam(1e-2), 2)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        grad = quick(lambda outer: estimate(estimator, outer).grad)(outer_start(dropout()))
+        grad = gradient_by(estimator)(outer_start(dropout()))
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(grad))
     sentences = [str(w.message) for w in said if issubclass(w.category, bilevel.StructuralZeroWarning)]
     assert len(sentences) == 1
@@ -149,5 +149,5 @@ def test_first_order_gradient_is_exactly_zero_and_said_to_be():
 
 def test_implicit_gradient_of_two_passes_sees_rates_and_beta():
     estimator = bilevel.Implicit(optax.sgd(1e-2), 2, linear_solver=bilevel.CG(max_steps=3), damping=1.0)
-    grad = quick(lambda outer: estimate(estimator, outer, backward="both").grad)(outer_start(dropout()))
+    grad = gradient_by(estimator, backward="both")(outer_start(dropout()))
     assert all(jnp.isfinite(leaf) and leaf != 0 for leaf in jax.tree.leaves(grad))
