@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -236,14 +237,8 @@ def main(settings: FineGatesSettings) -> None:
     inside.check_search(settings)
     bench = experiment.prepare(settings)
     folder = RunFolder(settings.out, settings)
-    everything = list(range(bench.num_layers))
-
-    def lora():
-        params = experiment.finetune(settings, bench, everything, "lora", folder)
-        return report.arm(bench, everything, experiment.evaluate_with(bench, inside.bind(bench, params)))
-
-    folder.once("results/lora", lora)
+    folder.once("results/lora", partial(inside.plain_lora, settings, bench, folder))
     arms = [f"sparsity-{target:g}" for target in settings.target_sparsity]
     for name, target in zip(arms, settings.target_sparsity, strict=True):
-        folder.once(f"results/{name}", lambda target=target: pruned(settings, bench, target, folder))
+        folder.once(f"results/{name}", partial(pruned, settings, bench, target, folder))
     summary.pruning(folder, settings, bench, arms)

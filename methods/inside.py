@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from methods import experiment, objective, tasks
+from methods import experiment, objective, report, tasks
 from methods.experiment import Bench, Settings
 from methods.models.hooks import Chain, Hook, identity
 from methods.objective import Bound
@@ -93,6 +94,24 @@ def train_inner(
     """
     validate = lambda params: float(_outer_value(problem, params, outer, bench.outer))  # noqa: E731
     return experiment.finetune_at(settings, bench, problem, outer, name, folder, validate, **options)
+
+
+def plain_lora(settings: Settings, bench: Bench, folder: RunFolder, parameters: int | None = None) -> dict[str, Any]:
+    """LoRA on all layers, trained as `train_inner` trains; a row of the results, with its "rank".
+
+    Args:
+      settings, bench: of the run.
+      folder: of the run.
+      parameters: how many to train, head included: the rank is that with the nearest number; None for the settings'.
+    """
+    everything = list(range(bench.num_layers))
+    if parameters is not None:
+        head = experiment.trainable_parameters(bench, [])
+        one_rank = (experiment.trainable_parameters(bench, everything) - head) / bench.lora.rank
+        bench = bench._replace(lora=dataclasses.replace(bench.lora, rank=max(1, round((parameters - head) / one_rank))))
+    params = experiment.finetune(settings, bench, everything, "lora", folder)
+    row = report.arm(bench, everything, experiment.evaluate_with(bench, bind(bench, params)))
+    return row | {"rank": bench.lora.rank}
 
 
 @jax.jit

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -170,6 +171,35 @@ def _share(which: jax.Array) -> jax.Array:
     return which.astype(jnp.float32) / which.sum().astype(jnp.float32)
 
 
+def edited(settings: LoRATRFSettings, bench: Bench, of: bilevel.Problem, folder: RunFolder) -> dict[str, Any]:
+    """Search, training, evaluation of `make`'s problem: a row of the results."""
+    hyper = of.start_outer(jax.random.key(settings.seed))
+    if settings.outer != "none":
+        estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
+        solver = bilevel.Nested(of, estimator, optax.adam(settings.outer_lr))
+        hyper = inside.search(settings, bench, solver, folder).outer
+    params = inside.train_inner(settings, bench, of, hyper, "loratrf", folder)
+    before = bind(params, hyper, bench.num_layers, settings.filter, settings.outer)
+    bound = inside.bind(bench, params["adapter"], before=before)
+    row = report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound))
+    return row | {"parameters": sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))}
+
+
+def make(settings: LoRATRFSettings, bench: Bench) -> bilevel.Problem:
+    """The problem of these settings."""
+    return problem(
+        inside.predictor(bench),
+        bench.pretrained.weights,
+        lambda key: experiment.start(bench, key),
+        start_vectors(settings, bench),
+        places(settings, bench),
+        bench.num_layers,
+        rank=settings.edit_rank,
+        kind=settings.filter,
+        outer=settings.outer,
+    )
+
+
 def main(settings: LoRATRFSettings) -> None:
     """Search, training, evaluation beside plain LoRA, report: all in `settings.out`.
 
@@ -179,39 +209,9 @@ def main(settings: LoRATRFSettings) -> None:
     """
     inside.check_search(settings)
     bench = experiment.prepare(settings)
-    options: dict[str, Any] = {"rank": settings.edit_rank, "kind": settings.filter, "outer": settings.outer}
-    of = problem(
-        inside.predictor(bench),
-        bench.pretrained.weights,
-        lambda key: experiment.start(bench, key),
-        start_vectors(settings, bench),
-        places(settings, bench),
-        bench.num_layers,
-        **options,
-    )
-    hyper = of.start_outer(jax.random.key(settings.seed))
-    jax.eval_shape(of.init_inner, jax.random.key(0), hyper)
+    of = make(settings, bench)  # refuses what does not fit before anything is written
+    jax.eval_shape(of.init_inner, jax.random.key(0), of.start_outer(jax.random.key(0)))
     folder = RunFolder(settings.out, settings)
-    if settings.outer != "none":
-        estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
-        hyper = inside.search(
-            settings, bench, bilevel.Nested(of, estimator, optax.adam(settings.outer_lr)), folder
-        ).outer
-    everything = list(range(bench.num_layers))
-
-    def edited():
-        params = inside.train_inner(settings, bench, of, hyper, "loratrf", folder)
-        before = bind(params, hyper, bench.num_layers, settings.filter, settings.outer)
-        row = report.arm(
-            bench, everything, experiment.evaluate_with(bench, inside.bind(bench, params["adapter"], before=before))
-        )
-        size = sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))
-        return row | {"parameters": size}
-
-    def lora():
-        params = experiment.finetune(settings, bench, everything, "lora", folder)
-        return report.arm(bench, everything, experiment.evaluate_with(bench, inside.bind(bench, params)))
-
-    folder.once("results/loratrf", edited)
-    folder.once("results/lora", lora)
+    folder.once("results/loratrf", partial(edited, settings, bench, of, folder))
+    folder.once("results/lora", partial(inside.plain_lora, settings, bench, folder))
     summary.edited(folder, settings, bench)

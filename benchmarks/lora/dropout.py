@@ -28,6 +28,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lora import low_data
 from methods import experiment, hiddenkey, inside
 from methods.hiddenkey import HiddenKeySettings
 from methods.runfolder import RunFolder
@@ -78,19 +79,9 @@ def settings_of(setup: Setup, seed: int, **changes: Any) -> HiddenKeySettings:
     """One seed's settings."""
     middle = setup.rates[len(setup.rates) // 2], setup.betas[len(setup.betas) // 2]
     base = HiddenKeySettings(
-        model=setup.model,
-        task=setup.task,
-        data=setup.data,
-        out=setup.out / f"{setup.task}-{'table' if setup.table else 'grid'}-seed-{seed}",
-        seed=seed,
-        length=96,
-        batch_size=16,
-        outer_batch_size=min(64, setup.rows),
-        train_rows=setup.rows,
-        outer_rows=setup.rows,
-        test_rows=0,
-        finetune_steps=setup.steps,
-        finetune_lr=1e-3,
+        **low_data.settings(
+            setup, setup.out / f"{setup.task}-{'table' if setup.table else 'grid'}-seed-{seed}", setup.rows, seed
+        ),
         inner_steps=setup.inner_steps,
         outer_steps=setup.outer_steps,
         outer_lr=setup.outer_lr,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.lora import low_data
 from methods import experiment, finegates, inside
 from methods.adapters import gates, slicing
 from methods.experiment import Bench
@@ -94,21 +96,9 @@ def magnitude(bench: Bench, structures: dict[str, gates.Structure], share: float
 def settings_of(setup: Setup, rows: int, seed: int) -> FineGatesSettings:
     """One run's settings."""
     return FineGatesSettings(
-        model=setup.model,
-        task=setup.task,
-        data=setup.data,
-        out=setup.out / f"{setup.task}-{rows}-{setup.outer}-seed-{seed}",
-        seed=seed,
-        length=96,
-        batch_size=16,
-        outer_batch_size=min(64, rows),
-        train_rows=rows,
-        outer_rows=rows,
-        test_rows=0,
+        **low_data.settings(setup, setup.out / f"{setup.task}-{rows}-{setup.outer}-seed-{seed}", rows, seed),
         outer=setup.outer,
         target_sparsity=setup.targets,
-        finetune_steps=setup.steps,
-        finetune_lr=1e-3,
         gate_lr=0.02,
     )
 
@@ -139,18 +129,9 @@ def one(setup: Setup, rows: int, seed: int) -> dict[str, dict[str, Any]]:
         found[f"finegates {target:g}"] = folder.once(f"results/sparsity-{target:g}", gated)
         found[f"magnitude {target:g}"] = folder.once(f"results/magnitude-{target:g}", by_magnitude)
 
-    def lora():
-        budget = next(iter(found.values()))["parameters"]
-        head = experiment.trainable_parameters(bench, [])
-        one_rank = (experiment.trainable_parameters(bench, list(range(bench.num_layers))) - head) / settings.rank
-        rank = max(1, round((budget - head) / one_rank))
-        matched = bench._replace(lora=dataclasses.replace(bench.lora, rank=rank))
-        everything = list(range(bench.num_layers))
-        params = experiment.finetune(settings, matched, everything, "lora", folder)
-        evaluation = experiment.evaluate_with(matched, inside.bind(matched, params))
-        return {"metrics": evaluation.metrics, "removed": 0.0, "rank": rank}
-
-    found["lora"] = folder.once("results/lora", lora)
+    budget = next(iter(found.values()))["parameters"]
+    lora = partial(inside.plain_lora, settings, bench, folder, budget)
+    found["lora"] = {"removed": 0.0} | folder.once("results/lora", lora)
     return found
 
 
