@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from bilevel import optimizers
 from bilevel.data import FullBatch, slots
@@ -226,4 +227,6 @@ def _moves_at_zero_gradient(optimizer: Optimizer, structure: Any, kinds: tuple[t
 
     # Inside a trace, but of no traced value.
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return bool(jax.jit(probe)())
+        moved = jax.jit(probe)()
+    # What an optimizer does that holds a traced value, such as a step size under vmap, is not known.
+    return not isinstance(moved, Tracer) and bool(moved)

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 import bilevel
+from tests.bilevel.conftest import quick_compilation  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -489,6 +489,15 @@ def test_vmap_over_tasks():
         assert error(grad, estimate(hypergradient, problem, None, lam).grad) < 1e-11
 
 
+def test_vmap_over_step_sizes():
+    outer, sizes = jnp.asarray(Q.outer), jnp.asarray([0.05, 0.1])
+
+    def grad(size):
+        return Implicit(optax.sgd(size), 7).estimate(Q.problem(), None, outer, None, None, KEY).grad
+
+    np.testing.assert_allclose(jax.jit(jax.vmap(grad))(sizes), jnp.stack([grad(0.05), grad(0.1)]), rtol=1e-9)
+
+
 # Further levels.
 
 

@@ -18,7 +18,6 @@ from methods.baselines.mos import MoS
 from methods.baselines.rac_lora import beside
 from methods.baselines.tied_lora import TiedLoRA
 from methods.models import identity
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 
 L, D = 3, 8
 SHAPES = {"q_proj": (D, 8), "v_proj": (D, 4)}

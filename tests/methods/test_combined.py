@@ -11,7 +11,6 @@ from methods.adapters import gates
 from methods.adapters.dropout import DropoutConfig, logit
 from methods.models.hooks import Chain
 from methods.tasks.loss import cross_entropy
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 from tests.methods.helpers import quick
 from tests.methods.test_finegates import closed
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start

@@ -10,7 +10,6 @@ import bilevel
 from methods import finegates
 from methods.adapters import gates
 from methods.models.hooks import identity
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 from tests.methods.helpers import quick
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
 from tests.methods.test_hiddenkey import predict as predict_lora

@@ -15,7 +15,6 @@ from methods.adapters.lora import LoRAConfig
 from methods.models import identity
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.search_space import SHORTCUTS, Space
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 
 LAYERS = 3
 CONFIG = DecoderConfig(

@@ -14,7 +14,6 @@ from methods import hiddenkey
 from methods.adapters.dropout import DropoutConfig
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 from tests.methods.helpers import quick
 from tests.methods.test_flexora import LAYERS, LORA, MODEL, setting, start
 

@@ -8,7 +8,6 @@ import pytest
 
 from methods import cli
 from methods.adapters import slicing
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 from tests.methods import test_flexora
 
 tiny_model, tiny_data = test_flexora.tiny_model, test_flexora.tiny_data

@@ -11,7 +11,6 @@ from methods import flexora, loratrf
 from methods.adapters import filters
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 from tests.methods.helpers import quick
 from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
 from tests.methods.test_hiddenkey import SMALL

@@ -10,7 +10,6 @@ import pytest
 from methods import models
 from methods.adapters import gates, slicing
 from methods.adapters.lora import LoRAConfig
-from tests.bilevel.conftest import quick_compilation  # noqa: F401 (these programs run for milliseconds)
 from tests.methods import helpers
 from tests.methods.helpers import MASK, TOKENS
 
