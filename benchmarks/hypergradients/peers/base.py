@@ -25,7 +25,7 @@ class Task:
 
     Attributes:
       case: the problem; its losses are JAX functions.
-      optimizer: `"sgd"` or `"adam"`, the latter with `EPS` and optax's other defaults.
+      optimizer: a key of `OPTIMIZERS`.
       rate: its learning rate.
       steps: K.
       outer, start: the point, and the inner variable before the first step, a constant.
@@ -43,7 +43,7 @@ class Task:
 
     @property
     def optax(self) -> optax.GradientTransformation:
-        return optax.adam(self.rate, eps=EPS) if self.optimizer == "adam" else optax.sgd(self.rate)
+        return OPTIMIZERS[self.optimizer](self.rate)
 
     def inner_loss(self, problem: Any, params: Any, outer: Any) -> jax.Array:
         return problem.inner_value(params, outer, self.batch, KEY)[0]
@@ -56,6 +56,14 @@ EPS = 1e-20
 """Of Adam. The first step's derivative is about 1 / eps at every gradient entry as small as eps: with the usual 1e-8 a
 few entries of many decide the hypergradient, and higher, which adds eps before the bias correction where the others add
 it after, trains otherwise and gets another one. Where no entry is nearly that small, eps does not matter."""
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "adam": partial(optax.adam, eps=EPS),
+    "adam, rooted": partial(optax.adam, eps_root=1e-8),
+}
+"""Of a rate. "adam, rooted" is for LoRA, whose gradients are exactly 0 at the start: without `eps_root` the derivative
+of the square root is NaN there in the other libraries."""
 
 KEY = jax.random.key(0)
 """Handed to losses that make no use of it."""
@@ -80,7 +88,7 @@ class Ready(NamedTuple):
 TASKS: dict[str, tuple[Callable[[], Case], str, float]] = {
     "quadratic": (quadratic, "sgd", 0.5),
     "data weighting": (lambda: data_weighting(samples=64, size=64, features=256, width=256), "adam", 1e-3),
-    "transformer": (lambda: lora_transformer(layers=4, width=64, tokens=64, size=2), "adam", 1e-3),
+    "transformer": (lambda: lora_transformer(layers=4, width=64, tokens=64, size=2), "adam, rooted", 1e-3),
 }
 """Name -> how to make the problem, the inner optimizer and its learning rate."""
 
