@@ -37,7 +37,7 @@ def main() -> None:
             for name in estimators(steps):
                 found = np.asarray(errors(name, steps, batch, jnp.asarray(CONDITIONS), jnp.arange(SEEDS)))
                 medians = np.median(found, axis=1)  # [conditions]
-                record["errors"][label][name].append([float(f"{x:.3g}") for x in medians])
+                record["errors"][label][name].append([float(f"{x:.3g}") if np.isfinite(x) else None for x in medians])
             last = {name: rows[-1] for name, rows in record["errors"][label].items()}
             print(f"{label}, K = {steps}: {last}", flush=True)
     RECORD.parent.mkdir(exist_ok=True)

@@ -119,10 +119,12 @@ def heat_maps(record):
     """Which of unrolled and implicit is closer: the ratio of their errors, over condition number and K."""
     figure, axes = plt.subplots(1, len(record["errors"]), figsize=(15, 3.8), sharey=True, layout="constrained")
     for axis, (title, errors) in zip(axes, record["errors"].items(), strict=True):
-        unrolled, implicit = (np.array(errors[name]).T for name in ("unrolled", "implicit"))
-        image = axis.imshow(np.log10(unrolled / implicit), cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+        unrolled, implicit = (np.array(errors[name], float).T for name in ("unrolled", "implicit"))
+        ratio = np.log10(unrolled / implicit)
+        image = axis.imshow(ratio, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
         for (i, j), error in np.ndenumerate(unrolled):
-            axis.text(j, i, f"{short(error)}\n{short(implicit[i, j])}", ha="center", va="center", fontsize=8)
+            style = {"ha": "center", "va": "center", "fontsize": 8, "color": "w" if abs(ratio[i, j]) > 1.2 else "k"}
+            axis.text(j, i, f"{short(error)}\n{short(implicit[i, j])}", **style)
         axis.set_xticks(range(len(record["steps"])), [str(k) for k in record["steps"]])
         axis.set_yticks(range(len(record["conditions"])), [f"{c:.0f}" for c in record["conditions"]])
         axis.set(title=title, xlabel="inner steps K")

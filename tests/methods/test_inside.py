@@ -50,10 +50,9 @@ def test_hiddenkey_learns_rates_beside_a_grid_and_continues(tiny_model, tiny_dat
 
 
 @pytest.mark.usefixtures("float32_by_default")
-@pytest.mark.parametrize("outer", ["gates", "sparsity"])
-def test_finegates_leaves_a_smaller_model_that_runs(outer, tiny_model, tiny_data, tmp_path):
+def test_finegates_leaves_a_smaller_model_that_runs(tiny_model, tiny_data, tmp_path):
     out = tmp_path / "run"
-    more = "--outer", outer, "--target-sparsity", "0.5", "--gate-lr", "0.8", "--finetune-steps", "8"
+    more = "--outer", "sparsity", "--target-sparsity", "0.5", "--gate-lr", "0.8", "--finetune-steps", "8"
     run("finegates", tiny_model, tiny_data, out, *more)
     row = json.loads((out / "results" / "sparsity-0.5.json").read_text())
     assert row["removed"] > 0 and row["sliced_differs_by"] < 1e-5
