@@ -1,11 +1,20 @@
 """What record.py runs: for each data set, label -> (solver file, settings).
 
-Step sizes on ijcnn1 and mnist are those that benchmark_bilevel tuned for its figures, where it has them.
+Step sizes on ijcnn1 and mnist are those that benchmark_bilevel tuned for its figures, where it has them; those on the
+other data sets are the same for all solvers whose steps decay, and for all whose steps do not.
 """
 
-DATA = {"quadratic": ("quadratic", {}), "ijcnn1": ("ijcnn1", {}), "mnist": ("mnist", {"ratio": 0.5})}
+DATA = {
+    "quadratic": ("quadratic", {}),
+    "ijcnn1": ("ijcnn1", {}),
+    "mnist": ("mnist", {"ratio": 0.5}),
+    "mnist-0.7": ("mnist", {"ratio": 0.7}),
+    "mnist-0.9": ("mnist", {"ratio": 0.9}),
+    "covtype-subset": ("covtype_subset", {}),
+    "lora": ("lora", {}),
+}
 """Name of a record folder -> data set file and parameters."""
-BUDGET = {"quadratic": 1e5, "ijcnn1": 2e5, "mnist": 2e4}
+BUDGET = dict(zip(DATA, (1e5, 2e6, 2e4, 2e4, 2e4, 2e5, 1.5e3), strict=True))
 """Oracle calls of 64 rows."""
 SUBSET = ["SOBA", "SABA", "SRBA", "AmIGO", "StocBiO", "F2SA", "UD 1", "UD 10", "UD 100", "Implicit CG", "Optuna"]
 
@@ -28,7 +37,7 @@ RUNS = {
         "MRBO": ("mrbo", _steps(0.1, 1.0)),
         "VRBO": ("vrbo", _steps(0.1, 1.0)),
         "SUSTAIN": ("sustain", _steps(0.1, 1.0)),
-        "F2SA": ("f2sa", _steps(0.1, 1.0)),
+        "F2SA": ("f2sa", _steps(0.1, 3.0)),
         "BOME": ("bome", _steps(0.1, 1.0)),
         "PZOBO": ("pzobo", _steps(0.1, 1.0)),
         "UD 1": ("nested", _steps(0.1, 1.0, inner_steps=1)),
@@ -63,7 +72,7 @@ RUNS = {
         "SOBA": ("soba", _steps(1.0, 1e-4)),
         "MA-SOBA": ("ma_soba", _steps(1.0, 1e-4)),
         "SABA": ("saba", _steps(0.1, 1e-3)),
-        "SRBA": ("srba", _steps(0.001, 1e-5)),
+        "SRBA": ("srba", _steps(0.001, 1e-5, period_frac=512.0)),
         "AmIGO": ("amigo", _steps(0.001, 1e-5)),
         "StocBiO": ("stocbio", _steps(0.01, 1e-5)),
         "BSA": ("bsa", _steps(0.1, 1e-5)),
@@ -82,11 +91,33 @@ RUNS = {
     },
 }
 
+RUNS["mnist-0.7"] = RUNS["mnist"] | {
+    "SABA": ("saba", _steps(0.01, 1e-4)),
+    "FSLA": ("fsla", _steps(1.0, 1e-5)),
+}
+RUNS["mnist-0.9"] = RUNS["mnist"] | {
+    "SOBA": ("soba", _steps(1.0, 1e-3)),
+    "MA-SOBA": ("ma_soba", _steps(1.0, 1e-3)),
+    "FSLA": ("fsla", _steps(1.0, 1e-3)),
+    "MRBO": ("mrbo", _steps(1.0, 1e-2)),
+    "VRBO": ("vrbo", _steps(0.1, 1e-3)),
+    "PZOBO": ("pzobo", _steps(1.0, 0.01, smoothing=0.1)),
+}
+RUNS["covtype-subset"] = {
+    label: (file, settings | _steps(0.1, 0.1)) for label, (file, settings) in RUNS["ijcnn1"].items() if settings
+}
+RUNS["covtype-subset"] |= {
+    label: (RUNS["covtype-subset"][label][0], _steps(0.3, 0.03))
+    for label in ("SOBA", "MA-SOBA", "FSLA", "BSA", "TTSA", "MRBO", "SUSTAIN")
+}
+RUNS["covtype-subset"]["Optuna"] = "optuna", {}
+RUNS["lora"] = {
+    label: (file, settings | _steps(0.5, 0.01)) for label, (file, settings) in RUNS["quadratic"].items() if settings
+}
+RUNS["lora"] |= {label: (RUNS["lora"][label][0], _steps(2.0, 0.01)) for label in ("SOBA", "MA-SOBA", "FSLA")}
+
 LINEAR_SOLVERS = "CG", "NormalCG", "GMRES", "BiCGStab", "Neumann", "Nystrom", "Dense"
-for _data, (_like, _solvers) in {
-    "quadratic": ("UD 10", LINEAR_SOLVERS),
-    "ijcnn1": ("UD 10", LINEAR_SOLVERS),
-    "mnist": ("UD 10", LINEAR_SOLVERS[:-1]),
-}.items():
-    for _solver in _solvers:
-        RUNS[_data][f"Implicit {_solver}"] = "implicit", RUNS[_data][_like][1] | {"linear_solver": _solver}
+"""Dense holds a matrix of the inner dimension squared: not for mnist and lora."""
+for _data, _runs in RUNS.items():
+    for _solver in LINEAR_SOLVERS[:-1] if _data.startswith(("mnist", "lora")) else LINEAR_SOLVERS:
+        _runs[f"Implicit {_solver}"] = "implicit", _runs["UD 10"][1] | {"linear_solver": _solver}
