@@ -64,7 +64,7 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; what is done is kept, and the same command continues it.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         return _fail(str(error))
     print(f"Done: {settings.out / 'report.md'}")
     return 0

@@ -144,8 +144,12 @@ def prepare(settings: Settings) -> Bench:
                 f"--{size.replace('_', '-')} {getattr(settings, size)} is larger than the data, "
                 f"--{rows.replace('_', '-')} {getattr(settings, rows)}: lower it."
             )
+    if isinstance(task, tasks.Generation):
+        tasks.check_metrics(task)
     published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
     pretrained = load(settings.model)
+    if settings.length > (positions := pretrained.config.max_positions):
+        raise ValueError(f"--length {settings.length} is more than the {positions} positions of {settings.model}.")
     lora.sites(pretrained.config.site_shapes())
     if pretrained.tokenizer is None:
         raise ValueError(f"The model {settings.model} brings no tokenizer, which a language task needs.")
@@ -173,6 +177,14 @@ def prepare(settings: Settings) -> Bench:
             batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
         return jax.tree.map(jnp.asarray, batch)
 
+    if isinstance(task, tasks.Generation):
+        tokenizer: Any = pretrained.tokenizer
+        longest = max(map(len, tokenizer([task.pair(row).prompt for row in splits.test])["input_ids"]))
+        if longest + WRITTEN > positions:
+            raise ValueError(
+                f"A prompt of {task.name}'s test has {longest} tokens and its answer may have {WRITTEN}, which is more "
+                f"than the {positions} positions of {settings.model}."
+            )
     train, outer = encoded(splits.train), encoded(splits.outer)
     width = 0 if labelled else max(answer_width(train), answer_width(outer))
     head = pretrained.classifier(task.outputs) if labelled else None
@@ -305,14 +317,15 @@ def evaluate_with(bench: Bench, bound: Bound) -> tasks.Evaluation | tasks.Classi
     """The task's metrics on the test rows, of a hook and a head."""
     weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
     task: Any = bench.task
+    longest = min(512, bench.pretrained.config.max_positions)
     if bench.head is not None:
         answer = partial(jitted_outputs, bench.pretrained.model, bench.head, weights, bound)
-        longest = min(512, bench.pretrained.config.max_positions)
         return tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
     if isinstance(task, tasks.Generation):
         return tasks.evaluate_written(lambda p: write(bench.pretrained, bound.adapt, p, tokens=WRITTEN), task, rows)
     score = partial(_score, bench.pretrained.model, weights, bound.adapt)
-    return tasks.evaluate(score, task, rows, tokenizer, batch_size=min(8, 2 * len(rows)))
+    size = min(8, 2 * len(rows))
+    return tasks.evaluate(score, task, rows, tokenizer, batch_size=size, max_length=longest)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -7,7 +7,7 @@ from methods.tasks import arithmetic, e2e, glue, multiple_choice
 from methods.tasks.batches import Buckets
 from methods.tasks.classify import Classified, LabelledBatch, encode_labelled, evaluate_labelled, fits
 from methods.tasks.encode import Encoded, TokenBatch, encode
-from methods.tasks.generation import Written, evaluate_written
+from methods.tasks.generation import Written, check_metrics, evaluate_written
 from methods.tasks.metrics import METRICS
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
 from methods.tasks.splits import Splits, check_disjoint, load_splits, split
@@ -57,6 +57,7 @@ __all__ = [
     "TokenBatch",
     "Written",
     "check_disjoint",
+    "check_metrics",
     "encode",
     "encode_labelled",
     "evaluate",

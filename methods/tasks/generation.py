@@ -2,8 +2,9 @@ r"""What a model writes: the texts of a task's prompts, and how good they are.
 
 Of the metrics of a text against references, BLEU is sacrebleu's, NIST and METEOR are nltk's, ROUGE-L is rouge-score's:
 `pip install 'bilevel[nlg]'`. sacrebleu and nltk are kept up; METEOR's synonyms are WordNet, which nltk downloads
-(`python -m nltk.downloader wordnet`); rouge-score is Google's own port, unchanged since 2022, and what others use.
-CIDEr has no package that is kept up (pycocoevalcap, of 2020, starts a Java program), so it is written here.
+(`python -m nltk.downloader wordnet`) or finds as `corpora/wordnet` in a folder that NLTK_DATA names; rouge-score is
+Google's own port, unchanged since 2022, and what others use. CIDEr has no package that is kept up (pycocoevalcap, of
+2020, starts a Java program), so it is written here.
 """
 
 from __future__ import annotations
@@ -70,6 +71,17 @@ def evaluate_written(write: Write, task: Generation, rows: Sequence[Row]) -> Wri
     return Written(task.name, metrics, texts, predictions, targets, right)
 
 
+def check_metrics(task: Generation) -> None:
+    """Makes sure, before anything is trained, that what the task's metrics are made of is there.
+
+    Raises:
+      ModuleNotFoundError, FileNotFoundError: what is missing, and how to get it.
+    """
+    # Nothing in common, so that METEOR looks for synonyms.
+    for name in task.metrics:
+        METRICS[name](["one"], [["other"]])
+
+
 def truncate(text: str, stop: Sequence[str]) -> str:
     """The text up to the first of the `stop` texts, one at its very start aside."""
     body = text.lstrip()
@@ -106,7 +118,10 @@ def nist(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> float:
 
 
 def meteor(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> float:
-    """Mean METEOR, nltk's. Banerjee and Lavie, 2005.
+    """Mean METEOR, nltk's, best of the references. Banerjee and Lavie, 2005.
+
+    nltk looks up the synonyms of stems: those of a word that is not its own stem ("automobile") count for nothing, so
+    that values are a little below those of the authors' program.
 
     Raises:
       FileNotFoundError: if WordNet is not there.
@@ -116,7 +131,10 @@ def meteor(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> floa
     try:
         return float(np.mean([score([words(t) for t in group], words(p)) for p, group in pairs]))
     except LookupError as error:
-        raise FileNotFoundError("METEOR needs WordNet, once: run python -m nltk.downloader wordnet.") from error
+        raise FileNotFoundError(
+            "METEOR needs WordNet, once: run python -m nltk.downloader wordnet, or name a folder that holds "
+            "corpora/wordnet by NLTK_DATA."
+        ) from error
 
 
 def rouge_l(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> float:

@@ -67,9 +67,9 @@ def evaluate(
 ) -> Evaluation:
     """Score every choice of every row, and compare the best with the label.
 
-    Sequences are sorted by length into batches of `batch_size`, each padded to a multiple of `multiple` tokens: at
-    most `max_length / multiple` shapes, and so many compilations. The last batch of a shape is filled up with
-    copies, whose scores are dropped. The space before a choice does not count as a character of it.
+    Sequences are sorted by length into batches of `batch_size`, each padded to a multiple of `multiple` tokens: few
+    shapes, and so few compilations. The last batch of a shape is filled up with copies, whose scores are dropped. The
+    space before a choice does not count as a character of it.
 
     Args:
       score_fn: `(tokens, mask, answer_mask)`, arrays `[batch_size, T]` as in `TokenBatch`, to log p(answer)
@@ -78,18 +78,18 @@ def evaluate(
       rows: what to score.
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       batch_size: B.
-      max_length: T at most; a multiple of `multiple`.
-      multiple: of T.
+      max_length: T at most.
+      multiple: of T, where it is less.
 
     Raises:
-      ValueError: for no rows, a batch larger than there are choices, a `max_length` that is no multiple, an
-        answer that does not fit, or a score that has another shape or is not finite.
+      ValueError: for no rows, a batch larger than there are choices, a `max_length` below 1, an answer
+        that does not fit, or a score that has another shape or is not finite.
     """
     pairs = [pair for row in rows for pair in task.pairs(row)]
     if not 1 <= batch_size <= len(pairs):
         raise ValueError(f"A batch of {batch_size} is not within 1 and the {len(pairs)} choices there are to score.")
-    if multiple < 1 or max_length < multiple or max_length % multiple:
-        raise ValueError(f"max_length={max_length} is not a multiple of {multiple}, to which batches are padded.")
+    if multiple < 1 or max_length < 1:
+        raise ValueError(f"max_length={max_length} and multiple={multiple} must be at least 1.")
     sequences = tokenize(pairs, tokenizer)
     first, fill = marks(tokenizer)
     scores = np.zeros(len(pairs))

@@ -120,7 +120,7 @@ class Generation(Task):
       target: what a written text is compared with.
       extract: the answer in a written text, None if there is none.
       metrics: names in `methods.tasks.generation.METRICS`; the first is the one that chooses the best model.
-      stop: texts that end an answer.
+      stop: texts that end an answer; the first is what an answer is trained on with.
     """
 
     pair: Callable[[Row], Pair]
@@ -139,9 +139,9 @@ class Generation(Task):
 
 
 def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row]) -> list[Pair]:
-    """Prompt and right answer of every row."""
+    """Prompt and right answer of every row; behind a written answer the text that ends it, for the model to learn."""
     if isinstance(task, Generation):
-        return [task.pair(row) for row in rows]
+        return [Pair(prompt, answer + task.stop[0]) for prompt, answer in map(task.pair, rows)]
     return [task.pairs(row)[row["label"]] for row in rows]
 
 
@@ -174,24 +174,25 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
         else:
             tried.append(f"{title} (no {name}/{split}.jsonl in it)")
     if task.hub is None:
-        raise FileNotFoundError(
-            f"No {split} rows of {task.name} found after trying {', '.join(tried)}: name a folder that holds "
-            f"{name}/{split}.jsonl with --data or BILEVEL_DATA."
-        )
+        raise _not_found(task, split, tried)
     try:
         import datasets  # half a second, and of no use with local files
 
         records = datasets.load_dataset(task.hub.path, task.hub.name, split=split)
     except Exception as error:  # whatever stops the hub, the remedy is the same
         tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
-        raise FileNotFoundError(
-            f"No {split} rows of {task.name} found after trying {', '.join(tried)}: run scripts/fetch_demo.py "
-            f"or name a folder that holds {name}/{split}.jsonl with --data or BILEVEL_DATA."
-        ) from error
+        raise _not_found(task, split, tried) from error
     rows = [task.hub.row(dict(record)) for record in records]
     for i, row in enumerate(rows):
         task.check(row, f"{task.hub.path} {split} row {i}")
     return rows
+
+
+def _not_found(task: Task, split: str, tried: list[str]) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"No {split} rows of {task.name} found after trying {', '.join(tried)}: name a folder that holds "
+        f"{task.folder or task.name}/{split}.jsonl with --data or BILEVEL_DATA."
+    )
 
 
 def _files(folder: Path, split: str) -> list[Path]:

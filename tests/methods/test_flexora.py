@@ -307,7 +307,8 @@ BAD = {
     "rank 0": (["--rank", "0"], "rank 0"),
     "missing data": (["--data", "./nowhere"], "There is no"),
     "batch larger than the data": (["--batch-size", "17"], "larger than the data"),
-    "pattern without a match": (["--targets", "nope_.*"], "matches no site"),
+    "pattern without a match": (["--targets", "nope_.*"], "matches no site of this model, which has q_proj, k_proj"),
+    "longer than the positions": (["--length", "65"], "--length 65 is more than the 64 positions of "),
     "top-k": (["--top-k", "3"], "between 1 and the model's 2 layers"),
     "diverging": (["--inner-lr", "1e38"], "Outer step 0: inner_loss is nan at inner step 1"),
 }

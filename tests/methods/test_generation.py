@@ -131,6 +131,48 @@ def test_metrics_by_their_packages():
     assert generation.nist(own, REFERENCES) > generation.nist(["the cat", "the dog"], REFERENCES)
 
 
+def write_wordnet(folder):
+    """A WordNet, in the format of its database, that knows one thing: an auto is a car."""
+    folder.mkdir(parents=True)
+    (folder / "lexnames").write_text("00\tnoun.artifact\t1\n")
+    (folder / "index.sense").write_text("")
+    head = "  1 WordNet 3.0 Copyright  \n"
+    synset = f"{len(head):08d} 00 n 02 auto 0 car 0 000 | a motor vehicle  \n"
+    senses = [f"{word} n 1 0 1 0 {len(head):08d}  \n" for word in ("auto", "car")]
+    for kind in ("adj", "adv", "noun", "verb"):
+        (folder / f"{kind}.exc").write_text("")
+        (folder / f"index.{kind}").write_text(head + "".join(senses) * (kind == "noun"))
+        (folder / f"data.{kind}").write_text(head + synset * (kind == "noun"))
+
+
+def test_meteor_by_hand(tmp_path, monkeypatch):
+    data = require("nltk.data")
+    monkeypatch.setattr(data, "path", [str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"METEOR needs WordNet, once: run .*, or name a folder .* NLTK_DATA\."):
+        generation.check_metrics(tasks.get("e2e_nlg"))
+    write_wordnet(tmp_path / "corpora" / "wordnet")
+    generation.check_metrics(tasks.get("e2e_nlg"))
+
+    def value(matches, chunks, words, reference):
+        precision, recall = matches / words, matches / reference
+        mean = 10 * precision * recall / (recall + 9 * precision)
+        return mean * (1 - 0.5 * (chunks / matches) ** 3)
+
+    for text, reference, expected in (
+        ("the cat sat", "the cat sat", value(3, 1, 3, 3)),
+        ("a b", "a b c d", value(2, 1, 2, 4)),  # recall counts nine times
+        ("sat cat the", "the cat sat", value(3, 3, 3, 3)),
+        ("dogs barked", "dog barks", value(2, 1, 2, 2)),  # stems
+        ("The auto stops", "the car stops", value(3, 1, 3, 3)),  # synonyms
+        ("the lorry stops", "the car stops", value(2, 2, 3, 3)),
+        ("fish", "bird", 0.0),
+    ):
+        np.testing.assert_allclose(generation.meteor([text], [[reference]]), expected, rtol=1e-12, err_msg=text)
+    best, other = value(3, 1, 3, 3), value(2, 1, 2, 4)  # of the references the best, of the texts the mean
+    texts, references = ["the cat sat", "a b"], [["fish", "the cat sat"], ["a b c d", "b"]]
+    np.testing.assert_allclose(generation.meteor(texts, references), (best + other) / 2, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "package"), [("bleu", "sacrebleu"), ("nist", "nltk"), ("rouge_l", "rouge_score")])
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package):
     for module in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:

@@ -67,6 +67,8 @@ def test_prompts_are_those_of_the_harness():
         )
     assert pairs("winogrande", sentence="He fed _ a fish.") == (("He fed x", " a fish."), ("He fed y", " a fish."))
     assert tasks.training_pairs(PIQA, [question("Boil water", label=1)]) == [("Question: Boil water\nAnswer:", " two")]
+    (pair,) = tasks.training_pairs(tasks.get("e2e_nlg"), [{"mr": "name[A]", "ref": "A is."}])
+    assert pair == ("Meaning: name[A]\nText:", " A is.\n")  # behind which the model is to stop
 
 
 def test_unknown_task_lists_the_known():
@@ -127,7 +129,7 @@ def test_no_source_at_all(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     expected = (
         r"No train rows of piqa found after trying BILEVEL_DATA \(not set\), assets/data \(no piqa/train\.jsonl in "
-        r"it\), the hub's baber/piqa \(ConnectionError\): run scripts/fetch_demo\.py or name a folder that holds "
+        r"it\), the hub's baber/piqa \(ConnectionError\): name a folder that holds "
         r"piqa/train\.jsonl with --data or BILEVEL_DATA\."
     )
     with pytest.raises(FileNotFoundError, match=expected):
@@ -428,7 +430,7 @@ def test_the_three_normalisations():
     [
         ({"batch_size": 5}, r"A batch of 5 is not within 1 and the 4 choices there are to score\."),
         ({"batch_size": 0}, r"A batch of 0 is not within 1 and the 4 choices there are to score\."),
-        ({"max_length": 40}, r"max_length=40 is not a multiple of 32, to which batches are padded\."),
+        ({"max_length": 0}, r"max_length=0 and multiple=32 must be at least 1\."),
         ({"score": lambda *arrays: 0.0}, r"score_fn returned shape \(\) for 2 sequences: one score each\."),
         ({"score": lambda t, *_: np.full(len(t), math.nan)}, r"The log-likelihood of choice ' one' is nan\."),
         ({"choices": ["one", "z" * 70]}, r"An answer of 71 tokens does not fit into 32: raise the length\."),

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import shutil
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -185,3 +188,77 @@ def test_flexora_on_a_classification(tiny_model, tiny_glue, tmp_path):  # noqa: 
     assert cli.run(["flexora", *words]) == 0
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["score"]
+
+
+@pytest.fixture(scope="module")
+def tiny_gsm8k(tmp_path_factory):
+    """A GSM8K over the words of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("maths")
+    (folder / "gsm8k").mkdir()
+    for split, count in (("train", 40), ("test", 6)):
+        rows = [{"question": f"{split} {i} the pot", "answer": "wash it #### 3", "final": "3"} for i in range(count)]
+        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_gsm8k, tmp_path):  # noqa: F811
+    model, out = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "run"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 320}))
+    words = ["lora", *arguments(model, tiny_gsm8k, out, "--task", "gsm8k")]
+    assert cli.run(words) == 0
+    for arm in ("pretrained", "lora"):
+        assert list(json.loads((out / "results" / f"{arm}.json").read_text())["metrics"]) == ["exact"]
+    assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+    report = (out / "report.md").read_text()
+    assert cli.run(words) == 0 and (out / "report.md").read_text() == report
+
+
+@pytest.fixture
+def copies(tiny_model, tiny_glue, tiny_gsm8k, tmp_path):  # noqa: F811
+    """A model and data to damage."""
+    for folder in (tiny_glue, tiny_gsm8k):
+        shutil.copytree(folder, tmp_path / "data", dirs_exist_ok=True)
+    return Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "data"
+
+
+def other_tokenizer(model, data):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["stranger"] = 14
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def cut_weights(model, data):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def label_of_no_class(model, data):
+    row = json.dumps({"sentence1": "wash", "sentence2": "eat", "label": 2})
+    (data / "glue_rte" / "train.jsonl").write_text(f"{row}\n")
+
+
+def nothing(model, data):
+    pass
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize(
+    ("task", "damage", "sentence"),
+    [
+        ("rte", other_tokenizer, "has ids up to 14, but the embedding has 14 rows: tokenizer and weights are of diff"),
+        ("rte", cut_weights, "model.safetensors is truncated or no safetensors file: fetch it again"),
+        ("rte", label_of_no_class, "train.jsonl line 1 has label 2, which is out of range: 0 to 1."),
+        ("gsm8k", nothing, "has 8 tokens and its answer may have 256, which is more than the 64 positions of"),
+        ("aqua", nothing, "aqua_rat/train.jsonl: is --data right?"),
+        ("e2e_nlg", nothing, "sacrebleu is not installed, which this metric is of: pip install 'bilevel[nlg]'."),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(task, damage, sentence, copies, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    damage(*copies)
+    assert cli.run(["lora", *arguments(*copies, tmp_path / "run", "--task", task)]) == 2
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("bilevel: ") and sentence in said, said
+    assert not (tmp_path / "run").exists()
