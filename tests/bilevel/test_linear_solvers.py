@@ -66,7 +66,7 @@ def test_nonsymmetric(solver):
     assert error(found, np.linalg.solve(matrix, rhs)) < 1e-10
 
 
-@pytest.mark.parametrize("solver", [NormalCG(), GMRES(), Dense()], ids=repr)
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), GMRES(), Dense()], ids=repr)
 def test_indefinite(solver):
     matrix, rhs = system()
     matrix = matrix - 1.7 * np.eye(7)
@@ -83,13 +83,34 @@ def test_float32(solver):
     assert error(found, np.linalg.solve(matrix, rhs)) < 1e-4
 
 
+@pytest.mark.parametrize("solver", [CG(), NormalCG(), GMRES(), BiCGStab()], ids=repr)
+def test_many_unknowns_in_float32(solver):
+    eigenvalues = jnp.linspace(0.1, 1.0, 100_000, dtype=jnp.float32)
+    rhs = jax.random.normal(KEY, eigenvalues.shape, jnp.float32)
+    found, _ = solver.solve(lambda x: eigenvalues * x, rhs, None, KEY, symmetric=True)
+    assert error(found, rhs / eigenvalues) < 1e-4
+
+
+def test_conjugate_gradients_return_the_best_they_had():
+    rhs = jnp.ones(2)
+    for diagonal in ([1.0, -1.0], [0.0, 0.0], [1.0, 0.0]):
+        diagonal = jnp.asarray(diagonal)
+        matvec = lambda x, d=diagonal: d * x  # noqa: E731
+        for start in (None, jnp.array([0.99, -0.99])):
+            found, _ = CG().solve(matvec, rhs, start, KEY, symmetric=True)
+            first = jnp.zeros(2) if start is None else start
+            assert jnp.linalg.norm(diagonal * found - rhs) <= jnp.linalg.norm(diagonal * first - rhs)
+
+
 def test_stops_at_its_tolerance_and_counts():
     matrix, rhs = system()
     loose, few = solve(CG(tol=1e-2), matrix, rhs, symmetric=True)
     assert 1e-12 < np.linalg.norm(matrix @ loose - rhs) / np.linalg.norm(rhs) < 2e-2
     _, many = solve(CG(), matrix, rhs, symmetric=True)
     assert few["iterations"] < many["iterations"] <= 10
-    assert few["matvecs"] == few["iterations"] + 1
+    assert few["matvecs"] == few["iterations"]
+    _, started = solve(CG(tol=1e-2), matrix, rhs, symmetric=True, start=rhs)
+    assert started["matvecs"] == started["iterations"] + 1
     _, capped = solve(CG(max_steps=2), matrix, rhs, symmetric=True)
     assert capped["iterations"] == 2
 
