@@ -48,7 +48,8 @@ def lora_transformer(
         head_dim=width // 8,
         max_positions=tokens,
     )
-    model = Decoder(config, remat=remat)
+    dtype = jnp.result_type(float)  # float64 where JAX is told to
+    model = Decoder(config, remat=remat, param_dtype=dtype)
     lora = LoRAConfig(rank=8, alpha=16.0)
 
     def batch(key):
@@ -66,7 +67,7 @@ def lora_transformer(
     problem = bilevel.Problem(
         loss,
         loss,
-        lambda key, outer: lora.init(key, config.site_shapes(), layers),
+        lambda key, outer: lora.init(key, config.site_shapes(), layers, dtype=dtype),
         lambda key: jnp.zeros(layers),
     )
     return Case(f"lora-transformer-{layers}x{width}", problem, optimizer or optax.adam(1e-3), batch)
