@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
+from bilevel.problem import Problem
 from bilevel.refusals import guarded
 from bilevel.trees import PyTree, combine, partition, widened
 
@@ -27,12 +29,14 @@ class EvolutionStrategies(Trained):
     Unbiased for the gradient of :math:`E\, L(\lambda + \sigma\epsilon)`, which is that of L where L is quadratic, and
     else differs by :math:`O(\sigma^2)` times a third derivative. Nothing is differentiated: losses may have jumps, and
     memory does not grow with K. The price is variance: relative to the squared norm of the gradient it is about
-    2 dim / n. All members train on the same batches with the same random keys.
+    2 dim / n. All members train on the same batches with the same random keys. Where `Problem.domain` bounds
+    :math:`\lambda` it is the free variable that is perturbed, so that no training leaves the domain.
 
     Args:
       optimizer, steps: as for `Unrolled`.
       population: n, trainings an estimate beside the one at :math:`\lambda`; even. All run at once.
-      sigma: standard deviation of the perturbation of every entry of `outer`; choose it small against their scale.
+      sigma: standard deviation of the perturbation of every entry of `outer`, in the units of the free variable where
+        there is a domain; choose it small against their scale.
 
     Raises:
       ValueError: for steps < 1, a population that is not even and positive, or a sigma that is not positive.
@@ -51,21 +55,29 @@ class EvolutionStrategies(Trained):
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients. `info["variance"]`: see `weighted`."""
-        moving, fixed = partition(outer)
+        free, natural, pull = coordinates(problem, outer)
 
-        def value(moving):
-            outer = combine(moving, fixed)
+        def value(free):
+            outer = natural(free)
             # A gradient with a rule of its own would hide from the trace what it reads.
             state, _ = self.trajectory(problem, inner_state, outer, inner_batches, key, gradient=reverse_gradient)
             return self.outer_loss(problem, state.params, outer, outer_batch, key)[0]
 
         state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
         centre, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
-        evaluate = traced(value, moving, estimator="EvolutionStrategies")
-        noise = perturbations(self, moving, own_key(key, self.steps))
-        grad, variance = weighted(jax.vmap(evaluate)(mirrored(moving, noise)), noise, self.sigma)
+        evaluate = traced(value, free, estimator="EvolutionStrategies")
+        noise = perturbations(self, free, own_key(key, self.steps))
+        grad, variance = weighted(jax.vmap(evaluate)(mirrored(free, noise)), noise, self.sigma)
         info = {"inner_loss": trace.value, "variance": variance}
-        return Estimate(centre, grad, state, Aux(trace.aux, aux, info))
+        return Estimate(centre, pull(grad), state, Aux(trace.aux, aux, info))
+
+
+def coordinates(problem: Problem, outer: PyTree) -> tuple[PyTree, Callable[..., PyTree], Callable[..., PyTree]]:
+    """`(free, natural, pull)`: the free variable of what moves in `outer`, the way back to an `outer`, and the gradient
+    for `outer` of one for `free`."""
+    moving, fixed = partition(outer)
+    free, pull = jax.vjp(lambda moving: partition(problem.free(combine(moving, fixed)))[0], moving)
+    return free, lambda free: problem.natural(combine(free, fixed)), lambda grad: pull(grad)[0]
 
 
 def check_population(estimator: Any) -> None:
@@ -77,9 +89,9 @@ def check_population(estimator: Any) -> None:
         raise ValueError(f"{name}(sigma={estimator.sigma!r}): must be positive.")
 
 
-def perturbations(estimator: Any, moving: PyTree, key: jax.Array) -> PyTree:
-    """One N(0, sigma^2) perturbation of `moving` a pair: a tree like it with a leading axis of population / 2."""
-    leaves, structure = jax.tree.flatten(moving)
+def perturbations(estimator: Any, free: PyTree, key: jax.Array) -> PyTree:
+    """One N(0, sigma^2) perturbation of `free` a pair: a tree like it with a leading axis of population / 2."""
+    leaves, structure = jax.tree.flatten(free)
     keys = jax.random.split(key, len(leaves))
     count = estimator.population // 2
     drawn = [
@@ -89,9 +101,9 @@ def perturbations(estimator: Any, moving: PyTree, key: jax.Array) -> PyTree:
     return jax.tree.unflatten(structure, drawn)
 
 
-def mirrored(moving: PyTree, noise: PyTree) -> PyTree:
-    """The whole population: `moving + noise`, then `moving - noise`, along the leading axis."""
-    return jax.tree.map(lambda x, e: x[None] + jnp.concatenate([e, -e]), moving, noise)
+def mirrored(free: PyTree, noise: PyTree) -> PyTree:
+    """The whole population: `free + noise`, then `free - noise`, along the leading axis."""
+    return jax.tree.map(lambda x, e: x[None] + jnp.concatenate([e, -e]), free, noise)
 
 
 def weighted(values: jax.Array, weights: PyTree, sigma: float) -> tuple[PyTree, jax.Array]:

@@ -11,10 +11,16 @@ import jax.numpy as jnp
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
-from bilevel.hypergradients.evolution import check_population, mirrored, perturbations, weighted
+from bilevel.hypergradients.evolution import (
+    check_population,
+    coordinates,
+    mirrored,
+    perturbations,
+    weighted,
+)
 from bilevel.inner import InnerState
 from bilevel.refusals import guarded
-from bilevel.trees import PyTree, combine, partition
+from bilevel.trees import PyTree, partition
 
 
 class Particles(NamedTuple):
@@ -55,7 +61,7 @@ class PersistentES(Trained):
 
     Args:
       optimizer, steps: as for `Unrolled`.
-      population, sigma: as for `EvolutionStrategies`. The particles' inner problems are kept: `population` copies of
+      population, sigma: as for `EvolutionStrategies`, domains too. The particles' inner problems are kept: `population` copies of
         the inner variable and its optimizer state.
       memory: pieces after which the particles are set back to the unperturbed inner problem, which truncates the
         derivative there; None for never.
@@ -85,30 +91,32 @@ class PersistentES(Trained):
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients."""
-        moving, fixed = partition(outer)
+        free, natural, pull = coordinates(problem, outer)
         state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
         value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
-        noise = perturbations(self, moving, own_key(key, self.steps))
+        noise = perturbations(self, free, own_key(key, self.steps))
 
-        def member(moving, particle=None):
-            outer = combine(moving, fixed)
+        def member(free, particle=None):
+            outer = natural(free)
             # A gradient with a rule of its own would hide from the trace what it reads.
             after, _ = self.trajectory(problem, particle, outer, inner_batches, key, gradient=reverse_gradient)
             after = after._replace(extra=None)
             return self.outer_loss(problem, after.params, outer, outer_batch, key)[0], after
 
         # Evaluated below for the whole population; here for the warnings.
-        traced(lambda moving: member(moving, inner_state)[0], moving, estimator="PersistentES")
+        traced(lambda free: member(free, inner_state)[0], free, estimator="PersistentES")
         if inner_state is None:
             particles = self._particles(state, outer)
-            values, states = jax.vmap(member)(mirrored(moving, noise))
+            values, states = jax.vmap(member)(mirrored(free, noise))
         else:
             particles = self._remembered(inner_state, outer)
-            values, states = jax.vmap(member)(mirrored(moving, noise), particles.states)
+            values, states = jax.vmap(member)(mirrored(free, noise), particles.states)
         accumulated = jax.tree.map(jnp.add, particles.accumulated, noise)
         grad, variance = weighted(values, accumulated, self.sigma)
         state = state._replace(extra=Particles(states, accumulated, particles.age + 1))
-        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value, "variance": variance}))
+        return Estimate(
+            value, pull(grad), state, Aux(trace.aux, aux, {"inner_loss": trace.value, "variance": variance})
+        )
 
     def _particles(self, state: InnerState, outer: PyTree) -> Particles:
         """The whole population at `state`, nothing accumulated."""

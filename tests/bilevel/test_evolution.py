@@ -45,6 +45,22 @@ def test_smoothed_objective():
     assert abs(z_scores(samples, 3 * 0.5**2 + 3 * 0.5**2)) < 4
 
 
+@pytest.mark.parametrize("kind", [EvolutionStrategies, PersistentES])
+def test_members_stay_inside_the_domain(kind):
+    # w is lam after the step, so L = log lam: NaN outside, and linear in the free variable u = log lam
+    problem = bilevel.Problem(
+        lambda w, lam, batch, key: 0.5 * (w - lam) ** 2,
+        lambda w, lam, batch, key: jnp.log(w),
+        lambda key, lam: jnp.zeros(()),
+        lambda key: jnp.array(0.02),
+        domain=bilevel.Positive(),
+    )
+    hypergradient = kind(optax.sgd(1.0), 1, population=4, sigma=0.5)
+    estimate = lambda key: hypergradient.estimate(problem, None, jnp.array(0.02), None, None, key).grad  # noqa: E731
+    samples = jax.jit(jax.vmap(estimate))(SEEDS)
+    assert abs(z_scores(samples, 1 / 0.02)) < 4
+
+
 def pieces(hypergradient, count, key):
     """The last of `count` estimates, one after the other from a common start."""
     problem = Q.problem()
