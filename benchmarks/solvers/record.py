@@ -1,7 +1,7 @@
 """Runs solvers on data sets and keeps what they reached, and when, in records/<data>/<label>.json.
 
     python benchmarks/solvers/record.py                               # the named subset on quadratic, ijcnn1 and mnist
-    python benchmarks/solvers/record.py --data mnist --labels all     # or labels of RUNS
+    python benchmarks/solvers/record.py --data all --labels all       # or data sets and labels of RUNS
 
 A run whose record is there is left alone, so that an interrupted command is continued by repeating it. All seeds of a
 run go side by side through one compiled program, but for solvers that keep tables; the clock is that of one seed alone,
@@ -34,14 +34,14 @@ COUNTS = {"calls": "oracle_calls", "gradient_calls": "gradient_calls"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["quadratic", "ijcnn1", "mnist"], choices=list(RUNS))
+    parser.add_argument("--data", nargs="+", default=["quadratic", "ijcnn1", "mnist"], choices=["all", *RUNS])
     parser.add_argument("--labels", nargs="+", default=SUBSET, help="labels of RUNS, or all")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RECORDS)
     parser.add_argument("--budget", type=float, default=1.0, help="factor of BUDGET")
     args = parser.parse_args()
     with Modules(HERE) as modules:
-        for name in args.data:
+        for name in RUNS if "all" in args.data else args.data:
             wanted = [label for label in RUNS[name] if args.labels == ["all"] or label in args.labels]
             wanted = [label for label in wanted if not path(args.out, name, label).exists()]
             if not wanted:

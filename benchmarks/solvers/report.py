@@ -15,7 +15,11 @@ PAGE = "solver-benchmark.md"
 METRICS = {
     "quadratic": ("value", "squared norm of the gradient of h", "log"),
     "ijcnn1": ("value_func", "validation loss h", "linear"),
-    "mnist": ("test_error", "test error, half of the labels wrong", "log"),
+    "mnist": ("test_error", "test error, 50 % of the labels redrawn", "log"),
+    "mnist-0.7": ("test_error", "test error, 70 % of the labels redrawn", "log"),
+    "mnist-0.9": ("test_error", "test error, 90 % of the labels redrawn", "log"),
+    "covtype-subset": ("test_error", "test error on the balanced subset", "log"),
+    "lora": ("val_loss", "validation loss", "log"),
 }
 """Data set -> metric, what it is called, scale."""
 AXES = {"seconds": "seconds", "calls": "oracle calls, in batches of 64"}
