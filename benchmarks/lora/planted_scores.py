@@ -55,7 +55,7 @@ BUDGET = 640
 """Inner gradients a score may spend."""
 HVP = 2.07
 KRYLOV = 3
-"""Vectors of GMRES: the Hessian is indefinite where training has hardly left the saddle B = 0, and CG breaks down."""
+"""Vectors of GMRES: the Hessian is indefinite where training has hardly left the saddle B = 0, which is not for CG."""
 
 
 @dataclasses.dataclass(frozen=True)

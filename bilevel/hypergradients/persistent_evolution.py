@@ -61,8 +61,8 @@ class PersistentES(Trained):
 
     Args:
       optimizer, steps: as for `Unrolled`.
-      population, sigma: as for `EvolutionStrategies`, domains too. The particles' inner problems are kept: `population` copies of
-        the inner variable and its optimizer state.
+      population, sigma: as for `EvolutionStrategies`, domains too. The particles' inner problems are kept: `population`
+        copies of the inner variable and its optimizer state.
       memory: pieces after which the particles are set back to the unperturbed inner problem, which truncates the
         derivative there; None for never.
 

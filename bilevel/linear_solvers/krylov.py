@@ -50,9 +50,10 @@ class CG(_Preconditioned):
     r"""Conjugate gradients, for symmetric positive definite A.
 
     After n steps the error in the A-norm is at most :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^n` of the first.
-    Where A is not positive definite this is no longer so, and the residual may grow: what is returned is the iterate
-    whose residual was smallest, by the recurrence, and the linear residual shows how small. If it is not, raise
-    `damping`, or use `NormalCG` or `GMRES`. Costs one HVP an iteration, and one for a start.
+    Where A is not positive definite this is no longer so, and the residual may grow: from the first direction without
+    positive curvature on, the iterate is kept whose residual is smallest, by the recurrence, and the linear residual
+    shows how small. If it is not, raise `damping`, or use `NormalCG` or `GMRES`. Costs one HVP an iteration, and one
+    for a start.
 
     Args:
       tol: relative residual.
@@ -184,33 +185,40 @@ def _transpose(matvec, like):
 
 
 def _conjugate_gradients(matvec, rhs, start, inverse, goal, max_steps) -> tuple[PyTree, jax.Array]:
-    """`(solution, steps)`: the iterate of smallest residual, of those up to the first whose residual is below `goal`.
+    """`(solution, steps)` after the first step whose residual is below `goal`, see `CG`.
 
-    A product p'Ap of 0 makes the next iterate NaN, which ends the loop as a small residual does.
+    Curvature, p'Ap / p'p, is positive if above eps of the largest so far. One of 0 makes the next iterate infinite or
+    NaN, whose residual ends the loop.
     """
     inverse = inverse or (lambda r: r)
     along = lambda a, p, x: jax.tree.map(lambda p, x: x + a * p, p, x)  # noqa: E731
     x = jax.tree.map(jnp.zeros_like, rhs) if start is None else start
     r = rhs if start is None else along(-1, matvec(start), rhs)
     p, size = inverse(r), global_norm(r)
+    eps = jnp.finfo(size.dtype).eps
 
     def more(state):
-        _, _, _, _, size, _, _, n = state
-        return (size > goal) & (n < max_steps)
+        size, steps = state[4], state[-1]
+        return (size > goal) & jnp.isfinite(size) & (steps < max_steps)
 
     def step(state):
-        x, r, p, rz, _, best, least, n = state
+        x, r, p, rz, _, kept, least, largest, steps = state
         image = matvec(p)
-        a = rz / _dot(p, image)
-        x, r = along(a, p, x), along(-a, image, r)
+        work = _dot(p, image)
+        curvature = work / _dot(p, p)
+        x, r = along(rz / work, p, x), along(-rz / work, image, r)
         z, size = inverse(r), global_norm(r)
-        after, better = _dot(r, z), size < least
-        best = jax.tree.map(lambda x, b: jnp.where(better, x, b), x, best)
-        return x, r, along(after / rz, p, z), after, size, best, jnp.where(better, size, least), n + 1
+        # Infinite from the first curvature that is not positive on: no later one is above eps of that.
+        largest = jnp.where(curvature > eps * largest, jnp.maximum(curvature, largest), jnp.inf)
+        keep = jnp.isfinite(size) & (jnp.isfinite(largest) | (size < least))
+        kept = jax.tree.map(lambda x, k: jnp.where(keep, x, k), x, kept)
+        after = _dot(r, z)
+        return x, r, along(after / rz, p, z), after, size, kept, jnp.where(keep, size, least), largest, steps + 1
 
-    state = x, r, p, _dot(r, p), size, x, size, jnp.zeros((), jnp.int32)
-    *_, best, _, steps = jax.lax.while_loop(more, step, state)
-    return best, steps
+    none = jnp.zeros((), jnp.int32)
+    state = x, r, p, _dot(r, p), size, x, size, jnp.zeros_like(size), none
+    *_, kept, _, _, steps = jax.lax.while_loop(more, step, state)
+    return kept, steps
 
 
 def _dot(x, y):

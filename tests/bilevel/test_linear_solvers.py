@@ -91,15 +91,26 @@ def test_many_unknowns_in_float32(solver):
     assert error(found, rhs / eigenvalues) < 1e-4
 
 
-def test_conjugate_gradients_return_the_best_they_had():
+def test_conjugate_gradients_where_curvature_is_not_positive():
     rhs = jnp.ones(2)
     for diagonal in ([1.0, -1.0], [0.0, 0.0], [1.0, 0.0]):
         diagonal = jnp.asarray(diagonal)
         matvec = lambda x, d=diagonal: d * x  # noqa: E731
-        for start in (None, jnp.array([0.99, -0.99])):
-            found, _ = CG().solve(matvec, rhs, start, KEY, symmetric=True)
-            first = jnp.zeros(2) if start is None else start
-            assert jnp.linalg.norm(diagonal * found - rhs) <= jnp.linalg.norm(diagonal * first - rhs)
+        found, _ = CG().solve(matvec, rhs, None, KEY, symmetric=True)
+        assert jnp.linalg.norm(diagonal * found - rhs) <= jnp.linalg.norm(rhs)
+        found, _ = CG().solve(matvec, rhs, jnp.array([0.99, -0.99]), KEY, symmetric=True)
+        assert jnp.all(jnp.isfinite(found))
+
+
+def test_conjugate_gradients_that_stop_early_return_the_last_iterate():
+    # the error in the A-norm falls at every step, the residual does not
+    eigenvalues, rhs = jnp.logspace(0, 4, 30), jnp.ones(30)
+    matvec = lambda x: eigenvalues * x  # noqa: E731
+    stopped = [CG(max_steps=n).solve(matvec, rhs, None, KEY, symmetric=True)[0] for n in range(1, 12)]
+    errors = [jnp.sum(eigenvalues * (x - rhs / eigenvalues) ** 2) for x in stopped]
+    residuals = [jnp.linalg.norm(eigenvalues * x - rhs) for x in stopped]
+    assert np.all(np.diff(errors) < 0)
+    assert np.any(np.diff(residuals) > 0)
 
 
 def test_stops_at_its_tolerance_and_counts():
