@@ -7,6 +7,7 @@ Both become a `Checkpoint`: settings, tensor names, and a function that reads on
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -129,6 +130,10 @@ def open_gguf(path: Path) -> Checkpoint:
     def read(name: str) -> np.ndarray:
         tensor = tensors[name]
         with explain(f"{path} cannot give the tensor {name!r}", ValueError, NotImplementedError):
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            data = tensor.data
+            # The package undoes 16 rows at a time, however short. Rows are whole blocks of it: many pass for one.
+            many = math.gcd(len(data), 64) if data.ndim == 2 else 1
+            array = gguf.quants.dequantize(data.reshape(-1, many * data.shape[-1]), tensor.tensor_type)
+            return array.reshape(tensor.shape[::-1])
 
     return Checkpoint("gguf", str(path), str(meta["general.architecture"]), meta, frozenset(tensors), read)

@@ -151,6 +151,22 @@ def test_stacked_arrays_are_handed_over_without_a_copy():
     assert array.flags.c_contiguous and array.dtype == np.float32
 
 
+@pytest.mark.parametrize("rows", [192, 7])
+def test_quantised_tensors_are_what_the_package_says(rows, tmp_path):
+    kind = gguf.GGMLQuantizationType.Q5_0
+    array = np.random.default_rng(0).standard_normal((rows, 64)).astype(np.float32)
+    stored = gguf.quants.quantize(array, kind)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("matrix", stored, raw_dtype=kind)
+    writer.add_tensor("norm", array[0])
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    read = open_gguf(tmp_path / "a.gguf").read
+    np.testing.assert_array_equal(read("matrix"), gguf.quants.dequantize(stored, kind))
+    np.testing.assert_array_equal(read("norm"), array[0])
+
+
 def test_sentencepiece_tokenizer(tmp_path):
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     words = ["▁", "a", "b", "c", "ab", "bc", "▁a", "▁ab", "abc"]
