@@ -44,15 +44,9 @@ class Causal(nn.Module):
         """
         raise NotImplementedError
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array | None = None,
-        adapt: hooks.Hook = hooks.identity,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, *args: Any, **options: Any) -> jax.Array:
         """Logits [B, T, V]: `head(hidden(...))`."""
-        return self.head(self.hidden(tokens, mask, adapt, positions))
+        return self.head(self.hidden(*args, **options))
 
     def hidden(
         self,

@@ -133,6 +133,7 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         turns = [jnp.where(window > 0, turn[1], turn[0]) if len(turn) > 1 else turn[0] for turn in context.turns]
+        turns = [turn[:, :, None, :] for turn in turns]
         q, k = rotate(q, *turns), rotate(k, *turns)
         (k, v), cache = remember(cache, k, v, context.start)
         scale = 1 / math.sqrt(c.query_scalar or c.head_dim)

@@ -115,16 +115,12 @@ class Encoder(nn.Module):
         (x, _), _ = self.blocks((x, jnp.zeros_like(x)), adapt, None, None, Context(allowed, bias=bias))
         return x
 
-    def features(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array | None = None,
-        adapt: hooks.Hook = hooks.identity,
-        positions: jax.Array | None = None,
-        token_types: jax.Array | None = None,
-    ) -> jax.Array:
-        """What a classification head reads, [B, D]: the first token that counts, through the pooler if there is one."""
-        hidden = self.hidden(tokens, mask, adapt, positions, token_types)
+    def features(self, tokens: jax.Array, mask: jax.Array | None = None, *args: Any, **options: Any) -> jax.Array:
+        """What a classification head reads, [B, D]: the first token that counts, through the pooler if there is one.
+
+        Called as `hidden`.
+        """
+        hidden = self.hidden(tokens, mask, *args, **options)
         first = jnp.zeros(tokens.shape[:1], jnp.int32) if mask is None else jnp.argmax(mask, axis=1)
         first = jnp.take_along_axis(hidden, first[:, None, None], axis=1)[:, 0]
         if not self.config.pooler:

@@ -201,9 +201,8 @@ def attend(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [B, T, heads, head_dim] with its pairs (i, i + head_dim/2) turned by angles [B, T, head_dim/2]."""
+    """x [B, T, heads, head_dim], its pairs (i, i + head_dim/2) turned by angles [B, T, heads or 1, head_dim/2]."""
     a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from methods.models import hooks
 from methods.models.decoder import Block
 from methods.models.layernorm_block import LayerNormBlock
-from methods.models.layers import Linear, Precision, attend, linear
+from methods.models.layers import Linear, Precision, attend, linear, rotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +103,10 @@ def _attention(block: Any, weights: dict[str, Any], x: jax.Array, adapt: hooks.H
     if context.turns is not None:
         turns = [jnp.where(window > 0, turn[1], turn[0]) if len(turn) > 1 else turn[0] for turn in context.turns]
         turns = [turn[:, :, weights["pairs"]] for turn in turns]  # [B, T, G', h']
-        k = _rotate(k, *turns)
-        q = _rotate(q, *(jnp.repeat(turn, heads // groups, axis=2) for turn in turns))
+        k = rotate(k, *turns)
+        q = rotate(q, *(jnp.repeat(turn, heads // groups, axis=2) for turn in turns))
     if context.bias is not None:
         context = context._replace(bias=context.bias[:, weights["heads"]])
     scale = (getattr(config, "query_scalar", 0.0) or config.head_dim) ** -0.5
     options = {"scale": scale, "cap": getattr(config, "attention_cap", 0.0), "window": window}
     return _linear(weights, "o_proj", attend(q, k, v, x, adapt, context, precision, **options), adapt, precision), None
-
-
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`layers.rotate` with angles of its own for each head, [B, T, heads, head_dim/2]."""
-    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
