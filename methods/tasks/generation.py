@@ -65,9 +65,9 @@ def evaluate_written(write: Write, task: Generation, rows: Sequence[Row]) -> Wri
     predictions = [task.extract(text, group[0]) for text, group in zip(texts, groups, strict=True)]
     targets = [[task.target(row) for row in group] for group in groups]
     metrics = {name: METRICS[name](predictions, targets) for name in task.metrics}
-    right = np.array(
-        [same(p, t) for p, t in zip(predictions, targets, strict=True)] if "exact" in metrics else [], bool
-    )
+    right = None
+    if "exact" in metrics:
+        right = np.array([same(p, t) for p, t in zip(predictions, targets, strict=True)])
     return Written(task.name, metrics, texts, predictions, targets, right)
 
 

@@ -15,7 +15,7 @@ import pytest
 import bilevel
 from methods import cli
 from methods.runfolder import RunFolder
-from methods.tasks import Buckets, LabelledBatch
+from methods.tasks import Buckets, LabelledBatch, generation
 from methods.training import Recipe, train
 from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
 
@@ -191,34 +191,41 @@ def test_flexora_on_a_classification(tiny_model, tiny_glue, tmp_path):  # noqa: 
 
 
 @pytest.fixture(scope="module")
-def tiny_gsm8k(tmp_path_factory):
-    """A GSM8K over the words of `tiny_model`."""
-    folder = tmp_path_factory.mktemp("maths")
-    (folder / "gsm8k").mkdir()
-    for split, count in (("train", 40), ("test", 6)):
-        rows = [{"question": f"{split} {i} the pot", "answer": "wash it #### 3", "final": "3"} for i in range(count)]
-        (folder / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def tiny_writing(tmp_path_factory):
+    """A GSM8K and an E2E over the words of `tiny_model`."""
+    folder = tmp_path_factory.mktemp("writing")
+    problem = lambda text: {"question": text, "answer": "wash it #### 3", "final": "3"}  # noqa: E731
+    meaning = lambda text: {"mr": text, "ref": "wash the pot"}  # noqa: E731
+    for name, row in (("gsm8k", problem), ("e2e_nlg", meaning)):
+        (folder / name).mkdir()
+        for split, count in (("train", 40), ("test", 6)):
+            lines = [json.dumps(row(f"{split} {i} the pot")) for i in range(count)]
+            (folder / name / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 @pytest.mark.usefixtures("float32_by_default")
-def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_gsm8k, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("task", "metrics"), [("gsm8k", ["exact"]), ("e2e_nlg", ["bleu", "nist", "rouge_l", "meteor", "cider"])]
+)
+def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_writing, tmp_path, monkeypatch, task, metrics):  # noqa: F811
+    monkeypatch.setitem(generation.METRICS, "meteor", lambda predictions, targets: 0.0)  # which needs WordNet
     model, out = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "run"
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 320}))
-    words = ["lora", *arguments(model, tiny_gsm8k, out, "--task", "gsm8k")]
+    words = ["lora", *arguments(model, tiny_writing, out, "--task", task)]
     assert cli.run(words) == 0
     for arm in ("pretrained", "lora"):
-        assert list(json.loads((out / "results" / f"{arm}.json").read_text())["metrics"]) == ["exact"]
+        assert list(json.loads((out / "results" / f"{arm}.json").read_text())["metrics"]) == metrics
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     report = (out / "report.md").read_text()
     assert cli.run(words) == 0 and (out / "report.md").read_text() == report
 
 
 @pytest.fixture
-def copies(tiny_model, tiny_glue, tiny_gsm8k, tmp_path):  # noqa: F811
+def copies(tiny_model, tiny_glue, tiny_writing, tmp_path):  # noqa: F811
     """A model and data to damage."""
-    for folder in (tiny_glue, tiny_gsm8k):
+    for folder in (tiny_glue, tiny_writing):
         shutil.copytree(folder, tmp_path / "data", dirs_exist_ok=True)
     return Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "data"
 
