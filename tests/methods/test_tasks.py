@@ -232,6 +232,24 @@ def test_splits_of_published_piqa(data_dir):
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 
+WRITTEN_OR_CHOSEN = [name for name, task in tasks.TASKS.items() if not isinstance(task, tasks.Classification)]
+NO_TRAINING_ROWS = {"svamp", "aqua", "race_high"}  # in the folder of the tests
+
+
+@pytest.mark.parametrize("name", sorted({*WRITTEN_OR_CHOSEN} - NO_TRAINING_ROWS))
+def test_no_prompt_is_in_two_splits(data_dir, name):
+    task = tasks.get(name)
+    splits = tasks.load_splits(task, outer=300, data=data_dir)
+
+    def prompts(rows):
+        pairs = task.pairs if isinstance(task, tasks.MultipleChoice) else lambda row: (task.pair(row),)
+        return {" ".join(pair.prompt.casefold().split()) for row in rows for pair in pairs(row)}
+
+    train, outer, test = (prompts(rows) for rows in splits[:3])
+    assert min(map(len, (train, outer, test))) > 30
+    assert not train & outer and not train & test and not outer & test
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
