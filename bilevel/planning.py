@@ -135,7 +135,9 @@ def plan(
             if isinstance(checkpoint, Binomial):
                 slots = min(checkpoint.c, through)
                 count = plain.flops + (through + treeverse.evaluations(through, slots)) * step
-                kept = (slots + 1) * state if plain.kept else 0
+                # Its loop of recomputations has arrays of its own; without iterates to keep there is no such loop.
+                two = dataclasses.replace(own, checkpoint=Binomial(2))
+                kept = _short_bytes(two, *arguments) - rest + (slots - 2) * state if plain.kept else 0
             else:
                 traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
                 # Every loop inside another sums up a derivative by `outer` of its own.
@@ -179,12 +181,22 @@ class _Traced(NamedTuple):
         return cls(operations(jaxpr), _kept(jaxpr))
 
 
-def _fixed_bytes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> int:
+def _fixed_bytes(hypergradient: Unrolled, *arguments: Any) -> int:
     """Temporary bytes, from a compiled program of a few steps, that do not depend on the number of steps."""
+    short, arguments = _shortened(hypergradient, *arguments)
+    return temp_bytes(_estimate, short, *arguments) - _Traced.of(short, *arguments).kept
+
+
+def _short_bytes(hypergradient: Unrolled, *arguments: Any) -> int:
+    """Temporary bytes of a compiled program of a few steps."""
+    short, arguments = _shortened(hypergradient, *arguments)
+    return temp_bytes(_estimate, short, *arguments)
+
+
+def _shortened(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> tuple[Any, Any]:
     steps = min(_SHORT, hypergradient.steps)
     short = dataclasses.replace(hypergradient, steps=steps, truncate=None)
-    arguments = (problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key)
-    return temp_bytes(_estimate, short, *arguments) - _Traced.of(short, *arguments).kept
+    return short, (problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key)
 
 
 def _kept(jaxpr: Any) -> int:
