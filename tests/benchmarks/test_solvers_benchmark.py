@@ -103,6 +103,10 @@ def test_value_function_of_the_logistic_regression():
     np.testing.assert_allclose(gradient, central_differences(lambda x: value(x)[0], x, 1e-3), rtol=1e-5)
     inside = module._logistic(z, *sides[0])[1] + np.exp(x) * z
     assert np.abs(inside).max() < 1e-10
+    # One solver that diverges must not spoil the measurements of the next.
+    with np.errstate(all="ignore"):
+        assert np.isnan(value(np.full(3, 1e4))[1]).any()
+    np.testing.assert_allclose(value(x)[1], gradient, rtol=1e-8)
 
 
 @pytest.fixture

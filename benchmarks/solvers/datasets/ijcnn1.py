@@ -83,7 +83,8 @@ class ValueFunction:
             while size > 1e-6 and regularised(z - size * step)[0] > f:
                 size /= 2
             z = z - size * step
-        self.solved = z
+        # The next solution is not far from this one, unless a solver has diverged.
+        self.solved = z if np.isfinite(z).all() else None
         return z, hessian
 
 
