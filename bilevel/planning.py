@@ -125,19 +125,20 @@ def plan(
     rows = []
     for mode in ("mixed", "reverse", "forward"):
         own = dataclasses.replace(hypergradient, mode=mode, checkpoint="none")
-        rest, plain = _fixed_bytes(own, *arguments), _Traced.of(own, *arguments)
+        rest, plain = _fixed_bytes(_short(own, *arguments)), _Traced.of(own, *arguments)
         rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, rest + plain.kept))
         if mode == "forward":
             break
-        rest = _fixed_bytes(dataclasses.replace(own, checkpoint="step"), *arguments)
+        rest = _fixed_bytes(_short(dataclasses.replace(own, checkpoint="step"), *arguments))
         state = _sizes(own, *arguments).state
+        # Binomial's loop of recomputations has arrays of its own; without iterates to keep there is no such loop.
+        two = _short(dataclasses.replace(own, checkpoint=Binomial(2)), *arguments)
+        binomial = temp_bytes(_estimate, *two) - 2 * state if plain.kept else rest
         for checkpoint in _table(through, hypergradient.checkpoint):
             if isinstance(checkpoint, Binomial):
                 slots = min(checkpoint.c, through)
                 count = plain.flops + (through + treeverse.evaluations(through, slots)) * step
-                # Its loop of recomputations has arrays of its own; without iterates to keep there is no such loop.
-                two = dataclasses.replace(own, checkpoint=Binomial(2))
-                kept = _short_bytes(two, *arguments) - rest + (slots - 2) * state if plain.kept else 0
+                kept = binomial - rest + (slots * state if plain.kept else 0)
             else:
                 traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
                 # Every loop inside another sums up a derivative by `outer` of its own.
@@ -181,22 +182,16 @@ class _Traced(NamedTuple):
         return cls(operations(jaxpr), _kept(jaxpr))
 
 
-def _fixed_bytes(hypergradient: Unrolled, *arguments: Any) -> int:
-    """Temporary bytes, from a compiled program of a few steps, that do not depend on the number of steps."""
-    short, arguments = _shortened(hypergradient, *arguments)
-    return temp_bytes(_estimate, short, *arguments) - _Traced.of(short, *arguments).kept
-
-
-def _short_bytes(hypergradient: Unrolled, *arguments: Any) -> int:
-    """Temporary bytes of a compiled program of a few steps."""
-    short, arguments = _shortened(hypergradient, *arguments)
-    return temp_bytes(_estimate, short, *arguments)
-
-
-def _shortened(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> tuple[Any, Any]:
+def _short(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> tuple[Any, ...]:
+    """The arguments of `_estimate` for a few steps."""
     steps = min(_SHORT, hypergradient.steps)
-    short = dataclasses.replace(hypergradient, steps=steps, truncate=None)
-    return short, (problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key)
+    few = dataclasses.replace(hypergradient, steps=steps, truncate=None)
+    return few, problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key
+
+
+def _fixed_bytes(arguments: tuple[Any, ...]) -> int:
+    """Temporary bytes of a compiled estimate that do not depend on the number of its steps."""
+    return temp_bytes(_estimate, *arguments) - _Traced.of(*arguments).kept
 
 
 def _kept(jaxpr: Any) -> int:

@@ -67,9 +67,10 @@ class EvolutionStrategies(Trained):
         centre, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
         evaluate = traced(value, free, estimator="EvolutionStrategies")
         noise = perturbations(self, free, own_key(key, self.steps))
-        grad, variance = weighted(jax.vmap(evaluate)(mirrored(free, noise)), noise, self.sigma)
+        values = jax.vmap(evaluate)(mirrored(free, noise))
+        grad, variance = weighted(values, jax.vmap(pull)(noise), self.sigma)
         info = {"inner_loss": trace.value, "variance": variance}
-        return Estimate(centre, pull(grad), state, Aux(trace.aux, aux, info))
+        return Estimate(centre, grad, state, Aux(trace.aux, aux, info))
 
 
 def coordinates(problem: Problem, outer: PyTree) -> tuple[PyTree, Callable[..., PyTree], Callable[..., PyTree]]:

@@ -11,13 +11,7 @@ import jax.numpy as jnp
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
 from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
-from bilevel.hypergradients.evolution import (
-    check_population,
-    coordinates,
-    mirrored,
-    perturbations,
-    weighted,
-)
+from bilevel.hypergradients.evolution import check_population, coordinates, mirrored, perturbations, weighted
 from bilevel.inner import InnerState
 from bilevel.refusals import guarded
 from bilevel.trees import PyTree, partition
@@ -112,11 +106,9 @@ class PersistentES(Trained):
             particles = self._remembered(inner_state, outer)
             values, states = jax.vmap(member)(mirrored(free, noise), particles.states)
         accumulated = jax.tree.map(jnp.add, particles.accumulated, noise)
-        grad, variance = weighted(values, accumulated, self.sigma)
+        grad, variance = weighted(values, jax.vmap(pull)(accumulated), self.sigma)
         state = state._replace(extra=Particles(states, accumulated, particles.age + 1))
-        return Estimate(
-            value, pull(grad), state, Aux(trace.aux, aux, {"inner_loss": trace.value, "variance": variance})
-        )
+        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value, "variance": variance}))
 
     def _particles(self, state: InnerState, outer: PyTree) -> Particles:
         """The whole population at `state`, nothing accumulated."""

@@ -70,7 +70,7 @@ class CG(_Preconditioned):
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
         inverse, sketched = self.inverse(matvec, rhs, key)
-        goal = tolerance(self.tol, rhs) * global_norm(rhs)
+        goal = _tolerance(self.tol, rhs) * global_norm(rhs)
         solution, steps = _conjugate_gradients(matvec, rhs, start, inverse, goal, self.max_steps)
         return solution, info(steps, steps + sketched + (0 if start is None else 1))
 
@@ -102,7 +102,7 @@ class NormalCG:
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
         transpose = matvec if symmetric else _transpose(matvec, rhs)
-        goal = tolerance(self.tol, rhs) * global_norm(rhs)
+        goal = _tolerance(self.tol, rhs) * global_norm(rhs)
         normal = lambda x: transpose(matvec(x))  # noqa: E731
         solution, steps = _conjugate_gradients(normal, transpose(rhs), start, None, goal, self.max_steps)
         return solution, info(steps, 2 * steps + (1 if start is None else 3))
@@ -174,7 +174,7 @@ class BiCGStab(_Preconditioned):
         return solution, info(steps, 2 * steps + 1 + sketched)
 
 
-def tolerance(tol: float | None, rhs: PyTree) -> float:
+def _tolerance(tol: float | None, rhs: PyTree) -> float:
     """`tol`, or what None stands for in the dtype of `rhs`."""
     return float(jnp.finfo(jnp.result_type(jax.tree.leaves(rhs)[0])).eps) ** 0.75 if tol is None else tol
 
@@ -228,7 +228,7 @@ def _dot(x, y):
 
 def _krylov(method, tol, matvec, rhs, start, preconditioner) -> tuple[PyTree, jax.Array]:
     """`(solution, steps)` of lineax's `method(rtol, atol)`."""
-    tol = tolerance(tol, rhs)
+    tol = _tolerance(tol, rhs)
     # lineax compares every entry with its own scale, atol + rtol |b_i|, and asks the same of the last step. On a unit
     # right-hand side, with the 2-norm and atol = rtol, that is the usual relative residual.
     norm = global_norm(rhs)

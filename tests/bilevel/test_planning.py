@@ -56,7 +56,7 @@ MEASURED = {
     ("quadratic", 256): [("mixed", "sqrt"), ("mixed", Levels(3)), ("mixed", Binomial(9))],
     ("data_weighting", 16): [("mixed", "none"), ("mixed", "sqrt"), ("reverse", "none"), ("mixed", Binomial(5))],
     ("data_weighting", 100): [("mixed", "step"), ("mixed", Levels(3)), ("reverse", "sqrt")],
-    ("lora_transformer", 16): [("mixed", "step"), ("reverse", Binomial(5))],
+    ("lora_transformer", 16): [("mixed", "step"), ("reverse", "none"), ("reverse", Binomial(5))],
 }
 
 
