@@ -1,49 +1,20 @@
-"""Tasks: rows and their sources, prompts, disjoint splits, encoding, answer losses, scoring."""
+"""Tasks: rows and their sources, prompts, disjoint splits."""
 
-import functools
 import json
-import math
 import subprocess
 import sys
 import types
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from methods import tasks
-from methods.tasks import Pair, encode, evaluate
-from methods.tasks.loss import (
-    answer_log_likelihood,
-    answer_log_likelihood_at,
-    answer_loss,
-    answer_loss_at,
-    answer_width,
-)
+from methods.tasks import Pair
 
 PIQA = tasks.get("piqa")
 
 
 def question(goal, choices=("one", "two"), label=0):
     return {"goal": goal, "choices": list(choices), "label": label}
-
-
-def tokenizer(merges=(), ends=False):
-    """A byte-level tokenizer, one token a byte but for `merges`; with `ends`, <s> and </s> around every text."""
-    vocab = {"<s>": 0, "</s>": 1}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]:
-        vocab[symbol] = len(vocab)
-    inner = Tokenizer(models.BPE(vocab, list(merges)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    if ends:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
 # --- rows and prompts ---------------------------------------------------------------------------------------------
@@ -270,193 +241,3 @@ def test_a_leak_is_found():
     leaky = splits._replace(outer=[*splits.outer, question("GOAL 3 ")])
     with pytest.raises(ValueError, match=r"piqa leaks: outer and test share the subject 'goal 3'\."):
         tasks.check_disjoint(PIQA, leaky)
-
-
-# --- encoding -----------------------------------------------------------------------------------------------------
-
-
-def test_answer_mask_is_where_answer_tokens_are_predicted():
-    tok = tokenizer()
-    batch, cut = encode([Pair("ab:", " xyz"), Pair("a:", " q")], tok, 8)
-    assert cut == 0 and batch.tokens.dtype == np.int32
-    assert tok.decode(batch.tokens[0][:7]) == "ab: xyz" and batch.mask.sum(1).tolist() == [7, 4]
-    assert np.flatnonzero(batch.answer_mask[0]).tolist() == [2, 3, 4, 5]
-    predicted = batch.tokens[0][1:][batch.answer_mask[0][:-1]]
-    assert tok.decode(predicted) == " xyz"
-    assert np.flatnonzero(batch.answer_mask[1]).tolist() == [1, 2]
-    assert not batch.answer_mask[:, -1].any()
-
-
-def test_special_tokens_stay_in_front_and_not_behind():
-    batch, _ = encode([Pair("ab:", " x")], tokenizer(ends=True), 8)
-    assert batch.tokens[0].tolist()[:1] == [0] and 1 not in batch.tokens[0][batch.mask[0]]
-    assert batch.mask.sum() == 6 and np.flatnonzero(batch.answer_mask[0]).tolist() == [3, 4]
-    lone, _ = encode([Pair("", "x")], tokenizer(ends=True), 4)  # predicted from <s> alone
-    assert np.flatnonzero(lone.answer_mask[0]).tolist() == [0]
-
-
-def test_a_token_across_the_border_belongs_to_the_answer():
-    tok = tokenizer(merges=[(":", "Ġ")])
-    batch, _ = encode([Pair("ab:", " x")], tok, 8)
-    assert batch.mask.sum() == 4 and np.flatnonzero(batch.answer_mask[0]).tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("ends", [False, True])
-def test_truncation_takes_from_the_left_of_the_prompt(ends):
-    tok = tokenizer(ends=ends)
-    batch, cut = encode([Pair("abcdefgh:", " xyz"), Pair("a:", " q")], tok, 8)
-    assert cut == 1 and batch.mask[0].all()
-    assert tok.decode(batch.tokens[0], skip_special_tokens=True) == ("gh: xyz" if ends else "fgh: xyz")
-    assert (batch.tokens[0][0] == 0) == ends
-    assert np.flatnonzero(batch.answer_mask[0]).tolist() == [3, 4, 5, 6]
-
-
-@pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        ([], r"There is nothing to encode: the list of prompts and answers is empty\."),
-        ([Pair("abc", "")], r"The answer '' to 'abc' has no token to score\."),
-        ([Pair("", " x")], r"The answer ' x' has no prompt to be predicted from\."),
-        ([Pair("abc", " 3456789")], r"An answer of 8 tokens does not fit into 8: raise the length\."),
-    ],
-)
-def test_encoding_errors_are_one_sentence(pairs, message):
-    with pytest.raises(ValueError, match=message):
-        encode(pairs, tokenizer(), 8)
-
-
-# --- losses -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def scored():
-    """A batch, hidden states and a head."""
-    batch, _ = encode([Pair("ab:", " xyz"), Pair("a:", " q"), Pair("abcdefgh:", " wv")], tokenizer(), 8)
-    keys = jax.random.split(jax.random.key(0))
-    kernel = jax.random.normal(keys[1], (6, 300), jnp.float64)
-    return batch, jax.random.normal(keys[0], (3, 8, 6), jnp.float64), lambda hidden: hidden @ kernel
-
-
-def by_hand(logits, batch):
-    logits = np.asarray(logits, np.float64)
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    rows, length = batch.tokens.shape
-    return np.array(
-        [
-            sum(log_p[n, t, batch.tokens[n, t + 1]] for t in range(length) if batch.answer_mask[n, t])
-            for n in range(rows)
-        ]
-    )
-
-
-def test_answer_loss_is_the_mean_over_answer_tokens(scored):
-    batch, hidden, head = scored
-    expected = by_hand(head(hidden), batch)
-    np.testing.assert_allclose(answer_log_likelihood(head(hidden), batch), expected, rtol=1e-13)
-    np.testing.assert_allclose(answer_loss(head(hidden), batch), -expected.sum() / batch.answer_mask.sum(), rtol=1e-13)
-    assert answer_loss(head(hidden).astype(jnp.bfloat16), batch).dtype == jnp.float32
-
-
-def test_loss_at_the_answers_is_the_same_and_so_are_its_derivatives(scored):
-    batch, hidden, head = scored
-    width = answer_width(batch)
-    assert width == 4
-    full = lambda hidden: answer_loss(head(hidden), batch)  # noqa: E731
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def derivatives(loss, hidden):
-        return jax.value_and_grad(loss)(hidden), jax.jvp(jax.grad(loss), (hidden,), (jnp.cos(hidden),))[1]
-
-    for wide in (width, 7):
-        kept = lambda hidden, wide=wide: answer_loss_at(head, hidden, batch, wide)  # noqa: E731
-        for ours, theirs in zip(
-            jax.tree.leaves(derivatives(kept, hidden)), jax.tree.leaves(derivatives(full, hidden)), strict=True
-        ):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-14)
-    at = answer_log_likelihood_at(head, hidden, batch, width)
-    np.testing.assert_allclose(at, answer_log_likelihood(head(hidden), batch), rtol=1e-13)
-
-
-def test_a_width_that_cuts_an_answer_gives_nan_and_never_a_part(scored):
-    batch, hidden, head = scored
-    assert jnp.isnan(answer_log_likelihood_at(head, hidden, batch, 3)).tolist() == [True, False, False]
-    assert jnp.isnan(answer_loss_at(head, hidden, batch, 3))
-
-
-# --- scoring ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    # Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I, method 3.
-    ("correct", "total", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_wilson_against_published_values(correct, total, low, high):
-    np.testing.assert_allclose(tasks.wilson(correct, total), (low, high), atol=5e-5)
-    np.testing.assert_allclose(tasks.wilson(total - correct, total), (1 - high, 1 - low), atol=5e-5)
-
-
-def test_wilson_of_nothing():
-    assert tasks.wilson(7, 7)[1] == 1.0 and tasks.wilson(0, 7)[0] == 0.0
-    with pytest.raises(ValueError, match=r"3 correct of 2 is not a share of anything\."):
-        tasks.wilson(3, 2)
-
-
-def fake_score(tok, score, shapes=None):
-    """A score_fn that reads the answers back from the arrays, as a model would have to predict them."""
-
-    def score_fn(tokens, mask, answer_mask):
-        if shapes is not None:
-            shapes.append(tokens.shape)
-        following = np.roll(tokens, -1, axis=1)
-        assert (answer_mask <= mask).all()
-        return np.array([score(tok.decode(t[m])) for t, m in zip(following, answer_mask, strict=True)])
-
-    return score_fn
-
-
-def test_scoring_finds_the_right_choice_and_pads_to_few_shapes():
-    tok, shapes = tokenizer(), []
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(37):
-        choices = [f"{'right' if c == i % 3 else 'wrong'} {'z' * int(rng.integers(1, 60))}" for c in range(3)]
-        rows.append(question(f"q{i} " + "y" * int(rng.integers(1, 70)), choices, i % 3))
-    score = lambda answer: -float(len(answer)) * (1.0 if "right" in answer else 2.0)  # noqa: E731
-    result = evaluate(fake_score(tok, score, shapes), PIQA, rows, tok, batch_size=8, max_length=128)
-    assert result.accuracy[0] == result.per_token[0] == 1.0 and result.unnormalised.value < 1.0
-    assert result.accuracy[3:] == (37, 37) and result.accuracy.low < 1.0 and result.accuracy.high == 1.0
-    assert result.predictions.tolist() == [i % 3 for i in range(37)] and result.cut > 0
-    for row, scores in zip(rows, result.log_likelihoods, strict=True):
-        assert scores.tolist() == [score(" " + choice) for choice in row["choices"]]
-    assert {rows for rows, _ in shapes} == {8} and {length for _, length in shapes} <= {32, 64, 96, 128}
-
-
-def test_the_three_normalisations():
-    tok = tokenizer(merges=[("a", "b")])  # "abab" is four characters and two tokens
-    rows = [question("q", ("abab", "xyz"), 0)]
-    # Answer tokens: a space and 2, a space and 3. Characters without the space: 4 and 3.
-    score = lambda answer: {" abab": -3.1, " xyz": -3.0}[answer]  # noqa: E731
-    result = evaluate(fake_score(tok, score), PIQA, rows, tok, batch_size=2)
-    assert result.unnormalised.correct == 0  # -3.1 < -3.0
-    assert result.per_token.correct == 0  # -3.1/3 < -3.0/4
-    assert result.accuracy.correct == 1  # -3.1/4 > -3.0/3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"batch_size": 5}, r"A batch of 5 is not within 1 and the 4 choices there are to score\."),
-        ({"batch_size": 0}, r"A batch of 0 is not within 1 and the 4 choices there are to score\."),
-        ({"max_length": 0}, r"max_length=0 and multiple=32 must be at least 1\."),
-        ({"score": lambda *arrays: 0.0}, r"score_fn returned shape \(\) for 2 sequences: one score each\."),
-        ({"score": lambda t, *_: np.full(len(t), math.nan)}, r"The log-likelihood of choice ' one' is nan\."),
-        ({"choices": ["one", "z" * 70]}, r"An answer of 71 tokens does not fit into 32: raise the length\."),
-    ],
-)
-def test_scoring_errors_are_one_sentence(changes, message):
-    settings = {"batch_size": 2, "max_length": 32} | changes
-    score = settings.pop("score", lambda tokens, mask, answer_mask: np.zeros(len(tokens)))
-    rows = [question("a"), question("b", settings.pop("choices", ("one", "two")))]
-    with pytest.raises(ValueError, match=message):
-        evaluate(score, PIQA, rows, tokenizer(), **settings)
