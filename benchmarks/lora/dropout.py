@@ -10,23 +10,20 @@ All final trainings have the same length, hard masks, and the same random number
 over the grid's choice (paired over seeds, with a 95 % interval of the mean) and the inner gradients spent: one for each
 pass that is back-propagated, 2.07 for a Hessian-vector product on top of the recomputed gradient of a step.
 
-    python -m benchmarks.lora.dropout --model FOLDER --task rte        # resumable; table and json in runs/dropout
-    python -m benchmarks.lora.dropout --model FOLDER --table           # positions x patterns x compensations instead
+    python -m benchmarks.lora.dropout --task rte        # resumable
+    python -m benchmarks.lora.dropout --table           # positions x patterns x compensations instead
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.lora import low_data
 from methods import experiment, hiddenkey, inside
@@ -41,17 +38,11 @@ TERMS = ("rescale", "kl", "js")
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is compared.
+class Setup(low_data.Setup):
+    """What is compared, and how.
 
     Attributes:
-      model: a folder in Hugging Face layout, or a name on the hub.
-      task: a classification task.
-      data: as for `bilevel hiddenkey`.
-      out: results; the same command continues.
-      seeds: splits and start values.
       rows: training rows, and as many validation rows.
-      steps: of every final training.
       inner_steps: K of the search.
       outer_steps: T of the search.
       outer_lr: of the search's Adam.
@@ -60,14 +51,10 @@ class Setup:
       table: tell positions, patterns and compensations apart instead, each at the middle rate and beta.
     """
 
-    model: str
-    task: str = "rte"
-    data: str | None = None
     out: Path = Path("runs/dropout")
-    seeds: int = 5
-    rows: int = 150
-    steps: int = 60
-    inner_steps: int = 10
+    batch_size: int = 8
+    rows: int = 128
+    inner_steps: int = 6
     outer_steps: int = 5
     outer_lr: float = 0.3
     rates: tuple[float, ...] = (0.05, 0.1, 0.2)
@@ -75,13 +62,12 @@ class Setup:
     table: bool = False
 
 
-def settings_of(setup: Setup, seed: int, **changes: Any) -> HiddenKeySettings:
+def settings_of(setup: Setup, seed: int) -> HiddenKeySettings:
     """One seed's settings."""
     middle = setup.rates[len(setup.rates) // 2], setup.betas[len(setup.betas) // 2]
-    base = HiddenKeySettings(
-        **low_data.settings(
-            setup, setup.out / f"{setup.task}-{'table' if setup.table else 'grid'}-seed-{seed}", setup.rows, seed
-        ),
+    base = setup.settings(HiddenKeySettings, f"{setup.task}-{'table' if setup.table else 'grid'}", setup.rows, seed)
+    return dataclasses.replace(
+        base,
         inner_steps=setup.inner_steps,
         outer_steps=setup.outer_steps,
         outer_lr=setup.outer_lr,
@@ -91,16 +77,15 @@ def settings_of(setup: Setup, seed: int, **changes: Any) -> HiddenKeySettings:
         grid_beta=setup.betas,
         inner_start="warm",
     )
-    return dataclasses.replace(base, **changes)
 
 
 class Trainer:
     """Trains at a given outer variable and tells the losses; each name once."""
 
-    def __init__(self, settings: HiddenKeySettings):
-        self.settings, self.bench = settings, experiment.prepare(settings)
+    def __init__(self, settings: HiddenKeySettings, jobs: low_data.Jobs):
+        self.jobs, self.settings = jobs, settings
+        self.bench = experiment.prepare(settings)
         self.folder = RunFolder(settings.out, settings)
-        self.test = inside.encoded(self.bench, self.bench.splits.test, settings.length)
 
     def losses(self, name: str, problem: Any, outer: Any) -> dict[str, float]:
         """Validation and test loss, and the test metric, after training at `outer`."""
@@ -108,25 +93,27 @@ class Trainer:
         def trained():
             params = inside.train_inner(self.settings, self.bench, problem, outer, name, self.folder)
             bound = inside.bind(self.bench, params)
+            answered: Any = experiment.evaluate_with(self.bench, bound)
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(answered.outputs, answered.labels)
             return {
-                "validation": experiment.loss_over(self.bench, bound, self.bench.outer),
-                "test": experiment.loss_over(self.bench, bound, self.test),
-                "metric": next(iter(experiment.evaluate_with(self.bench, bound).metrics.values())),
+                "validation": experiment.validation_loss(self.bench, bound),
+                "test": float(losses.mean()),
+                "metric": next(iter(answered.metrics.values())),
             }
 
-        return self.folder.once(f"losses/{name}", trained)
+        return self.jobs.once(self.folder, f"losses/{name}", trained)
 
 
-def compare(setup: Setup, seed: int) -> dict[str, dict[str, Any]]:
+def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:
     """One seed: losses and gradients of the grid's choice, of what was learned, and of the control."""
-    trainer = Trainer(settings_of(setup, seed))
+    trainer = Trainer(settings_of(setup, seed), jobs)
     settings, bench = trainer.settings, trainer.bench
     hard = hiddenkey.make(settings, bench)
     first = hard.start_outer(jax.random.key(seed))
     points = hiddenkey.grid(settings, first)
     tried = [trainer.losses(f"grid-{i}", hard, point) for i, point in enumerate(points)]
     best = min(tried, key=lambda row: row["validation"])
-    learned = trainer.folder.once("learned", lambda: _learn(trainer))
+    learned = trainer.jobs.once(trainer.folder, "learned", lambda: _learn(trainer))
     outer = first | jax.tree.map(
         lambda like, value: np.asarray(value, like.dtype), {k: first[k] for k in learned["outer"]}, learned["outer"]
     )
@@ -146,9 +133,9 @@ def _learn(trainer: Trainer) -> dict[str, Any]:
     return {"outer": jax.tree.map(lambda x: np.asarray(x).tolist(), kept), "found": found}
 
 
-def positions(setup: Setup, seed: int) -> dict[str, dict[str, Any]]:
+def positions(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:
     """One seed: every position, pattern and compensation at the middle rate and beta, and no dropout."""
-    trainer = Trainer(settings_of(setup, seed))
+    trainer = Trainer(settings_of(setup, seed), jobs)
     rows = {}
     for position in POSITIONS:
         for pattern in PATTERNS:
@@ -163,51 +150,13 @@ def positions(setup: Setup, seed: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95 % interval, by Student's t."""
-    from scipy import stats
-
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return mean, mean - half, mean + half
-
-
 def main(setup: Setup) -> None:
-    """All seeds; prints a table and writes `<task>-<kind>.json`."""
-    rows = [(positions if setup.table else compare)(setup, seed) for seed in range(setup.seeds)]
-    against = "no dropout" if setup.table else "grid"
-    reference = np.array([row[against]["test"] for row in rows])
-    console, table = (
-        Console(),
-        Table("arm", "test loss", f"excess over {against}, %", "95 % interval", "metric", "gradients"),
-    )
-    summary = {}
-    for name in rows[0]:
-        test = np.array([row[name]["test"] for row in rows])
-        mean, low, high = interval(100 * (test - reference) / reference.mean())
-        metric = float(np.mean([row[name]["metric"] for row in rows]))
-        gradients = rows[0][name].get("gradients", setup.steps)
-        summary[name] = {
-            "test": test.tolist(),
-            "excess_percent": [mean, low, high],
-            "metric": metric,
-            "gradients": gradients,
-            "seeds": [row[name] for row in rows],
-        }
-        table.add_row(
-            name,
-            f"{test.mean():.4f}",
-            f"{mean:+.2f}",
-            f"{low:+.2f} to {high:+.2f}",
-            f"{metric:.3f}",
-            f"{gradients:.0f}",
-        )
-    console.print(table)
-    file = setup.out / f"{setup.task}-{'table' if setup.table else 'grid'}.json"
-    file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {file}")
+    """All seeds, then the record and the page."""
+    kind, each, arms = "grid", compare, len(setup.rates) ** 2 * len(setup.betas) + 3
+    if setup.table:
+        kind, each, arms = "table", positions, len(POSITIONS) * len(PATTERNS) * len(TERMS) + 1
+    jobs = low_data.Jobs(arms * setup.seeds)
+    setup.finish(f"dropout-{kind}-{setup.task}", [each(setup, seed, jobs) for seed in range(setup.seeds)])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ edit and a head are trained on few rows of which a share has a wrong label. Told
 the AUROC of the filter c(h) for "this token is of task 1", at the layer where it is largest on validation rows, for
 task vectors that are random, from the data, trained with the rest, and chosen on validation rows (unrolled).
 
-    python -m benchmarks.lora.filters [--seeds 5] [--quick]            # resumable; table and json in runs/filters
+    python -m benchmarks.lora.filters [--seeds 5] [--quick]            # resumable
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 import bilevel
+from benchmarks.lora import low_data, low_data_report
 from benchmarks.lora.planted import auroc
 from methods import loratrf, models
 from methods.adapters.filters import task_vectors
@@ -60,7 +58,9 @@ class Setup:
       inner_steps: K of the search.
       outer_steps: T of the search.
       quick: one seed and few steps: does it run.
-      out: results; the same command continues.
+      out: the runs; the same command continues.
+      records: folder of what they found, from which the page is made.
+      docs: folder of the page.
     """
 
     seeds: int = 5
@@ -71,6 +71,8 @@ class Setup:
     outer_steps: int = 20
     quick: bool = False
     out: Path = Path("runs/filters")
+    records: Path = low_data_report.RECORDS
+    docs: Path = low_data_report.DOCS
 
 
 def draw(rng: np.random.Generator, rows: int, wrong: float = 0.0) -> dict[str, jax.Array]:
@@ -156,22 +158,16 @@ def one(setup: Setup, seed: int) -> dict[str, dict[str, float]]:
 
 
 def main(setup: Setup) -> None:
-    """All seeds; prints a table and writes `filters.json`."""
+    """All seeds, then the record and the page."""
     if setup.quick:
-        setup = dataclasses.replace(
-            setup, seeds=1, rows=16, steps=5, inner_steps=2, outer_steps=2, out=setup.out / "quick"
-        )
+        small = {"seeds": 1, "rows": 16, "steps": 5, "inner_steps": 2, "outer_steps": 2}
+        places = {name: setup.out / "quick" for name in ("out", "records", "docs")}
+        setup = dataclasses.replace(setup, **small, **places)
     folder = RunFolder(setup.out / "seeds", dataclasses.replace(setup, seeds=0))  # more seeds continue it
-    rows = [folder.once(f"seed-{seed}", partial(one, setup, seed)) for seed in range(setup.seeds)]
-    table = Table("task vectors", "test accuracy", "sd", "AUROC of the filter", "sd")
-    for name in rows[0]:
-        cells = [name]
-        for measure in ("accuracy", "auroc"):
-            values = np.array([row[name].get(measure, np.nan) for row in rows])
-            cells += [f"{values.mean():.3f}", f"{values.std():.3f}"]
-        table.add_row(*cells)
-    Console().print(table)
-    (setup.out / "filters.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    jobs = low_data.Jobs(setup.seeds)
+    rows = [jobs.once(folder, f"seed-{seed}", partial(one, setup, seed)) for seed in range(setup.seeds)]
+    here = {field: value for field, value in dataclasses.asdict(setup).items() if not isinstance(value, Path)}
+    low_data_report.add("filters", {"setup": here, "runs": rows}, setup.docs, setup.records)
 
 
 if __name__ == "__main__":

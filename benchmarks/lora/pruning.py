@@ -6,13 +6,12 @@ same biases trained, and against LoRA on the dense model at the rank whose param
 gates.
 Then the forward time of the sliced and the dense model, batch 1 and 32, in one run, alternating.
 
-    python -m benchmarks.lora.pruning --model FOLDER --task sst2       # resumable; table and json in runs/pruning
+    python -m benchmarks.lora.pruning --task sst2       # resumable
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.lora import low_data
 from methods import experiment, finegates, inside
@@ -34,33 +31,23 @@ from methods.runfolder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """What is compared.
+class Setup(low_data.Setup):
+    """What is compared, and how.
 
     Attributes:
-      model: a folder in Hugging Face layout, or a name on the hub.
-      task: a classification task.
-      data: as for `bilevel finegates`.
-      out: results; the same command continues.
-      seeds: splits and start values.
       rows: numbers of training rows.
       targets: shares of gates to close.
-      steps: of every training.
       outer: the level of `methods.finegates` that is tried.
-      length: tokens of the timed batches.
       repeats: timed calls of each model.
     """
 
-    model: str
     task: str = "sst2"
-    data: str | None = None
     out: Path = Path("runs/pruning")
     seeds: int = 3
+    steps: int = 200
     rows: tuple[int, ...] = (100, 1000)
     targets: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
-    steps: int = 300
     outer: finegates.Outer = "none"
-    length: int = 64
     repeats: int = 20
 
 
@@ -95,15 +82,11 @@ def magnitude(bench: Bench, structures: dict[str, gates.Structure], share: float
 
 def settings_of(setup: Setup, rows: int, seed: int) -> FineGatesSettings:
     """One run's settings."""
-    return FineGatesSettings(
-        **low_data.settings(setup, setup.out / f"{setup.task}-{rows}-{setup.outer}-seed-{seed}", rows, seed),
-        outer=setup.outer,
-        target_sparsity=setup.targets,
-        gate_lr=0.02,
-    )
+    base = setup.settings(FineGatesSettings, f"{setup.task}-{rows}-{setup.outer}", rows, seed)
+    return dataclasses.replace(base, outer=setup.outer, target_sparsity=setup.targets, gate_lr=0.02)
 
 
-def one(setup: Setup, rows: int, seed: int) -> dict[str, dict[str, Any]]:
+def one(setup: Setup, rows: int, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:
     """One number of rows and one seed: a row for each arm and target."""
     settings = settings_of(setup, rows, seed)
     bench = experiment.prepare(settings)
@@ -126,13 +109,13 @@ def one(setup: Setup, rows: int, seed: int) -> dict[str, dict[str, Any]]:
             removed = gates.removed(values, structures, settings.family, bench.pretrained.config)
             return {"metrics": evaluation.metrics, "removed": removed}
 
-        found[f"finegates {target:g}"] = folder.once(f"results/sparsity-{target:g}", gated)
-        found[f"magnitude {target:g}"] = folder.once(f"results/magnitude-{target:g}", by_magnitude)
+        found[f"finegates {target:g}"] = jobs.once(folder, f"results/sparsity-{target:g}", gated)
+        found[f"magnitude {target:g}"] = jobs.once(folder, f"results/magnitude-{target:g}", by_magnitude)
 
     budget = next(iter(found.values()))["parameters"]
     lora = partial(inside.plain_lora, settings, bench, folder, budget)
-    found["lora"] = {"removed": 0.0} | folder.once("results/lora", lora)
-    return found
+    found["lora"] = {"removed": 0.0} | jobs.once(folder, "results/lora", lora)
+    return {arm: {name: row[name] for name in ("metrics", "removed")} for arm, row in found.items()}
 
 
 def timing(setup: Setup, bench: Bench) -> list[dict[str, float]]:
@@ -168,30 +151,11 @@ def timing(setup: Setup, bench: Bench) -> list[dict[str, float]]:
 
 
 def main(setup: Setup) -> None:
-    """All runs and the timing; prints two tables and writes `<task>.json`."""
-    console = Console()
-    table = Table("rows", "arm", "removed (counted), %", "metric, mean over seeds", "sd")
-    summary: dict[str, Any] = {}
-    for rows in setup.rows:
-        runs = [one(setup, rows, seed) for seed in range(setup.seeds)]
-        for arm in runs[0]:
-            metric = np.array([next(iter(run[arm]["metrics"].values())) for run in runs])
-            removed = float(np.mean([run[arm]["removed"] for run in runs]))
-            summary[f"{rows} {arm}"] = {"metric": metric.tolist(), "removed": removed}
-            spread = metric.std(ddof=1) if len(metric) > 1 else float("nan")
-            table.add_row(str(rows), arm, f"{100 * removed:.1f}", f"{metric.mean():.3f}", f"{spread:.3f}")
-    console.print(table)
+    """All runs and the timing, then the record and the page."""
+    jobs = low_data.Jobs((2 * len(setup.targets) + 1) * len(setup.rows) * setup.seeds)
+    runs = [{str(rows): one(setup, rows, seed, jobs) for rows in setup.rows} for seed in range(setup.seeds)]
     times = timing(setup, experiment.prepare(settings_of(setup, setup.rows[0], 0)))
-    table = Table("batch", "removed (counted), %", "dense, ms", "sliced, ms", "time saved, %")
-    for row in times:
-        saved = 100 * (1 - row["sliced"] / row["dense"])
-        milliseconds = (f"{1000 * row[name]:.2f}" for name in ("dense", "sliced"))
-        table.add_row(f"{row['batch']}", f"{100 * row['removed']:.1f}", *milliseconds, f"{saved:.0f}")
-    console.print(table)
-    setup.out.mkdir(parents=True, exist_ok=True)
-    file = setup.out / f"{setup.task}.json"
-    file.write_text(json.dumps({"arms": summary, "times": times}, indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {file}")
+    setup.finish(f"pruning-{setup.outer}-{setup.task}", runs, times=times)
 
 
 if __name__ == "__main__":

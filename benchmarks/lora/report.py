@@ -108,7 +108,7 @@ def _planted(record: Record, figure: str) -> Iterable[str]:
             f"{'seed' if seeds == 1 else 'seeds'}.\n"
         )
         body = [(name, f"{of['cost']:.0f}", *(mean_sd(of[m]) for m in MEASURES)) for name, of in found.items()]
-        yield _table(("score", "inner gradients", "AUROC", "precision@k", "rank correlation with leave one out"), body)
+        yield table(("score", "inner gradients", "AUROC", "precision@k", "rank correlation with leave one out"), body)
         yield from _against(found)
 
 
@@ -195,7 +195,7 @@ def _real(record: Record, figure: str) -> Iterable[str]:
         )
         body = [_line(record, task, method) for method in _methods(record, task)]
         head = ("", "seeds", "parameters", "accuracy", "− uniform", "− random", "unlike uniform", "search s", "all s")
-        yield _table(head, body)
+        yield table(head, body)
 
 
 def _line(record: Record, task: str, method: str) -> tuple[str, ...]:
@@ -238,7 +238,8 @@ def _real_figure(record: Record) -> Any:
     return fig
 
 
-def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown, the first column to the left."""
     head = list(head)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body)) + "\n"
