@@ -37,6 +37,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,12 +74,14 @@ def detectable(questions: int, seeds: int = 1) -> float:
 def plan(task: str) -> Row:
     """What is said before the runs."""
     case, of = CASES[task], known.get(task)
-    questions = case.test_rows or len(known.load(of, of.test))
+    rows = known.load(of, of.test)
+    questions = case.test_rows or len(rows)
     return {
         "plan": task,
         "case": dataclasses.asdict(case),
         "seeds": SEEDS[task],
         "test_rows": questions,
+        "majority": max(Counter(row["label"] for row in rows).values()) / len(rows),
         "discordance": DISCORDANCE,
         "detectable": detectable(questions),
         "detectable_at_best": detectable(questions, SEEDS[task]),

@@ -52,7 +52,6 @@ class Setup(low_data.Setup):
     """
 
     out: Path = Path("runs/dropout")
-    batch_size: int = 8
     rows: int = 128
     inner_steps: int = 6
     outer_steps: int = 5
@@ -80,28 +79,31 @@ def settings_of(setup: Setup, seed: int) -> HiddenKeySettings:
 
 
 class Trainer:
-    """Trains at a given outer variable and tells the losses; each name once."""
+    """Trains at a given outer variable, each name once, and tells what it is worth."""
 
     def __init__(self, settings: HiddenKeySettings, jobs: low_data.Jobs):
         self.jobs, self.settings = jobs, settings
         self.bench = experiment.prepare(settings)
         self.folder = RunFolder(settings.out, settings)
 
-    def losses(self, name: str, problem: Any, outer: Any) -> dict[str, float]:
-        """Validation and test loss, and the test metric, after training at `outer`."""
+    def bound(self, name: str, problem: Any, outer: Any) -> Any:
+        """What training at `outer` gives; a training of this name that is done is not done again."""
+        return inside.bind(self.bench, inside.train_inner(self.settings, self.bench, problem, outer, name, self.folder))
 
-        def trained():
-            params = inside.train_inner(self.settings, self.bench, problem, outer, name, self.folder)
-            bound = inside.bind(self.bench, params)
-            answered: Any = experiment.evaluate_with(self.bench, bound)
+    def validated(self, name: str, problem: Any, outer: Any) -> float:
+        """The validation loss."""
+        found = lambda: experiment.validation_loss(self.bench, self.bound(name, problem, outer))  # noqa: E731
+        return self.jobs.once(self.folder, f"validated/{name}", found)
+
+    def tested(self, name: str, problem: Any, outer: Any) -> dict[str, float]:
+        """The test loss and metric."""
+
+        def found():
+            answered: Any = experiment.evaluate_with(self.bench, self.bound(name, problem, outer))
             losses = optax.losses.softmax_cross_entropy_with_integer_labels(answered.outputs, answered.labels)
-            return {
-                "validation": experiment.validation_loss(self.bench, bound),
-                "test": float(losses.mean()),
-                "metric": next(iter(answered.metrics.values())),
-            }
+            return {"test": float(losses.mean()), "metric": next(iter(answered.metrics.values()))}
 
-        return self.jobs.once(self.folder, f"losses/{name}", trained)
+        return self.jobs.once(self.folder, f"tested/{name}", found)
 
 
 def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:
@@ -111,17 +113,17 @@ def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str,
     hard = hiddenkey.make(settings, bench)
     first = hard.start_outer(jax.random.key(seed))
     points = hiddenkey.grid(settings, first)
-    tried = [trainer.losses(f"grid-{i}", hard, point) for i, point in enumerate(points)]
-    best = min(tried, key=lambda row: row["validation"])
+    best = int(np.argmin([trainer.validated(f"grid-{i}", hard, point) for i, point in enumerate(points)]))
+    chosen = {name: float(value) for name, value in hiddenkey.found(points[best]).items()}
     learned = trainer.jobs.once(trainer.folder, "learned", lambda: _learn(trainer))
     outer = first | jax.tree.map(
         lambda like, value: np.asarray(value, like.dtype), {k: first[k] for k in learned["outer"]}, learned["outer"]
     )
     search = setup.outer_steps * (setup.inner_steps * HVP + 1)
     return {
-        "grid": best | {"gradients": len(points) * setup.steps},
-        "unrolled": trainer.losses("unrolled", hard, outer) | {"gradients": search + setup.steps} | learned["found"],
-        "first-order": trainer.losses("first-order", hard, first) | {"gradients": setup.steps},
+        "grid": trainer.tested(f"grid-{best}", hard, points[best]) | {"gradients": len(points) * setup.steps} | chosen,
+        "unrolled": trainer.tested("unrolled", hard, outer) | {"gradients": search + setup.steps} | learned["found"],
+        "first-order": trainer.tested("first-order", hard, first) | {"gradients": setup.steps},
     }
 
 
@@ -143,16 +145,16 @@ def positions(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[st
                 words = f"{position} {pattern} {term}"
                 problem = hiddenkey.make(dataclasses.replace(trainer.settings, rules=(words,)), trainer.bench)
                 outer = problem.start_outer(jax.random.key(seed))
-                rows[words] = trainer.losses(words.replace(" ", "-"), problem, outer)
+                rows[words] = trainer.tested(words.replace(" ", "-"), problem, outer)
                 if not rows.get("no dropout"):
                     off = outer | {"rates": {position: np.full_like(outer["rates"][position], -np.inf)}}
-                    rows["no dropout"] = trainer.losses("no-dropout", problem, off)
+                    rows["no dropout"] = trainer.tested("no-dropout", problem, off)
     return rows
 
 
 def main(setup: Setup) -> None:
     """All seeds, then the record and the page."""
-    kind, each, arms = "grid", compare, len(setup.rates) ** 2 * len(setup.betas) + 3
+    kind, each, arms = "grid", compare, len(setup.rates) ** 2 * len(setup.betas) + 4
     if setup.table:
         kind, each, arms = "table", positions, len(POSITIONS) * len(PATTERNS) * len(TERMS) + 1
     jobs = low_data.Jobs(arms * setup.seeds)

@@ -34,6 +34,7 @@ class Setup:
       steps: of every final training.
       length: most tokens of a row that is trained on.
       batch_size: rows a step.
+      learning_rate: the peak of the final trainings.
     """
 
     task: str = "mrpc"
@@ -45,7 +46,8 @@ class Setup:
     seeds: int = 5
     steps: int = 60
     length: int = 64
-    batch_size: int = 16
+    batch_size: int = 8
+    learning_rate: float = 5e-3
 
     def settings(self, kind: type[S], name: str, rows: int, seed: int) -> S:
         """Settings of the run in the folder `name`, with `rows` training rows, as many for validation, all for test."""
@@ -62,7 +64,7 @@ class Setup:
             outer_rows=rows,
             test_rows=0,
             finetune_steps=self.steps,
-            finetune_lr=1e-3,
+            finetune_lr=self.learning_rate,
         )
 
     def finish(self, name: str, runs: list[Any], **more: Any) -> None:

@@ -109,8 +109,14 @@ def _grid(records: list[dict[str, Any]], image: str) -> Iterator[str]:
         yield table(("", "test loss", "regret, % [95 %]", "test metric", "inner gradients"), body)
         share = runs[0]["unrolled"]["gradients"] / runs[0]["grid"]["gradients"]
         names = [name for name in runs[0]["unrolled"] if name.startswith("rate ") or name == "beta"]
-        learned = "; ".join(f"{n} " + ", ".join(f"{run['unrolled'][n]:.3g}" for run in runs) for n in names)
-        yield f"Gradients of unrolled over those of the grid: {share:.1%}. Learned, seed by seed: {learned}.\n"
+        learned, chosen = (
+            "; ".join(f"{n} " + ", ".join(f"{run[arm][n]:.3g}" for run in runs) for n in names)
+            for arm in ("unrolled", "grid")
+        )
+        yield (
+            f"Gradients of unrolled over those of the grid: {share:.1%}. Learned, seed by seed: {learned}. Chosen from "
+            f"the grid: {chosen}.\n"
+        )
 
 
 def _grid_figure(records: list[dict[str, Any]]) -> Any:

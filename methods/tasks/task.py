@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 class Hub(NamedTuple):
-    """A task on the Hugging Face hub: `datasets.load_dataset(path, name)`, each record turned by `row`."""
+    """A task on the Hugging Face hub: `datasets.load_dataset(path, name)`, mapped by `row`."""
 
     path: str
     name: str | None
@@ -178,11 +178,11 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
     try:
         import datasets  # half a second, and of no use with local files
 
-        records = datasets.load_dataset(task.hub.path, task.hub.name, split=split)
+        records: Any = datasets.load_dataset(task.hub.path, task.hub.name, split=split)
     except Exception as error:  # whatever stops the hub, the remedy is the same
         tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
         raise _not_found(task, split, tried) from error
-    rows = [task.hub.row(dict(record)) for record in records]
+    rows = list(records.map(task.hub.row, remove_columns=records.column_names))  # kept in the cache of `datasets`
     for i, row in enumerate(rows):
         task.check(row, f"{task.hub.path} {split} row {i}")
     return rows

@@ -33,6 +33,7 @@ def test_what_is_in_the_record_is_not_run_again_and_is_on_the_page(tmp_path):
     plan = {
         "plan": "rte",
         "test_rows": 4,
+        "majority": 0.5,
         "discordance": 0.2,
         "detectable": 0.07,
         "detectable_at_best": 0.03,

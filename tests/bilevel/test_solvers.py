@@ -180,11 +180,9 @@ def _train(solver, data, key, index):
     return jax.lax.scan(body, solver.init(key), index)
 
 
-# The compiler is told not to try hard: these programs run for milliseconds.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-_train_jit = jax.jit(_train, compiler_options=QUICK)
-_train_seeds = jax.jit(jax.vmap(_train, in_axes=(None, None, 0, None)), compiler_options=QUICK)
-_train_steps = jax.jit(jax.vmap(_train, in_axes=(0, None, None, None)), compiler_options=QUICK)
+_train_jit = jax.jit(_train)
+_train_seeds = jax.jit(jax.vmap(_train, in_axes=(None, None, 0, None)))
+_train_steps = jax.jit(jax.vmap(_train, in_axes=(0, None, None, None)))
 
 
 def train(solver, data, steps):
@@ -224,7 +222,7 @@ def test_smoothing_bias_of_pzobo_shrinks():
     )
     slope = jax.grad(lambda lam: 0.5 * (1 / (0.3 + jax.nn.sigmoid(lam)) - 1.0) ** 2 + 0.1 * lam**2)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def floor(smoothing):
         solver = bilevel.PZOBO(problem, 0.7, 0.05, smoothing=smoothing, directions=40, inner_steps=20)
 
@@ -267,7 +265,7 @@ class Recorded:
         settings = counted(row)
         for name, problem in (("tree", tree), ("flat", dataclasses.replace(PROBLEM, project=_box))):
             chex.clear_trace_counter()
-            step = jax.jit(chex.assert_max_traces(one_step, 1), compiler_options=QUICK)
+            step = jax.jit(chex.assert_max_traces(one_step, 1))
             solver = row.make(problem, data=SMALL, **settings)
             state = jax.jit(lambda solver: solver.init(KEY))(solver)
             self.__dict__[name] = [state]

@@ -14,16 +14,7 @@ TOKENS = np.asarray([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 3]], np.int32)
 MASK = np.asarray([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]], bool)
 
 
-# Compile time is most of what these tests take; their arrays are tiny.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-quick = functools.partial(jax.jit, compiler_options=QUICK)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "method"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("model", "method"))
 def logits(model, weights, tokens=TOKENS, mask=None, adapt=models.identity, method=None, **options):
     """model's logits, compiled once for each structure of the arguments."""
     return model.apply({"params": weights}, tokens, mask, adapt, method=method, **options)
@@ -88,7 +79,7 @@ def check_derivatives(loss, at, direction):
 
     first = jax.grad(loss)
     functions = first, forward(first), reverse(first), reverse(forward(first))
-    gradient, hvp, hvp_reverse, third = (jax.jit(f, compiler_options=QUICK) for f in functions)
+    gradient, hvp, hvp_reverse, third = map(jax.jit, functions)
     np.testing.assert_allclose(hvp(at), hvp_reverse(at), rtol=1e-10)
     np.testing.assert_allclose(hvp(at), central(gradient), rtol=1e-6)
     np.testing.assert_allclose(third(at), central(hvp), rtol=1e-6)

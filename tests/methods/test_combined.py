@@ -11,7 +11,6 @@ from methods.adapters import gates
 from methods.adapters.dropout import DropoutConfig, logit
 from methods.models.hooks import Chain
 from methods.tasks.loss import cross_entropy
-from tests.methods.helpers import quick
 from tests.methods.test_finegates import closed
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
 from tests.methods.test_hiddenkey import predict
@@ -50,13 +49,13 @@ def test_one_hypergradient_for_all_of_them_is_the_derivative_of_the_training():
     estimator = bilevel.Unrolled(optax.adam(3e-2), 2)
     at = problem.start_outer(jax.random.key(0))
 
-    @quick
+    @jax.jit
     def gradient(at):
         return estimator.estimate(problem, None, at, bilevel.FullBatch(train), validation, jax.random.key(0)).grad
 
     grad = gradient(at)
 
-    @quick
+    @jax.jit
     def value(moved):
         state = estimator.solve(problem, None, moved, bilevel.FullBatch(train), jax.random.key(0))
         return problem.outer_value(state.params, moved, validation, None)[0]

@@ -10,7 +10,6 @@ import bilevel
 from methods import finegates
 from methods.adapters import gates
 from methods.models.hooks import identity
-from tests.methods.helpers import quick
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
 from tests.methods.test_hiddenkey import predict as predict_lora
 
@@ -124,7 +123,7 @@ def estimate(estimator, of, **options):
     _, _, train, validation = setting()
     outer = of.start_outer(jax.random.key(1)) | options
 
-    @quick
+    @jax.jit
     def run(outer):
         return estimator.estimate(of, None, outer, bilevel.FullBatch(train), validation, jax.random.key(0)).grad
 
@@ -163,7 +162,7 @@ def test_sparsity_weight_and_shares_act_in_training_alone():
     outer, grad = estimate(estimator, of)
     assert jnp.abs(grad["kappa"]).max() > 1e-6
 
-    @quick
+    @jax.jit
     def value(log_weight):
         _, _, train, validation = setting()
         at = outer | {"log_weight": log_weight}

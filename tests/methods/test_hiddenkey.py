@@ -14,7 +14,6 @@ from methods import hiddenkey
 from methods.adapters.dropout import DropoutConfig
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
-from tests.methods.helpers import quick
 from tests.methods.test_flexora import LAYERS, LORA, MODEL, setting, start
 
 KEY = jax.random.key(5)
@@ -47,7 +46,7 @@ def trained(params_key=3):
 def compiled_loss(config):
     _, _, train, _ = setting()
     params = trained()
-    return quick(lambda outer, active: problem(config, active=active).inner_value(params, outer, train, None)[0])
+    return jax.jit(lambda outer, active: problem(config, active=active).inner_value(params, outer, train, None)[0])
 
 
 def inner_loss(config, outer, active=True):
@@ -59,7 +58,7 @@ def test_without_dropout_it_is_plain_lora_and_the_two_passes_agree(rules):
     weights, _, train, _ = setting()
     config = dropout(0.0, rules)
     value = inner_loss(config, outer_start(config, rate=0.0, beta=100.0))
-    plain = quick(lambda: cross_entropy(predict(weights, trained(), identity, train)))()
+    plain = jax.jit(lambda: cross_entropy(predict(weights, trained(), identity, train)))()
     np.testing.assert_allclose(value, plain, rtol=1e-12)
 
 
@@ -94,7 +93,7 @@ def test_one_pass_has_half_the_gradient_of_the_term_on_average():
 def gradient_by(estimator, **options):
     _, _, train, validation = setting()  # drawn here, not in a trace
     of, batch = problem(dropout(), **options), bilevel.FullBatch(train)
-    return quick(lambda outer: estimator.estimate(of, None, outer, batch, validation, jax.random.key(0)).grad)
+    return jax.jit(lambda outer: estimator.estimate(of, None, outer, batch, validation, jax.random.key(0)).grad)
 
 
 def jitted(backward, mode):
@@ -106,7 +105,7 @@ def jitted(backward, mode):
         state = estimator.solve(of, None, outer, bilevel.FullBatch(train), jax.random.key(0))
         return of.outer_value(state.params, outer, validation, None)[0]
 
-    return quick(value), gradient_by(estimator, backward=backward)
+    return jax.jit(value), gradient_by(estimator, backward=backward)
 
 
 @pytest.mark.parametrize("backward, mode", [("one", "reverse"), ("both", "mixed")])

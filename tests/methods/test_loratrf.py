@@ -11,7 +11,6 @@ from methods import flexora, loratrf
 from methods.adapters import filters
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction
-from tests.methods.helpers import quick
 from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
 from tests.methods.test_hiddenkey import SMALL
 
@@ -47,7 +46,7 @@ def edit(kind, place="linears", seed=1):
 @pytest.mark.parametrize("kind", filters.FILTERS)
 def test_it_starts_as_the_pretrained_model_and_then_changes_it(kind, place):
     weights, _, train, _ = setting()
-    run = quick(apply)
+    run = jax.jit(apply)
     params = filters.init(jax.random.key(0), PLACES[place], LAYERS, 3, kind)
     scalars = filters.scalars(LAYERS) | {"gate": jnp.ones(LAYERS)}
     fresh = filters.Edit(params, vectors(place), scalars, kind)
@@ -108,13 +107,13 @@ def test_hypergradient_is_the_derivative_of_the_training(outer):
     at = of.start_outer(jax.random.key(0))
     direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), at)
 
-    @quick
+    @jax.jit
     def value(step):
         moved = jax.tree.map(lambda x, v: x + step * v, at, direction)
         state = estimator.solve(of, None, moved, bilevel.FullBatch(train), jax.random.key(0))
         return of.outer_value(state.params, moved, validation, None)[0]
 
-    @quick
+    @jax.jit
     def gradient(at):
         return estimator.estimate(of, None, at, bilevel.FullBatch(train), validation, jax.random.key(0)).grad
 

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-import types
 
+import datasets
 import pytest
 
 from methods import tasks
@@ -97,7 +97,7 @@ def test_no_source_at_all(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BILEVEL_DATA", raising=False)
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     expected = (
         r"No train rows of piqa found after trying BILEVEL_DATA \(not set\), assets/data \(no piqa/train\.jsonl in "
         r"it\), the hub's baber/piqa \(ConnectionError\): name a folder that holds "
@@ -128,9 +128,12 @@ HUB = {
 def test_hub_records_become_rows(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BILEVEL_DATA", raising=False)
-    fake = types.SimpleNamespace(load_dataset=lambda path, config, split: [HUB[name]])
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    (tmp_path / "hub.json").write_text(json.dumps(HUB[name]))
+    stored = datasets.Dataset.from_json(str(tmp_path / "hub.json"), cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: stored)
     (row,) = tasks.load(tasks.get(name), "train")
+    assert [row] == tasks.load(tasks.get(name), "train")
+    assert len(list(tmp_path.rglob("cache-*.arrow"))) == 1  # mapped once, and read from there the second time
     answers = {"boolq": "no", "hellaswag": "b. c d"}
     assert row["choices"][row["label"]].strip() == answers.get(name, "b")
     if name == "hellaswag":
