@@ -73,7 +73,10 @@ def write(records: Path, out: Path) -> list[Path]:
         add("solvers-conditioning.png", heat_maps(conditioning), "Errors over condition number and inner steps")
     if speed:
         parts.append("## Beside benchmark_bilevel\n")
-        parts.append("Microseconds an iteration, both synchronised, in turns in one process; medians.\n")
+        parts.append(
+            "Microseconds an iteration, both synchronised, in turns in one process; medians. A batch here is 64 rows "
+            "drawn one by one, there 64 neighbours.\n"
+        )
         rows = [(r["data"], r["solver"], f"{r['theirs']:.1f}", f"{r['ours']:.1f}", f"{r['ratio']:.2f}") for r in speed]
         parts.append(table(("data", "solver", "benchmark_bilevel", "bilevel", "ratio"), rows))
     head = (
