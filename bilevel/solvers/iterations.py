@@ -128,29 +128,3 @@ def momentum(new: PyTree, old: PyTree, direction: PyTree, eta: Any, step: jax.Ar
     """
     keep = jnp.where(step == 0, 0.0, 1.0 - jnp.asarray(eta))
     return descend(new, -keep, minus(direction, old))
-
-
-def double_momentum(at: Iteration, eta: Any, invert: Callable[..., tuple[list[PyTree], Any]]) -> Iterate:
-    r"""One iteration of the solvers with recursive momentum on both variables.
-
-    `at.memory` is `((w, lam) before the last update, direction of w, direction of lam)`;
-    `invert(points, rhs) -> ([v at each point], products a point)`. Inner gradients and cross products are taken on
-    draw 0.
-    """
-    now, (before, d_inner, d_outer) = (at.w, at.lam), at.memory
-    points = [now, before]
-    outside = [at.outer_gradient(w, lam, at.outer_draws[0]) for w, lam in points]
-    adjoints, hvps = invert(points, [o.inner for o in outside])
-    inside = [at.products(w, lam, v, at.draws[0]) for (w, lam), v in zip(points, adjoints, strict=True)]
-    new, old = (minus(o.outer, i.cross) for o, i in zip(outside, inside, strict=True))
-    d_inner = momentum(inside[0].grad, inside[1].grad, d_inner, eta, at.step)
-    d_outer = momentum(new, old, d_outer, eta, at.step)
-    return Iterate(
-        descend(at.w, at.inner_step, d_inner),
-        at.move_outer(d_outer),
-        (now, d_inner, d_outer),
-        d_outer,
-        inside[0].value,
-        outside[0].value,
-        Calls(2, 2, 2 * hvps, 2),
-    )

@@ -6,15 +6,13 @@ import dataclasses
 
 import jax
 
-from bilevel.hypergradients.base import static
-from bilevel.solvers.iterations import double_momentum, neumann
-from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic, size, zeros
-from bilevel.trees import PyTree
+from bilevel.solvers.double_momentum import DoubleMomentum
+from bilevel.solvers.iterations import neumann
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MRBO(Stochastic):
+class MRBO(DoubleMomentum):
     r"""MRBO: with :math:`D(w, \lambda) = \partial_\lambda F - C v` and :math:`v \approx H^{-1} \partial_w F` by a
     Neumann series of Q products, as in `StocBiO`,
 
@@ -41,19 +39,5 @@ class MRBO(Stochastic):
       Yang, Ji & Liang 2021, arXiv 2106.04692, Algorithm 1.
     """
 
-    terms: int = static(10, kw_only=True)
-    eta: StepSize = dataclasses.field(default=0.5, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
-
-    @property
-    def inner_batches(self) -> int:
-        return 1 + self.terms
-
-    def start(self, w: PyTree, lam: PyTree) -> PyTree:
-        return (w, lam), zeros(w), zeros(lam)
-
-    def iterate(self, at: Iteration) -> Iterate:
-        def invert(points, rhs):
-            return neumann(at, points, rhs, self.terms, lambda t: at.draws[1 + t]), self.terms
-
-        return double_momentum(at, size(self.eta, at.step), invert)
+    def invert(self, at, points, rhs):
+        return neumann(at, points, rhs, self.terms, lambda t: at.draws[1 + t]), self.terms

@@ -6,15 +6,13 @@ import dataclasses
 
 import jax
 
-from bilevel.hypergradients.base import static
-from bilevel.solvers.iterations import double_momentum, random_neumann
-from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic, size, zeros
-from bilevel.trees import PyTree
+from bilevel.solvers.double_momentum import DoubleMomentum
+from bilevel.solvers.iterations import random_neumann
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SUSTAIN(Stochastic):
+class SUSTAIN(DoubleMomentum):
     r"""SUSTAIN: the updates of `MRBO`, recursive momentum on both variables, with one random term of the Neumann series
 
     .. math:: v = Q \eta_v \prod_{j=1}^{p} (I - \eta_v H_j)\, \partial_w F, \qquad p \sim U\{0, \dots, Q - 1\},
@@ -35,19 +33,5 @@ class SUSTAIN(Stochastic):
       Khanduri, Zeng, Hong, Wai, Wang & Yang 2021, arXiv 2102.07367, Algorithm 1.
     """
 
-    terms: int = static(10, kw_only=True)
-    eta: StepSize = dataclasses.field(default=0.5, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
-
-    @property
-    def inner_batches(self) -> int:
-        return 1 + self.terms
-
-    def start(self, w: PyTree, lam: PyTree) -> PyTree:
-        return (w, lam), zeros(w), zeros(lam)
-
-    def iterate(self, at: Iteration) -> Iterate:
-        def invert(points, rhs):
-            return random_neumann(at, points, rhs, self.terms, lambda t: at.draws[1 + t])
-
-        return double_momentum(at, size(self.eta, at.step), invert)
+    def invert(self, at, points, rhs):
+        return random_neumann(at, points, rhs, self.terms, lambda t: at.draws[1 + t])
