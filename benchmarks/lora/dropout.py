@@ -52,8 +52,9 @@ class Setup(low_data.Setup):
     """
 
     out: Path = Path("runs/dropout")
-    rows: int = 128
-    inner_steps: int = 6
+    steps: int = 50
+    rows: int = 100
+    inner_steps: int = 5
     outer_steps: int = 5
     outer_lr: float = 0.3
     rates: tuple[float, ...] = (0.05, 0.1, 0.2)

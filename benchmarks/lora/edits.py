@@ -40,10 +40,9 @@ class Setup(low_data.Setup):
 
     out: Path = Path("runs/edits")
     seeds: int = 3
-    steps: int = 200
     rows: int = 400
     inner_steps: int = 10
-    outer_steps: int = 20
+    outer_steps: int = 10
 
 
 def one(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:

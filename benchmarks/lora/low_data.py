@@ -44,7 +44,7 @@ class Setup:
     records: Path = low_data_report.RECORDS
     docs: Path = low_data_report.DOCS
     seeds: int = 5
-    steps: int = 60
+    steps: int = 150
     length: int = 64
     batch_size: int = 8
     learning_rate: float = 5e-3

@@ -44,7 +44,6 @@ class Setup(low_data.Setup):
     task: str = "sst2"
     out: Path = Path("runs/pruning")
     seeds: int = 3
-    steps: int = 200
     rows: tuple[int, ...] = (100, 1000)
     targets: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6)
     outer: finegates.Outer = "none"
