@@ -70,7 +70,8 @@ def test_edits_stand_beside_lora_of_as_many_parameters(common):
     edits.main(edits.Setup(**common, rows=8, inner_steps=2, outer_steps=2))
     runs = json.loads((common["records"] / "edits-rte.json").read_text())["runs"]
     assert [set(run) for run in runs] == [{"training rows", "validation rows", "no filter", "LoRA"}]
-    assert runs[0]["LoRA"]["parameters"] == pytest.approx(runs[0]["training rows"]["parameters"], rel=0.5)
+    one_rank = 2 * (32 + 24)  # q and v of two layers
+    assert abs(runs[0]["LoRA"]["parameters"] - runs[0]["training rows"]["parameters"]) <= one_rank / 2
     assert "| validation rows |" in page(common)
 
 
