@@ -201,7 +201,7 @@ def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings) -> 
         kept = tasks.fits(task, chosen, tokenizer, settings.length)
     else:
         texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen)]
-        kept = [len(ids) <= settings.length for ids in tokenizer(texts)["input_ids"]]
+        kept = [len(ids) <= settings.length for ids in tasks.tokenized(tokenizer, texts)["input_ids"]]
     return [row for row, keep in zip(chosen, kept, strict=True) if keep]
 
 

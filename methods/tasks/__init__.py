@@ -21,6 +21,7 @@ from methods.tasks.task import (
     load,
     training_pairs,
 )
+from methods.tasks.tokens import tokenized
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (*multiple_choice.TASKS, *glue.TASKS, *arithmetic.TASKS, *e2e.TASKS)
@@ -68,6 +69,7 @@ __all__ = [
     "load",
     "load_splits",
     "split",
+    "tokenized",
     "training_pairs",
     "wilson",
 ]

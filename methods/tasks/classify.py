@@ -11,6 +11,7 @@ import numpy as np
 from methods.tasks.batches import by_length, cut
 from methods.tasks.metrics import METRICS
 from methods.tasks.task import Classification, Row
+from methods.tasks.tokens import tokenized
 
 
 class LabelledBatch(NamedTuple):
@@ -134,4 +135,4 @@ def evaluate_labelled(
 
 def _tokenize(task: Classification, rows: Sequence[Row], tokenizer: Any, **options: Any) -> Any:
     texts = [[row[field] for row in rows] for field in task.fields]
-    return tokenizer(*texts, return_token_type_ids=True, **options)
+    return tokenized(tokenizer, *texts, return_token_type_ids=True, **options)

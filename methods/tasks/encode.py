@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from methods.tasks.task import Pair
+from methods.tasks.tokens import tokenized
 
 
 class TokenBatch(NamedTuple):
@@ -63,7 +64,7 @@ def tokenize(pairs: Sequence[Pair], tokenizer: Any) -> list[TokenSequence]:
     if not pairs:
         raise ValueError("There is nothing to encode: the list of prompts and answers is empty.")
     first, _ = marks(tokenizer)
-    ids = lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]  # noqa: E731
+    ids = lambda texts: tokenized(tokenizer, texts, add_special_tokens=False)["input_ids"]  # noqa: E731
     wholes = ids([prompt + answer for prompt, answer in pairs])
     # A space that ends a prompt belongs to the answer's first token in most vocabularies.
     prompts = ids([prompt.rstrip() for prompt, _ in pairs])

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from methods import tasks
-from methods.tasks import Pair, encode, evaluate
+from methods.tasks import Pair, encode, evaluate, tokens
 from methods.tasks.loss import (
     answer_log_likelihood,
     answer_log_likelihood_at,
@@ -88,6 +89,31 @@ def test_truncation_takes_from_the_left_of_the_prompt(ends):
 def test_encoding_errors_are_one_sentence(pairs, message):
     with pytest.raises(ValueError, match=message):
         encode(pairs, tokenizer(), 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"truncation": "longest_first", "max_length": 4}])
+def test_many_texts_are_mapped_once_and_found_again(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(tokens, "MANY", 3)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    texts, pairs, calls = ["ab", "c", "defg"], ["x", "", "yz"], []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, *args, **kwargs):
+            calls.append(args)
+            return super().__call__(*args, **kwargs)
+
+    counting = Counting(tokenizer_object=tokenizer().backend_tokenizer)
+    direct = dict(tokenizer()(texts, pairs, **options))
+    assert tasks.tokenized(counting, texts, pairs, **options) == direct and calls
+    calls.clear()
+    counting.backend_tokenizer.enable_truncation(2)  # how it last cut is no part of what it is
+    assert tasks.tokenized(counting, texts, pairs, **options) == direct and not calls
+    others = [(counting, ["ab", "c", "def"], pairs), (tokenizer([("a", "b")]), texts, pairs), (counting, texts)]
+    for arguments in others:
+        assert dict(tasks.tokenized(*arguments, **options)) == dict(arguments[0](*arguments[1:], **options))
+    assert len(list(tmp_path.rglob("tokens-*.arrow"))) == 1 + len(others)
+    tasks.tokenized(counting, texts[:2], pairs[:2])
+    assert len(list(tmp_path.rglob("tokens-*.arrow"))) == 1 + len(others)  # few texts are not kept
 
 
 # --- losses -------------------------------------------------------------------------------------------------------
