@@ -65,6 +65,7 @@ class Setup:
             test_rows=0,
             finetune_steps=self.steps,
             finetune_lr=self.learning_rate,
+            remat=False,
         )
 
     def finish(self, name: str, runs: list[Any], **more: Any) -> None:

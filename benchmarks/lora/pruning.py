@@ -82,7 +82,7 @@ def magnitude(bench: Bench, structures: dict[str, gates.Structure], share: float
 def settings_of(setup: Setup, rows: int, seed: int) -> FineGatesSettings:
     """One run's settings."""
     base = setup.settings(FineGatesSettings, f"{setup.task}-{rows}-{setup.outer}", rows, seed)
-    return dataclasses.replace(base, outer=setup.outer, target_sparsity=setup.targets, gate_lr=0.02)
+    return dataclasses.replace(base, outer=setup.outer, target_sparsity=setup.targets)
 
 
 def one(setup: Setup, rows: int, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:
