@@ -69,6 +69,12 @@ def interval(values: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def told(values: np.ndarray, digits: int = 2) -> str:
+    """Mean and interval of differences, as the tables tell them."""
+    mean, low, high = (f"{value:+.{digits}f}" for value in interval(values))
+    return f"{mean} [{low}, {high}]"
+
+
 def excess(record: dict[str, Any], arm: str, reference: str) -> np.ndarray:
     """Test loss of an arm beyond that of the reference, in per cent of the reference's mean; one value a seed."""
     test = {name: np.array([run[name]["test"] for run in record["runs"]]) for name in (arm, reference)}
@@ -101,8 +107,7 @@ def _grid(records: list[dict[str, Any]], image: str) -> Iterator[str]:
         yield f"**{setup['task']}**: {_sizes(setup, len(runs))}.\n"
         body = []
         for arm in runs[0]:
-            mean, low, high = interval(excess(record, arm, "grid"))
-            regret = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" if arm != "grid" else ""
+            regret = told(excess(record, arm, "grid")) if arm != "grid" else ""
             cells = [arm, mean_sd([run[arm]["test"] for run in runs]), regret]
             cells += [mean_sd([run[arm]["metric"] for run in runs]), f"{runs[0][arm]['gradients']:.0f}"]
             body.append(cells)
@@ -149,8 +154,8 @@ def _positions(records: list[dict[str, Any]], image: str) -> Iterator[str]:
         terms = list(dict.fromkeys(word[2] for word in words))
         body = []
         for position, pattern in dict.fromkeys((word[0], word[1]) for word in words):
-            cells = [interval(excess(record, f"{position} {pattern} {term}", "no dropout")) for term in terms]
-            body.append([position, pattern, *(f"{m:+.2f} [{low:+.2f}, {high:+.2f}]" for m, low, high in cells)])
+            cells = [told(excess(record, f"{position} {pattern} {term}", "no dropout")) for term in terms]
+            body.append([position, pattern, *cells])
         yield table(("position", "pattern", *terms), body)
 
 
@@ -221,14 +226,21 @@ def _filters(records: list[dict[str, Any]], image: str) -> Iterator[str]:
     runs = records[0]["runs"]
     yield (
         "## LoRATRF: does the filter find the tokens that matter?\n\nReconstructed, not published code. A synthetic "
-        "mixture of two tasks in which it is known which tokens matter (`benchmarks/lora/filters.py`): AUROC of the "
-        f"filter, and test accuracy. {len(runs)} seeds, mean ± standard deviation.\n"
+        "mixture of two tasks in which it is known which tokens matter (`benchmarks/lora/filters.py`). The oracle, the "
+        "mean of the tokens that matter minus that of the others, shows that one vector can tell them. Differences are "
+        f"paired, with the 95 % interval of the mean over {len(runs)} seeds.\n"
     )
-    body = [
-        (arm, *(mean_sd([run[arm][m] for run in runs]) if m in runs[0][arm] else "" for m in ("accuracy", "auroc")))
-        for arm in runs[0]
-    ]
-    yield table(("task vectors", "test accuracy", "AUROC of the filter"), body)
+    values = {(arm, of): np.array([run[arm][of] for run in runs]) for arm in runs[0] for of in runs[0][arm]}
+    body = []
+    for arm in runs[0]:
+        cells = [mean_sd(values[arm, "accuracy"]), "", "", ""]
+        if arm != "LoRA":
+            start = f"{arm.partition(',')[0]}, fixed"
+            cells[1] = told(100 * (values[arm, "accuracy"] - values["LoRA", "accuracy"]), 1)
+            cells[2] = mean_sd(values[arm, "auroc"])
+            cells[3] = told(values[arm, "auroc"] - values[start, "auroc"]) if arm != start else ""
+        body.append((arm, *cells))
+    yield table(("task vectors", "test accuracy", "− LoRA, points", "AUROC of the filter", "− where it started"), body)
 
 
 def _edits(records: list[dict[str, Any]], image: str) -> Iterator[str]:
@@ -243,8 +255,7 @@ def _edits(records: list[dict[str, Any]], image: str) -> Iterator[str]:
         body = []
         for arm in runs[0]:
             metric = np.array([[_first(run[name]["metrics"]) for run in runs] for name in (arm, "LoRA")])
-            mean, low, high = interval(100 * (metric[0] - metric[1]))
-            against = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if arm != "LoRA" else ""
+            against = told(100 * (metric[0] - metric[1]), 1) if arm != "LoRA" else ""
             body.append([arm, f"{runs[0][arm]['parameters']:,}", mean_sd(metric[0]), against])
         yield table(("", "parameters", "test metric", "− LoRA"), body)
 

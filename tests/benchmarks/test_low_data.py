@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks.lora import dropout, edits, low_data_report, pruning
+from benchmarks.lora import dropout, edits, filters, low_data_report, pruning
+from benchmarks.lora.planted import auroc
+from methods.adapters.filters import task_vectors
 from tests.bilevel.conftest import quick_compilation  # noqa: F401
 from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
 from tests.methods.test_training import tiny_glue  # noqa: F401
@@ -73,6 +76,19 @@ def test_edits_stand_beside_lora_of_as_many_parameters(common):
     one_rank = 2 * (32 + 24)  # q and v of two layers
     assert abs(runs[0]["LoRA"]["parameters"] - runs[0]["training rows"]["parameters"]) <= one_rank / 2
     assert "| validation rows |" in page(common)
+
+
+def test_one_vector_tells_the_tokens_that_matter(common):
+    weights = filters.encoder(jax.random.key(0))
+    train, test = (filters.draw(np.random.default_rng(seed), 64) for seed in (0, 1))
+    first = train["of_one"]
+    marked = first / first.sum() - ~first / (~first).sum()
+    output = lambda adapt: filters.MODEL.apply({"params": weights}, train["tokens"], None, adapt, method="hidden")  # noqa: E731
+    layers = filters.relevance(weights, task_vectors(output, marked, filters.SITES, filters.CONFIG.num_layers), test)
+    assert [auroc(layer.ravel(), np.asarray(test["of_one"]).ravel()) > 0.95 for layer in layers] == [True, True]
+    words = weights["embed"].reshape(4, -1, filters.CONFIG.hidden_size).mean(axis=1)  # task 1: two classes, task 2: two
+    classes = np.array([words[0] - words[1], words[2] - words[3]])
+    assert np.corrcoef(classes)[0, 1] > 0.9  # both tasks write their class along one direction
 
 
 def test_an_interval_holds_the_mean_in_nineteen_of_twenty_cases():
