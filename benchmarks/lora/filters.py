@@ -110,7 +110,7 @@ def encoder(key: jax.Array) -> Any:
     weights: Any = MODEL.init(keys[0], jnp.zeros((1, LENGTH), jnp.int32))["params"]
     kind = jnp.arange(CONFIG.vocab_size) // WORDS
     axes = jax.random.orthogonal(keys[1], size)[:3] * size**0.5
-    words = axes[kind // CLASSES] + (1 - 2 * (kind % CLASSES))[:, None] * axes[2]
+    words = axes[kind // CLASSES] + jnp.outer(jnp.where(kind % CLASSES == 0, 1.0, -1.0), axes[2])
     return weights | {"embed": words + jax.random.normal(keys[2], words.shape)}
 
 

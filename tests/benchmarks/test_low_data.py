@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -81,8 +82,8 @@ def test_edits_stand_beside_lora_of_as_many_parameters(common):
 def test_one_vector_tells_the_tokens_that_matter(common):
     weights = filters.encoder(jax.random.key(0))
     train, test = (filters.draw(np.random.default_rng(seed), 64) for seed in (0, 1))
-    first = train["of_one"]
-    marked = first / first.sum() - ~first / (~first).sum()
+    first = np.asarray(train["of_one"])
+    marked = jnp.asarray(first / first.sum() - ~first / (~first).sum(), jnp.float32)
     output = lambda adapt: filters.MODEL.apply({"params": weights}, train["tokens"], None, adapt, method="hidden")  # noqa: E731
     layers = filters.relevance(weights, task_vectors(output, marked, filters.SITES, filters.CONFIG.num_layers), test)
     assert [auroc(layer.ravel(), np.asarray(test["of_one"]).ravel()) > 0.95 for layer in layers] == [True, True]
