@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,30 @@ from bilevel.trees import at_step, cast_like, combine, global_norm, partition, w
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FiniteDifference(Trained):
+class _Differences(Trained):
+    """What both have in common: `_states` says where the difference is taken, where the outer loss, and the trace."""
+
+    radius: float = static(0.01, kw_only=True)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.radius > 0:
+            raise ValueError(f"{type(self).__name__}(radius={self.radius!r}): must be positive.")
+
+    @guarded
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
+        at, state, trace = self._states(problem, inner_state, outer, inner_batches, key)
+        training = self.training(problem, inner_state, outer, inner_batches, key)
+        return _difference(self, problem, at, state, trace, outer, inner_batches, outer_batch, key, training)
+
+    def _states(self, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FiniteDifference(_Differences):
     r"""`OneStep` from first derivatives only: the last step's mixed second derivative is a central difference,
 
     .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F(w_K, \lambda) + \frac{\partial_\lambda f(w^+, \lambda)
@@ -45,23 +67,23 @@ class FiniteDifference(Trained):
       Liu et al. 2019 (DARTS), arXiv 1806.09055.
     """
 
-    radius: float = static(0.01, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_radius(self)
-
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
-        before, state, trace = _train(self, problem, inner_state, outer, inner_batches, key)
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        return _difference(self, problem, before, state, trace, outer, inner_batches, outer_batch, key, training)
+    def _states(self, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
+        slots(batches, self.steps)  # refuses batches for another number of steps
+        keys, _ = schedule(key, self.steps)
+        before = self.resume(problem, inner_state, outer, key)
+        last = self.steps - 1
+        traces = []
+        if last:
+            before, trace = inner.train(problem, self.optimizer, before, outer, narrow(batches, 0, last), keys[:last])
+            traces.append(trace)
+        final = narrow(batches, last, last + 1)
+        after, trace = inner.train(problem, self.optimizer, before, outer, final, keys[last:], first=last)
+        return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SAMA(Trained):
+class SAMA(_Differences):
     r"""The identity for the inverse Hessian, adapted to the optimizer, by differences of first derivatives:
 
     .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + \frac{\partial_\lambda f(w_K + h u, \lambda)
@@ -87,38 +109,9 @@ class SAMA(Trained):
       Choe et al. 2023 (SAMA), arXiv 2310.05674.
     """
 
-    radius: float = static(0.01, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_radius(self)
-
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        return _difference(self, problem, state, state, trace, outer, inner_batches, outer_batch, key, training)
-
-
-def _check_radius(estimator: Any) -> None:
-    if not estimator.radius > 0:
-        raise ValueError(f"{type(estimator).__name__}(radius={estimator.radius!r}): must be positive.")
-
-
-def _train(estimator: Trained, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
-    """The states before and after the last step, and the trace of all."""
-    slots(batches, estimator.steps)  # refuses batches for another number of steps
-    keys, _ = schedule(key, estimator.steps)
-    before = estimator.resume(problem, inner_state, outer, key)
-    last = estimator.steps - 1
-    traces = []
-    if last:
-        before, trace = inner.train(problem, estimator.optimizer, before, outer, narrow(batches, 0, last), keys[:last])
-        traces.append(trace)
-    final = narrow(batches, last, last + 1)
-    after, trace = inner.train(problem, estimator.optimizer, before, outer, final, keys[last:], first=last)
-    return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
+    def _states(self, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
+        state, trace = self.trajectory(problem, inner_state, outer, batches, key)
+        return state, state, trace
 
 
 def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, key, training) -> Estimate:

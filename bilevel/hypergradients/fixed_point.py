@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
 from bilevel.conditions import fixed_point_of, mean_loss, moving_leaves, unknowns
-from bilevel.hypergradients import implicit_function
-from bilevel.hypergradients.base import Estimate, Trained, own_key, schedule, static
-from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
+from bilevel.hypergradients.base import own_key, schedule
+from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
 from bilevel.inner import InnerState
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.neumann import Neumann
-from bilevel.refusals import guarded
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FixedPoint(Trained):
+class FixedPoint(AtSolution):
     r"""Trains K steps, then differentiates the fixed point :math:`z = U(z, \lambda)` that training has approached:
 
     .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top
@@ -52,12 +51,7 @@ class FixedPoint(Trained):
     """
 
     linear_solver: LinearSolver = dataclasses.field(default=Neumann(terms=100), kw_only=True)
-    damping: float = static(0.0, kw_only=True)
-    warm_start: bool = static(True, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        implicit_function.validate("FixedPoint", self.linear_solver, self.damping, symmetric=False)
+    symmetric: ClassVar[bool] = False
 
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
@@ -71,15 +65,6 @@ class FixedPoint(Trained):
         state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
         backward, condition, z = self._system(problem, state, outer, inner_batches, key)
         return condition.state(attach(backward, condition, z), state)
-
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs as `Implicit`."""
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        system = self._system(problem, state, outer, inner_batches, key)
-        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        return implicit_function.estimate("FixedPoint", *system, outer_loss, state, trace, self.warm_start, training)
 
     def _system(self, problem, state, outer, batches, key):
         loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
 from bilevel.conditions import Stationary, mean_loss, require_stationary_limit
-from bilevel.hypergradients import implicit_function
-from bilevel.hypergradients.base import Estimate, Trained, own_key, schedule, static
-from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
+from bilevel.hypergradients.base import own_key, schedule
+from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
 from bilevel.inner import InnerState
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.krylov import CG
-from bilevel.refusals import guarded
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Implicit(Trained):
+class Implicit(AtSolution):
     r"""Trains K steps, then differentiates the stationary point that training has approached:
 
     .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F - \partial^2_{\lambda w} f\,
@@ -52,12 +51,7 @@ class Implicit(Trained):
     """
 
     linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True)
-    damping: float = static(0.0, kw_only=True)
-    warm_start: bool = static(True, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        implicit_function.validate("Implicit", self.linear_solver, self.damping, symmetric=True)
+    symmetric: ClassVar[bool] = True
 
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
@@ -72,15 +66,6 @@ class Implicit(Trained):
         state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
         backward, condition, z = self._system(problem, state, outer, inner_batches, key)
         return state._replace(params=condition.params(attach(backward, condition, z)))
-
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        system = self._system(problem, state, outer, inner_batches, key)
-        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        return implicit_function.estimate("Implicit", *system, outer_loss, state, trace, self.warm_start, training)
 
     def _system(self, problem, state, outer, batches, key):
         trained, _ = problem.split(state.params)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from jax.extend import core as jex
 from bilevel.conditions import FixedPointOf, Stationary
 from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import pull
-from bilevel.hypergradients.base import Aux, Estimate
+from bilevel.hypergradients.base import Aux, Estimate, Trained, static
 from bilevel.inner import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver
+from bilevel.refusals import guarded
 from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
 
 Condition = Stationary | FixedPointOf
@@ -199,3 +200,31 @@ def _alike(a: PyTree, b: PyTree) -> bool:
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(a == 0, jnp.zeros_like(a), a / jnp.where(b > 0, b, jnp.ones_like(b)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AtSolution(Trained):
+    """Trains K steps, then applies the theorem to what `_system` says of the trained point."""
+
+    linear_solver: LinearSolver = dataclasses.field(kw_only=True)
+    damping: float = static(0.0, kw_only=True)
+    warm_start: bool = static(True, kw_only=True)
+    symmetric: ClassVar[bool]
+    """Whether dR/dz is."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        validate(type(self).__name__, self.linear_solver, self.damping, symmetric=self.symmetric)
+
+    @guarded
+    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
+        """See `Hypergradient`. Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        system = self._system(problem, state, outer, inner_batches, key)
+        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
+        training = self.training(problem, inner_state, outer, inner_batches, key)
+        return estimate(type(self).__name__, *system, outer_loss, state, trace, self.warm_start, training)
+
+    def _system(self, problem, state, outer, batches, key) -> tuple[Backward, Condition, PyTree]:
+        raise NotImplementedError
