@@ -8,6 +8,7 @@ that is repeated finds what it found.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +50,16 @@ class Recipe:
             raise ValueError(f"patience={self.patience} counts validations, of which there are none: validate_every=0.")
 
     def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer of one batch a step."""
-        warmup = max(1, self.steps // 10)
-        schedule = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, warmup, self.steps)
-        adamw = optax.adamw(schedule, weight_decay=0.0)
-        return optax.MultiSteps(adamw, self.accumulate).gradient_transformation() if self.accumulate > 1 else adamw
+        """The optimizer of one batch a step; the same object for the same recipe."""
+        return _optimizer(self)
+
+
+@functools.cache  # optimizers compare by identity: a new one would have the same training compiled again
+def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    warmup = max(1, recipe.steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps)
+    adamw = optax.adamw(schedule, weight_decay=0.0)
+    return optax.MultiSteps(adamw, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else adamw
 
 
 def train(

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import bilevel
+from bilevel.run import _chunk
 from methods import cli
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets, LabelledBatch, generation
@@ -68,6 +69,15 @@ def test_it_is_adamw_on_the_mean_gradient_of_the_accumulated_batches(tmp_path, a
     result = trained(tmp_path / "run", recipe)
     for name, value in params.items():
         np.testing.assert_allclose(result[name], value, rtol=1e-6)
+
+
+def test_a_second_training_by_the_same_recipe_is_not_compiled_again(tmp_path):
+    compiled = []
+    for number, steps in enumerate((5, 5, 6)):
+        folder, outer = RunFolder(tmp_path / str(number), Nothing()), jnp.full((), 1.0 + number)
+        train(PROBLEM, outer, stream(), Recipe(steps, 0.07), folder, "x", key=jax.random.key(number))
+        compiled.append(_chunk._cache_size())
+    assert compiled[0] == compiled[1] < compiled[2]  # a longer one has another schedule
 
 
 def test_the_best_parameters_are_kept_and_patience_ends_the_training(tmp_path):
