@@ -3,7 +3,8 @@ r"""Dropout rates and the KL weight of HiddenKey: learned through training, agai
 For each seed, on one split into training, validation and test rows:
 
 1. *grid*: every point of rates x rates x betas is trained, validation chooses one;
-2. *unrolled*: rates and beta are learned by differentiating through training, then one model is trained with them;
+2. *unrolled*: one training is begun, its first half with the rates it starts from; rates and beta are learned by
+   differentiating through steps that go on from there, where models overfit; then one model is trained with them;
 3. *first-order*: the control. Its gradient is 0, so it trains with the rates it started from.
 
 All final trainings have the same length, hard masks, and the same random numbers. Told are the test loss, its excess
@@ -43,6 +44,7 @@ class Setup(low_data.Setup):
 
     Attributes:
       rows: training rows, and as many validation rows.
+      burn_in: steps of the training that the search goes on from.
       inner_steps: K of the search.
       outer_steps: T of the search.
       outer_lr: of the search's Adam.
@@ -54,9 +56,10 @@ class Setup(low_data.Setup):
     out: Path = Path("runs/dropout")
     steps: int = 50
     rows: int = 100
+    burn_in: int = 25
     inner_steps: int = 5
-    outer_steps: int = 5
-    outer_lr: float = 0.3
+    outer_steps: int = 3
+    outer_lr: float = 0.5
     rates: tuple[float, ...] = (0.05, 0.1, 0.2)
     betas: tuple[float, ...] = (0.1, 1.0, 5.0)
     table: bool = False
@@ -70,6 +73,7 @@ def settings_of(setup: Setup, seed: int) -> HiddenKeySettings:
         base,
         inner_steps=setup.inner_steps,
         outer_steps=setup.outer_steps,
+        inner_lr=setup.learning_rate,
         outer_lr=setup.outer_lr,
         rate=middle[0],
         beta=middle[1],
@@ -116,11 +120,11 @@ def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str,
     points = hiddenkey.grid(settings, first)
     best = int(np.argmin([trainer.validated(f"grid-{i}", hard, point) for i, point in enumerate(points)]))
     chosen = {name: float(value) for name, value in hiddenkey.found(points[best]).items()}
-    learned = trainer.jobs.once(trainer.folder, "learned", lambda: _learn(trainer))
+    learned = trainer.jobs.once(trainer.folder, "learned", lambda: _learn(trainer, hard, setup.burn_in))
     outer = first | jax.tree.map(
         lambda like, value: np.asarray(value, like.dtype), {k: first[k] for k in learned["outer"]}, learned["outer"]
     )
-    search = setup.outer_steps * (setup.inner_steps * HVP + 1)
+    search = setup.burn_in + setup.outer_steps * (setup.inner_steps * HVP + 1)
     return {
         "grid": trainer.tested(f"grid-{best}", hard, points[best]) | {"gradients": len(points) * setup.steps} | chosen,
         "unrolled": trainer.tested("unrolled", hard, outer) | {"gradients": search + setup.steps} | learned["found"],
@@ -128,9 +132,14 @@ def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str,
     }
 
 
-def _learn(trainer: Trainer) -> dict[str, Any]:
-    settings, bench = trainer.settings, trainer.bench
-    outer = inside.search(settings, bench, hiddenkey.solver(settings, bench), trainer.folder).outer
+def _learn(trainer: Trainer, hard: Any, burn_in: int) -> dict[str, Any]:
+    settings, bench, folder = trainer.settings, trainer.bench, trainer.folder
+    first = hard.start_outer(jax.random.key(settings.seed))
+    short = dataclasses.replace(settings, finetune_steps=burn_in)
+    begun = inside.train_inner(short, bench, hard, first, "burn-in", folder)
+    solver = hiddenkey.solver(settings, bench)
+    from_there = dataclasses.replace(solver.problem, init_inner=lambda key, outer: begun)
+    outer = inside.search(settings, bench, dataclasses.replace(solver, problem=from_there), folder).outer
     kept = {name: value for name, value in outer.items() if name != "key"}
     found = {name: float(np.mean(value)) for name, value in hiddenkey.found(outer).items()}
     return {"outer": jax.tree.map(lambda x: np.asarray(x).tolist(), kept), "found": found}
