@@ -96,10 +96,10 @@ def _sizes(setup: dict[str, Any], seeds: int) -> str:
 def _grid(records: list[dict[str, Any]], image: str) -> Iterator[str]:
     yield (
         "## HiddenKey: rates and KL weight, learned or from a grid\n\nThe grid trains every point, and validation "
-        "chooses one; unrolled differentiation learns the three numbers during one short training, and trains once "
-        "with them (`benchmarks/lora/dropout.py`). Regret is the test loss beyond that of the grid's "
-        "choice, paired over seeds. First order is the control: its gradient is 0, and it trains with the rates it "
-        "started from.\n"
+        "chooses one; unrolled differentiation begins one training, learns the three numbers in a few steps that go on "
+        "from there, and trains once with them (`benchmarks/lora/dropout.py`). Regret is the test loss beyond "
+        "that of the grid's choice, paired over seeds. First order is the control: its gradient is 0, and it trains "
+        "with the rates it started from.\n"
     )
     yield f"![Regret of every seed]({image})\n"
     for record in records:
