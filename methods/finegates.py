@@ -215,7 +215,7 @@ def pruned(settings: FineGatesSettings, bench: Bench, target: float, folder: Run
     bound = inside.bind(bench, params["adapter"], adapt)
     row = report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound))
     row["parameters"] = sum(leaf.size for leaf in jax.tree.leaves((params, values if "gates" not in params else ())))
-    row["removed"] = gates.removed(values, what, settings.family, config)
+    row["removed"] = slicing.removed(values, what, settings.family, config)
     row["open"] = {s: np.asarray((gates.activation(settings.family, l) > 0).mean(axis=1)) for s, l in values.items()}
     if settings.gating == "tied":
         weights = inside.merged(bench, params["adapter"])

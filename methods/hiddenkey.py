@@ -33,8 +33,9 @@ import optax
 
 import bilevel
 from methods import experiment, inside, report, summary
-from methods.adapters.dropout import DropoutConfig, held, logit
+from methods.adapters.dropout import DropoutConfig, logit
 from methods.experiment import Bench, Settings
+from methods.held import held
 from methods.models.hooks import identity
 from methods.runfolder import RunFolder
 from methods.tasks.loss import DIVERGENCES, cross_entropy

@@ -105,7 +105,7 @@ def one(setup: Setup, rows: int, seed: int, jobs: low_data.Jobs) -> dict[str, di
             params = inside.train_inner(settings, bench, of, outer, f"magnitude-{target:g}", folder)
             adapt = finegates.hook(params, values, structures, settings.family, None)
             evaluation = experiment.evaluate_with(bench, inside.bind(bench, params["adapter"], adapt))
-            removed = gates.removed(values, structures, settings.family, bench.pretrained.config)
+            removed = slicing.removed(values, structures, settings.family, bench.pretrained.config)
             return {"metrics": evaluation.metrics, "removed": removed}
 
         found[f"finegates {target:g}"] = jobs.once(folder, f"results/sparsity-{target:g}", gated)
@@ -124,7 +124,7 @@ def timing(setup: Setup, bench: Bench) -> list[dict[str, float]]:
     for target in setup.targets:
         values = magnitude(bench, structures, target)
         small, weights = slicing.cut(pretrained.model, pretrained.weights, values, structures)
-        removed = gates.removed(values, structures, "stg", pretrained.config)
+        removed = slicing.removed(values, structures, "stg", pretrained.config)
         for batch in (1, 32):
             tokens = jnp.ones((batch, setup.length), jnp.int32)
             calls = {

@@ -43,6 +43,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from methods.held import held
+
 POSITIONS = ("attention_logits", "attention_weights", "ffn_hidden", "linear_input", "linear_output")
 PATTERNS = ("element", "column", "span")
 COMPENSATIONS = ("rescale", "stop_gradient_rescale", "none", "kl", "js")
@@ -192,40 +194,6 @@ def raised(score: jax.Array, visible: jax.Array) -> jax.Array:
     """`score`, raised in each row of visible keys so that its largest is at least 0."""
     best = jnp.max(jnp.where(visible, score, -jnp.inf), axis=-1, keepdims=True)
     return score + jnp.maximum(-best, 0)
-
-
-@jax.custom_vjp
-def held(tree: Any, hyper: Any) -> Any:
-    """`tree`, constant in the gradient of a loss, though not in the derivative of that gradient.
-
-    What `jax.lax.stop_gradient` also hides from a hypergradient, which differentiates the training and so must see
-    every way in which a gradient depends on its point. A training with it follows no gradient field, so that its
-    derivative is that of `Unrolled(mode="reverse")`, not of "mixed" mode, which counts on a symmetric Hessian.
-
-    Args:
-      tree: floating-point arrays.
-      hyper: what the loss depends on beside its variable, by which mixed mode is known.
-
-    Raises:
-      ValueError: in mixed mode.
-    """
-    del hyper
-    return tree
-
-
-def _held(tree: Any, hyper: Any):
-    def is_marked(leaf):
-        return type(leaf).__name__ == "CustomVJPPrimal"
-
-    if any(leaf.perturbed for leaf in jax.tree.leaves(hyper, is_leaf=is_marked)):
-        raise ValueError(
-            "This training stops a gradient (a second pass, or the divisor of a rescaling), so that it follows no "
-            'gradient field: differentiate it with Unrolled(mode="reverse").'
-        )
-    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=is_marked), None
-
-
-held.defvjp(_held, lambda _, cotangent: (None, None), symbolic_zeros=True)
 
 
 def _rule(words: Any) -> Rule:

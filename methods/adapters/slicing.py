@@ -1,4 +1,4 @@
-"""Cutting out of a model what closed gates have closed, and keeping the smaller model in a file.
+"""Cutting out of a model what closed gates have closed, counting it, and keeping the smaller model in a file.
 
 `cut` folds what is trained (LoRA, biases) and the values of open gates into the kernels, and leaves out the rows and
 columns of closed ones: the sliced model computes what the gated one does. Only `gates.tied` can be cut.
@@ -57,6 +57,24 @@ def cut(
         layers[str(i)] = _feed_forward(layer, here) | _attention(layer, here, model.config)
     shared = {name: value for name, value in weights.items() if name != "blocks"}
     return Sliced(model), jax.tree.map(jnp.asarray, shared | {"layers": layers})
+
+
+def removed(gates: Mapping[str, jax.Array], structures: Mapping[str, Structure], family: str, config: Any) -> float:
+    """Share of the blocks' linear weights that closed gates take away, counted: in [0, 1].
+
+    A weight counts once, however many gates close it: of q and k what neither its query-key nor its value head keeps
+    (a value head without an open gate takes its queries and keys along), of a linear with rows and columns all but the
+    open rows times the open columns.
+    """
+    shapes = config.site_shapes()
+    total = sum(a * b for a, b in shapes.values())
+    is_open = {name: np.asarray(activation(family, jnp.asarray(l))) > 0 for name, l in gates.items()}
+    layers = next(iter(is_open.values())).shape[0]
+    kept = 0
+    for layer in range(layers):
+        rows, columns = _kept_features({name: value[layer] for name, value in is_open.items()}, structures, config)
+        kept += sum(int(rows[site].sum()) * int(columns[site].sum()) for site in shapes)
+    return 1.0 - kept / (layers * total)
 
 
 def parameters(weights: Weights) -> int:
@@ -163,3 +181,34 @@ def _padded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     width = max(int((values > 0).sum(axis=1).max(initial=0)), 1)
     at = np.argsort(values <= 0, axis=1, kind="stable")[:, :width]
     return at, np.where(np.take_along_axis(values, at, axis=1) > 0, np.take_along_axis(values, at, axis=1), 0)
+
+
+def _kept_features(
+    is_open: Mapping[str, np.ndarray], structures: Mapping[str, Structure], config: Any
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """For one layer's open gates, bool `[out]` rows and `[in]` columns of each linear that stay: `(rows, columns)`."""
+    shapes = config.site_shapes()
+    rows = {site: np.ones(out, bool) for site, (_, out) in shapes.items()}
+    columns = {site: np.ones(fan_in, bool) for site, (fan_in, _) in shapes.items()}
+    for name, structure in structures.items():
+        gates, site = is_open[name].reshape(structure.shape), structure.site
+        factors = np.broadcast_to(is_open[name].reshape(structure.axes), structure.repeats).reshape(-1)
+        if name == "ffn":
+            columns["down_proj"] &= factors
+            for linear in ("up_proj", "gate_proj"):
+                if linear in rows:
+                    rows[linear] &= factors
+        elif name == "value":
+            columns["o_proj"] &= factors
+            rows["v_proj"] &= gates.reshape(-1)
+            for linear in ("q_proj", "k_proj"):
+                share = rows[linear].size // gates.shape[0]
+                rows[linear] &= np.repeat(gates.any(axis=1), share)
+        elif name == "query_key":
+            rows["q_proj"] &= factors
+            rows["k_proj"] &= np.repeat(gates[:, None], 2, axis=1).reshape(-1)
+        elif site.endswith(".input"):
+            columns[site.removesuffix(".input")] &= factors
+        else:
+            rows[site] &= factors
+    return rows, columns

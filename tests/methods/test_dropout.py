@@ -12,11 +12,11 @@ from methods.adapters.dropout import (
     PATTERNS,
     POSITIONS,
     DropoutConfig,
-    held,
     logit,
     raised,
     uniform,
 )
+from methods.held import held
 from methods.tasks.loss import bidirectional_kl, jensen_shannon
 
 CAUSAL = jnp.tril(jnp.ones((5, 5), bool))[None, None]

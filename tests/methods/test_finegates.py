@@ -8,7 +8,7 @@ import pytest
 
 import bilevel
 from methods import finegates
-from methods.adapters import gates
+from methods.adapters import gates, slicing
 from methods.models.hooks import identity
 from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
 from tests.methods.test_hiddenkey import predict as predict_lora
@@ -29,7 +29,7 @@ def test_at_the_start_it_is_the_pretrained_model(kind, family):
     np.testing.assert_array_equal(gates.activation(family, jnp.concatenate([v.ravel() for v in values.values()])), 1.0)
     got = predict(weights, None, gates.bind(values, KINDS[kind], family), train).logits
     np.testing.assert_array_equal(got, predict(weights, None, identity, train).logits)
-    assert gates.removed(values, KINDS[kind], family, CONFIG) == 0
+    assert slicing.removed(values, KINDS[kind], family, CONFIG) == 0
 
 
 def test_the_number_of_untied_gates_is_the_papers():
@@ -99,17 +99,17 @@ def test_counted_weights():
     tied, opened = KINDS["tied"], lambda kind: {n: jnp.full((LAYERS, s.size), 2.0) for n, s in KINDS[kind].items()}
     one = opened("tied")
     one["ffn"] = one["ffn"].at[1, 3].set(-2.0)
-    np.testing.assert_allclose(gates.removed(one, tied, "stg", CONFIG), 3 * d / total)
+    np.testing.assert_allclose(slicing.removed(one, tied, "stg", CONFIG), 3 * d / total)
     one = opened("tied")
     one["query_key"] = one["query_key"].at[2, 0].set(-2.0)  # a rotary pair of q and k
-    np.testing.assert_allclose(gates.removed(one, tied, "stg", CONFIG), 4 * d / total)
+    np.testing.assert_allclose(slicing.removed(one, tied, "stg", CONFIG), 4 * d / total)
     one = opened("tied")
     one["value"] = one["value"].at[0, :size].set(-2.0)  # a whole head: its queries and keys go as well
-    np.testing.assert_allclose(gates.removed(one, tied, "stg", CONFIG), 4 * size * d / total)
+    np.testing.assert_allclose(slicing.removed(one, tied, "stg", CONFIG), 4 * size * d / total)
     one = opened("untied")
     one["up_proj rows"] = one["up_proj rows"].at[0, : f // 2].set(-2.0)
     one["up_proj columns"] = one["up_proj columns"].at[0, : d // 4].set(-2.0)
-    np.testing.assert_allclose(gates.removed(one, KINDS["untied"], "stg", CONFIG), d * f * (1 - 0.5 * 0.75) / total)
+    np.testing.assert_allclose(slicing.removed(one, KINDS["untied"], "stg", CONFIG), d * f * (1 - 0.5 * 0.75) / total)
     assert heads * size == d
 
 
@@ -139,7 +139,7 @@ def test_single_level_training_closes_gates():
     params = result.inner.params
     before = gates.penalty(single.start_inner(jax.random.key(0), outer)["gates"], "stg", 0.5)
     assert gates.penalty(params["gates"], "stg", 0.5) < before / 3
-    assert gates.removed(params["gates"], KINDS["tied"], "stg", CONFIG) > 0
+    assert slicing.removed(params["gates"], KINDS["tied"], "stg", CONFIG) > 0
     for name in ("adapter", "bias"):
         assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(params[name])) > 1e-3
 

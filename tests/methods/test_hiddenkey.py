@@ -12,6 +12,7 @@ import pytest
 import bilevel
 from methods import hiddenkey
 from methods.adapters.dropout import DropoutConfig
+from methods.held import held
 from methods.models.hooks import Chain, identity
 from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
 from tests.methods.test_flexora import LAYERS, LORA, MODEL, setting, start
@@ -85,8 +86,8 @@ def test_one_pass_has_half_the_gradient_of_the_term_on_average():
     kl = lambda a, b: bidirectional_kl(a, b, jnp.ones(3, bool))  # noqa: E731
     w = jnp.asarray(0.3)
     whole = jax.grad(lambda w: kl(w * a, b + w**2 * a))(w)
-    first = jax.grad(lambda w: kl(w * a, hiddenkey.held(b + w**2 * a, 0.0)))(w)
-    second = jax.grad(lambda w: kl(b + w**2 * a, hiddenkey.held(w * a, 0.0)))(w)
+    first = jax.grad(lambda w: kl(w * a, held(b + w**2 * a, 0.0)))(w)
+    second = jax.grad(lambda w: kl(b + w**2 * a, held(w * a, 0.0)))(w)
     np.testing.assert_allclose(first + second, whole, rtol=1e-12)
 
 

@@ -73,7 +73,7 @@ def test_the_sliced_model_is_the_gated_one(name, tmp_path):
     total = sum(np.asarray(linear["kernel"]).size for linear in linears(dense).values())
     # What closed gates take away is at least what is counted, but for the padding of uneven heads.
     assert slicing.parameters(weights) < total
-    assert gates.removed(values, structures, "stg", model.config) > 0.5
+    assert slicing.removed(values, structures, "stg", model.config) > 0.5
 
     slicing.save(tmp_path / "small", small, weights)
     again, read = slicing.load(tmp_path / "small")
@@ -91,7 +91,7 @@ def test_even_gates_leave_exactly_the_counted_weights():
     _, small = slicing.cut(model, weights, values, structures)
     total = sum(linear["kernel"].size for linear in linears(weights).values())
     np.testing.assert_allclose(
-        1 - slicing.parameters(small) / total, gates.removed(values, structures, "stg", model.config)
+        1 - slicing.parameters(small) / total, slicing.removed(values, structures, "stg", model.config)
     )
 
 
