@@ -87,7 +87,8 @@ def _first(metrics: dict[str, float]) -> float:
 
 def _sizes(setup: dict[str, Any], seeds: int) -> str:
     rows = setup["rows"] if isinstance(setup["rows"], int) else " and ".join(map(str, setup["rows"]))
-    return f"{setup['model']}, {rows} training rows, {setup['steps']} steps of {setup['batch_size']}, {seeds} seeds"
+    steps = f"{setup['steps']} steps of {setup['batch_size']} rows at learning rate {setup['learning_rate']:g}"
+    return f"{setup['model']}, {rows} training rows, {steps}, {seeds} seeds"
 
 
 # --- HiddenKey ----------------------------------------------------------------------------------------------------
