@@ -115,7 +115,7 @@ class HiddenKeySettings(Settings):
       rules: three words each: position, pattern, compensation (see `methods.adapters.dropout`).
       hypergradient: "first-order" is the control: its gradient is exactly 0.
       backward: passes that are back-propagated; "implicit" needs both.
-      temperature: of the relaxed masks of the search.
+      temperature: of the relaxed masks of the search, above 0.
       rate: where each rate starts.
       beta: where the weight of the KL term starts.
       per_layer: one rate for each layer instead of one for all.
@@ -179,9 +179,15 @@ def solver(settings: HiddenKeySettings, bench: Bench) -> bilevel.Nested:
     Raises:
       ValueError: for settings out of range, or an implicit gradient of a training that follows no gradient field.
     """
+    if not (settings.temperature > 0 and settings.beta > 0):
+        raise ValueError(
+            f"--temperature {settings.temperature:g} and --beta {settings.beta:g} must be above 0: hard masks have no "
+            "derivative in the rate, and beta is searched by its logarithm."
+        )
     inner, steps = optax.adam(settings.inner_lr), settings.inner_steps
     relaxed = make(settings, bench, temperature=settings.temperature)
-    stops = settings.backward == "one" or any("stop_gradient" in rule for rule in settings.rules)
+    one_pass = settings.backward == "one" and "log_beta" in jax.eval_shape(relaxed.start_outer, jax.random.key(0))
+    stops = one_pass or any("stop_gradient" in rule for rule in settings.rules)
     if settings.hypergradient == "implicit" and stops:
         raise ValueError("--hypergradient implicit needs --backward both and no stop_gradient_rescale: a Hessian.")
     mode = "reverse" if stops else "mixed"

@@ -39,7 +39,7 @@ def predictor(bench: Bench) -> Callable[..., Prediction]:
       ValueError: for a regression, which has no classes to predict.
     """
     if bench.head is not None and not bench.task.classes:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError(f"The task {bench.task.name} is a regression: this method compares probabilities of classes.")
+        raise ValueError(f"The task {bench.task.name} is a regression: this method is made for classes and answers.")
     return partial(_predict, bench)
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from methods import experiment, inside, report, summary
+from methods import experiment, inside, objective, report, summary
 from methods.adapters.filters import FILTERS, Edit, Filter, init, scalars, task_vectors
 from methods.experiment import Bench, Settings
 from methods.flexora import gate
@@ -146,7 +146,11 @@ def places(settings: LoRATRFSettings, bench: Bench) -> dict[str, int]:
 
 
 def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Array]:
-    """Where the task vectors start, `{site: [L, d]}`; from at most 64 training rows."""
+    """Where the task vectors start, `{site: [L, d]}`; from at most 64 training rows.
+
+    Raises:
+      ValueError: if these are all of one class.
+    """
     shapes, layers = places(settings, bench), bench.num_layers
     if settings.filter not in ("cosine", "sigmoid"):
         return {}
@@ -154,15 +158,21 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
         keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
         return {site: jax.random.normal(key, (layers, shapes[site])) for site, key in zip(shapes, keys, strict=True)}
     batch = jax.tree.map(lambda rows: rows[:64], bench.train)
-    marked = _share(batch.mask)
+    marked, types = _share(batch.mask), {}
     if bench.head is not None:
+        types = objective.token_types(bench.pretrained.model, batch)
         labels = batch.labels.astype(jnp.float32)
         first = (labels > labels.mean())[:, None] & batch.mask
+        if not first.any():
+            raise ValueError(
+                f"The {len(labels)} training rows that task vectors start from are all of one class: give more "
+                "(--train-rows), or --vectors random."
+            )
         marked = _share(first) - _share(batch.mask & ~first)
     variables = {"params": bench.pretrained.weights}
 
     def output(adapt) -> Any:
-        return bench.pretrained.model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden")
+        return bench.pretrained.model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden", **types)
 
     return task_vectors(output, marked, shapes, layers)
 
@@ -186,7 +196,13 @@ def edited(settings: LoRATRFSettings, bench: Bench, of: bilevel.Problem, folder:
 
 
 def make(settings: LoRATRFSettings, bench: Bench) -> bilevel.Problem:
-    """The problem of these settings."""
+    """The problem of these settings.
+
+    Raises:
+      ValueError: for DoRA, which would turn the edit with the weights, and as `start_vectors` and `problem`.
+    """
+    if settings.adapter == "dora":
+        raise ValueError("--adapter dora: the edit stands beside LoRA or rsLoRA.")
     return problem(
         inside.predictor(bench),
         bench.pretrained.weights,

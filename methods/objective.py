@@ -71,10 +71,14 @@ def row_losses(
 
 def outputs(model: Any, head: Any, weights: Any, bound: Bound, batch: Any) -> jax.Array:
     """The head's answers to a `LabelledBatch`, `[B, outputs]`."""
-    types = {"token_types": batch.types} if getattr(model.config, "token_types", 0) else {}
-    variables = {"params": weights}
+    types, variables = token_types(model, batch), {"params": weights}
     features = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="features", **types)
     return head.apply({"params": bound.head}, features)
+
+
+def token_types(model: Any, batch: Any) -> dict[str, Any]:
+    """The argument that tells a model the token types of a `LabelledBatch`; none where it has no such types."""
+    return {"token_types": batch.types} if getattr(model.config, "token_types", 0) else {}
 
 
 def write(

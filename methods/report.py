@@ -22,11 +22,12 @@ def arm(bench: Bench, where: Where, evaluation: Evaluation | Classified | Writte
         "on": {site: mask.astype(int).tolist() for site, mask in on.items()},
         "parameters": experiment.trainable_parameters(bench, where),
         "predictions": evaluation.predictions,
+        "right": None if evaluation.right is None else evaluation.right.astype(int),
     }
     if not isinstance(evaluation, Evaluation):
         row["metrics"] = evaluation.metrics
-        if (right := evaluation.right) is not None:
-            row["accuracy"] = Accuracy.of(right)._asdict()
+        if evaluation.right is not None:
+            row["accuracy"] = Accuracy.of(evaluation.right)._asdict()
         return row
     return row | {
         "metrics": {
@@ -144,9 +145,13 @@ def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def paired_difference(first: dict[str, Any], second: dict[str, Any], labels: np.ndarray) -> tuple[int, int, float]:
-    """Questions only the first got right, only the second, and the two-sided exact sign test of the difference."""
-    right = [np.asarray(row["predictions"]) == labels for row in (first, second)]
+def paired_difference(first: Any, second: Any) -> tuple[int, int, float]:
+    """Questions only the first got right, only the second, and the two-sided exact sign test of the difference.
+
+    Args:
+      first, second: `[questions]`, whether each was right.
+    """
+    right = [np.asarray(each, bool) for each in (first, second)]
     wins, losses = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     n, k = wins + losses, min(wins, losses)
     p = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
@@ -154,17 +159,8 @@ def paired_difference(first: dict[str, Any], second: dict[str, Any], labels: np.
 
 
 def _page(folder: RunFolder, settings, bench: Bench, alpha, chosen, rule, results) -> str:
-    labels = np.array([row["label"] for row in bench.splits.test])
     steps, count = alpha.shape
     agreement = _halves(alpha) + _repetitions(folder)
-    width = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in results.values())
-    compared = "\n".join(
-        "- against {}: {} questions only flexora got right, {} only the other; p = {:.2f} (exact sign test)".format(
-            name, *paired_difference(results["flexora"], row, labels)
-        )
-        for name, row in results.items()
-        if name != "flexora"
-    )
     if settings.released:
         kind = "as the released code computes it (first order, cubed gate)"
     else:
@@ -183,11 +179,8 @@ def _page(folder: RunFolder, settings, bench: Bench, alpha, chosen, rule, result
 
 {accuracy_table(results)}
 
-Test rows: {len(labels)} of the published validation set, which no search or training saw. Intervals are Wilson's 95 %
-binomial intervals; the widest is {100 * width:.0f} points across, and smaller differences between two rows say nothing
-by themselves. On the same questions:
-
-{compared}
+Test rows: {len(bench.splits.test)} of the published {bench.task.test} set, which no search or training saw.
+{_compared(results)}
 
 ## How far to trust the selection
 
@@ -205,6 +198,27 @@ AdamW from scratch, peak learning rate {settings.finetune_lr:g}, the same for ev
 The adapter of the selected layers is in `adapter/`, in PEFT's format. All settings: `config.json`; every step:
 `metrics.jsonl`.
 """
+
+
+def _compared(results: dict[str, dict[str, Any]]) -> str:
+    """What intervals and paired differences from flexora say; nothing of answers that are not right or wrong."""
+    if any(row["right"] is None for row in results.values()):
+        return ""
+    width = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in results.values())
+    lines = [
+        "- against {}: {} questions only flexora got right, {} only the other; p = {:.2f} (exact sign test)".format(
+            name, *paired_difference(results["flexora"]["right"], row["right"])
+        )
+        for name, row in results.items()
+        if name != "flexora"
+    ]
+    return "\n".join(
+        [
+            f"Intervals are Wilson's 95 % binomial intervals; the widest is {100 * width:.0f} points across, and",
+            "smaller differences between two rows say nothing by themselves. On the same questions:\n",
+            *lines,
+        ]
+    )
 
 
 def _training_page(settings, bench: Bench, results) -> str:

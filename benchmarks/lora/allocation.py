@@ -228,9 +228,8 @@ def tested(settings: Any, method: str, bench: Any, folder: Any) -> dict[str, Any
     searched = time.perf_counter() - begun
     params = heterolora.finetune(settings, bench, space, gates, method, folder, start)
     row = heterolora.row(bench, space, params, gates)
-    labels = np.array([r["label"] for r in bench.splits.test])
     return {
-        "right": "".join("01"[int(r)] for r in np.asarray(row["predictions"]) == labels),
+        "right": "".join("01"[int(r)] for r in row["right"]),
         "metrics": row["metrics"],
         "parameters": row["parameters"],
         "on": row["on"],

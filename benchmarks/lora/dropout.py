@@ -8,8 +8,9 @@ For each seed, on one split into training, validation and test rows:
 3. *first-order*: the control. Its gradient is 0, so it trains with the rates it started from.
 
 All final trainings have the same length, hard masks, and the same random numbers. Told are the test loss, its excess
-over the grid's choice (paired over seeds, with a 95 % interval of the mean) and the inner gradients spent: one for each
-pass that is back-propagated, 2.07 for a Hessian-vector product on top of the recomputed gradient of a step.
+over the grid's choice (paired over seeds, with a 95 % interval of the mean) and the inner gradients spent: operations
+of training and search, counted (`bilevel.flops`), over those of one gradient of the training loss. What validation
+costs the grid is left out.
 
     python -m benchmarks.lora.dropout --task rte        # resumable
     python -m benchmarks.lora.dropout --table           # positions x patterns x compensations instead
@@ -26,13 +27,13 @@ import numpy as np
 import optax
 import tyro
 
+import bilevel
 from benchmarks.lora import low_data
+from bilevel.flops import flops, gradient_flops
 from methods import experiment, hiddenkey, inside
 from methods.hiddenkey import HiddenKeySettings
 from methods.runfolder import RunFolder
 
-HVP = 3.07
-"""Cost of differentiating one training step, in gradients: the step again and a Hessian-vector product."""
 POSITIONS = ("attention_logits", "attention_weights", "ffn_hidden")
 PATTERNS = ("element", "column", "span")
 TERMS = ("rescale", "kl", "js")
@@ -124,12 +125,26 @@ def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str,
     outer = first | jax.tree.map(
         lambda like, value: np.asarray(value, like.dtype), {k: first[k] for k in learned["outer"]}, learned["outer"]
     )
-    search = setup.burn_in + setup.outer_steps * (setup.inner_steps * HVP + 1)
+    search = setup.burn_in + setup.outer_steps * _estimate_cost(settings, bench)
     return {
         "grid": trainer.tested(f"grid-{best}", hard, points[best]) | {"gradients": len(points) * setup.steps} | chosen,
         "unrolled": trainer.tested("unrolled", hard, outer) | {"gradients": search + setup.steps} | learned["found"],
         "first-order": trainer.tested("first-order", hard, first) | {"gradients": setup.steps},
     }
+
+
+def _estimate_cost(settings: HiddenKeySettings, bench: Any) -> float:
+    """Floating-point operations of one hypergradient, in gradients of the training loss."""
+    solver = hiddenkey.solver(settings, bench)
+    train = jax.tree.map(lambda rows: rows[: settings.batch_size], bench.train)
+    val = jax.tree.map(lambda rows: rows[: settings.outer_batch_size], bench.outer)
+    key, data = jax.random.key(0), bilevel.FullBatch(train)
+    outer = solver.problem.start_outer(key)
+
+    def estimate(outer):
+        return solver.hypergradient.estimate(solver.problem, None, outer, data, val, key).grad
+
+    return flops(estimate, outer) / gradient_flops(solver.problem, solver.hypergradient, outer, data, key)
 
 
 def _learn(trainer: Trainer, hard: Any, burn_in: int) -> dict[str, Any]:

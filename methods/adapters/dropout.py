@@ -228,14 +228,21 @@ def _divided(rule: Rule, y: jax.Array, by: jax.Array, logit: jax.Array) -> jax.A
 
 
 def _attention(rule: Rule, key: jax.Array, logit: jax.Array, temperature: float, visible: jax.Array, y: jax.Array):
-    score = raised(_score(rule, key, logit, y.shape), visible)
+    score = _score(rule, key, logit, y.shape)
     if rule.position == "attention_logits":
+        score = raised(score, visible)
         if temperature:
             return y + jax.nn.log_sigmoid(score / temperature).astype(y.dtype)
         return jnp.where(score >= 0, y, float(jnp.finfo(y.dtype).min))
+    # A key without weight, such as one that DropKey has dropped, is none that could be kept.
+    score = raised(score, visible & (y > float(jnp.finfo(y.dtype).tiny)))
     y = y * keep(score, temperature).astype(y.dtype)
     total = y.sum(axis=-1, keepdims=True)
-    return _divided(rule, y, jnp.maximum(total, float(jnp.finfo(y.dtype).tiny)), logit)
+    if rule.compensation != "none":
+        # A constant that cancels: without it the derivatives of a quotient overflow where next to nothing is left.
+        scale = jax.lax.stop_gradient(jnp.where(total < 1e-3, total, 1))
+        y, total = y / scale, total / scale
+    return _divided(rule, y, total, logit)
 
 
 def _features(rule: Rule, key: jax.Array, logit: jax.Array, temperature: float, y: jax.Array) -> jax.Array:

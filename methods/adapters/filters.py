@@ -142,7 +142,8 @@ def _read(probe: jax.Array, weights: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _read_forward(probe: jax.Array, weights: jax.Array, y: jax.Array):
-    return y, (jnp.einsum("bt,btd->d", weights.astype(y.dtype), y).astype(probe.dtype), weights)
+    # In the precision of the weights: rounded to fewer bits, 1/n and -1/m would no longer add up to 0.
+    return y, (jnp.einsum("bt,btd->d", weights, y.astype(weights.dtype)).astype(probe.dtype), weights)
 
 
 _read.defvjp(_read_forward, lambda kept, cotangent: (kept[0], jnp.zeros_like(kept[1]), cotangent))

@@ -90,7 +90,9 @@ def save(folder: Path, sliced: Sliced, weights: Weights) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flat = {".".join(k.key for k in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(weights)}
     save_file(flat, folder / "model.safetensors", metadata={"format": "bilevel-sliced"})
+    accumulate: Any = sliced.model.accumulate  # pyright: ignore[reportAttributeAccessIssue]
     config = {"model": type(sliced.model).__name__, "config": dataclasses.asdict(sliced.config)}
+    config["accumulate"] = None if accumulate is None else jnp.dtype(accumulate).name
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -116,7 +118,9 @@ def load(folder: Path) -> tuple[Sliced, Weights]:
         config_type = next(f.type for f in dataclasses.fields(kind) if f.name == "config")
         config_type = getattr(models, config_type) if isinstance(config_type, str) else config_type
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-        model = kind(config_type(**values), param_dtype=next(v.dtype for k, v in flat.items() if k == "embed"))
+        accumulate = None if description["accumulate"] is None else jnp.dtype(description["accumulate"])
+        dtype = next(v.dtype for k, v in flat.items() if k == "embed")
+        model = kind(config_type(**values), param_dtype=dtype, accumulate=accumulate)
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
         raise ValueError(f"The sliced model in {folder} is damaged ({error}): save it again.") from None
     weights: Weights = {}

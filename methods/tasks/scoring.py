@@ -43,6 +43,7 @@ class Evaluation:
       unnormalised: the same, by log p itself (`acc`).
       cut: how many prompts were cut on the left to fit.
       predictions: `[rows]`, the choice taken per character.
+      right: `[rows]`, whether that is the right one.
       log_likelihoods: for each row, log p of each choice, in nats.
     """
 
@@ -52,6 +53,7 @@ class Evaluation:
     unnormalised: Accuracy
     cut: int
     predictions: np.ndarray
+    right: np.ndarray
     log_likelihoods: list[np.ndarray]
 
 
@@ -120,6 +122,7 @@ def evaluate(
         Accuracy.of(choose(scores) == labels),
         cut,
         predictions,
+        predictions == labels,
         np.split(scores, ends),
     )
 

@@ -143,6 +143,51 @@ def test_no_query_loses_all_its_keys(words, temperature):
     np.testing.assert_allclose(weights[:, :, 0, 0], 1.0)  # the first query sees one key
 
 
+def first_query(words, logits, key, rate=0.5):
+    """Weights of one query after its softmax, float32."""
+    visible = jnp.ones((1, 1, 1, logits.size), bool)
+    adapt = hook(words, rate, key=key)
+    weights = jax.nn.softmax(logits.astype(jnp.float32)[None, None, None])
+    return adapt("attention_weights", visible, weights)[0, 0, 0]
+
+
+@pytest.mark.parametrize("gap", [20.0, 46.0, 80.0, 110.0])
+@pytest.mark.parametrize("compensation", ["rescale", "stop_gradient_rescale"])
+def test_what_is_left_beside_a_key_that_had_all_the_weight_has_finite_derivatives(gap, compensation):
+    words, logits = f"attention_weights element {compensation}", jnp.asarray([gap, 0.0, 0.3])
+    # A key whose draw drops the first of the three keys and no other; 110 leaves the others without weight.
+    lost = lambda w: (w[0] == 0) & (w[1:] > 0).all()  # noqa: E731
+    key = next(k for k in range(200) if lost(first_query(words, jnp.asarray([1.0, 0.0, 0.3]), k)))
+    out = jax.jit(lambda logits: first_query(words, logits, key))
+    of_second = lambda logits: out(logits)[1].astype(jnp.float64)  # noqa: E731
+    if gap > 100:
+        np.testing.assert_array_equal(out(logits), [1.0, 0.0, 0.0])
+    else:
+        np.testing.assert_allclose(out(logits)[1:], jax.nn.softmax(logits[1:]), rtol=1e-5)
+    grad, second = jax.grad(of_second)(logits), jax.hessian(of_second)(logits)
+    assert jnp.isfinite(grad).all() and jnp.isfinite(second).all()
+    if gap < 100 and compensation == "rescale":
+        w = jax.nn.softmax(logits[1:])
+        np.testing.assert_allclose(grad, [0.0, w[0] * w[1], -w[0] * w[1]], rtol=1e-4, atol=1e-7)
+
+
+def test_a_second_rule_leaves_a_query_one_of_the_keys_that_the_first_has_left():
+    logits = jax.random.normal(jax.random.key(1), (4, 4, 8, 8), jnp.float32)
+    config = DropoutConfig(["attention_logits column rescale", "attention_weights column rescale"])
+    visible = jnp.tril(jnp.ones((1, 1, 8, 8), bool))
+
+    @jax.jit
+    def weights(logits):
+        adapt = jax.tree.map(
+            lambda leaf: leaf[0], config.bind(jax.random.key(2), dict.fromkeys(config.positions, 0.0), 1)
+        )
+        logits = jnp.where(visible, adapt("attention_logits", visible, logits), -jnp.inf)
+        return adapt("attention_weights", visible, jax.nn.softmax(logits, axis=-1))
+
+    np.testing.assert_allclose(weights(logits).sum(axis=-1), 1.0, rtol=1e-5)
+    assert jnp.isfinite(jax.grad(lambda x: (weights(x) ** 2).sum())(logits)).all()
+
+
 def test_only_rows_without_a_key_are_raised():
     score = jnp.asarray([[-1.0, -3.0, 2.0], [-1.0, -3.0, -2.0]])
     visible = jnp.asarray([[True, True, True], [False, True, True]])

@@ -1,5 +1,8 @@
 """LoRATRF, reconstructed: filters, task vectors from data, and what may be outer."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ import bilevel
 from methods import flexora, loratrf
 from methods.adapters import filters
 from methods.models.hooks import Chain, identity
+from methods.tasks.classify import LabelledBatch
 from methods.tasks.loss import Prediction
 from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
 from tests.methods.test_hiddenkey import SMALL
@@ -136,6 +140,15 @@ def test_all_on_the_training_rows():
 
 def test_layer_gates_start_at_one():
     np.testing.assert_array_equal(flexora.gate(problem("layers").start_outer(jax.random.key(0))), 1.0)
+
+
+def test_task_vectors_of_one_class_are_refused():
+    tokens = jnp.ones((4, 6), jnp.int32)
+    rows = LabelledBatch(tokens, tokens > 0, tokens, tokens[:, 0])
+    model = SimpleNamespace(model=SMALL, config=CONFIG, weights={})
+    bench: Any = SimpleNamespace(train=rows, head=object(), num_layers=LAYERS, pretrained=model)
+    with pytest.raises(ValueError, match="4 training rows that task vectors start from are all of one class"):
+        loratrf.start_vectors(loratrf.LoRATRFSettings(model="none", place="stream"), bench)
 
 
 def test_an_outer_variable_that_the_filter_has_not_is_refused():

@@ -192,12 +192,15 @@ def test_plain_lora_with_a_head_leaves_a_whole_run_folder(tiny_model, tiny_glue,
 
 
 @pytest.mark.usefixtures("float32_by_default")
-def test_flexora_on_a_classification(tiny_model, tiny_glue, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("task", ["rte", "stsb"])
+def test_flexora_with_a_head(tiny_model, tiny_glue, tmp_path, task):  # noqa: F811
     search = "--inner-steps 2 --outer-steps 2 --random-baselines 0".split()
-    words = arguments(tiny_model, tiny_glue, tmp_path / "run", "--task", "rte", *search)
+    words = arguments(tiny_model, tiny_glue, tmp_path / "run", "--task", task, *search)
     assert cli.run(["flexora", *words]) == 0
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["score"]
+    # A regression is neither right nor wrong.
+    assert ("exact sign test" in (tmp_path / "run" / "report.md").read_text()) == (task == "rte")
 
 
 @pytest.fixture(scope="module")
