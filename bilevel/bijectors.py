@@ -24,9 +24,11 @@ from bilevel.trees import PyTree, is_inexact, leaf_names
 class Bijector(Protocol):
     """A smooth one-to-one map from all real arrays (u) onto a domain (lambda). A pytree: register the class."""
 
-    def forward(self, u: jax.Array) -> jax.Array: ...
+    def forward(self, u: jax.Array) -> jax.Array:
+        """From all real arrays onto the domain."""
 
-    def inverse(self, value: jax.Array) -> jax.Array: ...
+    def inverse(self, value: jax.Array) -> jax.Array:
+        """The u of a value in the domain."""
 
 
 @jax.tree_util.register_dataclass

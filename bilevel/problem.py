@@ -55,8 +55,9 @@ class Problem:
     `mutable` is for what training updates without a gradient: batch statistics, counters, random keys. `inner` is then
     a dict with these entries, and `inner_loss` returns their new values as a dict, as flax's `apply(..., mutable=...)`
     does: `(scalar, updates)`, or `(scalar, (updates, aux))` with `has_aux`. They are carried from step to step beside
-    the optimizer's state, and every estimator that differentiates training differentiates them too. An entry that
-    comes back as it was is a constant, of whatever type.
+    the optimizer's state, and `Unrolled` differentiates them too; estimators at the trained point hold them where
+    training left them, `Reversible` and the stochastic solvers refuse them. An entry that comes back as it was is a
+    constant, of whatever type.
     """
 
     inner_loss: Callable[..., Any]

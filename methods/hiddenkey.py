@@ -12,7 +12,8 @@ outer step is evaluated again, and new ones in the next.
 
 Rates are learned with relaxed masks (`methods.adapters.dropout`) and used with hard ones. As published, only the first
 pass is back-propagated: half the backward work; by symmetry its gradient of the KL term is half of the whole one on
-average, so beta counts half of what it does with `backward="both"`.
+average, so beta counts half of what it does with `backward="both"`. (With JS the second pass is the model without
+dropout, so that there is no such symmetry.)
 
 Wang, Chen, Jiang, Xue, Kong, Wu, "LoRA Meets Dropout under a Unified Framework", Findings of ACL 2024, arXiv
 2403.00812. There the rates come from a grid on the validation set: `--grid` runs it beside.

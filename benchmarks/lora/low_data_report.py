@@ -39,7 +39,8 @@ def write(docs: Path = DOCS, records: Path = RECORDS) -> list[Path]:
     parts = [
         "# Little data measured\n",
         "HiddenKey, FineGates and LoRATRF where there are few rows. Written by `python -m "
-        "benchmarks.lora.low_data_report` from the records in `benchmarks/lora/records/`, which hold every setting.\n",
+        "benchmarks.lora.low_data_report` from the records in `benchmarks/lora/records/`; what is not said there is as "
+        "the commands have it by default.\n",
     ]
     written = []
     for pattern, section, figure in SECTIONS:

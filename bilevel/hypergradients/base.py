@@ -50,13 +50,16 @@ class Hypergradient(Protocol):
     """A way to estimate d outer_loss / d outer. Every estimator in `bilevel` has these three methods."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """K, inner steps an outer iteration."""
 
-    def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState: ...
+    def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
+        """The inner state before any training."""
 
     def solve(
         self, problem: Problem, inner_state: InnerState | None, outer: PyTree, inner_batches: PyTree, key: jax.Array
-    ) -> InnerState: ...
+    ) -> InnerState:
+        """Trains K steps from `inner_state` (None: from the start), as a function that may be differentiated again."""
 
     def estimate(
         self,
@@ -66,7 +69,8 @@ class Hypergradient(Protocol):
         inner_batches: PyTree,
         outer_batch: PyTree,
         key: jax.Array,
-    ) -> Estimate: ...
+    ) -> Estimate:
+        """Trains as `solve` does, then the outer loss, its hypergradient and the state that training has reached."""
 
 
 def schedule(key: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:

@@ -22,22 +22,22 @@ class SolverState(Protocol):
 class Solver(Protocol):
     """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function.
 
-    Attributes:
-      problem: the bilevel problem.
-      inner_batches: inner batches a step wants, the leading axis of `step`'s `inner_batches`.
-
     A solver that wants several outer batches a step has an attribute `outer_batches` too: see `outer_batches`.
     """
 
     @property
-    def problem(self) -> Problem: ...
+    def problem(self) -> Problem:
+        """The bilevel problem."""
 
     @property
-    def inner_batches(self) -> int: ...
+    def inner_batches(self) -> int:
+        """Inner batches a step wants: the leading axis of what `step` is given."""
 
-    def init(self, key: jax.Array) -> Any: ...
+    def init(self, key: jax.Array) -> Any:
+        """The state before the first step."""
 
-    def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]: ...
+    def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]:
+        """One outer iteration: the next state, and scalars by name."""
 
 
 def outer_batches(solver: Solver) -> int:

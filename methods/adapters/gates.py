@@ -8,7 +8,7 @@ being open, whose sum is the smooth stand-in for the number of open gates:
                     P = sigmoid(l - b log(-gamma / zeta)),   b = 2/3, gamma = -0.1, zeta = 1.1
 
 Without a key e = 0, and logit(U) = 0 with b = 1: the gate that stays when training is over. Where omega is clipped its
-gradient is exactly 0. Both start open: omega is exactly 1 without a key.
+gradient is exactly 0. Both start open: without a key omega is exactly 1, but for one of 300,000 gates of stg.
 
 "tied" gates can be cut out of a block: hidden features of the feed-forward layer (rows of up and gate with columns of
 down), value features (rows of v with columns of o, for all heads that share a value head), and query-key features

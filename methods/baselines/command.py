@@ -43,10 +43,14 @@ def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) ->
     """What the baselines are given of a bench.
 
     Raises:
-      ValueError: for DoRA, whose lengths no baseline has.
+      ValueError: for DoRA, whose lengths no baseline has, and for what their training does not do.
     """
     if settings.adapter == "dora":
         raise ValueError("--adapter dora: the baselines are made for LoRA and rsLoRA.")
+    if settings.accumulate > 1 or settings.validate_every or settings.patience:
+        raise ValueError(
+            "--accumulate, --validate-every and --patience: a baseline trains as published, by Adam at a constant rate."
+        )
     loss = experiment.loss(bench)
     return Setting(
         lambda weights, adapt, head, batch: loss(weights, Bound(adapt, head), batch),

@@ -91,9 +91,32 @@ def test_one_pass_has_half_the_gradient_of_the_term_on_average():
     np.testing.assert_allclose(first + second, whole, rtol=1e-12)
 
 
-def gradient_by(estimator, **options):
+@pytest.mark.parametrize("backward", ["one", "both"])
+def test_one_pass_takes_the_term_without_the_gradient_of_the_second(backward):
+    _, _, train, _ = setting()
+    weights, config, outer, params = setting()[0], dropout(0.0), outer_start(dropout(0.0), rate=0.3), trained()
+    hooks = [config.bind(jax.random.fold_in(KEY, i), outer["rates"], LAYERS) for i in range(2)]
+
+    def by_hand(params, second):
+        passes = [predict(weights, p, hook, train) for p, hook in zip((params, second), hooks, strict=True)]
+        return cross_entropy(passes[0]) + bidirectional_kl(passes[0].logits, passes[1].logits, passes[0].mask)
+
+    @jax.jit
+    def gradients(params):
+        of = problem(config, backward=backward)
+        return jax.grad(lambda p: of.inner_value(p, outer, train, None)[0])(params), jax.grad(by_hand, (0, 1))(
+            params, params
+        )
+
+    got, (first, second) = gradients(params)
+    expected = first if backward == "one" else jax.tree.map(jnp.add, first, second)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), got, expected)
+    assert any(jnp.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(second))
+
+
+def gradient_by(estimator, config=None, **options):
     _, _, train, validation = setting()  # drawn here, not in a trace
-    of, batch = problem(dropout(), **options), bilevel.FullBatch(train)
+    of, batch = problem(config or dropout(), **options), bilevel.FullBatch(train)
     return jax.jit(lambda outer: estimator.estimate(of, None, outer, batch, validation, jax.random.key(0)).grad)
 
 
@@ -126,6 +149,29 @@ def test_hypergradient_is_the_derivative_of_the_training(backward, mode):
     np.testing.assert_allclose(
         grad["log_beta"], central(lambda h: outer | {"log_beta": outer["log_beta"] + h}), rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("words", ["attention_weights column stop_gradient_rescale", "ffn_hidden element js"])
+def test_rates_of_single_layers_have_their_own_derivative(words):
+    _, _, train, validation = setting()
+    config = dropout(rules=(words,))
+    estimator = bilevel.Unrolled(optax.adam(1e-2), 2, mode="reverse", checkpoint="step")
+    (position,) = config.positions
+    outer = outer_start(config, rate=jnp.linspace(0.1, 0.3, LAYERS))
+    grad = gradient_by(estimator, config)(outer)["rates"][position]
+    of = problem(config)
+
+    @jax.jit
+    def value(rates):
+        moved = outer | {"rates": {position: rates}}
+        state = estimator.solve(of, None, moved, bilevel.FullBatch(train), jax.random.key(0))
+        return of.outer_value(state.params, moved, validation, None)[0]
+
+    for layer in range(LAYERS):
+        step = jnp.zeros(LAYERS).at[layer].set(1e-6)
+        central = (value(outer["rates"][position] + step) - value(outer["rates"][position] - step)) / 2e-6
+        np.testing.assert_allclose(grad[layer], central, rtol=1e-4, atol=1e-9)
+    assert len({float(g) for g in grad}) == LAYERS
 
 
 def test_one_pass_under_mixed_mode_is_refused():
