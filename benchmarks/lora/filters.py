@@ -9,8 +9,8 @@ with words of task 2, of a class drawn apart; the label is y. Both tasks write t
 mean over the tokens does not tell whose it is, while a filter along :math:`u_1 - u_2` does. A random encoder is frozen;
 LoRA, the edit and a head are trained on few rows of which a share has a wrong label.
 
-Told are, over seeds, the test accuracy and the AUROC of the filter c(h) for "this token is of task 1", at the layer
-where it is largest on validation rows. Task vectors are the oracle's (mean of task 1's tokens minus that of task 2's),
+Told are, over seeds, the test accuracy and the AUROC of the cosine with the task vector, before it is clipped and in the
+frozen model, for "this token is of task 1", at the layer where it is largest on validation rows. Task vectors are the oracle's (mean of task 1's tokens minus that of task 2's),
 random, from the data, trained with the rest, or chosen on validation rows (unrolled).
 
     python -m benchmarks.lora.filters [--seeds 5] [--quick]            # resumable
@@ -130,7 +130,7 @@ def start(key: jax.Array) -> dict[str, Any]:
 
 
 def relevance(weights: Any, vectors: Any, batch: Any) -> np.ndarray:
-    """c(h) of each layer's output, `[L, N, T]`: the cosine before it is clipped."""
+    """The cosine of each layer's output with its task vector, `[L, N, T]`, in the frozen model."""
     found = []
     for layer in range(CONFIG.num_layers):
         # The stream after block `layer` is the model's output when later blocks hand on what they are given.

@@ -1,4 +1,4 @@
-"""Layer gates, dropout rates and stochastic gates in one outer variable."""
+"""Layer gates, dropout rates and KL weight, stochastic gates and task vectors in one outer variable."""
 
 import jax
 import jax.numpy as jnp
@@ -6,40 +6,52 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import finegates, flexora
-from methods.adapters import gates
+from methods import finegates, flexora, loratrf
+from methods.adapters import filters, gates
 from methods.adapters.dropout import DropoutConfig, logit
 from methods.models.hooks import Chain
-from methods.tasks.loss import cross_entropy
+from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
 from tests.methods.test_finegates import closed
-from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
-from tests.methods.test_hiddenkey import predict
+from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
+from tests.methods.test_hiddenkey import SMALL
+from tests.methods.test_loratrf import PLACES, vectors
 
 TIED = gates.tied(CONFIG)
-DROPOUT = DropoutConfig(["attention_logits column rescale", "ffn_hidden element rescale"], 0.3)
+DROPOUT = DropoutConfig(["attention_logits column kl", "ffn_hidden element kl"], 0.3)
+
+
+def predict(weights, params, outer, batch, adapt):
+    edit = loratrf.bind(params, outer["vectors"], LAYERS, "cosine", "vectors")
+    chain = Chain((edit, LORA.bind(params["lora"], flexora.gate(outer["layers"])), adapt))
+    logits = SMALL.apply({"params": weights}, batch, None, chain)
+    return Prediction(logits[:, :-1], batch[:, 1:], jnp.ones_like(batch[:, 1:], bool))
 
 
 def train_loss(weights, params, outer, batch, key):
-    masks, noise = jax.random.split(outer["key"])
-    drop = DROPOUT.bind(masks, outer["rates"], LAYERS)
-    adapt = Chain((finegates.hook(params, outer["gates"], TIED, "stg", noise), drop))
-    return cross_entropy(predict(weights, params["lora"], adapt, batch, flexora.gate(outer["layers"])))
+    *masks, noise = jax.random.split(outer["key"], 3)
+    gated = finegates.hook(params, outer["gates"], TIED, "stg", noise)
+    hooks = [Chain((gated, DROPOUT.bind(mask, outer["rates"], LAYERS))) for mask in masks]
+    first, second = (predict(weights, params, outer, batch, hook) for hook in hooks)
+    agreement = bidirectional_kl(first.logits, second.logits, first.mask)
+    return cross_entropy(first) + jnp.exp(outer["log_beta"]) * agreement
 
 
 def val_loss(weights, params, outer, batch, key):
-    adapt = finegates.hook(params, outer["gates"], TIED, "stg", None)
-    value = cross_entropy(predict(weights, params["lora"], adapt, batch, flexora.gate(outer["layers"])))
+    gated = finegates.hook(params, outer["gates"], TIED, "stg", None)
+    value = cross_entropy(predict(weights, params, outer, batch, gated))
     return value + gates.penalty(outer["gates"], "stg", keep=0.6)
 
 
 def init_inner(key, outer):
     biases = {site: jnp.zeros((LAYERS, out)) for site, (_, out) in CONFIG.site_shapes().items()}
-    return {"lora": start(key), "bias": biases}
+    edit = filters.init(key, PLACES["linears"], LAYERS, 2, "cosine")
+    return {"lora": start(key), "edit": edit, "bias": biases}
 
 
 def init_outer(key):
     rates = dict.fromkeys(DROPOUT.positions, logit(0.1))
-    return {"layers": jnp.zeros(LAYERS), "rates": rates, "gates": closed(TIED, 0.2), "key": key}
+    found = {"layers": jnp.zeros(LAYERS), "rates": rates, "log_beta": jnp.zeros(()), "vectors": vectors("linears")}
+    return found | {"gates": closed(TIED, 0.2), "key": key}
 
 
 def test_one_hypergradient_for_all_of_them_is_the_derivative_of_the_training():
@@ -60,7 +72,7 @@ def test_one_hypergradient_for_all_of_them_is_the_derivative_of_the_training():
         state = estimator.solve(problem, None, moved, bilevel.FullBatch(train), jax.random.key(0))
         return problem.outer_value(state.params, moved, validation, None)[0]
 
-    for name in ("layers", "rates", "gates"):
+    for name in ("layers", "rates", "log_beta", "vectors", "gates"):
         keys = jax.random.split(jax.random.key(3), len(jax.tree.leaves(at[name])))
         leaves, structure = jax.tree.flatten(at[name])
         direction = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
