@@ -9,9 +9,10 @@ with words of task 2, of a class drawn apart; the label is y. Both tasks write t
 mean over the tokens does not tell whose it is, while a filter along :math:`u_1 - u_2` does. A random encoder is frozen;
 LoRA, the edit and a head are trained on few rows of which a share has a wrong label.
 
-Told are, over seeds, the test accuracy and the AUROC of the cosine with the task vector, before it is clipped and in the
-frozen model, for "this token is of task 1", at the layer where it is largest on validation rows. Task vectors are the oracle's (mean of task 1's tokens minus that of task 2's),
-random, from the data, trained with the rest, or chosen on validation rows (unrolled).
+Told are, over seeds, the test accuracy and the AUROC of the cosine with the task vector (before it is clipped, in the
+frozen model) for "this token is of task 1", at the layer where it is largest on validation rows. Task vectors are the
+oracle's (mean of task 1's tokens minus that of task 2's), random, from the data, trained with the rest, or chosen on
+validation rows (unrolled).
 
     python -m benchmarks.lora.filters [--seeds 5] [--quick]            # resumable
 """

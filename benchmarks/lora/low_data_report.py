@@ -229,10 +229,10 @@ def _filters(records: list[dict[str, Any]], image: str) -> Iterator[str]:
     yield (
         "## LoRATRF: does the filter find the tokens that matter?\n\nReconstructed, not published code. A synthetic "
         "mixture of two tasks in which it is known which tokens matter (`benchmarks/lora/filters.py`). The oracle, the "
-        "mean of the tokens that matter minus that of the others, shows that one vector can tell them. AUROC is that of "
-        "the cosine with the task vector, before it is clipped and in the frozen model, at the better of the two layers "
-        "on validation rows: random vectors are above a half. Differences are paired, with the 95 % interval of the mean "
-        f"over {len(runs)} seeds.\n"
+        "mean of the tokens that matter minus that of the others, shows that one vector can tell them. AUROC is that "
+        "of the cosine with the task vector, before it is clipped and in the frozen model, at the better of the two "
+        "layers on validation rows: random vectors are above a half. Differences are paired, with the 95 % interval of "
+        f"the mean over {len(runs)} seeds.\n"
     )
     values = {(arm, of): np.array([run[arm][of] for run in runs]) for arm in runs[0] for of in runs[0][arm]}
     body = []

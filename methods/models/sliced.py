@@ -8,8 +8,8 @@ there may be fewer
     features  of values (columns of v, rows of o), of queries and keys ("pairs" [G', h'], which rotary pair of its head
               each is; padded where another head keeps more), and of the feed-forward layer
 
-than in the dense model, whose own code computes all the rest. It has no cache: it scores and classifies. The indices are
-integers among the weights, which `jax.grad` refuses to differentiate: train the rest.
+than in the dense model, whose own code computes all the rest. It has no cache: it scores and classifies. The indices
+are integers among the weights, which `jax.grad` refuses to differentiate: train the rest.
 """
 
 from __future__ import annotations
