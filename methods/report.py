@@ -202,7 +202,7 @@ The adapter of the selected layers is in `adapter/`, in PEFT's format. All setti
 
 def _compared(results: dict[str, dict[str, Any]]) -> str:
     """What intervals and paired differences from flexora say; nothing of answers that are not right or wrong."""
-    if any(row["right"] is None for row in results.values()):
+    if any(row.get("right") is None for row in results.values()):
         return ""
     width = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in results.values())
     lines = [

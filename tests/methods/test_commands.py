@@ -87,6 +87,7 @@ BAD = {
     "budget": (["baseline", "melora", "--share", "2"], "--share 2 must be above 0"),
     "dora": (["baseline", "uniform", "--adapter", "dora"], "the baselines are made for LoRA"),
     "search rows": (["flexora", "--search-rows", "3"], "--search-rows 3 must be between"),
+    "accumulation of a baseline": (["baseline", "uniform", "--accumulate", "4"], "a baseline trains as published"),
     "searches": (["flexora", "--searches", "0"], "--searches 0 must be at least 1"),
 }
 

@@ -1,5 +1,6 @@
 """What is cut out of a model leaves what the gated model computes, with smaller matrices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -80,6 +81,15 @@ def test_the_sliced_model_is_the_gated_one(name, tmp_path):
     np.testing.assert_array_equal(
         helpers.logits(again, read, TOKENS, MASK), helpers.logits(small, weights, TOKENS, MASK)
     )
+
+
+def test_the_precision_of_products_is_kept(tmp_path):
+    small, weights = sliced("gpt")
+    accurate = dataclasses.replace(small, model=small.model.clone(accumulate=jnp.float32))
+    slicing.save(tmp_path, accurate, weights)
+    assert slicing.load(tmp_path)[0].model.accumulate == jnp.float32
+    slicing.save(tmp_path, small, weights)
+    assert slicing.load(tmp_path)[0].model.accumulate is None
 
 
 def test_even_gates_leave_exactly_the_counted_weights():
