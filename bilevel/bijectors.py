@@ -26,9 +26,11 @@ class Bijector(Protocol):
 
     def forward(self, u: jax.Array) -> jax.Array:
         """From all real arrays onto the domain."""
+        ...
 
     def inverse(self, value: jax.Array) -> jax.Array:
         """The u of a value in the domain."""
+        ...
 
 
 @jax.tree_util.register_dataclass

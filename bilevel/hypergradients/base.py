@@ -52,14 +52,17 @@ class Hypergradient(Protocol):
     @property
     def steps(self) -> int:
         """K, inner steps an outer iteration."""
+        ...
 
     def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
         """The inner state before any training."""
+        ...
 
     def solve(
         self, problem: Problem, inner_state: InnerState | None, outer: PyTree, inner_batches: PyTree, key: jax.Array
     ) -> InnerState:
         """Trains K steps from `inner_state` (None: from the start), as a function that may be differentiated again."""
+        ...
 
     def estimate(
         self,
@@ -71,6 +74,7 @@ class Hypergradient(Protocol):
         key: jax.Array,
     ) -> Estimate:
         """Trains as `solve` does, then the outer loss, its hypergradient and the state that training has reached."""
+        ...
 
 
 def schedule(key: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:

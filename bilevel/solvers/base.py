@@ -28,16 +28,20 @@ class Solver(Protocol):
     @property
     def problem(self) -> Problem:
         """The bilevel problem."""
+        ...
 
     @property
     def inner_batches(self) -> int:
         """Inner batches a step wants: the leading axis of what `step` is given."""
+        ...
 
     def init(self, key: jax.Array) -> Any:
         """The state before the first step."""
+        ...
 
     def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]:
         """One outer iteration: the next state, and scalars by name."""
+        ...
 
 
 def outer_batches(solver: Solver) -> int:
