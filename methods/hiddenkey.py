@@ -11,9 +11,8 @@ left is to differentiate through training (or a grid). The key is an outer leaf 
 outer step is evaluated again, and new ones in the next.
 
 Rates are learned with relaxed masks (`methods.adapters.dropout`) and used with hard ones. As published, only the first
-pass is back-propagated: half the backward work; by symmetry its gradient of the KL term is half of the whole one on
-average, so beta counts half of what it does with `backward="both"`. (With JS the second pass is the model without
-dropout, so that there is no such symmetry.)
+pass is back-propagated: half the backward work; by symmetry its gradient of KL (not of JS) is half of the whole one on
+average, so beta counts half of what it does with `backward="both"`.
 
 Wang, Chen, Jiang, Xue, Kong, Wu, "LoRA Meets Dropout under a Unified Framework", Findings of ACL 2024, arXiv
 2403.00812. There the rates come from a grid on the validation set: `--grid` runs it beside.
@@ -84,7 +83,6 @@ def problem(
       backward: how many of the two passes are back-propagated. With "one" there is no gradient field: use
         `Unrolled(mode="reverse")`.
     """
-    compared = dropout.term
 
     def inner_loss(weights, params, outer, batch, key):
         del key
@@ -92,20 +90,20 @@ def problem(
         hooks = [dropout.bind(mask, outer["rates"], num_layers, active) for mask in masks]
         first = predict(weights, params, hooks[0], batch)
         loss = cross_entropy(first)
-        if compared is None:
+        if dropout.term is None:
             return loss
         if backward == "one":
             params = held(params, (outer["rates"], outer["log_beta"]))
         # JS compares with the model as it is used, without dropout.
-        second = predict(weights, params, hooks[1] if compared == "kl" else identity, batch)
-        return loss + jnp.exp(outer["log_beta"]) * DIVERGENCES[compared](first.logits, second.logits, first.mask)
+        second = predict(weights, params, hooks[1] if dropout.term == "kl" else identity, batch)
+        return loss + jnp.exp(outer["log_beta"]) * DIVERGENCES[dropout.term](first.logits, second.logits, first.mask)
 
     def outer_loss(weights, params, outer, batch, key):
         del outer, key
         return cross_entropy(predict(weights, params, identity, batch))
 
-    inner_loss, outer_loss = (jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss))
-    return bilevel.Problem(inner_loss, outer_loss, lambda key, outer: start(key), init_outer)
+    losses = (jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss))
+    return bilevel.Problem(*losses, lambda key, outer: start(key), init_outer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,15 +157,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 def make(settings: HiddenKeySettings, bench: Bench, *, temperature: float = 0.0) -> bilevel.Problem:
     """The problem of these settings; with hard masks unless there is a temperature."""
     dropout = DropoutConfig(settings.rules, temperature, bench.lora.sites(bench.pretrained.config.site_shapes()))
-    layers = bench.num_layers
-    rate = np.full(layers, settings.rate) if settings.per_layer else settings.rate
-    active = np.arange(layers) >= (layers // 2 if settings.layers == "upper-half" else 0)
+    rate = np.full(bench.num_layers, settings.rate) if settings.per_layer else settings.rate
+    active = np.arange(bench.num_layers) >= (bench.num_layers // 2 if settings.layers == "upper-half" else 0)
     return problem(
         inside.predictor(bench),
         bench.pretrained.weights,
         lambda key: experiment.start(bench, key),
         lambda key: start_outer(dropout, dict.fromkeys(dropout.positions, rate), settings.beta, key),
-        layers,
+        bench.num_layers,
         dropout,
         active=active,
         backward=settings.backward,
@@ -181,22 +178,18 @@ def solver(settings: HiddenKeySettings, bench: Bench) -> bilevel.Nested:
       ValueError: for settings out of range, or an implicit gradient of a training that follows no gradient field.
     """
     if not (settings.temperature > 0 and settings.beta > 0):
-        raise ValueError(
-            f"--temperature {settings.temperature:g} and --beta {settings.beta:g} must be above 0: hard masks have no "
-            "derivative in the rate, and beta is searched by its logarithm."
-        )
+        raise ValueError("--temperature and --beta must be above 0: hard masks hide the rate; log beta is searched.")
     inner, steps = optax.adam(settings.inner_lr), settings.inner_steps
-    relaxed = make(settings, bench, temperature=settings.temperature)
-    one_pass = settings.backward == "one" and "log_beta" in jax.eval_shape(relaxed.start_outer, jax.random.key(0))
+    one_pass = DropoutConfig(settings.rules).term and settings.backward == "one"
     stops = one_pass or any("stop_gradient" in rule for rule in settings.rules)
     if settings.hypergradient == "implicit" and stops:
         raise ValueError("--hypergradient implicit needs --backward both and no stop_gradient_rescale: a Hessian.")
-    mode = "reverse" if stops else "mixed"
     estimator = {
-        "unrolled": lambda: bilevel.Unrolled(inner, steps, mode=mode, checkpoint="step"),
+        "unrolled": lambda: bilevel.Unrolled(inner, steps, mode="reverse" if stops else "mixed", checkpoint="step"),
         "implicit": lambda: bilevel.Implicit(inner, steps, linear_solver=bilevel.CG(), damping=1e-2),
         "first-order": lambda: bilevel.FirstOrder(inner, steps),
     }[settings.hypergradient]()
+    relaxed = make(settings, bench, temperature=settings.temperature)
     return bilevel.Nested(relaxed, estimator, optax.adam(settings.outer_lr), inner_start=settings.inner_start)
 
 
@@ -208,10 +201,10 @@ def found(outer: Any) -> dict[str, jax.Array]:
 
 def grid(settings: HiddenKeySettings, outer: Any) -> list[dict[str, Any]]:
     """The points of the grid, as outer variables like `outer`: every rate at every position, every beta."""
-    positions, betas = outer["rates"], settings.grid_beta if "log_beta" in outer else (1.0,)
+    start, betas = outer["rates"], settings.grid_beta if "log_beta" in outer else (1.0,)
     points = []
-    for *rates, beta in itertools.product(*[settings.grid] * len(positions), betas):
-        at = {p: jnp.full_like(outer["rates"][p], logit(rate)) for p, rate in zip(positions, rates, strict=True)}
+    for *rates, beta in itertools.product(*[settings.grid] * len(start), betas):
+        at = {p: jnp.full_like(x, logit(rate)) for (p, x), rate in zip(start.items(), rates, strict=True)}
         weight = {"log_beta": jnp.full_like(outer["log_beta"], np.log(beta))} if "log_beta" in outer else {}
         points.append(outer | {"rates": at} | weight)
     return points
@@ -254,5 +247,4 @@ def main(settings: HiddenKeySettings) -> None:
         arms["grid"] = points[int(np.argmin([row["validation_loss"] for row in rows]))]
     for name, outer in arms.items():
         folder.once(f"results/{name}", partial(tested, name, outer))
-    history = {name: result.history[name] for name in learned}
-    summary.rates(folder, settings, bench, history, list(arms))
+    summary.rates(folder, settings, bench, {name: result.history[name] for name in learned}, list(arms))
