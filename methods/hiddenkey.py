@@ -102,8 +102,8 @@ def problem(
         del outer, key
         return cross_entropy(predict(weights, params, identity, batch))
 
-    losses = (jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss))
-    return bilevel.Problem(*losses, lambda key, outer: start(key), init_outer)
+    inner_loss, outer_loss = (jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss))
+    return bilevel.Problem(inner_loss, outer_loss, lambda key, outer: start(key), init_outer)
 
 
 @dataclasses.dataclass(frozen=True)
