@@ -41,7 +41,8 @@ def public_names() -> list[str]:
 
 def test_every_public_name_is_in_the_reference_and_documented():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^::: bilevel\.(\w+)$", page, re.MULTILINE)
+    # What has options is the docstring of a module, in front of what it describes.
+    shown = re.findall(r"^::: bilevel\.(\w+)$(?!\n    options:)", page, re.MULTILINE)
     assert sorted(shown) == sorted(public_names())
     undocumented = [name for name in public_names() if not (getattr(bilevel, name).__doc__ or "").strip()]
     assert not undocumented
