@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import partial_eval
 
 from bilevel.data import slots
 from bilevel.hypergradients.base import Hypergradient, schedule
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, at_step, combine, jaxprs
+from bilevel.tracing import jaxprs, without_unused
+from bilevel.trees import PyTree, at_step, combine
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
@@ -49,7 +49,7 @@ def hvp_flops(
         return jax.jvp(jax.grad(value), (at,), (at,))[1]
 
     jaxpr = jax.make_jaxpr(product)(problem, outer, inner_batches, key).jaxpr
-    return operations(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    return operations(without_unused(jaxpr))
 
 
 def _first_loss(problem, hypergradient, outer, inner_batches, key):

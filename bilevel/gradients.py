@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core as jex
-from jax.interpreters import partial_eval
 
 from bilevel.problem import Problem
+from bilevel.tracing import detached, evaluate, is_marked, used
 from bilevel.trees import PyTree, combine, is_inexact
 
 INNER_GRADIENT = "bilevel_inner_gradient"
@@ -85,7 +84,7 @@ def mixed_gradient(point: Point) -> Gradient:
     # The loss is traced once, here. What it captured from outside (values of a surrounding jit, vmap or grad, if the
     # problem was built inside one) comes out as `consts`: a custom rule sees its arguments only.
     closed, shape = jax.make_jaxpr(_loss, return_shape=True)(point)
-    result = _mixed_gradient(_Traced(closed.jaxpr, jax.tree.structure(shape)), point, closed.consts)
+    result = _mixed_gradient(_Traced(detached(closed), jax.tree.structure(shape)), point, closed.consts)
     # Its backward pass needs the point alone, so that a kept gradient spares its evaluation. (Reverse mode needs what
     # the evaluation leaves behind, and would gain nothing.)
     return result._replace(grad=jax.tree.map(lambda g: checkpoint_name(g, INNER_GRADIENT), result.grad))
@@ -93,22 +92,20 @@ def mixed_gradient(point: Point) -> Gradient:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Traced:
-    """`_loss` as a jaxpr, its constants an argument."""
+    """`_loss` as a jaxpr whose first inputs are its constants."""
 
     jaxpr: Any
     structure: Any
 
     def __call__(self, point: Point, consts: list[Any]) -> _Outcome:
-        closed = jex.ClosedJaxpr(self.jaxpr, consts)
-        return jax.tree.unflatten(self.structure, jex.jaxpr_as_fun(closed)(*jax.tree.leaves(point)))
+        return jax.tree.unflatten(self.structure, evaluate(self.jaxpr, *consts, *jax.tree.leaves(point)))
 
-    def reads(self) -> list[bool]:
-        """For each leaf of `(point, consts)`, whether the loss, or an update, is computed from it."""
+    def reads(self, consts: int) -> list[bool]:
+        """For each leaf of `(point, consts)`, so many of them constants, whether the loss or an update reads it."""
         outcome = jax.tree.unflatten(self.structure, range(len(self.jaxpr.outvars)))
         wanted = {outcome.value, *jax.tree.leaves(outcome.updates)}
-        jaxpr, used = partial_eval.dce_jaxpr(self.jaxpr, [i in wanted for i in range(len(self.jaxpr.outvars))])
-        read = {atom for eqn in jaxpr.eqns for atom in eqn.invars if not isinstance(atom, jex.Literal)}
-        return used + [const in read or const in jaxpr.outvars for const in self.jaxpr.constvars]
+        read = used(self.jaxpr, [i in wanted for i in range(len(self.jaxpr.outvars))])
+        return read[consts:] + read[:consts]
 
 
 def _gradient(loss: _Traced, point: Point, consts: list[Any]) -> Gradient:
@@ -127,15 +124,12 @@ class _Residual:
 
 
 def _forward(loss: _Traced, *marked: Any):
-    def is_marked(leaf):
-        return type(leaf).__name__ == "CustomVJPPrimal"
-
     point, consts = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=is_marked)
     leaves = jax.tree.leaves(marked, is_leaf=is_marked)
     # Only what is being differentiated gets a cotangent: frozen weights inside `problem` never do, but a third-level
     # variable that a user put there, or captured, does. A leaf that the loss does not read gets none at all, so that
     # the absence of an influence stays visible in the trace.
-    pairs = zip(leaves, loss.reads(), strict=True)
+    pairs = zip(leaves, loss.reads(len(consts)), strict=True)
     perturbed = tuple(read and leaf.perturbed and is_inexact(leaf.value) for leaf, read in pairs)
     return _gradient(loss, point, consts), _Residual(point, consts, perturbed)
 

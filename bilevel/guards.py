@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
-from jax.interpreters import partial_eval
 
-from bilevel.trees import PyTree, jaxprs, leaf_names
+from bilevel.tracing import jaxprs, used
+from bilevel.trees import PyTree, leaf_names
 
 
 class StructuralZeroWarning(UserWarning):
@@ -170,4 +170,4 @@ def dependence(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[l
 
 def _rows(jaxpr: Any, count: int) -> list[list[bool]]:
     outputs = range(len(jaxpr.outvars))
-    return [partial_eval.dce_jaxpr(jaxpr, [j == i for j in outputs])[1] for i in range(count)]
+    return [used(jaxpr, [j == i for j in outputs]) for i in range(count)]

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend import core as jex
-from jax.interpreters import partial_eval
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +27,8 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
 from bilevel.schedules import Binomial, Checkpoint, Levels, StepBytes
-from bilevel.trees import PyTree, jaxprs, partition
+from bilevel.tracing import is_dropped, is_literal, jaxprs, scan_counts, without_unused
+from bilevel.trees import PyTree, partition
 
 _SHORT = 4
 """Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
@@ -178,7 +177,7 @@ class _Traced(NamedTuple):
     def of(cls, hypergradient: Unrolled, *arguments: Any) -> _Traced:
         jaxpr = jax.make_jaxpr(_estimate)(hypergradient, *arguments).jaxpr
         # What no result is computed from is not kept either: of a quadratic, for one, not even the iterates.
-        jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        jaxpr = without_unused(jaxpr)
         return cls(operations(jaxpr), _kept(jaxpr))
 
 
@@ -196,21 +195,17 @@ def _fixed_bytes(arguments: tuple[Any, ...]) -> int:
 
 def _kept(jaxpr: Any) -> int:
     """Bytes that loops stack up for later ones: all of this level, and the most that is inside one of them."""
-    results = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    results = {v for v in jaxpr.outvars if not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):  # a report by another name is a result too
         if eqn.primitive.name in ("reshape", "stop_gradient") and results.intersection(eqn.outvars):
             results.update(eqn.invars)
     stacked, inside = 0, 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
-            stacks = eqn.outvars[eqn.params["num_carry"] :]
-            stacked += sum(schedules.nbytes(v.aval) for v in stacks if v not in results and _is_used(v))
+            stacks = eqn.outvars[scan_counts(eqn)[1] :]
+            stacked += sum(schedules.nbytes(v.aval) for v in stacks if v not in results and not is_dropped(v))
         inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])
     return stacked + inside
-
-
-def _is_used(variable: Any) -> bool:
-    return type(variable).__name__ != "DropVar"
 
 
 def _estimate(hypergradient, *arguments):

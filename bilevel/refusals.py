@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
-from jax.interpreters import partial_eval
 
 from bilevel.data import slots
 from bilevel.guards import refuse_reverse_rules
 from bilevel.problem import Problem
-from bilevel.smooth import bind
-from bilevel.trees import PyTree, at_step, is_inexact, jaxprs, leaf_names
+from bilevel.tracing import bind, is_literal, jaxprs, used
+from bilevel.trees import PyTree, at_step, is_inexact, leaf_names
 
 _FAILURES = (TypeError, ValueError, NotImplementedError)
 """What JAX raises where it cannot differentiate; a loss may raise them for reasons of its own."""
@@ -80,8 +79,8 @@ class TracedLoss(NamedTuple):
 
     def reads(self) -> list[bool]:
         """For each leaf of `outer`, whether an output is computed from it."""
-        used = partial_eval.dce_jaxpr(self.closed.jaxpr, [True] * len(self.closed.jaxpr.outvars))[1]
-        return used[self.inner : self.inner + self.outer]
+        read = used(self.closed.jaxpr, [True] * len(self.closed.jaxpr.outvars))
+        return read[self.inner : self.inner + self.outer]
 
 
 def traced_losses(
@@ -219,14 +218,14 @@ def _culprit(jaxpr: Any, variables: range, words: str) -> str | None:
     """An operation on `variables` that has no such derivative by itself, as deep in `jaxpr` as possible; its name."""
     moving = {jaxpr.invars[i] for i in variables}
     for eqn in jaxpr.eqns:
-        inputs = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        inputs = [v for v in eqn.invars if not is_literal(v)]
         if not moving.intersection(inputs):
             continue
         moving.update(eqn.outvars)
 
         def alone(*values, eqn=eqn):
             given = iter(values)
-            return bind(eqn, *(v.val if isinstance(v, jex.Literal) else next(given) for v in eqn.invars))
+            return bind(eqn, *(v.val if is_literal(v) else next(given) for v in eqn.invars))
 
         if _fails(alone, [v.aval for v in inputs], range(len(inputs)), words):
             inside = (_culprit(inner, range(len(inner.invars)), words) for inner in jaxprs(eqn.params))

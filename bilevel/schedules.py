@@ -31,10 +31,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
 from bilevel import treeverse
 from bilevel.gradients import INNER_GRADIENT
+from bilevel.tracing import is_literal
 from bilevel.trees import combine, partition
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -230,7 +230,7 @@ def step_bytes(step: Step, carry: Any, xs: Any) -> StepBytes:
     jaxpr = jax.make_jaxpr(residuals)(carry, x).jaxpr
     # Weights, data and slices of `xs` are there anyway; a loop hands them on without storing them.
     given = {*jaxpr.constvars, *jaxpr.invars[len(jax.tree.leaves(carry)) :]}
-    left = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)} - given
+    left = {v for v in jaxpr.outvars if not is_literal(v)} - given
     plain = jax.make_jaxpr(step)(carry, x).jaxpr
     named = [e.outvars[0] for e in plain.eqns if e.primitive.name == "name" and e.params["name"] == INNER_GRADIENT]
     return StepBytes(

@@ -16,7 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
+
+from bilevel.tracing import bind, is_literal, scan_counts, while_counts
 
 
 def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,7 +42,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     values: dict[Any, Any] = {}
 
     def read(atom):
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
+        return atom.val if is_literal(atom) else values[atom]
 
     values.update(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, args, strict=True))
@@ -49,7 +50,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        from_root = [not isinstance(atom, jex.Literal) and atom in roots for atom in eqn.invars]
+        from_root = [not is_literal(atom) and atom in roots for atom in eqn.invars]
         if name in ("mul", "div") and any(from_root[:1] if name == "div" else from_root):
             outputs = _product(eqn, from_root, *inputs)
             roots.update(eqn.outvars)
@@ -66,14 +67,6 @@ def _closed(closed: Any) -> Callable[..., list[Any]]:
     return lambda *args: _evaluate(closed.jaxpr, closed.consts, args)
 
 
-def bind(eqn: Any, *inputs: Any) -> list[Any]:
-    """The outputs of the operation `eqn` of a jaxpr."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # jax 0.10 / later
-    result = eqn.primitive.bind(*functions, *inputs, **params)
-    return result if eqn.primitive.multiple_results else [result]
-
-
 def _at_nonzero(eqn, x, others=()):
     """The primitive of `eqn` at `x`, differentiated only where `x` is not 0."""
     zero = x == jnp.zeros((), jnp.result_type(x))
@@ -87,7 +80,7 @@ def _sqrt(eqn, x):
 
 
 def _div(eqn, numerator, denominator):
-    if not jnp.issubdtype(jnp.result_type(denominator), jnp.inexact) or isinstance(eqn.invars[1], jex.Literal):
+    if not jnp.issubdtype(jnp.result_type(denominator), jnp.inexact) or is_literal(eqn.invars[1]):
         return bind(eqn, numerator, denominator)
     return _at_nonzero(eqn, denominator, (numerator,))
 
@@ -116,15 +109,13 @@ def _cond(eqn, index, *inputs):
 
 
 def _scan(eqn, *inputs):
-    params = eqn.params
-    consts = inputs[: params["num_consts"]]
-    carry = inputs[params["num_consts"] : params["num_consts"] + params["num_carry"]]
-    xs = inputs[params["num_consts"] + params["num_carry"] :]
+    params, (n_const, n_carry) = eqn.params, scan_counts(eqn)
+    consts, carry, xs = inputs[:n_const], inputs[n_const : n_const + n_carry], inputs[n_const + n_carry :]
     body = _closed(params["jaxpr"])
 
     def step(carry, x):
         out = body(*consts, *carry, *x)
-        return out[: params["num_carry"]], out[params["num_carry"] :]
+        return out[:n_carry], out[n_carry:]
 
     carry, ys = jax.lax.scan(
         step, list(carry), list(xs), length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
@@ -133,8 +124,7 @@ def _scan(eqn, *inputs):
 
 
 def _while(eqn, *inputs):
-    params = eqn.params
-    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    params, (n_cond, n_body) = eqn.params, while_counts(eqn)
     cond_consts, body_consts, carry = inputs[:n_cond], inputs[n_cond : n_cond + n_body], inputs[n_cond + n_body :]
     cond, body = _closed(params["cond_jaxpr"]), _closed(params["body_jaxpr"])
     return jax.lax.while_loop(lambda c: cond(*cond_consts, *c)[0], lambda c: body(*body_consts, *c), list(carry))

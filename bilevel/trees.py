@@ -8,7 +8,6 @@ An `outer` (or `inner`) tree may mix all three. Everything that differentiates o
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -95,12 +94,3 @@ def widened(tree: PyTree) -> PyTree:
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree` with every leaf in the dtype of `like`'s."""
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
-
-
-def jaxprs(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs inside the parameters of an operation."""
-    for value in params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core as jex
 
+from bilevel.tracing import detached, evaluate, is_marked
 from bilevel.trees import combine, is_inexact, partition
 
 
@@ -94,7 +94,7 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, lengt
     x = jax.tree.map(lambda x: x[0], xs)
     # What the step captured (weights, outer variables, data) comes out as `consts`: a custom rule sees arguments only.
     closed, shape = jax.make_jaxpr(step, return_shape=True)(carry, x)
-    traced = _Traced(closed.jaxpr, jax.tree.structure(shape), length, min(slots, length))
+    traced = _Traced(detached(closed), jax.tree.structure(shape), length, min(slots, length))
     try:
         return _scan(traced, closed.consts, carry, xs)
     except TypeError as error:
@@ -108,7 +108,7 @@ _REMEDY = "use checkpoint='sqrt' or Levels(n), which can be differentiated in ev
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Traced:
-    """The step as a jaxpr, and the loop it is in."""
+    """The step as a jaxpr whose first inputs are its constants, and the loop it is in."""
 
     jaxpr: Any
     structure: Any
@@ -116,8 +116,7 @@ class _Traced:
     slots: int
 
     def __call__(self, consts, carry, x):
-        run = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, consts))
-        return jax.tree.unflatten(self.structure, run(*jax.tree.leaves((carry, x))))
+        return jax.tree.unflatten(self.structure, evaluate(self.jaxpr, *consts, *jax.tree.leaves((carry, x))))
 
 
 def _primal(step: _Traced, consts, carry, xs):
@@ -155,9 +154,6 @@ def _read(stack, index):
 
 
 def _forward(step: _Traced, *marked):
-    def is_marked(leaf):
-        return type(leaf).__name__ == "CustomVJPPrimal"
-
     consts, carry, xs = jax.tree.map(lambda leaf: leaf.value, marked, is_leaf=is_marked)
     # As in `bilevel.gradients`: frozen weights get no cotangent, only what is being differentiated does.
     leaves = jax.tree.leaves((marked[0], marked[2]), is_leaf=is_marked)

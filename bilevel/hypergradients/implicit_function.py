@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core as jex
 
 from bilevel.conditions import FixedPointOf, Stationary
 from bilevel.gradients import mixed_gradient, reverse_gradient
@@ -27,6 +26,7 @@ from bilevel.hypergradients.base import Aux, Estimate, Trained, static
 from bilevel.inner import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.refusals import guarded
+from bilevel.tracing import detached, evaluate
 from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
 
 Condition = Stationary | FixedPointOf
@@ -63,7 +63,7 @@ def attach(backward: Backward, condition: Condition, z: PyTree) -> PyTree:
     rule = jax.checkpoint(reverse_gradient, prevent_cse=False)
     # A custom rule sees its arguments only, so what the losses captured from outside is made one: `consts`.
     closed, shape = jax.make_jaxpr(lambda z, condition: condition.residual(z, rule), return_shape=True)(z, condition)
-    residual = _Residual(closed.jaxpr, jax.tree.structure(shape), condition.symmetric)
+    residual = _Residual(detached(closed), jax.tree.structure(shape), condition.symmetric)
     return _attach(residual, backward, (jax.tree.leaves(condition), closed.consts), z)
 
 
@@ -77,8 +77,7 @@ class _Residual:
 
     def __call__(self, z: PyTree, given: tuple[list[Any], list[Any]]) -> PyTree:
         leaves, consts = given
-        function = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, consts))
-        return jax.tree.unflatten(self.structure, function(*jax.tree.leaves(z), *leaves))
+        return jax.tree.unflatten(self.structure, evaluate(self.jaxpr, *consts, *jax.tree.leaves(z), *leaves))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

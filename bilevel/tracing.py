@@ -1,0 +1,95 @@
+"""The one file that knows how JAX writes down a traced program (a jaxpr): the rest asks here.
+
+A jaxpr is a list of equations, each an operation (`primitive`) with parameters, on variables and literals. JAX promises
+little about their details, and they differ between the releases that are supported: from 0.12 on, the constants of a
+jaxpr are a part of it, and a `scan` says through two trees, `ft_in` and `ft_out`, what `num_consts` and `num_carry`
+said before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.custom_derivatives import CustomVJPPrimal
+from jax.extend import core as jex
+from jax.interpreters import partial_eval
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether `atom`, an input of an operation, is a number that stands in the program itself."""
+    return isinstance(atom, jex.Literal)
+
+
+def is_dropped(variable: Any) -> bool:
+    """Whether `variable`, an output of an operation, is one that nobody reads."""
+    return isinstance(variable, jex.DropVar)
+
+
+def is_marked(leaf: Any) -> bool:
+    """Whether `leaf` is what the forward rule of a `custom_vjp` with `symbolic_zeros` is given: `.value`, and whether
+    it is being differentiated, `.perturbed`."""
+    return isinstance(leaf, CustomVJPPrimal)
+
+
+def bind(eqn: Any, *inputs: Any) -> list[Any]:
+    """The outputs of the operation `eqn` of a jaxpr."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # older releases return the functions apart
+    result = eqn.primitive.bind(*functions, *inputs, **params)
+    return result if eqn.primitive.multiple_results else [result]
+
+
+def jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    """The jaxprs inside the parameters of an operation."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """Of the operation `scan`: how many inputs are constants of its body, and how many, after these, are carried.
+
+    The inputs after those are the slices' stacks; the first outputs are what was carried, the others stacks.
+    """
+    if "ft_in" in eqn.params:
+        consts, carry, _ = eqn.params["ft_in"].unpack()
+        return len(consts), len(carry)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
+
+
+def while_counts(eqn: Any) -> tuple[int, int]:
+    """Of the operation `while`: how many inputs are constants of its condition, and how many, after these, of its body.
+
+    The inputs after those are carried.
+    """
+    return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+
+
+def detached(closed: Any) -> Any:
+    """The jaxpr of `closed` without the values of its constants, which are its first inputs instead.
+
+    A jaxpr that outlives its trace must not hold what was traced.
+    """
+    jaxpr = closed.jaxpr
+    if hasattr(jaxpr, "with_consts"):
+        return jaxpr.with_consts(())
+    names = jaxpr.debug_info._replace(arg_names=None)  # there is one for each input, the constants left out
+    return jaxpr.replace(constvars=(), invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=names)
+
+
+def evaluate(jaxpr: Any, *inputs: Any) -> list[Any]:
+    """The outputs of a `detached` jaxpr."""
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*inputs)
+
+
+def used(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
+    """Which inputs of `jaxpr` the `outputs` that are wanted are computed from."""
+    return partial_eval.dce_jaxpr(jaxpr, outputs)[1]
+
+
+def without_unused(jaxpr: Any) -> Any:
+    """`jaxpr` without the operations from which no output is computed."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
