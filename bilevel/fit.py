@@ -64,7 +64,8 @@ def fit(
     key: jax.Array | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
-    checkpoint: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: float = 60.0,
     title: str = "training",
 ) -> Result:
     """Trains the inner problem from `init_inner` for `steps` steps at a fixed `outer`.
@@ -73,7 +74,7 @@ def fit(
       problem, outer: the problem, and the outer variable to train at.
       optimizer: as for `Unrolled`.
       data: as `inner_data` of `run`.
-      steps, key, progress, callbacks, checkpoint, title: as for `run`.
+      steps, key, progress, callbacks, checkpoint_dir, checkpoint_every, title: as for `run`.
 
     Returns:
       A `Result`; `result.inner.params` is the trained inner variable.
@@ -90,6 +91,7 @@ def fit(
         key=key,
         progress=progress,
         callbacks=callbacks,
-        checkpoint=checkpoint,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
         title=title,
     )

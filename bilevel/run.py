@@ -25,8 +25,6 @@ from bilevel.trees import PyTree
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""
-CHECKPOINT_SECONDS = 60.0
-"""Least time between two checkpoints."""
 CAPACITY = 512
 """Most steps between two returns to the host."""
 
@@ -56,7 +54,8 @@ def run(
     key: jax.Array | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
-    checkpoint: str | Path | None = None,
+    checkpoint_dir: str | Path | None = None,
+    checkpoint_every: float = 60.0,
     record: Callable[[Any], dict[str, Any]] | None = None,
     title: str = "outer steps",
 ) -> Result:
@@ -75,7 +74,8 @@ def run(
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
       callbacks: called as `callback(step, state, metrics)` between chunks; a true return value stops the run.
-      checkpoint: folder to save the state in, about once a minute and at the end, and to resume from.
+      checkpoint_dir: folder to save the state in, now and then and at the end, and to resume from.
+      checkpoint_every: least seconds between two checkpoints.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
 
@@ -85,17 +85,20 @@ def run(
         and the optimizer (Adam) divides it by its own size; names the leaf.
 
     Raises:
-      ValueError: for steps < 1, unusable data, or a loss that captured the outer variable instead of reading it.
+      ValueError: for steps < 1, a negative `checkpoint_every`, unusable data, or a loss that captured the outer variable
+        instead of reading it.
       FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"run(steps={steps!r}): the number of outer steps must be an integer >= 1.")
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int | float) or not checkpoint_every >= 0:
+        raise ValueError(f"run(checkpoint_every={checkpoint_every!r}): must be a number of seconds >= 0.")
     key = jax.random.key(0) if key is None else key
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
     feeds = _Feed.of("inner_data", inner_data, inner_key), _Feed.of("outer_data", outer_data, outer_key)
     state = solver.init(solver_key)
     history: list[dict[str, np.ndarray]] = []
-    store = Checkpoints(checkpoint) if checkpoint is not None else None
+    store = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
     if store and (latest := store.latest()) is not None:
         state, history = _restore(store, latest, state, feeds)
     saved = time.monotonic()
@@ -123,7 +126,7 @@ def run(
                 shown = {n: float(v[-1]) for n, v in rows_.items() if v.ndim == 1 and not _is_count(v)}
                 display.advance(done, shown)
                 stop = [bool(callback(done, state, rows_)) for callback in callbacks]
-                if store and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                if store and time.monotonic() - saved >= checkpoint_every:
                     _save(store, done, state, history, positions)
                     saved = time.monotonic()
                 if any(stop):

@@ -267,7 +267,7 @@ def search(settings: FlexoraSettings, bench: Bench, folder: RunFolder, number: i
         steps=settings.outer_steps,
         key=jax.random.fold_in(jax.random.key(settings.seed), number) if number else jax.random.key(settings.seed),
         callbacks=[folder.log(name)],
-        checkpoint=folder.path / "checkpoints" / name,
+        checkpoint_dir=folder.path / "checkpoints" / name,
         record=_alpha,
         title=name,
     )

@@ -160,7 +160,7 @@ def search(settings: HeteroLoRASettings, bench: Bench, space: Space, rule: Any, 
         steps=settings.reallocations if settings.allocation == "dynamic" else 1,
         key=jax.random.key(settings.seed),
         callbacks=[folder.log("search")],
-        checkpoint=folder.path / "checkpoints" / "search",
+        checkpoint_dir=folder.path / "checkpoints" / "search",
         record=lambda state: {f"{k}.{s}": gate for k, sites in state.outer.items() for s, gate in sites.items()},
         title="search",
     )

@@ -78,7 +78,7 @@ def search(
         steps=settings.outer_steps,
         key=jax.random.key(settings.seed),
         callbacks=[folder.log(name)],
-        checkpoint=folder.path / "checkpoints" / name.replace(" ", "-"),
+        checkpoint_dir=folder.path / "checkpoints" / name.replace(" ", "-"),
         record=record,
         title=name,
     )

@@ -109,7 +109,7 @@ def train(
             key=key,
             progress=progress,
             callbacks=callbacks,
-            checkpoint=checkpoint,
+            checkpoint_dir=checkpoint,
             title=f"fine-tuning, {name}",
         )
 

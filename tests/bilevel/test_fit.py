@@ -63,8 +63,8 @@ def test_killed_and_resumed_is_never_killed(tmp_path):
 
     whole = train()
     with pytest.raises(KeyboardInterrupt):
-        train(checkpoint=tmp_path, callbacks=[kill])
-    resumed = train(checkpoint=tmp_path)
+        train(checkpoint_dir=tmp_path, callbacks=[kill])
+    resumed = train(checkpoint_dir=tmp_path)
     assert_equal(resumed.state, whole.state)
     assert_equal(resumed.history, whole.history)
 

@@ -217,9 +217,9 @@ def test_other_estimators_train_the_same_and_hold_it_at_the_end(hypergradient):
 
 def test_a_run_carries_it_on_and_fit_too(tmp_path):
     solver = bilevel.Nested(CARRIED, Unrolled(optax.sgd(0.25), 3), optax.adam(0.1))
-    result = bilevel.run(solver, steps=4, progress=False, checkpoint=tmp_path)
+    result = bilevel.run(solver, steps=4, progress=False, checkpoint_dir=tmp_path)
     assert result.inner.params["count"] == 12
-    resumed = bilevel.run(solver, steps=5, progress=False, checkpoint=tmp_path)
+    resumed = bilevel.run(solver, steps=5, progress=False, checkpoint_dir=tmp_path)
     assert resumed.inner.params["count"] == 15
     assert (
         bilevel.fit(CARRIED, result.outer, optimizer=optax.sgd(0.1), steps=6, progress=False).inner.params["count"] == 6

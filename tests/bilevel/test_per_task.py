@@ -48,9 +48,9 @@ def test_a_run_draws_tasks_and_finds_the_start_that_adapts_best(tmp_path):
     start = np.array([0.2, 0.1])
     expected = start - 0.5 * closed_form(start, np.asarray(SUPPORT)[rows], np.asarray(QUERY)[rows])
     np.testing.assert_allclose(one.outer, expected, rtol=1e-12)
-    bilevel.run(solver, steps=2, **settings, checkpoint=tmp_path)
+    bilevel.run(solver, steps=2, **settings, checkpoint_dir=tmp_path)
     assert_equal(
-        bilevel.run(solver, steps=4, **settings, checkpoint=tmp_path).state,
+        bilevel.run(solver, steps=4, **settings, checkpoint_dir=tmp_path).state,
         bilevel.run(solver, steps=4, **settings).state,
     )
     # all tasks at once: the mean adapted point is that of the queries

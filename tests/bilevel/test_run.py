@@ -123,19 +123,19 @@ def test_killed_and_resumed_is_never_killed(tmp_path, data):
     whole = run(steps=7, **data)
     for at in (1, 3):
         with pytest.raises(Killed):
-            run(steps=7, **data, checkpoint=tmp_path, callbacks=[killer(at)])
-    resumed = run(steps=7, **data, checkpoint=tmp_path)
+            run(steps=7, **data, checkpoint_dir=tmp_path, callbacks=[killer(at)])
+    resumed = run(steps=7, **data, checkpoint_dir=tmp_path)
     assert_equal(resumed.state, whole.state)
     assert_equal(resumed.history, whole.history)
     # and once more, with nothing left to do
-    again = run(steps=7, **data, checkpoint=tmp_path)
+    again = run(steps=7, **data, checkpoint_dir=tmp_path)
     assert_equal(again.state, whole.state)
     assert_equal(again.history, whole.history)
 
 
 def test_a_finished_run_goes_on_where_it_ended(tmp_path):
-    run(steps=3, **DATA, checkpoint=tmp_path)
-    longer = run(steps=6, **DATA, checkpoint=tmp_path)
+    run(steps=3, **DATA, checkpoint_dir=tmp_path)
+    longer = run(steps=6, **DATA, checkpoint_dir=tmp_path)
     whole = run(steps=6, **DATA)
     assert_equal(longer.state, whole.state)
 
@@ -155,8 +155,8 @@ def test_a_resumed_run_traces_once(tmp_path):
 
     once = counts()
     with pytest.raises(Killed):
-        counts(checkpoint=tmp_path, callbacks=[killer(2)])
-    assert counts(checkpoint=tmp_path) == once > 0
+        counts(checkpoint_dir=tmp_path, callbacks=[killer(2)])
+    assert counts(checkpoint_dir=tmp_path) == once > 0
 
 
 class Counter:
@@ -194,16 +194,16 @@ def test_iterators_give_a_batch_for_each_inner_step():
 def test_iterators_resume_where_they_stood(tmp_path):
     whole = run(steps=5, inner_data=Counter(), outer_data=TEST)
     with pytest.raises(Killed):
-        run(steps=5, inner_data=Counter(), outer_data=TEST, checkpoint=tmp_path, callbacks=[killer(2)])
-    resumed = run(steps=5, inner_data=Counter(), outer_data=TEST, checkpoint=tmp_path)
+        run(steps=5, inner_data=Counter(), outer_data=TEST, checkpoint_dir=tmp_path, callbacks=[killer(2)])
+    resumed = run(steps=5, inner_data=Counter(), outer_data=TEST, checkpoint_dir=tmp_path)
     assert_equal(resumed.state, whole.state)
 
 
 def test_a_plain_iterator_is_not_resumed(tmp_path):
-    run(steps=2, inner_data=iter(Counter()), outer_data=TEST, checkpoint=tmp_path)
+    run(steps=2, inner_data=iter(Counter()), outer_data=TEST, checkpoint_dir=tmp_path)
     plain = (batch for batch in Counter())
     with pytest.raises(ValueError, match="cannot be resumed exactly from a plain iterator"):
-        run(steps=4, inner_data=plain, outer_data=TEST, checkpoint=tmp_path)
+        run(steps=4, inner_data=plain, outer_data=TEST, checkpoint_dir=tmp_path)
 
 
 def test_an_iterator_that_ends_is_an_error_that_says_when():
@@ -234,27 +234,27 @@ def test_an_interrupt_while_the_device_is_busy_keeps_what_is_done(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_chunk", interrupted)
-        run(steps=6, **DATA, checkpoint=tmp_path)
+        run(steps=6, **DATA, checkpoint_dir=tmp_path)
     steps = []
-    resumed = run(steps=6, **DATA, checkpoint=tmp_path, callbacks=[lambda step, state, rows: steps.append(step)])
+    resumed = run(steps=6, **DATA, checkpoint_dir=tmp_path, callbacks=[lambda step, state, rows: steps.append(step)])
     assert steps[0] > 1
     assert_equal(resumed.state, whole.state)
     assert_equal(resumed.history, whole.history)
 
 
 def test_a_checkpoint_of_another_problem_is_refused_in_a_sentence(tmp_path):
-    run(steps=1, **DATA, checkpoint=tmp_path)
+    run(steps=1, **DATA, checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match="Checkpoint 1 does not fit this solver or is damaged"):
-        run(LINE_SOLVER, 2, checkpoint=tmp_path)
+        run(LINE_SOLVER, 2, checkpoint_dir=tmp_path)
 
 
 def test_a_damaged_checkpoint_is_refused_in_a_sentence(tmp_path):
-    run(LINE_SOLVER, 2, checkpoint=tmp_path)
+    run(LINE_SOLVER, 2, checkpoint_dir=tmp_path)
     for path in tmp_path.rglob("*"):
         if path.is_file() and "metadata" not in path.name.lower():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="Checkpoint 2 does not fit this solver or is damaged"):
-        run(LINE_SOLVER, 3, checkpoint=tmp_path)
+        run(LINE_SOLVER, 3, checkpoint_dir=tmp_path)
 
 
 def test_callbacks_see_new_rows_and_can_stop():
@@ -320,10 +320,10 @@ def test_a_nan_names_step_and_leaf(where, message, at):
 def test_a_nan_in_the_middle_of_a_chunk_names_its_step_and_keeps_what_was_done(tmp_path):
     solver = failing("outer", 9)
     with pytest.raises(FloatingPointError, match="Outer step 9: outer_loss is nan"):
-        run(solver, 40, inner_data=jnp.zeros(1), checkpoint=tmp_path)
+        run(solver, 40, inner_data=jnp.zeros(1), checkpoint_dir=tmp_path)
     steps = []
     with pytest.raises(FloatingPointError, match="Outer step 9"):
-        run(solver, 40, inner_data=jnp.zeros(1), checkpoint=tmp_path, callbacks=[lambda step, *_: steps.append(step)])
+        run(solver, 40, inner_data=jnp.zeros(1), checkpoint_dir=tmp_path, callbacks=[lambda step, *_: steps.append(step)])
     assert not steps or steps[0] > 1
 
 
@@ -392,8 +392,8 @@ def test_a_dataset_is_sampled_on_the_device_and_resumed_exactly(tmp_path):
     whole = run(solver, **data)
     assert_equal(whole.state, by_arrays.state)
     with pytest.raises(Killed):
-        run(solver, **data, checkpoint=tmp_path, callbacks=[killer(2)])
-    assert_equal(run(solver, **data, checkpoint=tmp_path).state, whole.state)
+        run(solver, **data, checkpoint_dir=tmp_path, callbacks=[killer(2)])
+    assert_equal(run(solver, **data, checkpoint_dir=tmp_path).state, whole.state)
     assert np.isfinite(
         bilevel.compare(
             solver.problem,
