@@ -8,6 +8,7 @@ from bilevel.bijectors import Simplex as Simplex
 from bilevel.bijectors import Softplus as Softplus
 from bilevel.compare import Comparison as Comparison
 from bilevel.compare import compare as compare
+from bilevel.custom_rules import CustomDerivativeWarning as CustomDerivativeWarning
 from bilevel.data import Batches as Batches
 from bilevel.data import FullBatch as FullBatch
 from bilevel.data import Indexed as Indexed

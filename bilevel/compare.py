@@ -12,7 +12,7 @@ import numpy as np
 
 from bilevel.data import draw, draw_one
 from bilevel.flops import flops, gradient_flops, has_while, hvp_flops, operations
-from bilevel.hypergradients.base import Estimate, Hypergradient, outer_value
+from bilevel.hypergradients.base import Estimate, Hypergradient, outer_value, schedule
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, global_norm
 from bilevel.variance import variance
@@ -191,7 +191,8 @@ def _counts(
     training = jax.make_jaxpr(hypergradient.solve)(problem, inner_state, outer, batches, key).jaxpr
 
     def evaluate(params, outer):
-        return outer_value(problem, hypergradient.steps, params, outer, outer_batch, key)[0]
+        keys = schedule(key, hypergradient.steps)
+        return outer_value(problem, hypergradient.steps, params, outer, outer_batch, keys)[0]
 
     trained = estimate.inner_state.params
     last = flops(jax.grad(evaluate, argnums=(0, 1), allow_int=True), trained, outer)

@@ -20,12 +20,24 @@ from jax.core import Tracer
 
 from bilevel import optimizers
 from bilevel.data import FullBatch, slots
-from bilevel.gradients import Gradient, Point
+from bilevel.frozen import Division, divide
+from bilevel.gradients import Gradient, Point, own_rule
 from bilevel.guards import dependence
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, at_step, cast_like, combine, is_inexact, is_key, partition, widened
+from bilevel.trees import (
+    PyTree,
+    at_step,
+    cast_like,
+    combine,
+    is_inexact,
+    is_key,
+    leaf_names,
+    partition,
+    replayed,
+    widened,
+)
 
 Rule = Callable[[Point], Gradient]
 """`mixed_gradient` where R is pulled back, `reverse_gradient` where it is pushed forward."""
@@ -41,6 +53,8 @@ class MeanLoss:
       fixed: the inner leaves that are not trained.
       batches, keys: as for `bilevel.inner.train`.
       constant: whether all terms of the mean are the same, so that one of them is enough.
+      own_rule: the name of a function in the inner loss whose rule is not its derivative; None if second derivatives
+        commute, so that the Hessian is symmetric.
     """
 
     problem: Problem
@@ -49,6 +63,7 @@ class MeanLoss:
     batches: PyTree
     keys: jax.Array
     constant: bool = dataclasses.field(metadata={"static": True})
+    own_rule: str | None = dataclasses.field(metadata={"static": True})
 
     @property
     def terms(self) -> int:
@@ -63,6 +78,7 @@ class MeanLoss:
         moving, fixed = partition(self.outer)
         steps = self.keys.shape[0]
         xs, bind = slots(self.batches, steps)
+        keys = replayed(self.keys)
 
         def term(t, slot, key):
             point = Point(params, moving, self.fixed, at_step(fixed, t), self.problem, bind(slot), key)
@@ -71,20 +87,25 @@ class MeanLoss:
 
         times = jnp.arange(steps, dtype=jnp.int32)
         if self.constant:
-            return term(*jax.tree.map(lambda x: x[0], (times, xs, self.keys)))
-        shape = jax.eval_shape(lambda args: term(*args), jax.tree.map(lambda x: x[0], (times, xs, self.keys)))
+            return term(*jax.tree.map(lambda x: x[0], (times, xs, keys)))
+        shape = jax.eval_shape(lambda args: term(*args), jax.tree.map(lambda x: x[0], (times, xs, replayed(keys))))
         start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
         add = lambda total, x: (jax.tree.map(jnp.add, total, term(*x)), None)  # noqa: E731
-        total, _ = jax.lax.scan(add, start, (times, xs, self.keys))
+        total, _ = jax.lax.scan(add, start, (times, xs, keys))
         return jax.tree.map(lambda x: x / steps, total)
 
 
 def mean_loss(problem: Problem, params: PyTree, outer: PyTree, batches: PyTree, keys: jax.Array) -> MeanLoss:
-    """The `MeanLoss` of one estimate. `params`: the whole inner variable."""
+    """The `MeanLoss` of one estimate. `params`: the whole inner variable; `keys`: those that training saw."""
     fixed = problem.split(params)[1]
     same_data = batches is None or isinstance(batches, FullBatch)
-    constant = keys.shape[0] == 1 or (same_data and not _is_random(problem, params, outer, batches, keys[0]))
-    return MeanLoss(problem, outer, fixed, batches, keys, constant)
+    xs, bind = slots(batches, keys.shape[0])
+    first = bind(jax.tree.map(lambda x: x[0], xs))
+    constant = keys.shape[0] == 1 or (same_data and not _is_random(problem, params, outer, first, replayed(keys)[0]))
+    outer_moving, outer_fixed = partition(outer)
+    outer_fixed, key = at_step(outer_fixed, 0), replayed(keys)[0]
+    point = Point(problem.split(params)[0], outer_moving, fixed, outer_fixed, problem, first, key)
+    return MeanLoss(problem, outer, fixed, batches, keys, constant, own_rule(point))
 
 
 def _is_random(problem, params, outer, batch, key) -> bool:
@@ -102,28 +123,45 @@ def _is_random(problem, params, outer, batch, key) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stationary:
-    """The gradient form; `residual(z, rule)` is the gradient of the mean loss at z, the trained inner leaves."""
+    """The gradient form; `residual(z, rule)` is the gradient of the mean loss at z, the inner leaves that move.
+
+    Attributes:
+      loss: the mean loss; leaves that do not move are among those it holds.
+      division: which entries of the trained leaves move.
+    """
 
     loss: MeanLoss
+    division: Division
 
-    symmetric = True
+    @property
+    def symmetric(self) -> bool:
+        """Whether dR/dz is: the Hessian, unless the loss has a derivative of its own."""
+        return self.loss.own_rule is None
 
     def residual(self, z: PyTree, rule: Rule) -> PyTree:
         """R(z), a tree like z in `widened` precision."""
-        return self.loss.gradient(z, rule)[0]
+        return self.division.rows(self.loss.gradient(self.division.pinned(z), rule)[0], z)
 
     def params(self, z: PyTree) -> PyTree:
         """The whole inner variable of z."""
         return combine(z, self.loss.fixed)
 
 
+def stationary(loss: MeanLoss, division: Division, trained: PyTree) -> tuple[Stationary, PyTree]:
+    """The condition that the mean loss is stationary in what moves of `trained`, and the z of that."""
+    z, held = division.split(trained)
+    return Stationary(dataclasses.replace(loss, fixed=combine(held, loss.fixed)), division), z
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedPointOf:
-    """The fixed-point form; z is `(params, leaves)`: trained inner leaves, and the optimizer state leaves that move.
+    """The fixed-point form; z is `(params, leaves)`: inner leaves that move, and the optimizer state leaves that do.
 
     Attributes:
-      loss: the mean loss whose gradient the optimizer is given.
+      loss: the mean loss whose gradient, by all trained leaves, the optimizer is given.
+      division: which entries of the trained leaves move.
+      held: the trained leaves that do not.
       opt_state: the optimizer's whole state. Its integer leaves (step counts) are held where training left them, and
         leaves it hands on unchanged (injected hyper-parameters) are constants, or functions of `outer`.
       optimizer: the optimizer.
@@ -131,6 +169,8 @@ class FixedPointOf:
     """
 
     loss: MeanLoss
+    division: Division
+    held: PyTree
     opt_state: PyTree
     optimizer: Optimizer = dataclasses.field(metadata={"static": True})
     moves: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
@@ -139,18 +179,20 @@ class FixedPointOf:
 
     def residual(self, z: PyTree, rule: Rule) -> PyTree:
         """R(z) = z - U(z), a tree like z in `widened` precision."""
-        params, _ = z
-        opt_state = optimizers.refresh(self.optimizer, self.loss.outer, params, self._state(z))
-        grad, value = self.loss.gradient(params, rule)
+        trained = combine(self.division.pinned(z[0]), self.held)
+        opt_state = optimizers.refresh(self.optimizer, self.loss.outer, trained, self._state(z))
+        grad, value = self.loss.gradient(trained, rule)
         transform = optimizers.transformation(self.optimizer, self.loss.outer)
-        updates, new_state = optimizers.update(transform, cast_like(grad, params), opt_state, params, value)
+        updates, new_state = optimizers.update(transform, cast_like(grad, trained), opt_state, trained, value)
         moved = zip(self.moves, jax.tree.leaves(new_state), strict=True)
-        image = optimizers.apply(params, updates), [x for m, x in moved if m]
-        return jax.tree.map(jnp.subtract, widened(z), cast_like(image, widened(z)))
+        moving, _ = self.division.split(optimizers.apply(trained, updates))
+        image = moving, [x for m, x in moved if m]
+        params, leaves = jax.tree.map(jnp.subtract, widened(z), cast_like(image, widened(z)))
+        return self.division.rows(params, z[0]), leaves
 
     def params(self, z: PyTree) -> PyTree:
         """The whole inner variable of z."""
-        return combine(z[0], self.loss.fixed)
+        return combine(combine(z[0], self.held), self.loss.fixed)
 
     def state(self, z: PyTree, state: InnerState) -> InnerState:
         """`state` at z."""
@@ -164,24 +206,66 @@ class FixedPointOf:
         )
 
 
-def moving_leaves(problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState) -> tuple[bool, ...]:
-    """For each leaf of `state.opt_state`, whether training moves it and a derivative can pass through it."""
-    params = problem.split(state.params)[0]
-    handed_on = optimizers.carried(optimizers.transformation(optimizer, outer), params, state.opt_state)
-    leaves = jax.tree.leaves(state.opt_state)
-    return tuple(is_inexact(x) and not same for x, same in zip(leaves, handed_on, strict=True))
-
-
-def unknowns(problem: Problem, moves: tuple[bool, ...], state: InnerState) -> PyTree:
-    """The z of `state` in a fixed-point condition."""
-    leaves = zip(moves, jax.tree.leaves(state.opt_state), strict=True)
-    return problem.split(state.params)[0], [x for m, x in leaves if m]
-
-
-def fixed_point_of(optimizer: Optimizer, loss: MeanLoss, state: InnerState) -> tuple[FixedPointOf, PyTree]:
+def fixed_point_of(
+    estimator: str, optimizer: Optimizer, loss: MeanLoss, state: InnerState
+) -> tuple[FixedPointOf, PyTree]:
     """The condition that `state` is a fixed point of `optimizer`, and the z of `state`."""
-    moves = moving_leaves(loss.problem, optimizer, loss.outer, state)
-    return FixedPointOf(loss, state.opt_state, optimizer, moves), unknowns(loss.problem, moves, state)
+    division, moves, z = unknowns(estimator, loss.problem, optimizer, loss.outer, state)
+    _, held = division.split(loss.problem.split(state.params)[0])
+    return FixedPointOf(loss, division, held, state.opt_state, optimizer, moves), z
+
+
+def unknowns(
+    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+) -> tuple[Division, tuple[bool, ...], PyTree]:
+    """What of `state` moves in a fixed-point condition: of the inner variable, of the optimizer's state, and both as z.
+
+    A leaf of the optimizer's state is moved if training changes it and a derivative can pass through it.
+    """
+    trained = problem.split(state.params)[0]
+    transform = optimizers.transformation(optimizer, outer)
+    division = divide(estimator, transform, trained, state.opt_state)
+    handed_on = optimizers.carried(transform, trained, state.opt_state)
+    leaves = jax.tree.leaves(state.opt_state)
+    moves = tuple(is_inexact(x) and not same for x, same in zip(leaves, handed_on, strict=True))
+    return division, moves, (division.split(trained)[0], [x for m, x in zip(moves, leaves, strict=True) if m])
+
+
+def trained_part(
+    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+) -> tuple[Division, PyTree]:
+    """What of the inner variable of `state` moves in the gradient form, and these leaves."""
+    trained = problem.split(state.params)[0]
+    division = divide(estimator, optimizers.transformation(optimizer, outer), trained, state.opt_state)
+    return division, division.split(trained)[0]
+
+
+def require_constant_held(
+    estimator: str, problem: Problem, division: Division, outer: PyTree, key: jax.Array
+) -> None:
+    """Refuses a start that makes leaves from `outer` which the optimizer then never moves.
+
+    An implicit derivative does not see starts, and what is never moved is its start for ever.
+
+    Raises:
+      ValueError: names the leaves of `outer`.
+    """
+    moving, fixed = partition(outer)
+
+    def held(moving):
+        trained = problem.split(problem.start_inner(key, combine(moving, fixed)))[0]
+        return [x for kind, x in zip(division.kinds, jax.tree.leaves(trained), strict=True) if kind != "moving"]
+
+    if set(division.kinds) == {"moving"}:
+        return
+    rows = dependence(held, moving)
+    names = [name for name, *column in zip(leaf_names(moving), *rows, strict=True) if any(column)]
+    if names:
+        raise ValueError(
+            f"{estimator}: init_inner makes leaves of the inner variable from outer leaf {', '.join(names)} that the "
+            "optimizer never moves, and an implicit derivative does not see how training starts: read that leaf from "
+            "`outer` in the losses, or use Unrolled."
+        )
 
 
 def require_stationary_limit(estimator: str, optimizer: Optimizer, trained: PyTree, outer: PyTree) -> None:

@@ -64,10 +64,11 @@ def steep_leaves(solver: Any, state: Any, step: Callable[..., Any]) -> list[str]
 
 
 def _steep(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key) -> list[str]:
-    state = hypergradient.resume(problem, inner_state, outer, key)
+    keys = schedule(key, hypergradient.steps)
+    state = hypergradient.resume(problem, inner_state, outer, keys)
     (params, rest), (moving, fixed) = problem.split(state.params), partition(outer)
     xs, bind = slots(inner_batches, hypergradient.steps)
-    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), schedule(key, hypergradient.steps)[0][0]
+    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), keys.inner[0]
     transform = optimizers.transformation(hypergradient.optimizer, outer)
 
     @jax.jit

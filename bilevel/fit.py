@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.base import Trained, schedule
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
@@ -49,7 +49,8 @@ class _Training:
         # No hypergradient, so no second derivative: only what has no gradient at all is refused.
         losses = traced_losses(self.problem, state.inner.params, state.outer, inner_batches, None, key, 1)
         with explained(losses, TRAINING):
-            inner, trace = self.trained.trajectory(self.problem, state.inner, state.outer, inner_batches, key)
+            arguments = self.problem, state.inner, state.outer, inner_batches, schedule(key, 1)
+            inner, trace = self.trained.trajectory(*arguments)
         new = TrainingState(advance_keys(state.outer), inner, state.step + 1, next_key)
         return new, {"inner_loss": trace.value[0]}
 

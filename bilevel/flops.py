@@ -58,7 +58,7 @@ def _first_loss(problem, hypergradient, outer, inner_batches, key):
     batch = bind(jax.tree.map(lambda x: x[0], xs))
     moving, fixed = problem.split(problem.start_inner(key, outer))
     at = at_step(outer, 0)
-    keys, _ = schedule(key, hypergradient.steps)
+    keys = schedule(key, hypergradient.steps).inner
     return lambda moving: problem.inner_value(combine(moving, fixed), at, batch, keys[0])[0], moving
 
 

@@ -11,14 +11,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
-from bilevel.guards import dependence, pull, refuse_reverse_rules
-from bilevel.trees import PyTree
+from bilevel.guards import Lost, dependence, pull, refuse_reverse_rules
+from bilevel.tracing import detached, evaluate
+from bilevel.trees import PyTree, replayed
 
 
 def forward_value_and_grad(
-    function: Callable[[PyTree], tuple[jax.Array, PyTree]], moving: PyTree, chunk: int, *, estimator: str
+    function: Callable[[PyTree], tuple[jax.Array, PyTree]],
+    moving: PyTree,
+    chunk: int,
+    *,
+    estimator: str,
+    lost: Lost | None = None,
 ) -> tuple[tuple[jax.Array, PyTree], PyTree]:
     """As `bilevel.guards.value_and_grad` for an estimator that sees the training, by forward mode.
 
@@ -26,7 +31,7 @@ def forward_value_and_grad(
       function: `moving -> (scalar, aux)`.
       moving: tree of inexact arrays.
       chunk: how many numbers are differentiated at once.
-      estimator: its name, for the messages.
+      estimator, lost: as for `value_and_grad`.
 
     Warns, Raises:
       As `value_and_grad`: for leaves whose derivative is 0 whatever their value.
@@ -44,10 +49,11 @@ def forward_value_and_grad(
     # Traced once: for what has an influence, and for the evaluation.
     closed, shape = jax.make_jaxpr(push, return_shape=True)(parts)
     refuse_reverse_rules(closed.jaxpr)
-    evaluate = jex.jaxpr_as_fun(closed)
+    program = detached(closed)
 
     def derivative(tangents):
-        value, slope, aux = jax.tree.unflatten(jax.tree.structure(shape), evaluate(*jax.tree.leaves(tangents)))
+        leaves = evaluate(program, *replayed(closed.consts), *jax.tree.leaves(tangents))
+        value, slope, aux = jax.tree.unflatten(jax.tree.structure(shape), leaves)
         return slope, (value, aux)
 
     reached = dependence(lambda tangents: derivative(tangents)[0], parts)[0]
@@ -59,7 +65,7 @@ def forward_value_and_grad(
         pairs = zip(grads, any_reached, strict=True)
         return structure.unflatten([ct.astype(g.dtype) * g if r else jnp.zeros_like(g) for g, r in pairs]), None
 
-    grad, _ = pull(pullback, value, moving, estimator=estimator, remedy=None)
+    grad, _ = pull(pullback, value, moving, estimator=estimator, remedy=None, lost=lost)
     return (value, aux), grad
 
 

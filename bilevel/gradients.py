@@ -8,6 +8,7 @@ activations, is kept until the backward pass. `mixed_gradient` carries the rule:
 
 one forward-mode derivative of one gradient. It holds because second derivatives commute; what is kept until the
 backward pass is the point (w, outer, batch, key), not its graph. (Kemaev et al. 2025, MixFlow-MG, arXiv 2505.00793.)
+Where a loss has a derivative of its own they need not commute: there `mixed_gradient` is `reverse_gradient`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from bilevel.custom_rules import custom_rule
 from bilevel.problem import Problem
 from bilevel.tracing import detached, evaluate, is_marked, used
-from bilevel.trees import PyTree, combine, is_inexact
+from bilevel.trees import PyTree, combine, is_inexact, replayed
 
 INNER_GRADIENT = "bilevel_inner_gradient"
 """Name (`jax.ad_checkpoint.checkpoint_name`) of inner gradients worth keeping when their step is rematerialised."""
@@ -80,14 +82,26 @@ def _gradient_of(loss: Callable[[PyTree], _Outcome], point: Point) -> Gradient:
 
 
 def mixed_gradient(point: Point) -> Gradient:
-    """The gradient, whose derivative is the forward-mode derivative of a gradient."""
+    """The gradient, whose derivative is the forward-mode derivative of a gradient where second derivatives commute."""
     # The loss is traced once, here. What it captured from outside (values of a surrounding jit, vmap or grad, if the
     # problem was built inside one) comes out as `consts`: a custom rule sees its arguments only.
     closed, shape = jax.make_jaxpr(_loss, return_shape=True)(point)
+    if _own_rule(closed, point):
+        return reverse_gradient(point)
     result = _mixed_gradient(_Traced(detached(closed), jax.tree.structure(shape)), point, closed.consts)
     # Its backward pass needs the point alone, so that a kept gradient spares its evaluation. (Reverse mode needs what
     # the evaluation leaves behind, and would gain nothing.)
     return result._replace(grad=jax.tree.map(lambda g: checkpoint_name(g, INNER_GRADIENT), result.grad))
+
+
+def own_rule(point: Point) -> str | None:
+    """The name of a function in the inner loss whose rule is not its derivative; None if second derivatives commute."""
+    return _own_rule(jax.make_jaxpr(_loss)(point), point)
+
+
+def _own_rule(closed: Any, point: Point) -> str | None:
+    moving = jax.tree.leaves((point.inner, point.outer))  # the first of the loss's arguments
+    return custom_rule(closed.jaxpr, [i < len(moving) for i in range(len(closed.in_avals))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,6 +149,8 @@ def _forward(loss: _Traced, *marked: Any):
 
 
 def _backward(loss: _Traced, residual: _Residual, cotangent: Gradient):
+    residual = replayed(residual)
+
     def is_zero(leaf):
         return isinstance(leaf, SymbolicZero)
 
@@ -167,6 +183,7 @@ def _backward(loss: _Traced, residual: _Residual, cotangent: Gradient):
     if arriving:
         # What training carries beside the weights is differentiated by one reverse pass of its own.
         reached = [not is_zero(ct) for ct in jax.tree.leaves(cotangent.updates, is_leaf=is_zero)]
+        residual = replayed(residual)
         outcome, at = moved(residual.point.inner)
         updates = lambda moving: [  # noqa: E731
             x for x, r in zip(jax.tree.leaves(outcome(moving).updates), reached, strict=True) if r

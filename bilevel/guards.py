@@ -25,6 +25,7 @@ def value_and_grad(
     *,
     estimator: str,
     training: Callable[[PyTree], PyTree] | None = None,
+    lost: Lost | None = None,
 ) -> tuple[tuple[jax.Array, PyTree], PyTree]:
     """`jax.value_and_grad(function, has_aux=True)(moving)`, with a warning for every leaf without an influence.
 
@@ -32,6 +33,7 @@ def value_and_grad(
       function: `moving -> (scalar, aux)`.
       estimator: its name, for the message.
       training: the training that `function` leaves out, as a function of `moving`; None if it leaves out nothing.
+      lost: why the influence of a leaf may be lost; asked only where one is.
 
     Warns:
       StructuralZeroWarning: names leaves whose derivative is 0 whatever their value.
@@ -42,9 +44,12 @@ def value_and_grad(
     value, pullback, aux = jax.vjp(function, moving, has_aux=True)
     remedy = None if training is None else INSIDE_TRAINING
     whole = lambda ct: (pullback(ct)[0], None)  # noqa: E731
-    grad, _ = pull(whole, value, moving, estimator=estimator, remedy=remedy, training=training)
+    grad, _ = pull(whole, value, moving, estimator=estimator, remedy=remedy, training=training, lost=lost)
     return (value, aux), grad
 
+
+Lost = Callable[[], list["str | None"]]
+"""For each leaf of what is differentiated, where its influence is lost if it has one that no derivative shows."""
 
 INSIDE_TRAINING = "it acts only inside training, where this estimator does not look; use Unrolled or Implicit"
 """Remedy for a leaf without a direct influence on the outer loss."""
@@ -58,6 +63,7 @@ def pull(
     estimator: str,
     remedy: str | None,
     training: Callable[[PyTree], PyTree] | None = None,
+    lost: Lost | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`pullback(1)`, with a warning for every leaf of the gradient that the 1 does not reach.
 
@@ -67,7 +73,7 @@ def pull(
       estimator: its name, for the message.
       remedy: what the estimator does not see, and what to use instead; None if it sees all there is, so that no
         influence at all is an error.
-      training: as for `value_and_grad`; it is traced only if a leaf is not reached.
+      training, lost: as for `value_and_grad`; traced only if a leaf is not reached.
 
     Warns, Raises:
       As `value_and_grad`.
@@ -81,12 +87,14 @@ def pull(
     acts = [remedy is not None] * count
     if training is not None and not all(reached):
         acts = [any(column) for column in zip(*dependence(training, moving), strict=True)]
-    _report(reached, moving, estimator, remedy, acts)
+    report(reached, moving, estimator, remedy, acts, lost)
     leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
 
-def traced(function: Callable[[PyTree], jax.Array], moving: PyTree, *, estimator: str) -> Callable[[PyTree], jax.Array]:
+def traced(
+    function: Callable[[PyTree], jax.Array], moving: PyTree, *, estimator: str, lost: Lost | None = None
+) -> Callable[[PyTree], jax.Array]:
     """`function`, a scalar function of trees like `moving`, traced once; for estimators that only evaluate it.
 
     Warns, Raises:
@@ -94,28 +102,61 @@ def traced(function: Callable[[PyTree], jax.Array], moving: PyTree, *, estimator
     """
     closed = jax.make_jaxpr(function)(moving)
     reached = _rows(closed.jaxpr, 1)[0]
-    _report(reached, moving, estimator, None, [False] * len(reached))
+    report(reached, moving, estimator, None, [False] * len(reached), lost)
     return lambda tree: jex.jaxpr_as_fun(closed)(*jax.tree.leaves(tree))[0]
 
 
-def _report(reached: list[bool], moving: PyTree, estimator: str, remedy: str | None, acts: list[bool]) -> None:
-    """Tells of leaves that are not `reached`: `remedy` for those that have an influence all the same (`acts`)."""
-    rows = list(zip(leaf_names(moving), reached, acts, strict=True))
-    dead = [name for name, is_reached, does_act in rows if not is_reached and not does_act]
+def report(
+    reached: list[bool],
+    moving: PyTree,
+    estimator: str,
+    remedy: str | None,
+    acts: list[bool],
+    lost: Lost | None = None,
+) -> None:
+    """Tells of leaves that are not `reached`: `remedy` for those that have an influence all the same (`acts`).
+
+    Warns, Raises:
+      As `value_and_grad`.
+    """
+    if all(reached):
+        return
+    reasons = lost() if lost else [None] * len(reached)
+    rows = list(zip(leaf_names(moving), reached, acts, reasons, strict=True))
+    dead = [(name, reason) for name, is_reached, does_act, reason in rows if not is_reached and not does_act]
     if dead and len(dead) == len(rows):
-        raise ValueError(
-            f"Neither loss depends on outer ({', '.join(dead)}) by a way that has a derivative, so its hypergradient "
-            "would be 0: use the `outer` argument inside inner_loss or outer_loss, not a value captured from outside, "
-            "and no operation without a derivative in between (sign, round, stop_gradient; optimizers such as lion)."
-        )
-    unseen = [name for name, is_reached, does_act in rows if not is_reached and does_act]
-    for names, why in ((unseen, remedy), (dead, "nothing that is trained or evaluated depends on it")):
-        if names:
-            warnings.warn(
-                f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {why}.",
-                StructuralZeroWarning,
-                stacklevel=6,
+        if known := [f"{name} ({reason})" for name, reason in dead if reason]:
+            raise ValueError(
+                f"{estimator}: the hypergradient of every outer leaf is exactly 0 by construction: {'; '.join(known)}."
             )
+        raise ValueError(
+            f"Neither loss depends on outer ({', '.join(name for name, _ in dead)}) by a way that has a derivative, so "
+            "its hypergradient would be 0: use the `outer` argument inside inner_loss or outer_loss, not a value "
+            "captured from outside, and no operation without a derivative in between (sign, round, stop_gradient)."
+        )
+    groups: dict[str, list[str]] = {}
+    for name, is_reached, does_act, reason in rows:
+        if not is_reached:
+            why = (remedy if does_act else reason) or "nothing that is trained or evaluated depends on it"
+            groups.setdefault(why, []).append(name)
+    for why, names in groups.items():
+        warnings.warn(
+            f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {why}.",
+            StructuralZeroWarning,
+            stacklevel=6,
+        )
+
+
+def arrives(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[bool]:
+    """For each leaf of `moving`, whether the derivative of `function`, inexact in all it returns, by it is not 0 by
+    construction."""
+    shape = jax.eval_shape(function, moving)
+    leaves = [jnp.zeros(x.shape, x.dtype) for x in jax.tree.leaves(shape)]
+
+    def pulled(cotangent):
+        return jax.vjp(function, moving)[1](jax.tree.unflatten(jax.tree.structure(shape), cotangent))[0]
+
+    return [any(row) for row in dependence(pulled, leaves)]
 
 
 class InexactHypergradientWarning(UserWarning):

@@ -17,6 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
 
+from bilevel.custom_rules import custom_rule
 from bilevel.data import slots
 from bilevel.guards import refuse_reverse_rules
 from bilevel.problem import Problem
@@ -30,6 +31,9 @@ _FAILURES = (TypeError, ValueError, NotImplementedError)
 def guarded(estimate: Callable[..., Any]) -> Callable[..., Any]:
     """The method `estimate` of an estimator, with both losses looked at.
 
+    Where second derivatives of the inner loss need not commute, an estimator's `meet_custom_rule(name)` is told the
+    name of the function at fault, to warn or refuse.
+
     Raises:
       ValueError: if a loss holds an outer leaf as a constant and does not read it from its argument; or, where the
         estimate failed, if the reason is an operation of a loss that cannot be differentiated: names it.
@@ -40,6 +44,9 @@ def guarded(estimate: Callable[..., Any]) -> Callable[..., Any]:
         params = None if inner_state is None else inner_state.params
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
+        for loss in losses:
+            if loss.name == "inner_loss" and hasattr(self, "meet_custom_rule") and (name := loss.custom_rule()):
+                self.meet_custom_rule(name)
         with explained(losses, _ORDERS):
             return estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
 
@@ -56,7 +63,7 @@ def explained(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -
     try:
         yield
     except _FAILURES as error:
-        reason = _undifferentiable(losses, orders)
+        reason = _undifferentiable(losses, orders, str(error))
         if reason is None:
             raise
         said = str(error).partition("\n")[0]
@@ -76,6 +83,11 @@ class TracedLoss(NamedTuple):
     closed: Any
     inner: int
     outer: int
+
+    def custom_rule(self) -> str | None:
+        """The name of a function in it whose rule is not its derivative, of something computed from inner or outer."""
+        variables = self.inner + self.outer
+        return custom_rule(self.closed.jaxpr, [i < variables for i in range(len(self.closed.in_avals))])
 
     def reads(self) -> list[bool]:
         """For each leaf of `outer`, whether an output is computed from it."""
@@ -170,10 +182,12 @@ def _is_copy(constant: Any, leaf: Any) -> bool:
     return same_kind and bool(np.array_equal(np.asarray(constant), np.asarray(leaf)))
 
 
+FORWARD = " in forward mode"
+
 _DERIVATIVES: dict[str, Callable[..., Any]] = {
     "": jax.grad,
     " twice, forward over reverse": lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (x,))[1],
-    " in forward mode": lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],
+    FORWARD: lambda f: lambda x: jax.jvp(f, (x,), (x,))[1],
 }
 """Derivatives that estimators take of a loss, by the words for them."""
 
@@ -181,8 +195,8 @@ TRAINING = {"inner_loss": ("",)}
 """What training alone takes."""
 
 _ORDERS: dict[str, tuple[str, ...]] = {
-    "inner_loss": ("", " twice, forward over reverse"),
-    "outer_loss": ("", " in forward mode"),
+    "inner_loss": ("", " twice, forward over reverse", FORWARD),
+    "outer_loss": ("", FORWARD),
 }
 
 _REMEDIES = {
@@ -192,7 +206,8 @@ _REMEDIES = {
     "pure_callback": "what runs on the host has no derivative of its own: give it one with jax.custom_jvp, or use "
     "EvolutionStrategies if it is in outer_loss",
     "custom_vjp_call": "its backward rule must itself be differentiable by jax: write it with such operations, use "
-    "jax.custom_jvp instead, or an estimator that takes no second derivative (FiniteDifference, SAMA, FirstOrder)",
+    "jax.custom_jvp instead or mode='reverse', or an estimator that takes no second derivative (FiniteDifference, "
+    "SAMA, FirstOrder)",
 }
 _REMEDIES["io_callback"] = _REMEDIES["pure_callback"]
 _REMEDY = (
@@ -201,11 +216,13 @@ _REMEDY = (
 )
 
 
-def _undifferentiable(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -> str | None:
-    """Which operation of which loss cannot be differentiated, and what to do; None if all can."""
+def _undifferentiable(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]], said: str) -> str | None:
+    """Which operation of which loss cannot be differentiated, and what to do; None if all can. `said`: by JAX."""
     for loss in losses:
         whole, variables = jex.jaxpr_as_fun(loss.closed), range(loss.inner + loss.outer)
         for words in orders.get(loss.name, ()):
+            if words == FORWARD and "custom_vjp" not in said:
+                continue
             if not _fails(whole, loss.closed.in_avals, variables, words):
                 continue
             if name := _culprit(loss.closed.jaxpr, variables, words):

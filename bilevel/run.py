@@ -85,8 +85,8 @@ def run(
         and the optimizer (Adam) divides it by its own size; names the leaf.
 
     Raises:
-      ValueError: for steps < 1, a negative `checkpoint_every`, unusable data, or a loss that captured the outer variable
-        instead of reading it.
+      ValueError: for steps < 1, a negative `checkpoint_every`, unusable data, or a loss that captured the outer
+        variable instead of reading it.
       FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
     """
     if not isinstance(steps, int) or steps < 1:

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from bilevel import treeverse
 from bilevel.gradients import INNER_GRADIENT
 from bilevel.tracing import is_literal
-from bilevel.trees import combine, partition
+from bilevel.trees import as_words, combine, partition
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -122,6 +122,10 @@ def scan(checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int) -
     """
     validate(checkpoint)
     checkpoint = choose(checkpoint, lambda: step_bytes(step, carry, xs), length)
+    if checkpoint != "none":
+        # A step is done more than once, and reads its keys from a stack each time: as words, which may be read again.
+        xs, as_keys = as_words(xs)
+        once, step = step, lambda carry, x: once(carry, as_keys(x))
     if checkpoint == "none":
         carry, ys = jax.lax.scan(step, carry, xs, length=length)
     elif isinstance(checkpoint, Binomial):

@@ -17,15 +17,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.custom_rules import has_true_rule
 from bilevel.tracing import bind, is_literal, scan_counts, while_counts
 
 
 def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with finite derivatives at the zeros of its square roots and denominators.
+    """`function` with its true derivatives, finite at the zeros of its roots and denominators.
 
     Values are bit-equal to `function`'s. Derivatives are equal wherever those of `function` are finite; the
-    derivative of `sqrt(x)`, `rsqrt(x)` and `n / d` with respect to x, and to n and d, is 0 at x = 0 and d = 0. Where a
-    factor is a root of a negative scalar (RAdam has one in the branch that it does not take), that of the product is 0.
+    derivative of `sqrt(x)`, `rsqrt(x)`, `cbrt(x)`, `x**p` with p < 1 and `n / d` with respect to x, and to n and d, is
+    0 at x = 0 and d = 0. Where a factor is a root of a negative scalar (RAdam has one in the branch that it does not
+    take), that of the product is 0.
+
+    What hides a derivative is left out: a `stop_gradient` inside `function` (L-BFGS has one in its first step) is the
+    identity here, and a function under `jax.custom_vjp` or `jax.custom_jvp` whose rule is not its derivative is taken
+    without its rule. So the result is the derivative of the values, and not what somebody meant by it.
     """
 
     def wrapped(*args):
@@ -77,6 +83,36 @@ def _at_nonzero(eqn, x, others=()):
 
 def _sqrt(eqn, x):
     return _at_nonzero(eqn, x)
+
+
+def _pow(eqn, x, exponent):
+    """A power, differentiated only where its slope in x is finite: not at x = 0 with an exponent below 1."""
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return bind(eqn, x, exponent)
+    one = jnp.ones((), jnp.result_type(x))
+    steep = (x == 0) & (jnp.asarray(exponent) < 1)
+    frozen = [jax.lax.stop_gradient(value) for value in (x, exponent)]
+    safe = jnp.where(steep, one, x)
+    return [jnp.where(steep, bind(eqn, *frozen)[0], bind(eqn, safe, exponent)[0])]
+
+
+def _through(eqn, x):
+    """`stop_gradient` without its effect."""
+    del eqn
+    return [x]
+
+
+def _ruled(eqn, *inputs):
+    """A function with a derivative of its own: as it is where that is the true one, else without its rule."""
+    if has_true_rule(eqn):
+        return bind(eqn, *inputs)
+    return _closed(eqn.params["call_jaxpr"])(*inputs)
+
+
+def _remat(eqn, *inputs):
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy") if name in eqn.params}
+    body = lambda *args: _evaluate(eqn.params["jaxpr"], (), args)  # noqa: E731
+    return jax.checkpoint(body, **options)(*inputs)
 
 
 def _div(eqn, numerator, denominator):
@@ -136,7 +172,14 @@ _SHAPES = ("broadcast_in_dim", "convert_element_type", "reshape", "squeeze")
 _RULES: dict[str, Callable[..., list[Any]]] = {
     "sqrt": _sqrt,
     "rsqrt": _sqrt,
+    "cbrt": _sqrt,
+    "pow": _pow,
     "div": _div,
+    "stop_gradient": _through,
+    "custom_jvp_call": _ruled,
+    "custom_vjp_call": _ruled,
+    "checkpoint": _remat,
+    "remat2": _remat,
     "jit": _call,
     "pjit": _call,
     "cond": _cond,

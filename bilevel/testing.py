@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.guards import StructuralZeroWarning
-from bilevel.hypergradients.base import Hypergradient, outer_value
+from bilevel.hypergradients.base import Hypergradient, outer_value, schedule
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, combine, is_inexact, leaf_names, partition
@@ -214,7 +214,8 @@ def _values_moved(problem, hypergradient, inner_state, outer, inner_batches, out
         moved = [x + move if i == leaf else x for i, x in enumerate(leaves)]
         at = combine(jax.tree.unflatten(structure, moved), fixed)
         params = hypergradient.solve(problem, inner_state, at, inner_batches, key).params
-        return outer_value(problem, hypergradient.steps, params, at, outer_batch, key)[0]
+        keys = schedule(key, hypergradient.steps)
+        return outer_value(problem, hypergradient.steps, params, at, outer_batch, keys)[0]
 
     return jax.lax.map(value, moves)
 

@@ -8,6 +8,7 @@ An `outer` (or `inner`) tree may mix all three. Everything that differentiates o
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +58,26 @@ def _map_keys(function, tree: PyTree) -> PyTree:
         return flat.reshape(leaf.shape)
 
     return jax.tree.map(visit, tree)
+
+
+def replayed(tree: PyTree) -> PyTree:
+    """`tree` with clones of its random keys: for what is computed once more, with the noise it had.
+
+    A key is consumed once, or `jax.debug_key_reuse` raises; a clone says that the repetition is meant.
+    """
+    return jax.tree.map(lambda leaf: jax.random.clone(leaf) if is_key(leaf) else leaf, tree)
+
+
+def as_words(tree: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """`tree` with the words that its random keys are made of, and the function that makes keys of such words again."""
+    impls = [jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in jax.tree.leaves(tree)]
+
+    def as_keys(words):
+        leaves, structure = jax.tree.flatten(words)
+        pairs = zip(leaves, impls, strict=True)
+        return structure.unflatten([w if i is None else jax.random.wrap_key_data(w, impl=i) for w, i in pairs])
+
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree), as_keys
 
 
 def at_step(tree: PyTree, step: Any) -> PyTree:

@@ -48,10 +48,11 @@ class Proxy(Trained):
 
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` inner gradients, and the score."""
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
+        keys = schedule(key, self.steps)
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
+        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
         everything = jax.tree.map(jnp.ones_like, outer)
-        outer_key = schedule(key, self.steps)[1]
+        outer_key = jax.random.clone(keys.outer)
         score = self.score(problem, state.params, everything, inner_batches, outer_batch, outer_key)
         return Estimate(
             value, jax.tree.map(jnp.negative, score), state, Aux(trace.aux, aux, {"inner_loss": trace.value})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from bilevel import inner, optimizers
-from bilevel.gradients import reverse_gradient
+from bilevel.data import slots
+from bilevel.gradients import Point, reverse_gradient
+from bilevel.guards import Lost, arrives
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
@@ -77,21 +80,36 @@ class Hypergradient(Protocol):
         ...
 
 
-def schedule(key: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
-    """The random keys of one estimate, the same for every estimator: `(inner[steps], outer)`."""
-    keys = jax.random.split(key, steps + 1)
-    return keys[:-1], keys[-1]
+class Keys(NamedTuple):
+    """The random keys of one estimate: no two things that are drawn share one.
+
+    A key is consumed once. Where the same noise is wanted again (a Hessian on the batches that training saw, a member
+    of a population beside another), the replay takes a `jax.random.clone` of it.
+
+    Attributes:
+      start: of `init_inner`, where the estimate itself starts the inner problem.
+      inner: `[steps]`, of the inner steps.
+      outer: of the outer loss.
+      own: of the estimator's own randomness (sketches, perturbations).
+    """
+
+    start: jax.Array
+    inner: jax.Array
+    outer: jax.Array
+    own: jax.Array
 
 
-def own_key(key: jax.Array, steps: int) -> jax.Array:
-    """The key of an estimator's own randomness (sketches, perturbations), apart from those of the losses."""
-    # Not `split(key, n)[i]` for any i <= steps, though `fold_in(key, i)` equals it for jax's default generator.
-    return jax.random.fold_in(key, steps + 1)
+def schedule(key: jax.Array, steps: int) -> Keys:
+    """The `Keys` of one estimate, the same for every estimator: `split(key, steps + 2)`, its own noise apart."""
+    # Not one of the keys below, though `fold_in(key, i)` equals `split(key, n)[i]` for jax's default generator.
+    own = jax.random.fold_in(key, steps + 2)
+    keys = jax.random.split(key, steps + 2)
+    return Keys(keys[0], keys[1:-1], keys[-1], own)
 
 
-def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, batch: PyTree, key: jax.Array):
-    """`(value, aux)` of the outer loss after `steps` inner steps, at its place in the key schedule."""
-    return problem.outer_value(params, at_step(outer, steps), batch, schedule(key, steps)[1])
+def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, batch: PyTree, keys: Keys):
+    """`(value, aux)` of the outer loss after `steps` inner steps, with its key."""
+    return problem.outer_value(params, at_step(outer, steps), batch, keys.outer)
 
 
 def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
@@ -99,6 +117,17 @@ def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     if default is not dataclasses.MISSING:
         kwargs["default"] = default
     return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+_WARM = (
+    "it acts through init_inner, and a warm start is a constant: start training anew at each outer step, with "
+    "Nested(..., inner_start='cold') or inner_state=None"
+)
+
+_BETWEEN = (
+    "it acts through the gradient of inner_loss, and the update of the inner optimizer has no derivative by its "
+    "gradient (lion and other sign methods): use another optimizer"
+)
 
 
 @jax.tree_util.register_dataclass
@@ -124,38 +153,71 @@ class Trained:
     ) -> InnerState:
         """The training map: `steps` steps from `inner_state`, differentiable in `inner_state` and `outer`.
 
-        With `inner_state=None` it starts from `init(problem, outer, key)`. A third level is built on this method.
+        With `inner_state=None` it starts from `init_inner`. A third level is built on this method.
         """
-        return self.trajectory(problem, inner_state, outer, inner_batches, key)[0]
+        return self.trajectory(problem, inner_state, outer, inner_batches, schedule(key, self.steps))[0]
 
-    def trajectory(self, problem, inner_state, outer, inner_batches, key, **options) -> tuple[InnerState, inner.Trace]:
+    def trajectory(
+        self, problem, inner_state, outer, inner_batches, keys: Keys, **options
+    ) -> tuple[InnerState, inner.Trace]:
         """`solve`, with what the steps reported. `options` go to `bilevel.inner.train`."""
-        keys, _ = schedule(key, self.steps)
-        state = self.resume(problem, inner_state, outer, key)
-        return inner.train(problem, self.optimizer, state, outer, inner_batches, keys, **options)
+        state = self.resume(problem, inner_state, outer, keys)
+        return inner.train(problem, self.optimizer, state, outer, inner_batches, keys.inner, **options)
 
-    def training(self, problem: Problem, inner_state, outer, inner_batches, key) -> Callable[[PyTree], PyTree]:
+    def training(self, problem: Problem, inner_state, outer, inner_batches, keys: Keys) -> Callable[[PyTree], PyTree]:
         """The trained variable as a function of the inexact leaves of `outer`, for guards to see what it depends on."""
         _, fixed = partition(outer)
 
         def trained(moving):
             # A gradient with a rule of its own would hide from the trace what it reads.
-            arguments = problem, inner_state, combine(moving, fixed), inner_batches, key
+            arguments = problem, inner_state, combine(moving, fixed), inner_batches, keys
             return self.trajectory(*arguments, gradient=reverse_gradient)[0].params
 
         return trained
 
-    def resume(self, problem: Problem, inner_state: InnerState | None, outer: PyTree, key: jax.Array) -> InnerState:
+    def lost(self, problem: Problem, inner_state, outer, inner_batches, keys: Keys) -> Lost:
+        """Where the influence of a leaf of `outer` may be lost; see `bilevel.guards.Lost`."""
+        moving, fixed = partition(outer)
+
+        def start(moving):
+            return problem.split(problem.start_inner(keys.start, combine(moving, fixed)))[0]
+
+        def gradient(moving):
+            state = jax.lax.stop_gradient(self.resume(problem, inner_state, outer, keys))
+            trained, rest = problem.split(state.params)
+            xs, bind = slots(inner_batches, self.steps)
+            batch = bind(jax.tree.map(lambda x: x[0], xs))
+            point = Point(trained, moving, rest, at_step(fixed, 0), problem, batch, keys.inner[0])
+            return reverse_gradient(point).grad
+
+        def reasons():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                by_start = arrives(start, moving) if inner_state is not None else [False] * len(leaves)
+                by_gradient = arrives(gradient, moving)
+            return [
+                _WARM if starts else (self._between() if inside else None)
+                for starts, inside in zip(by_start, by_gradient, strict=True)
+            ]
+
+        leaves = jax.tree.leaves(moving)
+        return reasons
+
+    def _between(self) -> str:
+        """What is between the inner gradient, which a leaf enters, and the hypergradient, which it does not reach."""
+        return _BETWEEN
+
+    def resume(self, problem: Problem, inner_state: InnerState | None, outer: PyTree, keys: Keys) -> InnerState:
         """`inner_state` ready for a step at this `outer`; a start of its own where it is None."""
         if inner_state is None:
-            return self.init(problem, outer, key)
+            return self.init(problem, outer, keys.start)
         moving, _ = problem.split(inner_state.params)
         opt_state = optimizers.refresh(self.optimizer, outer, moving, inner_state.opt_state)
         return inner_state._replace(opt_state=opt_state)
 
-    def outer_loss(self, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, key: jax.Array):
+    def outer_loss(self, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, keys: Keys):
         """`outer_value` after this estimator's `steps`."""
-        return outer_value(problem, self.steps, params, outer, batch, key)
+        return outer_value(problem, self.steps, params, outer, batch, keys)
 
 
 def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Callable[..., tuple[jax.Array, PyTree]]:

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
-from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.problem import Problem
 from bilevel.refusals import guarded
-from bilevel.trees import PyTree, combine, partition, widened
+from bilevel.trees import PyTree, combine, partition, replayed, widened
 
 
 @jax.tree_util.register_dataclass
@@ -56,17 +56,20 @@ class EvolutionStrategies(Trained):
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients. `info["variance"]`: see `weighted`."""
         free, natural, pull = coordinates(problem, outer)
+        keys = schedule(key, self.steps)
+        again = replayed(keys)  # the same noise for every member
 
         def value(free):
             outer = natural(free)
             # A gradient with a rule of its own would hide from the trace what it reads.
-            state, _ = self.trajectory(problem, inner_state, outer, inner_batches, key, gradient=reverse_gradient)
-            return self.outer_loss(problem, state.params, outer, outer_batch, key)[0]
+            state, _ = self.trajectory(problem, inner_state, outer, inner_batches, again, gradient=reverse_gradient)
+            return self.outer_loss(problem, state.params, outer, outer_batch, again)[0]
 
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        centre, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
-        evaluate = traced(value, free, estimator="EvolutionStrategies")
-        noise = perturbations(self, free, own_key(key, self.steps))
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
+        centre, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
+        lost = self.lost(problem, inner_state, outer, inner_batches, again)
+        evaluate = traced(value, free, estimator="EvolutionStrategies", lost=lost)
+        noise = perturbations(self, free, keys.own)
         values = jax.vmap(evaluate)(mirrored(free, noise))
         grad, variance = weighted(values, jax.vmap(pull)(noise), self.sigma)
         info = {"inner_loss": trace.value, "variance": variance}

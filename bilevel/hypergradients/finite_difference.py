@@ -13,7 +13,7 @@ from bilevel.guards import dependence, pull
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.inner import InnerState, Trace
 from bilevel.refusals import guarded
-from bilevel.trees import at_step, cast_like, combine, global_norm, partition, widened
+from bilevel.trees import at_step, cast_like, combine, global_norm, partition, replayed, widened
 
 
 @jax.tree_util.register_dataclass
@@ -28,14 +28,24 @@ class _Differences(Trained):
         if not self.radius > 0:
             raise ValueError(f"{type(self).__name__}(radius={self.radius!r}): must be positive.")
 
+    def meet_custom_rule(self, name: str) -> None:
+        """Refuses an inner loss with a derivative of its own, by a function of this name."""
+        raise ValueError(
+            f"{type(self).__name__}: inner_loss has a derivative of its own (`{name}`, by jax.custom_vjp or "
+            "custom_jvp), so second derivatives need not commute, which a difference of gradients in outer takes for granted: use "
+            "OneStep or Unrolled."
+        )
+
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
-        at, state, trace = self._states(problem, inner_state, outer, inner_batches, key)
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        return _difference(self, problem, at, state, trace, outer, inner_batches, outer_batch, key, training)
+        keys = schedule(key, self.steps)
+        at, state, trace = self._states(problem, inner_state, outer, inner_batches, keys)
+        training = self.training(problem, inner_state, outer, inner_batches, keys)
+        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
+        return _difference(self, problem, at, state, trace, outer, inner_batches, outer_batch, keys, training, lost)
 
-    def _states(self, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
+    def _states(self, problem, inner_state, outer, batches, keys) -> tuple[InnerState, InnerState, Trace]:
         raise NotImplementedError
 
 
@@ -67,17 +77,17 @@ class FiniteDifference(_Differences):
       Liu et al. 2019 (DARTS), arXiv 1806.09055.
     """
 
-    def _states(self, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
+    def _states(self, problem, inner_state, outer, batches, keys) -> tuple[InnerState, InnerState, Trace]:
         slots(batches, self.steps)  # refuses batches for another number of steps
-        keys, _ = schedule(key, self.steps)
-        before = self.resume(problem, inner_state, outer, key)
+        before = self.resume(problem, inner_state, outer, keys)
         last = self.steps - 1
         traces = []
         if last:
-            before, trace = inner.train(problem, self.optimizer, before, outer, narrow(batches, 0, last), keys[:last])
+            first = narrow(batches, 0, last)
+            before, trace = inner.train(problem, self.optimizer, before, outer, first, keys.inner[:last])
             traces.append(trace)
         final = narrow(batches, last, last + 1)
-        after, trace = inner.train(problem, self.optimizer, before, outer, final, keys[last:], first=last)
+        after, trace = inner.train(problem, self.optimizer, before, outer, final, keys.inner[last:], first=last)
         return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
 
 
@@ -109,26 +119,27 @@ class SAMA(_Differences):
       Choe et al. 2023 (SAMA), arXiv 2310.05674.
     """
 
-    def _states(self, problem, inner_state, outer, batches, key) -> tuple[InnerState, InnerState, Trace]:
-        state, trace = self.trajectory(problem, inner_state, outer, batches, key)
+    def _states(self, problem, inner_state, outer, batches, keys) -> tuple[InnerState, InnerState, Trace]:
+        state, trace = self.trajectory(problem, inner_state, outer, batches, keys)
         return state, state, trace
 
 
-def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, key, training) -> Estimate:
+def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, keys, training, lost) -> Estimate:
     """The estimate with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
     moving, fixed = partition(outer)
     params, inner_fixed = problem.split(at.params)
     trained, after_fixed = problem.split(state.params)
     step = estimator.steps - 1
     xs, bind = slots(narrow(batches, step, step + 1), 1)
-    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), schedule(key, estimator.steps)[0][step]
+    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(keys.inner)[step]
 
     def inner_loss(params, moving):
         outer = combine(moving, at_step(fixed, step))
-        return problem.inner_value(combine(params, inner_fixed), outer, batch, inner_key)[0]
+        # The last step's loss once more, at several points.
+        return problem.inner_value(combine(params, inner_fixed), outer, batch, replayed(inner_key))[0]
 
     def outer_loss(params, moving):
-        return estimator.outer_loss(problem, combine(params, after_fixed), combine(moving, fixed), outer_batch, key)
+        return estimator.outer_loss(problem, combine(params, after_fixed), combine(moving, fixed), outer_batch, keys)
 
     value, pull_loss, aux = jax.vjp(outer_loss, trained, moving, has_aux=True)
     inner_value, gradient = jax.value_and_grad(inner_loss)(params, moving)
@@ -154,7 +165,7 @@ def _difference(estimator, problem, at, state, trace, outer, batches, outer_batc
         return jax.tree.map(jnp.add, direct, cross), None
 
     name = type(estimator).__name__
-    grad, _ = pull(pullback, value, moving, estimator=name, remedy=_BLIND, training=training)
+    grad, _ = pull(pullback, value, moving, estimator=name, remedy=_BLIND, training=training, lost=lost)
     return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 
 from bilevel.guards import value_and_grad
-from bilevel.hypergradients.base import Aux, Estimate, Trained
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.refusals import guarded
 from bilevel.trees import combine, partition
 
@@ -36,11 +36,13 @@ class FirstOrder(Trained):
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` inner gradients and one outer gradient."""
         moving, fixed = partition(outer)
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
+        keys = schedule(key, self.steps)
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
 
         def objective(moving):
-            return self.outer_loss(problem, state.params, combine(moving, fixed), outer_batch, key)
+            return self.outer_loss(problem, state.params, combine(moving, fixed), outer_batch, keys)
 
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", training=training)
+        training = self.training(problem, inner_state, outer, inner_batches, keys)
+        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
+        (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", training=training, lost=lost)
         return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.conditions import fixed_point_of, mean_loss, moving_leaves, unknowns
-from bilevel.hypergradients.base import own_key, schedule
+from bilevel.conditions import fixed_point_of, mean_loss, require_constant_held, unknowns
+from bilevel.hypergradients.base import schedule
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
 from bilevel.inner import InnerState
 from bilevel.linear_solvers.base import LinearSolver
@@ -34,6 +34,8 @@ class FixedPoint(AtSolution):
     had been taken at the trained point. Adam-like denominators close to 0 at rest make the system badly conditioned:
     stationary fixed points are better served by `Implicit`.
 
+    Leaves and entries that the optimizer freezes (`set_to_zero`, masks) are no unknowns but constants.
+
     The error is proportional to the distance from a fixed point (`info["stationarity_relative"]`), to that of the
     linear solve (`info["linear_residual"]`), and to `damping`. The derivative does not depend on starting points.
 
@@ -56,17 +58,19 @@ class FixedPoint(AtSolution):
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
         state = super().init(problem, outer, key)
-        return with_adjoint(
-            state, unknowns(problem, moving_leaves(problem, self.optimizer, outer, state), state), self.warm_start
-        )
+        return with_adjoint(state, unknowns("FixedPoint", problem, self.optimizer, outer, state)[2], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a fixed point; as `Implicit.solve`."""
-        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
-        backward, condition, z = self._system(problem, state, outer, inner_batches, key)
+        keys = schedule(key, self.steps)
+        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), keys)
+        backward, condition, z = self._system(problem, inner_state, state, outer, inner_batches, keys)
         return condition.state(attach(backward, condition, z), state)
 
-    def _system(self, problem, state, outer, batches, key):
-        loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
-        backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
-        return backward, *fixed_point_of(self.optimizer, loss, state)
+    def _system(self, problem, inner_state, state, outer, batches, keys):
+        loss = mean_loss(problem, state.params, outer, batches, keys.inner)
+        backward = Backward(self.linear_solver, self.damping, keys.own)
+        condition, z = fixed_point_of("FixedPoint", self.optimizer, loss, state)
+        if inner_state is None:
+            require_constant_held("FixedPoint", problem, condition.division, outer, keys.start)
+        return backward, condition, z

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.conditions import Stationary, mean_loss, require_stationary_limit
-from bilevel.hypergradients.base import own_key, schedule
-from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
+from bilevel.conditions import mean_loss, require_constant_held, require_stationary_limit, stationary, trained_part
+from bilevel.hypergradients.base import schedule
+from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, refuse_symmetric, with_adjoint
 from bilevel.inner import InnerState
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.krylov import CG
@@ -30,6 +30,8 @@ class Implicit(AtSolution):
     The error is proportional to the distance of :math:`w_K` from a stationary point (`info["stationarity_relative"]`),
     to that of the linear solve (`info["linear_residual"]`) and to `damping`; it is 0 when all three are. Leaves that
     act through training alone (learning rates, starting points) have derivative 0 and are named in a warning.
+    The system is over what the optimizer moves: leaves and entries that it freezes (`set_to_zero`, masks) are
+    constants.
     `Problem.mutable` entries are constants here, as training left them: what moves the outer loss through running
     statistics alone is not seen, and only `Unrolled` sees it.
 
@@ -43,7 +45,9 @@ class Implicit(AtSolution):
         `inner_state.extra`. The hypergradient is the same up to the solver's tolerance.
 
     Raises:
-      ValueError: for steps < 1, negative damping, or an optimizer whose fixed point is not stationary.
+      ValueError: for steps < 1, negative damping, an optimizer whose fixed point is not stationary, a linear solver for
+        symmetric systems where the inner loss has a derivative of its own (`jax.custom_vjp`: a straight-through
+        estimator, gradient reversal), or a start that makes frozen leaves from `outer`.
 
     References:
       Pedregosa 2016, arXiv 1602.02355; Lorraine et al. 2020, arXiv 1911.02590; Rajeswaran et al. 2019,
@@ -56,20 +60,25 @@ class Implicit(AtSolution):
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
         state = super().init(problem, outer, key)
-        return with_adjoint(state, problem.split(state.params)[0], self.warm_start)
+        return with_adjoint(state, trained_part("Implicit", problem, self.optimizer, outer, state)[1], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a stationary point: in both modes, to any order.
 
         It depends on `outer` and on arrays inside `problem` and `inner_batches`, not on `inner_state`.
         """
-        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
-        backward, condition, z = self._system(problem, state, outer, inner_batches, key)
+        keys = schedule(key, self.steps)
+        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), keys)
+        backward, condition, z = self._system(problem, inner_state, state, outer, inner_batches, keys)
         return state._replace(params=condition.params(attach(backward, condition, z)))
 
-    def _system(self, problem, state, outer, batches, key):
+    def _system(self, problem, inner_state, state, outer, batches, keys):
         trained, _ = problem.split(state.params)
         require_stationary_limit("Implicit", self.optimizer, trained, outer)
-        loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
-        backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
-        return backward, Stationary(loss), trained
+        loss = mean_loss(problem, state.params, outer, batches, keys.inner)
+        refuse_symmetric("Implicit", self.linear_solver, loss)
+        division, _ = trained_part("Implicit", problem, self.optimizer, outer, state)
+        if inner_state is None:
+            require_constant_held("Implicit", problem, division, outer, keys.start)
+        backward = Backward(self.linear_solver, self.damping, keys.own)
+        return backward, *stationary(loss, division, trained)

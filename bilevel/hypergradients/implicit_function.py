@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from bilevel.conditions import FixedPointOf, Stationary
+from bilevel.conditions import FixedPointOf, MeanLoss, Stationary
 from bilevel.gradients import mixed_gradient, reverse_gradient
-from bilevel.guards import pull
-from bilevel.hypergradients.base import Aux, Estimate, Trained, static
+from bilevel.guards import Lost, pull
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.inner import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.refusals import guarded
@@ -54,6 +54,16 @@ def validate(estimator: str, linear_solver: Any, damping: float, *, symmetric: b
         raise ValueError(
             f"{estimator}: the derivative of an update map is not symmetric, so {type(linear_solver).__name__} does "
             "not apply: use Neumann, GMRES, BiCGStab, NormalCG or Dense."
+        )
+
+
+def refuse_symmetric(estimator: str, linear_solver: Any, loss: MeanLoss) -> None:
+    """Raises ValueError for a solver of symmetric systems where `loss` has a derivative of its own."""
+    if loss.own_rule is not None and getattr(linear_solver, "symmetric_only", False):
+        raise ValueError(
+            f"{estimator}: inner_loss has a derivative of its own (`{loss.own_rule}`, by jax.custom_vjp or "
+            f"custom_jvp), so the matrix of its linear system is not symmetric, which {type(linear_solver).__name__} takes for "
+            "granted: use GMRES, BiCGStab, NormalCG or Dense, or Unrolled."
         )
 
 
@@ -135,6 +145,7 @@ def estimate(
     trace: Trace,
     warm_start: bool,
     training: Callable[[PyTree], PyTree],
+    lost: Lost | None = None,
 ) -> Estimate:
     """The hypergradient at z.
 
@@ -145,7 +156,7 @@ def estimate(
       state, trace: the inner problem at z, and how it came there.
       warm_start: whether the solve starts from the adjoint in `state.extra` (where that is a tree like z: the state may
         come from another estimator), and leaves its own there.
-      training: how z came to be, as for `bilevel.guards.value_and_grad`.
+      training, lost: how z came to be, as for `bilevel.guards.value_and_grad`.
 
     `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
     loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products
@@ -187,7 +198,9 @@ def estimate(
         }
         return jax.tree.map(jnp.subtract, direct, cross), (adjoint, info)
 
-    grad, (adjoint, info) = pull(pullback, value, moving, estimator=estimator, remedy=_BLIND, training=training)
+    grad, (adjoint, info) = pull(
+        pullback, value, moving, estimator=estimator, remedy=_BLIND, training=training, lost=lost
+    )
     new_state = state._replace(extra=adjoint if warm_start else None)
     return Estimate(value, grad, new_state, Aux(trace.aux, aux, {"inner_loss": trace.value} | info))
 
@@ -219,11 +232,13 @@ class AtSolution(Trained):
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        system = self._system(problem, state, outer, inner_batches, key)
-        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, key)  # noqa: E731
-        training = self.training(problem, inner_state, outer, inner_batches, key)
-        return estimate(type(self).__name__, *system, outer_loss, state, trace, self.warm_start, training)
+        keys = schedule(key, self.steps)
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
+        system = self._system(problem, inner_state, state, outer, inner_batches, keys)
+        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, keys)  # noqa: E731
+        training = self.training(problem, inner_state, outer, inner_batches, keys)
+        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
+        return estimate(type(self).__name__, *system, outer_loss, state, trace, self.warm_start, training, lost)
 
-    def _system(self, problem, state, outer, batches, key) -> tuple[Backward, Condition, PyTree]:
+    def _system(self, problem, inner_state, state, outer, batches, keys) -> tuple[Backward, Condition, PyTree]:
         raise NotImplementedError

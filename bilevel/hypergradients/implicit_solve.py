@@ -10,18 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import optimizers
-from bilevel.conditions import Stationary, fixed_point_of, mean_loss, moving_leaves, unknowns
+from bilevel.conditions import fixed_point_of, mean_loss, stationary, unknowns
 from bilevel.data import resolve, slots
+from bilevel.frozen import whole
 from bilevel.hypergradients import implicit_function
-from bilevel.hypergradients.base import Estimate, outer_value, own_key, schedule, static
-from bilevel.hypergradients.implicit_function import Backward, attach, with_adjoint
+from bilevel.hypergradients.base import Estimate, outer_value, schedule, static
+from bilevel.hypergradients.implicit_function import Backward, attach, refuse_symmetric, with_adjoint
 from bilevel.inner import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver
 from bilevel.linear_solvers.krylov import CG
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem, as_pytree
 from bilevel.refusals import guarded
-from bilevel.trees import PyTree, as_arrays, at_step, combine, partition
+from bilevel.trees import PyTree, as_arrays, at_step, combine, partition, replayed
 
 
 @jax.tree_util.register_dataclass
@@ -65,24 +66,25 @@ class ImplicitSolve:
         state = self._state(problem, problem.start_inner(key, outer), outer)
         if self.rest is None:
             return with_adjoint(state, problem.split(state.params)[0], self.warm_start)
-        moves = moving_leaves(problem, self.rest, outer, state)
-        return with_adjoint(state, unknowns(problem, moves, state), self.warm_start)
+        return with_adjoint(state, unknowns("ImplicitSolve", problem, self.rest, outer, state)[2], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The solution, with the derivative of what it satisfies; as `Implicit.solve`."""
-        state = self._solution(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), key)
-        backward, condition, z = self._system(problem, state, outer, inner_batches, key)
+        keys = schedule(key, self.steps)
+        state = self._solution(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), keys)
+        backward, condition, z = self._system(problem, state, outer, inner_batches, keys)
         return state._replace(params=condition.params(attach(backward, condition, z)))
 
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs a solve, one inner loss, and `info["hvps"]` Hessian-vector products."""
-        state = self._solution(problem, inner_state, outer, inner_batches, key)
-        batch, inner_key = self._slot(inner_batches, key)
+        keys = schedule(key, self.steps)
+        state = self._solution(problem, inner_state, outer, inner_batches, keys)
+        batch, inner_key = self._slot(inner_batches, keys)
         trace = Trace(*problem.inner_value(state.params, at_step(outer, 0), batch, inner_key))
         trace = jax.tree.map(lambda x: jnp.asarray(x)[None], trace)
-        system = self._system(problem, state, outer, inner_batches, key)
-        outer_loss = lambda params, outer: outer_value(problem, self.steps, params, outer, outer_batch, key)  # noqa: E731
+        system = self._system(problem, state, outer, inner_batches, keys)
+        outer_loss = lambda params, outer: outer_value(problem, self.steps, params, outer, outer_batch, keys)  # noqa: E731
         _, fixed = partition(outer)
 
         def minimised(moving):  # what `minimise` reads cannot be seen; what the loss does can
@@ -92,9 +94,9 @@ class ImplicitSolve:
             "ImplicitSolve", *system, outer_loss, state, trace, self.warm_start, minimised
         )
 
-    def _slot(self, batches, key):
+    def _slot(self, batches, keys):
         xs, bind = slots(batches, self.steps)
-        return resolve(bind(jax.tree.map(lambda x: x[0], xs))), schedule(key, self.steps)[0][0]
+        return resolve(bind(jax.tree.map(lambda x: x[0], xs))), replayed(keys.inner)[0]
 
     def _state(self, problem, params, outer) -> InnerState:
         opt_state = None
@@ -103,10 +105,10 @@ class ImplicitSolve:
                 opt_state = optimizers.transformation(self.rest, outer).init(problem.split(params)[0])
         return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
-    def _solution(self, problem, inner_state, outer, batches, key) -> InnerState:
+    def _solution(self, problem, inner_state, outer, batches, keys) -> InnerState:
         if inner_state is None:
-            inner_state = self.init(problem, outer, key)
-        batch, inner_key = self._slot(batches, key)
+            inner_state = self.init(problem, outer, keys.start)
+        batch, inner_key = self._slot(batches, keys)
         params = as_arrays(self.minimise(problem, at_step(outer, 0), batch, inner_key))
         found, wanted = _kinds(params), _kinds(inner_state.params)
         if found != wanted:
@@ -116,12 +118,14 @@ class ImplicitSolve:
         state = self._state(problem, params, outer)
         return state._replace(step=inner_state.step + 1, extra=inner_state.extra)
 
-    def _system(self, problem, state, outer, batches, key):
-        loss = mean_loss(problem, state.params, outer, batches, schedule(key, self.steps)[0])
-        backward = Backward(self.linear_solver, self.damping, own_key(key, self.steps))
+    def _system(self, problem, state, outer, batches, keys):
+        loss = mean_loss(problem, state.params, outer, batches, keys.inner)
+        backward = Backward(self.linear_solver, self.damping, keys.own)
         if self.rest is None:
-            return backward, Stationary(loss), problem.split(state.params)[0]
-        return backward, *fixed_point_of(self.rest, loss, state)
+            refuse_symmetric("ImplicitSolve", self.linear_solver, loss)
+            trained = problem.split(state.params)[0]
+            return backward, *stationary(loss, whole(trained), trained)
+        return backward, *fixed_point_of("ImplicitSolve", self.rest, loss, state)
 
 
 def _kinds(tree: PyTree) -> Any:

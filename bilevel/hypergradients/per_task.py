@@ -57,7 +57,7 @@ class PerTask:
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The training maps of all tasks: states along a leading axis of tasks."""
-        (support, _), keys = self._tasks(inner_batches, key)
+        (support, _), keys, _ = self._tasks(inner_batches, key)
         one = lambda support, key: self.hypergradient.solve(problem, None, outer, self._repeated(support), key)  # noqa: E731
         return jax.vmap(one)(support, keys)
 
@@ -67,7 +67,7 @@ class PerTask:
             raise ValueError(
                 "PerTask: a task's query is its outer batch, so give no outer data beside (support, query)."
             )
-        tasks, keys = self._tasks(inner_batches, key)
+        tasks, keys, start_key = self._tasks(inner_batches, key)
 
         def one(task, key):
             support, query = task
@@ -77,13 +77,13 @@ class PerTask:
         mean = lambda tree: jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)  # noqa: E731
         info = each.aux.info | {"inner_loss": mean(each.aux.info["inner_loss"])}
         info |= {name: jnp.max(info[name], axis=0) for name in EXACTNESS if name in info}
-        state = self.init(problem, outer, key) if inner_state is None else inner_state
+        state = self.init(problem, outer, start_key) if inner_state is None else inner_state
         return Estimate(mean(each.value), mean(each.grad), state, each.aux._replace(info=info))
 
     def _repeated(self, support: PyTree) -> Any:
         return None if support is None else FullBatch(support)
 
-    def _tasks(self, batches: PyTree, key: jax.Array) -> tuple[Any, jax.Array]:
+    def _tasks(self, batches: PyTree, key: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         xs, bind = slots(batches, 1)
         tasks = resolve(bind(jax.tree.map(lambda x: x[0], xs)))
         if not isinstance(tasks, tuple) or len(tasks) != 2:
@@ -94,4 +94,5 @@ class PerTask:
         lengths = {jnp.shape(x)[0] for x in jax.tree.leaves(tasks)}
         if len(lengths) != 1:
             raise ValueError(f"PerTask: support and query lead with different numbers of tasks, {sorted(lengths)}.")
-        return tasks, jax.random.split(key, lengths.pop())
+        keys = jax.random.split(key, lengths.pop() + 1)
+        return tasks, keys[:-1], keys[-1]

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
-from bilevel.hypergradients.base import Aux, Estimate, Trained, own_key, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.hypergradients.evolution import check_population, coordinates, mirrored, perturbations, weighted
 from bilevel.inner import InnerState
 from bilevel.refusals import guarded
-from bilevel.trees import PyTree, partition
+from bilevel.trees import PyTree, partition, replayed
 
 
 class Particles(NamedTuple):
@@ -86,19 +86,22 @@ class PersistentES(Trained):
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients."""
         free, natural, pull = coordinates(problem, outer)
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, key)
-        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
-        noise = perturbations(self, free, own_key(key, self.steps))
+        keys = schedule(key, self.steps)
+        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
+        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
+        noise = perturbations(self, free, keys.own)
+        again = replayed(keys)  # the same noise for every member
 
         def member(free, particle=None):
             outer = natural(free)
             # A gradient with a rule of its own would hide from the trace what it reads.
-            after, _ = self.trajectory(problem, particle, outer, inner_batches, key, gradient=reverse_gradient)
+            after, _ = self.trajectory(problem, particle, outer, inner_batches, again, gradient=reverse_gradient)
             after = after._replace(extra=None)
-            return self.outer_loss(problem, after.params, outer, outer_batch, key)[0], after
+            return self.outer_loss(problem, after.params, outer, outer_batch, again)[0], after
 
+        lost = self.lost(problem, inner_state, outer, inner_batches, again)
         # Evaluated below for the whole population; here for the warnings.
-        traced(lambda free: member(free, inner_state)[0], free, estimator="PersistentES")
+        traced(lambda free: member(free, inner_state)[0], free, estimator="PersistentES", lost=lost)
         if inner_state is None:
             particles = self._particles(state, outer)
             values, states = jax.vmap(member)(mirrored(free, noise))

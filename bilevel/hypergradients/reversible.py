@@ -19,7 +19,7 @@ from bilevel.hypergradients.base import Aux, Estimate, Trained, outer_value, sch
 from bilevel.inner import InnerState, Trace
 from bilevel.problem import Problem
 from bilevel.refusals import guarded
-from bilevel.trees import PyTree, at_step, cast_like, combine, partition
+from bilevel.trees import PyTree, at_step, cast_like, combine, partition, replayed
 
 
 @jax.tree_util.register_dataclass
@@ -95,26 +95,28 @@ class Reversible:
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The training map in integers; it cannot be differentiated."""
-        state = self._trained.resume(problem, inner_state, outer, key)
-        return _Training(self, problem, outer, inner_batches, key, state).run()[0]
+        keys = schedule(key, self.steps)
+        state = self._trained.resume(problem, inner_state, outer, keys)
+        return _Training(self, problem, outer, inner_batches, keys, state).run()[0]
 
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
         """See `Hypergradient`. Costs 2 `steps` inner gradients and `steps` Hessian-vector products."""
         moving, fixed = partition(outer)
+        keys = schedule(key, self.steps)
 
         def start(moving):
-            state = self._trained.resume(problem, inner_state, combine(moving, fixed), key)
-            return partition(state.params)[0], _velocity(state), state
+            state = self._trained.resume(problem, inner_state, combine(moving, fixed), keys)
+            return (partition(state.params)[0], _velocity(state)), state
 
-        first, pull_start = jax.vjp(lambda moving: start(moving)[:2], moving)
-        training = _Training(self, problem, outer, inner_batches, key, start(moving)[2])
+        first, pull_start, state = jax.vjp(start, moving, has_aux=True)
+        training = _Training(self, problem, outer, inner_batches, keys, state)
         state, trace, integers, fits = training.run()
         params, params_fixed = partition(state.params)
 
         def outer_loss(params, moving):
             params, outer = combine(params, params_fixed), combine(moving, fixed)
-            return outer_value(problem, self.steps, params, outer, outer_batch, key)
+            return outer_value(problem, self.steps, params, outer, outer_batch, keys)
 
         value, pull_loss, aux = jax.vjp(outer_loss, params, moving, has_aux=True)
 
@@ -126,7 +128,8 @@ class Reversible:
             grad = jax.tree.map(lambda a, b, c: a + b + c, direct, through, at_start)
             return jax.tree.map(lambda g: jnp.where(is_reversed, g, jnp.nan), grad), is_reversed
 
-        grad, is_reversed = pull(pullback, value, moving, estimator="Reversible", remedy=None)
+        lost = self._trained.lost(problem, inner_state, outer, inner_batches, keys)
+        grad, is_reversed = pull(pullback, value, moving, estimator="Reversible", remedy=None, lost=lost)
         products = jnp.asarray(self.steps, jnp.int32)
         info = {"inner_loss": trace.value, "hvps": products, "reversed": is_reversed}
         return Estimate(value, grad, state, Aux(trace.aux, aux, info))
@@ -152,7 +155,7 @@ def _refuse(primals, tangents):
 class _Training:
     """K steps in integers, and back."""
 
-    def __init__(self, settings: Reversible, problem, outer, inner_batches, key, state: InnerState):
+    def __init__(self, settings: Reversible, problem, outer, inner_batches, keys, state: InnerState):
         if jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64:
             raise ValueError("Reversible needs 64-bit integers: set jax.config.update('jax_enable_x64', True).")
         if problem.mutable:
@@ -164,11 +167,11 @@ class _Training:
         outer_moving, self.outer_fixed = partition(outer)
         self.outer_moving = jax.tree.map(_final, outer_moving)
         self.fixed = partition(state.params)[1]
-        self.keys = schedule(key, settings.steps)[0]
+        self.keys = keys.inner
         self.xs, self.bind = slots(inner_batches, settings.steps)
 
     def point(self, params, outer_moving, t) -> Point:
-        slot, key = jax.tree.map(lambda x: x[t], (self.xs, self.keys))
+        slot, key = jax.tree.map(lambda x: x[t], (self.xs, replayed(self.keys)))
         return Point(params, outer_moving, self.fixed, at_step(self.outer_fixed, t), self.problem, self.bind(slot), key)
 
     def gradient(self, w, t):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevel import inner, schedules
+from bilevel.custom_rules import CustomDerivativeWarning
 from bilevel.data import narrow, slots
 from bilevel.forward import forward_value_and_grad
 from bilevel.gradients import mixed_gradient, reverse_gradient
-from bilevel.guards import value_and_grad
+from bilevel.guards import Lost, arrives, value_and_grad
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
 from bilevel.inner import InnerState, Trace
 from bilevel.refusals import guarded
@@ -80,35 +82,65 @@ class Unrolled(Trained):
         if not isinstance(self.chunk, int) or self.chunk < 1:
             raise ValueError(f"Unrolled(chunk={self.chunk!r}): must be an integer >= 1.")
 
-    def trajectory(self, problem, inner_state, outer, inner_batches, key, **options):
-        state, head = self._constant_part(problem, inner_state, outer, inner_batches, key)
-        return self._moving_part(problem, state, head, outer, inner_batches, key, **options)
+    def trajectory(self, problem, inner_state, outer, inner_batches, keys, **options):
+        state, head = self._constant_part(problem, inner_state, outer, inner_batches, keys)
+        return self._moving_part(problem, state, head, outer, inner_batches, keys, **options)
 
     @property
     def _split(self) -> int:
         return 0 if self.truncate is None else self.steps - self.truncate
 
-    def _constant_part(self, problem, inner_state, outer, inner_batches, key) -> tuple[InnerState | None, Trace | None]:
+    def meet_custom_rule(self, name: str) -> None:
+        """Says that the inner loss has a derivative of its own, by a function of this name."""
+        if self.mode == "mixed":
+            warnings.warn(
+                f"inner_loss has a derivative of its own (`{name}`, by jax.custom_vjp or custom_jvp), so its second "
+                "derivatives need not commute, as mode='mixed' would have it: steps are differentiated as in "
+                "mode='reverse', whose memory is that of a step's graph; say mode='reverse' and this is not said.",
+                CustomDerivativeWarning,
+                stacklevel=4,
+            )
+
+    def lost(self, problem, inner_state, outer, inner_batches, keys) -> Lost:
+        """As `Trained.lost`; what acts only before the last `truncate` steps is told too."""
+        nearer = super().lost(problem, inner_state, outer, inner_batches, keys)
+        if not self._split:
+            return nearer
+        moving, fixed = partition(outer)
+        whole = dataclasses.replace(self, truncate=None, mode="reverse")
+
+        def trained(moving):
+            state = whole.trajectory(problem, inner_state, combine(moving, fixed), inner_batches, keys)[0]
+            return problem.split(state.params)[0]
+
+        def reasons():
+            before = arrives(trained, moving)
+            cut = f"it acts only before the last {self.truncate} of {self.steps} inner steps, which truncate leaves out"
+            return [cut if acts else other for acts, other in zip(before, nearer(), strict=True)]
+
+        return reasons
+
+    def _constant_part(
+        self, problem, inner_state, outer, inner_batches, keys
+    ) -> tuple[InnerState | None, Trace | None]:
         """The steps before the last `truncate`, not differentiated; `(inner_state, None)` if there are none."""
         if not self._split:
             return inner_state, None
         slots(inner_batches, self.steps)  # refuses batches for another number of steps
         frozen = jax.lax.stop_gradient
-        keys, _ = schedule(key, self.steps)
-        state = frozen(self.resume(problem, inner_state, outer, key))
+        state = frozen(self.resume(problem, inner_state, outer, keys))
         batches = narrow(inner_batches, 0, self._split)
-        state, trace = inner.train(problem, self.optimizer, state, frozen(outer), batches, keys[: self._split])
+        state, trace = inner.train(problem, self.optimizer, state, frozen(outer), batches, keys.inner[: self._split])
         return frozen(state), trace
 
-    def _moving_part(self, problem, state, head, outer, inner_batches, key, **options) -> tuple[InnerState, Trace]:
+    def _moving_part(self, problem, state, head, outer, inner_batches, keys, **options) -> tuple[InnerState, Trace]:
         """The steps that are differentiated, after `_constant_part`; with the reports of all steps."""
         # Tangents are pushed through a loop that stores nothing.
         checkpoint = "none" if self.mode == "forward" else self.checkpoint
         options = {"gradient": _GRADIENTS[self.mode], "checkpoint": checkpoint, "first": self._split, **options}
-        keys, _ = schedule(key, self.steps)
-        state = self.resume(problem, state, outer, key)
+        state = self.resume(problem, state, outer, keys)
         batches = narrow(inner_batches, self._split, self.steps) if self._split else inner_batches
-        state, tail = inner.train(problem, self.optimizer, state, outer, batches, keys[self._split :], **options)
+        state, tail = inner.train(problem, self.optimizer, state, outer, batches, keys.inner[self._split :], **options)
         if head is None:
             return state, tail
         return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)
@@ -121,16 +153,20 @@ class Unrolled(Trained):
         tangents = sum(jnp.size(x) for x in jax.tree.leaves(moving)) if self.mode == "forward" else 1
         products = jnp.asarray(tangents * (self.steps - self._split), jnp.int32)
         # Outside the derivative, so that forward mode runs it once and not once a chunk.
-        start, head = self._constant_part(problem, inner_state, outer, inner_batches, key)
+        keys = schedule(key, self.steps)
+        start, head = self._constant_part(problem, inner_state, outer, inner_batches, keys)
 
         def objective(moving) -> tuple[jax.Array, Any]:
             outer = combine(moving, fixed)
-            state, trace = self._moving_part(problem, start, head, outer, inner_batches, key)
-            value, aux = self.outer_loss(problem, state.params, outer, outer_batch, key)
+            state, trace = self._moving_part(problem, start, head, outer, inner_batches, keys)
+            value, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
             return value, (state, Aux(trace.aux, aux, {"inner_loss": trace.value, "hvps": products}))
 
+        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
         if self.mode == "forward":
-            (value, (state, aux)), grad = forward_value_and_grad(objective, moving, self.chunk, estimator="Unrolled")
+            (value, (state, aux)), grad = forward_value_and_grad(
+                objective, moving, self.chunk, estimator="Unrolled", lost=lost
+            )
         else:
-            (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled")
+            (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled", lost=lost)
         return Estimate(value, grad, state, aux)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,8 @@ class BOME(Stochastic):
     inner_steps: int = static(10, kw_only=True)
     gap_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
     eta: float | jax.Array = dataclasses.field(default=0.5, kw_only=True)
+
+    commuting: ClassVar[bool] = True
 
     @property
     def inner_batches(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -43,6 +44,8 @@ class F2SA(Stochastic):
 
     penalty: StepSize = dataclasses.field(kw_only=True)
     inner_steps: int = static(10, kw_only=True)
+
+    commuting: ClassVar[bool] = True
 
     @property
     def inner_batches(self) -> int:

@@ -6,7 +6,9 @@ Second derivatives come from one linearisation: with p = (w, lambda),
 
 and the same forward-mode derivative holds grad_w f(w, lambda) as its value. So the inner gradient, the Hessian-vector
 product and the cross product together cost one forward-over-reverse pass (what is not used, XLA drops). Second
-derivatives commute, so this equals the pullback of v through (w, lambda) -> grad_w f, without storing its graph.
+derivatives commute, so this equals the pullback of v through (w, lambda) -> grad_w f, without storing its graph. Where
+the loss has a derivative of its own they need not commute, and it is that pullback which is taken: H v then stands for
+the transpose of the Jacobian of grad_w f, as the hypergradient wants it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import jax
 
 from bilevel.data import FullBatch, Indexed, rows, slots
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, at_step, combine
+from bilevel.trees import PyTree, at_step, combine, replayed
 
 
 class Draw(NamedTuple):
@@ -83,11 +85,15 @@ class Products(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Oracles:
-    """Both losses as functions of the moving leaves `w` of inner and `lam` of outer, and of a `Draw`."""
+    """Both losses as functions of the moving leaves `w` of inner and `lam` of outer, and of a `Draw`.
+
+    `commutes`: whether second derivatives of the inner loss do (`bilevel.custom_rules`).
+    """
 
     problem: Problem
     inner_fixed: PyTree
     outer_fixed: PyTree
+    commutes: bool
 
     def inner_gradient(self, w: PyTree, lam: PyTree, draw: Draw) -> Gradient:
         """f, with its gradients in w and in lambda: one inner gradient."""
@@ -99,6 +105,9 @@ class Oracles:
 
     def products(self, w: PyTree, lam: PyTree, v: PyTree, draw: Draw) -> Products:
         """One inner gradient, one Hessian-vector product and one cross product; count those that are used."""
+        if not self.commutes:
+            grad, pull, value = jax.vjp(lambda w, lam: self._gradient(w, lam, draw), w, lam, has_aux=True)
+            return Products(value, grad, *pull(v))
 
         def gradients(w):
             value, grads = jax.value_and_grad(self._inner, argnums=(0, 1))(w, lam, draw)
@@ -109,7 +118,17 @@ class Oracles:
 
     def hvp(self, w: PyTree, lam: PyTree, v: PyTree, draw: Draw) -> PyTree:
         """H v alone: one Hessian-vector product."""
+        if not self.commutes:
+            return jax.vjp(lambda w: self._gradient(w, lam, draw)[0], w)[1](v)[0]
         return jax.jvp(lambda w: jax.grad(self._inner)(w, lam, draw), (w,), (v,))[1]
+
+    def outer_value(self, w: PyTree, lam: PyTree, draw: Draw) -> jax.Array:
+        """F alone."""
+        return self._outer(w, lam, draw)
+
+    def _gradient(self, w, lam, draw):
+        value, grad = jax.value_and_grad(self._inner)(w, lam, draw)
+        return grad, value
 
     def _inner(self, w, lam, draw):
         return self.problem.inner_value(*self._whole(w, lam, draw))[0]
@@ -119,7 +138,8 @@ class Oracles:
 
     def _whole(self, w, lam, draw):
         outer = combine(lam, at_step(self.outer_fixed, draw.number))
-        return combine(w, self.inner_fixed), outer, draw.batch, draw.key
+        # A draw may be visited at several points: what is compared there sees the same noise.
+        return combine(w, self.inner_fixed), outer, draw.batch, replayed(draw.key)
 
 
 def _gradient(loss, w, lam, draw) -> Gradient:

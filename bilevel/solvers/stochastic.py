@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from bilevel.gradients import Point, own_rule, reverse_gradient
+from bilevel.guards import arrives, dependence, report
 from bilevel.inner import InnerState
 from bilevel.problem import Problem, as_pytree
 from bilevel.solvers.oracles import Draws, Oracles, leading
-from bilevel.trees import PyTree, advance_keys, combine, global_norm, partition
+from bilevel.trees import PyTree, advance_keys, at_step, combine, global_norm, partition
 
 StepSize = float | jax.Array | Callable[[jax.Array], Any]
 """A constant, or a schedule `step -> size` such as those of optax; `step` counts outer iterations from 0."""
@@ -123,6 +125,9 @@ class Stochastic:
     Metrics of a step: `outer_loss`, `inner_loss` (on this step's batches), `hypergradient_norm` (of the direction that
     `outer` moved along), and the oracle calls made: `inner_gradients`, `outer_gradients`, `hvps`, `cross_products`.
 
+    Warns:
+      StructuralZeroWarning: at a step, for a leaf of `outer` that has no influence on either loss with a derivative.
+
     Raises:
       ValueError: if a count among the settings is not an integer >= 1, or the problem has mutable entries.
     """
@@ -162,6 +167,43 @@ class Stochastic:
         """One outer iteration."""
         raise NotImplementedError
 
+    commuting: ClassVar[bool] = False
+    """Whether an iteration is right only where second derivatives of the inner loss commute."""
+
+    def _examined(self, at: Iteration, state: State) -> Iteration:
+        """`at`, with what the traces of the losses say of their derivatives.
+
+        Warns:
+          StructuralZeroWarning: names leaves of outer on which the direction does not depend, whatever their value.
+
+        Raises:
+          ValueError: if there is no other leaf, or the inner loss has a derivative of its own that does not apply.
+        """
+        draw, name = at.draws[0], type(self).__name__
+        point = Point(
+            at.w, at.lam, at.inner_fixed, at_step(at.outer_fixed, draw.number), self.problem, draw.batch, draw.key
+        )
+        rule = own_rule(point)
+        if rule and self.commuting:
+            raise ValueError(f"{name}: inner_loss has a derivative of its own (`{rule}`), {_REFUSED}.")
+
+        def direction(one, v):
+            outside = jax.vjp(lambda lam: at.outer_value(at.w, lam, at.outer_draws[0]), at.lam)[1](one)[0]
+            inside = jax.vjp(lambda lam: reverse_gradient(point._replace(outer=lam)).grad, at.lam)[1](v)[0]
+            return list(zip(jax.tree.leaves(outside), jax.tree.leaves(inside), strict=True))
+
+        def start(lam):
+            return partition(self.problem.start_inner(state.key, combine(lam, at.outer_fixed)))[0]
+
+        def lost():
+            return [_AT_START if starts else None for starts in arrives(start, at.lam)]
+
+        value = jax.eval_shape(lambda: at.outer_value(at.w, at.lam, at.outer_draws[0]))
+        rows = dependence(lambda both: direction(*both), (jnp.ones((), value.dtype), at.w))
+        reached = [any(a) or any(b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
+        report(reached, at.lam, name, None, [False] * len(reached), lost)
+        return dataclasses.replace(at, commutes=rule is None)
+
     def init(self, key: jax.Array) -> State:
         """The state before the first outer iteration."""
         outer_key, inner_key, key = jax.random.split(key, 3)
@@ -191,6 +233,7 @@ class Stochastic:
             self.problem,
             inner_fixed,
             outer_fixed,
+            True,
             w,
             lam,
             state.memory,
@@ -202,6 +245,7 @@ class Stochastic:
             size(self.inner_step if linear_step is None else linear_step, state.step),
             size(self.outer_step, state.step),
         )
+        at = self._examined(at, state)
         new = self.iterate(at)
         inner = InnerState(combine(new.inner, inner_fixed), (), state.inner.step + 1)
         metrics = {
@@ -211,6 +255,17 @@ class Stochastic:
             **{name: jnp.asarray(n, jnp.int32) for name, n in new.calls._asdict().items()},
         }
         return State(new.outer, inner, new.memory, state.step + 1, state.key), metrics
+
+
+_AT_START = (
+    "it acts through init_inner, which is left behind after the first step: use Nested(..., inner_start='cold') with "
+    "Unrolled"
+)
+
+_REFUSED = (
+    "so second derivatives need not commute, which differences of gradients in outer take for granted: use SOBA, "
+    "StocBiO or another solver of linear systems, or Nested with Unrolled"
+)
 
 
 def size(step_size: StepSize, step: jax.Array) -> Any:

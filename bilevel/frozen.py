@@ -1,0 +1,210 @@
+"""Which entries of the inner variable an optimizer never moves, decided from the trace of its update.
+
+`optax.set_to_zero` in a `partition` or `multi_transform`, `optax.transforms.freeze`, a multiplication by a mask: what
+is frozen so is no unknown of an implicit system. An entry counts as frozen if its update is 0 whatever the gradient,
+the state and the parameters are; a learning rate that happens to be 0 now (warm-up) freezes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from bilevel.tracing import bind, detached, is_literal
+from bilevel.trees import PyTree, leaf_names
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Which entries of the trained leaves of an inner variable are unknowns of a system, and which stay where they are.
+
+    Attributes:
+      kinds: for each trained leaf `"moving"`, `"held"`, or `"mixed"` if some of its entries move.
+      masks: for each leaf that is mixed, in their order, which entries move.
+    """
+
+    kinds: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    masks: list[jax.Array]
+
+    def split(self, trained: PyTree) -> tuple[PyTree, PyTree]:
+        """`(z, held)`: leaves with entries that move, and all others, with None in each other's places."""
+        leaves, structure = jax.tree.flatten(trained)
+        z = [None if kind == "held" else x for kind, x in zip(self.kinds, leaves, strict=True)]
+        held = [x if kind == "held" else None for kind, x in zip(self.kinds, leaves, strict=True)]
+        return jax.tree.unflatten(structure, z), jax.tree.unflatten(structure, held)
+
+    def pinned(self, z: PyTree) -> PyTree:
+        """z, with entries that do not move held constant: a derivative sees the others only."""
+        return self._where(lambda moves, x: jnp.where(moves, x, jax.lax.stop_gradient(x)), z)
+
+    def rows(self, residual: PyTree, z: PyTree) -> PyTree:
+        """`residual`, a tree like z, with `z - constant` in the rows of entries that do not move.
+
+        These rows are 0 and their block of the derivative is the identity: the system is over what moves, and as
+        regular and symmetric as it is there.
+        """
+        still = lambda moves, r, x: jnp.where(moves, r, (x - jax.lax.stop_gradient(x)).astype(r.dtype))  # noqa: E731
+        return self._where(still, residual, z)
+
+    def _where(self, function: Callable[..., Any], first: PyTree, *rest: PyTree) -> PyTree:
+        """`first`, with `function(mask, leaf, ...)` in the place of leaves that are mixed."""
+        leaves, structure = jax.tree.flatten(first)
+        columns, masks = zip(leaves, *map(jax.tree.leaves, rest), strict=True), iter(self.masks)
+        kinds = [kind for kind in self.kinds if kind != "held"]
+        result = [
+            function(next(masks), *row) if kind == "mixed" else row[0] for kind, row in zip(kinds, columns, strict=True)
+        ]
+        return jax.tree.unflatten(structure, result)
+
+
+def whole(params: PyTree) -> Division:
+    """The division in which everything moves."""
+    return Division(("moving",) * len(jax.tree.leaves(params)), [])
+
+
+def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Division:
+    """What of the trained leaves `params` an optax transformation with extra arguments moves, whatever its `state` is.
+
+    Raises:
+      ValueError: if nothing is ever moved.
+    """
+
+    def update(grads, state, params, value):
+        return transform.update(grads, state, params, value=value, grad=grads)[0]
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        closed = jax.make_jaxpr(update)(params, state, params, jnp.zeros(()))
+    kinds, masks = [], []
+    for leaf, zero in zip(jax.tree.leaves(params), _zeros(closed, [None] * len(closed.in_avals)), strict=True):
+        if zero is None or not np.any(zero):
+            kinds.append("moving")
+        elif np.all(zero):
+            kinds.append("held")
+        else:
+            kinds.append("mixed")
+            masks.append(jnp.asarray(~np.broadcast_to(zero, np.shape(leaf))))
+    if kinds and set(kinds) == {"held"}:
+        raise ValueError(
+            f"{estimator}: the optimizer never moves any leaf of the inner variable ({', '.join(leaf_names(params))}), "
+            "so there is no trained point to differentiate: leave out set_to_zero, or the mask, for what is trained."
+        )
+    return Division(tuple(kinds), masks)
+
+
+# An abstract value is a NumPy array or scalar that is known (`_Known`), a boolean array or scalar that says where the
+# value is known to be 0, or None.
+
+
+class _Known:
+    """A value that does not depend on the arguments."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def _zero_of(value: Any) -> Any:
+    if isinstance(value, _Known):
+        return np.asarray(value.value) == 0
+    return value
+
+
+def _zeros(closed: Any, inputs: list[Any]) -> list[Any]:
+    """Where the outputs of a closed jaxpr are known to be 0; None where nothing is known."""
+    return [_zero_of(value) for value in _interpret(closed, inputs)]
+
+
+def _interpret(closed: Any, inputs: list[Any]) -> list[Any]:
+    jaxpr = detached(closed)
+    known = [None if isinstance(c, Tracer) or not hasattr(c, "dtype") else _Known(c) for c in closed.consts]
+    values: dict[Any, Any] = dict(zip(jaxpr.invars, [*known, *inputs], strict=True))
+
+    def read(atom):
+        return _Known(atom.val) if is_literal(atom) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        outputs = _outputs(eqn, [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _outputs(eqn: Any, inputs: list[Any]) -> list[Any]:
+    name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
+    if name == "broadcast_in_dim":  # by hand: a constant of the size of the parameters is not made
+        return [_broadcast(eqn, inputs[0])]
+    if inputs and all(isinstance(x, _Known) for x in inputs) and not _is_random(eqn):
+        try:
+            with jax.ensure_compile_time_eval():
+                return [_Known(np.asarray(out)) for out in bind(eqn, *(jnp.asarray(x.value) for x in inputs))]
+        except Exception:  # an operation that cannot be done now is an operation whose result is not known
+            return unknown
+    if name in ("jit", "pjit"):
+        return _interpret(eqn.params["jaxpr"], inputs)
+    if name == "cond":
+        branches = [_zeros(branch, inputs[1:]) for branch in eqn.params["branches"]]
+        return [_both(list(zeros)) for zeros in zip(*branches, strict=True)]
+    zeros = [_zero_of(x) for x in inputs]
+    if name in _KEEPS_ZERO:
+        return [zeros[0]]
+    if name in _RESHAPES:
+        return [zeros[0] if zeros[0] is None or np.ndim(zeros[0]) == 0 else _reshaped(eqn, zeros[0])]
+    if name == "mul":
+        return [_either(zeros)]
+    if name in ("add", "sub", "add_any"):
+        return [_both(zeros)]
+    if name == "select_n":
+        return [_selected(inputs[0], zeros[1:])]
+    return unknown
+
+
+_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div")
+"""Functions of their first argument that are 0 where it is."""
+
+_RESHAPES = ("reshape", "squeeze", "transpose", "expand_dims")
+
+
+def _is_random(eqn: Any) -> bool:
+    return eqn.primitive.name.startswith("random_")
+
+
+def _broadcast(eqn: Any, value: Any) -> Any:
+    def spread(x):
+        if np.ndim(x) == 0:
+            return x if isinstance(x, np.bool_ | bool) else np.broadcast_to(x, eqn.params["shape"])
+        shape = [1] * len(eqn.params["shape"])
+        for axis, size in zip(eqn.params["broadcast_dimensions"], np.shape(x), strict=True):
+            shape[axis] = size
+        return np.broadcast_to(np.reshape(x, shape), eqn.params["shape"])
+
+    if value is None:
+        return None
+    return _Known(spread(np.asarray(value.value))) if isinstance(value, _Known) else spread(value)
+
+
+def _reshaped(eqn: Any, zero: Any) -> Any:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(bind(eqn, jnp.asarray(np.broadcast_to(zero, eqn.invars[0].aval.shape)))[0])
+
+
+def _either(zeros: list[Any]) -> Any:
+    known = [z for z in zeros if z is not None]
+    return np.logical_or.reduce(np.broadcast_arrays(*known)) if known else None
+
+
+def _both(zeros: list[Any]) -> Any:
+    return None if any(z is None for z in zeros) else np.logical_and.reduce(np.broadcast_arrays(*zeros))
+
+
+def _selected(which: Any, zeros: list[Any]) -> Any:
+    if isinstance(which, _Known):
+        masks = [np.zeros((), bool) if z is None else z for z in zeros]
+        choose = np.asarray(which.value).astype(int)
+        *masks, choose = np.broadcast_arrays(*masks, choose)
+        return np.choose(choose, masks)
+    return _both(zeros)
