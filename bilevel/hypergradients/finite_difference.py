@@ -32,8 +32,8 @@ class _Differences(Trained):
         """Refuses an inner loss with a derivative of its own, by a function of this name."""
         raise ValueError(
             f"{type(self).__name__}: inner_loss has a derivative of its own (`{name}`, by jax.custom_vjp or "
-            "custom_jvp), so second derivatives need not commute, which a difference of gradients in outer takes for granted: use "
-            "OneStep or Unrolled."
+            "custom_jvp), so second derivatives need not commute, which a difference of gradients in outer takes for "
+            "granted: use OneStep or Unrolled."
         )
 
     @guarded

@@ -62,8 +62,8 @@ def refuse_symmetric(estimator: str, linear_solver: Any, loss: MeanLoss) -> None
     if loss.own_rule is not None and getattr(linear_solver, "symmetric_only", False):
         raise ValueError(
             f"{estimator}: inner_loss has a derivative of its own (`{loss.own_rule}`, by jax.custom_vjp or "
-            f"custom_jvp), so the matrix of its linear system is not symmetric, which {type(linear_solver).__name__} takes for "
-            "granted: use GMRES, BiCGStab, NormalCG or Dense, or Unrolled."
+            f"custom_jvp), so the matrix of its linear system is not symmetric, which {type(linear_solver).__name__} "
+            "takes for granted: use GMRES, BiCGStab, NormalCG or Dense, or Unrolled."
         )
 
 
