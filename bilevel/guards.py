@@ -122,7 +122,8 @@ def report(
     if all(reached):
         return
     reasons = lost() if lost else [None] * len(reached)
-    rows = list(zip(leaf_names(moving), reached, acts, reasons, strict=True))
+    names = ["outer" if name == "." else name for name in leaf_names(moving)]
+    rows = list(zip(names, reached, acts, reasons, strict=True))
     dead = [(name, reason) for name, is_reached, does_act, reason in rows if not is_reached and not does_act]
     if dead and len(dead) == len(rows):
         if known := [f"{name} ({reason})" for name, reason in dead if reason]:

@@ -35,7 +35,9 @@ class Unrolled(Trained):
 
     Exact for the training that was run (its optimizer, its batches, its random keys). It is not the gradient of the
     converged inner problem: that is `Implicit`, or the limit K to infinity. A warm start `inner_state` is a constant;
-    with `inner_state=None` the derivative includes that of `init_inner`.
+    with `inner_state=None` the derivative includes that of `init_inner`. The update is differentiated as its values say,
+    without the `stop_gradient`s an optimizer may hold; where the inner loss has a derivative of its own
+    (`jax.custom_vjp`), steps are differentiated in reverse, since second derivatives need not commute there.
 
     With `truncate=T` only the last T steps are differentiated (and the direct term): biased, by what earlier steps
     contribute, unless T = K; the bias shrinks with the contraction of the training map to the power T.
@@ -46,12 +48,16 @@ class Unrolled(Trained):
 
     Args:
       optimizer: an optax transformation, or `outer -> transformation` where its settings are outer variables.
+        (`optax.MultiSteps` accumulates in float32 unless its `accumulator_dtype` says otherwise.)
       steps: K, inner steps an outer iteration.
       mode: `"mixed"` (forward over reverse: keeps the point of a step, not its graph), `"reverse"` or `"forward"`.
       checkpoint: which steps keep their state: `"auto"`, `"none"`, `"step"`, `"sqrt"`, `Levels(n)`, `Binomial(c)`,
         `Auto(bytes)` (`bilevel.schedules`; `bilevel.plan` tells what each costs). Forward mode keeps none.
       truncate: T, or None for all steps.
       chunk: in forward mode, how many outer numbers are differentiated at once: memory is that of `chunk` trainings.
+
+    Warns:
+      CustomDerivativeWarning: where mixed mode is replaced by reverse mode.
 
     Raises:
       ValueError: for steps < 1, an unknown mode or checkpoint, truncate outside `[1, steps]`, or a chunk or a

@@ -78,7 +78,7 @@ def test_sama_is_one_step_taken_from_the_trained_point():
     data = jnp.asarray(np.random.default_rng(0).normal(size=(steps, 6, 3)))
     result = estimate(SAMA(optimizer, steps, radius=1e-4), problem, None, outer, data)
     state = result.inner_state
-    key = jax.random.split(KEY, steps + 1)[steps - 1]
+    key = jax.random.split(KEY, steps + 2)[steps]
     at_last = outer | {"key": jax.random.fold_in(outer["key"], steps - 1)}
 
     def next_params(goal):

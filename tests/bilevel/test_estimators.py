@@ -130,9 +130,9 @@ def test_keys_and_leaves_that_do_not_move(row, start):
     warm = hypergradient.init(REPORTING, outer, KEY) if start == "warm" else None
     result = estimate(REPORTING, hypergradient, warm, outer, jnp.arange(5), jnp.asarray(8), KEY)
 
-    keys = jax.random.split(KEY, 6)
-    assert_equal(result.aux.inner["key"], keys[:5])
-    assert_equal(result.aux.outer["key"], keys[5])
+    keys = jax.random.split(KEY, 7)
+    assert_equal(result.aux.inner["key"], keys[1:6])  # the first is that of a start
+    assert_equal(result.aux.outer["key"], keys[6])
     for t in range(5):
         assert_equal(result.aux.inner["folded"][t], jax.vmap(lambda k: jax.random.fold_in(k, t))(outer["key"]))  # noqa: B023
     assert_equal(result.aux.outer["folded"], jax.vmap(lambda k: jax.random.fold_in(k, 5))(outer["key"]))
@@ -159,7 +159,7 @@ def test_value_and_info_are_those_of_the_training(row):
     start = hypergradient.init(NETWORK, outer, KEY)
     trained = solve(NETWORK, hypergradient, start, outer, network_batches(3), KEY)
     assert_close(result.inner_state.params, trained.params, 1e-12)
-    keys = jax.random.split(KEY, 4)
+    keys = jax.random.split(KEY, 5)[1:]
     validation = jax.tree.map(jnp.asarray, ROWS)
     np.testing.assert_allclose(result.value, NETWORK.outer_loss(trained.params, outer, validation, keys[3]), rtol=1e-12)
     batch = jax.tree.map(lambda x: x[network_batches(3).index[0]], ROWS)

@@ -147,7 +147,7 @@ def test_a_leaf_that_nothing_reads_is_not_said_to_act_inside_training():
 
 
 def test_an_optimizer_without_a_derivative_is_told_from_a_captured_value():
-    with pytest.raises(ValueError, match="optimizers such as lion"):
+    with pytest.raises(ValueError, match=r"\['a'\] \(.*the inner optimizer has no derivative by its gradient \(lion"):
         Unrolled(optax.sign_sgd(0.1), 2).estimate(problem(), None, FIRST, None, None, KEY)
 
 
@@ -161,3 +161,69 @@ def test_an_outer_variable_without_any_number_that_moves():
     result = Unrolled(optax.sgd(0.1), 2).estimate(case, None, jnp.asarray(3), None, None, KEY)
     assert result.grad is None
     np.testing.assert_allclose(result.inner_state.params, 3 * (1 - 0.8**2), rtol=1e-14)
+
+
+# Where an influence is lost, it is said.
+
+PLACES = bilevel.Problem(
+    lambda w, outer, b, k: jnp.sum((w - outer["rest"]) ** 2),
+    outer_loss,
+    lambda key, outer: outer["start"],
+    lambda key: {"rest": jnp.ones(2), "start": jnp.full(2, 0.1), "idle": jnp.asarray(1.0)},
+)
+IDLE = "outer leaf ['idle'] is exactly 0 by construction: nothing that is trained or evaluated depends on it"
+
+
+def messages(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    assert all(w.category is StructuralZeroWarning for w in caught)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize(
+    ("hypergradient", "start", "reason"),
+    [
+        (Unrolled(optax.sgd(0.1), 3), "warm", "inner_start='cold'"),
+        (Unrolled(optax.sgd(0.1), 3, mode="forward"), "warm", "inner_start='cold'"),
+        (bilevel.Implicit(optax.sgd(0.1), 3), "warm", "inner_start='cold'"),
+        (bilevel.EvolutionStrategies(optax.sgd(0.1), 3, population=2), "warm", "inner_start='cold'"),
+        (bilevel.FiniteDifference(optax.sgd(0.1), 3), "warm", "inner_start='cold'"),
+        (bilevel.Reversible(0.1, 0.5, 3), "warm", "inner_start='cold'"),
+        (Unrolled(optax.sgd(0.1), 3, truncate=2), "cold", "it acts only before the last 2 of 3 inner steps"),
+        (bilevel.OneStep(optax.sgd(0.1), 3), "cold", "it acts only before the last 1 of 3 inner steps"),
+        (bilevel.Implicit(optax.sgd(0.1), 3), "cold", "does not depend on how it was found"),
+    ],
+)
+def test_an_influence_that_is_lost_is_told_with_the_reason(hypergradient, start, reason):
+    outer = PLACES.start_outer(KEY)
+    state = hypergradient.init(PLACES, outer, KEY) if start == "warm" else None
+    said = messages(lambda: hypergradient.estimate(PLACES, state, outer, None, None, KEY))
+    assert len(said) == 2
+    assert any(reason in text and "['start']" in text for text in said)
+    assert any(IDLE in text for text in said)
+
+
+def test_a_learned_start_with_a_warm_start_names_the_cure():
+    case = bilevel.Problem(outer_loss, outer_loss, lambda key, outer: outer["a"], lambda key: FIRST)
+    solver = bilevel.Nested(case, Unrolled(optax.sgd(0.1), 3), optax.sgd(0.1))
+    with pytest.raises(ValueError, match=r"every outer leaf is exactly 0.*\['a'\].*inner_start='cold'"):
+        bilevel.run(solver, steps=2, progress=False)
+    cold = bilevel.Nested(case, Unrolled(optax.sgd(0.1), 3), optax.sgd(0.1), inner_start="cold")
+    assert bilevel.run(cold, steps=2, progress=False).history["outer_loss"][1] < 2 * 0.7**2 * 0.8**6
+
+
+@pytest.mark.parametrize("kind", [bilevel.SOBA, bilevel.StocBiO, bilevel.PZOBO])
+def test_stochastic_solvers_tell_of_zeros_too(kind):
+    solver = kind(PLACES, 0.1, 0.1)
+    said = messages(lambda: solver.step(solver.init(KEY), None, None))
+    assert any("['start']" in text and "init_inner" in text and "inner_start='cold'" in text for text in said)
+    assert any(IDLE in text for text in said)
+
+
+def test_a_stochastic_solver_of_nothing_is_refused():
+    case = problem(inner=lambda w, outer, b, k: jnp.sum(w**2))
+    solver = bilevel.SOBA(case, 0.1, 0.1)
+    with pytest.raises(ValueError, match=r"Neither loss depends on outer \(\['a'\]\)"):
+        solver.step(solver.init(KEY), None, None)

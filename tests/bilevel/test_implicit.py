@@ -143,7 +143,7 @@ def test_mean_over_batches_with_the_keys_of_the_schedule():
     outer = problem.start_outer(KEY)
     batches = jnp.asarray(np.random.default_rng(0).normal(size=(steps, 6, 3)))
     result = estimate(Implicit(optax.sgd(1e-2), steps), problem, None, outer, batches)
-    keys = jax.random.split(KEY, steps + 1)
+    keys = jax.random.split(KEY, steps + 2)[1:]
     w = result.inner_state.params
     assert result.grad["key"] is None and result.grad["n"] is None
 

@@ -78,7 +78,7 @@ def test_training_is_that_of_optax(name):
     hypergradient = Unrolled(OPTIMIZERS[name], STEPS, checkpoint="none")
     state = hypergradient.init(NETWORK, outer, KEY)
     trained = solve(NETWORK, hypergradient, state, outer, BATCHES, KEY)
-    keys = jax.random.split(KEY, STEPS + 1)
+    keys = jax.random.split(KEY, STEPS + 2)[1:]
     params = state.params
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         transform = OPTIMIZERS[name]

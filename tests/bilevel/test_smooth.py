@@ -95,3 +95,67 @@ def test_third_derivatives_through_adam_at_zero_gradients(mode):
     np.testing.assert_allclose(second(0.0), numeric, rtol=1e-7)
     numeric = (8 * (second(h) - second(-h)) - (second(2 * h) - second(-2 * h))) / (12 * h)
     np.testing.assert_allclose(third(0.0), numeric, rtol=1e-6)
+
+
+# Whatever hides a derivative inside an update is left out: the hypergradient is that of the values.
+
+
+@jax.custom_vjp
+def doubled_backwards(x):
+    return x
+
+
+doubled_backwards.defvjp(lambda x: (x, None), lambda _, ct: (2 * ct,))
+
+
+def by_norm(g):
+    return g / jax.lax.stop_gradient(1.0 + jnp.sqrt(jnp.sum(g**2)))
+
+
+HIDING = {
+    "stop_gradient": by_norm,
+    "inside jit": jax.jit(by_norm),
+    "inside checkpoint": jax.checkpoint(by_norm),
+    "inside cond": lambda g: jax.lax.cond(jnp.sum(g) > -1e9, by_norm, lambda g: g, g),
+    "inside scan": lambda g: jax.lax.scan(lambda c, _: (by_norm(c), None), g, None, length=2)[0],
+    "a rule of its own": doubled_backwards,
+    "a power": lambda g: g * jnp.power(g**2, 0.3),
+    "a cube root": jnp.cbrt,
+    "softmax, whose rule is true": lambda g: g * jax.nn.softmax(g.ravel()).reshape(g.shape),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+@pytest.mark.parametrize("mode", ["mixed", "forward"])
+def test_an_update_is_differentiated_as_its_values_say(name, mode):
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda g: -0.05 * HIDING[name](g), updates), state
+
+    optimizer = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    # A cube root is infinitely steep where B = 0 keeps a gradient at 0, so it starts elsewhere.
+    loss = dead_units if name == "a power" else lora
+    case = problem(loss)
+    if name == "a cube root":
+        case = bilevel.Problem(
+            lambda w, o, b, k: jnp.sum((w - o) ** 2 * (1 + w**2)), lambda w, o, b, k: jnp.sum(w**3),
+            lambda k, o: jnp.full(6, 0.2), lambda k: jnp.linspace(0.5, 1.5, 6),
+        )  # fmt: skip
+    hypergradient = Unrolled(optimizer, 2, mode=mode, checkpoint="auto")
+    arguments = None, case.start_outer(KEY), None, None, KEY
+    found = estimate(case, hypergradient, *arguments).grad
+    assert_close(found, central_differences(case, hypergradient, *arguments), 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])  # the first step is scaled down where the gradient is longer than 1
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_first_steps_of_l_bfgs(scale, steps):
+    case = bilevel.Problem(
+        lambda w, o, b, k: scale * jnp.sum((w - o) ** 2 * jnp.array([0.1, 0.3])),
+        lambda w, o, b, k: jnp.sum((w - 1.0) ** 2),
+        lambda k, o: jnp.zeros(2),
+        lambda k: jnp.array([0.7, 0.4]),
+    )
+    hypergradient = Unrolled(optax.lbfgs(0.1, linesearch=None), steps)
+    arguments = None, case.start_outer(KEY), None, None, KEY
+    found = estimate(case, hypergradient, *arguments).grad
+    assert_close(found, central_differences(case, hypergradient, *arguments), 1e-7)
