@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from methods.adapters.hook import LoRA, Params, deltas, lengths
+from methods.adapters.patterns import check
 
 PerLayer = Any  # gate or mask: an array [L] or [L, r] for every site, or {site: such an array}
 Linears = Mapping[str, Mapping[str, jax.Array]]  # {site: {"kernel": [L, in, out], "bias": [L, out]}}, frozen
@@ -60,10 +61,7 @@ class LoRAConfig:
             pairs = tuple(value.items() if isinstance(value, Mapping) else value)
             object.__setattr__(self, name, pairs)  # hashable
             for pattern, _ in pairs:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"LoRA {name} {pattern!r} is no regular expression ({error}).") from error
+                _check(name, pattern)
         for rank in (self.rank, *dict(self.rank_pattern).values()):
             if not isinstance(rank, (int, np.integer)) or rank < 1:
                 raise ValueError(f"LoRA rank {rank!r} is not a positive integer.")
@@ -73,7 +71,9 @@ class LoRAConfig:
                 raise ValueError(f"LoRA alpha {alpha!r} is not a positive number: it scales the update.")
         if not self.targets:
             raise ValueError("LoRA targets is empty: name the sites to adapt, such as ('q_proj', 'v_proj').")
-        if not isinstance(self.targets, str):
+        if isinstance(self.targets, str):
+            _check("targets", self.targets)
+        else:
             object.__setattr__(self, "targets", tuple(self.targets))
         if self.layers is not None:
             layers = tuple(sorted({int(layer) for layer in self.layers}))
@@ -299,6 +299,13 @@ def _linear(base: Linears | None, site: str) -> Mapping[str, jax.Array]:
     if base is None or site not in base:
         raise ValueError(f"DoRA needs the frozen matrix at {site!r}: give base=weights['blocks'] of the model.")
     return base[site]
+
+
+def _check(name: str, pattern: str) -> None:
+    try:
+        check(pattern)
+    except ValueError as error:
+        raise ValueError(f"LoRA {name} {error}.") from None
 
 
 def _matches(pattern: str, name: str) -> bool:

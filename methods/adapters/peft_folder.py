@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -12,11 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from methods.adapters.patterns import shortened
+from methods.adapters.peft_fields import Fields, understood
+
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _ENTRIES = {SETTINGS, WEIGHTS, "README.md"}  # what a folder may hold and still be replaced
-# What PEFT's config may switch on that our hook does not do, and the value that leaves it off.
-_UNSUPPORTED = {"bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float32", "BF16": "float32"}
+_MOST_BYTES = 10**7  # of a config; PEFT's own are a few thousand
 
 
 class Module(NamedTuple):
@@ -57,7 +59,7 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.nd
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> Fields:
     """`adapter_config.json` of a LoRA.
 
     Raises:
@@ -66,48 +68,44 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: a PEFT adapter is a folder with {SETTINGS} and {WEIGHTS}.")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config needs: it is damaged.")
     try:
         settings = json.loads(path.read_bytes())
-        kind, r, alpha = settings["peft_type"], settings["r"], settings["lora_alpha"]
-        bad = not isinstance(r, int) or r < 1 or not float(alpha) > 0
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no adapter config ({type(error).__name__}: {error}).") from error
-    if kind != "LORA" or bad:
-        raise ValueError(f"{path} is of peft_type {kind} with r={r} and lora_alpha={alpha}, which is no LoRA.")
-    for key, off in _UNSUPPORTED.items():
-        if settings.get(key) not in (off, None, [], False):
-            raise ValueError(f"{path} sets {key}={settings[key]!r}, which our LoRA cannot represent.")
-    return settings
+    return understood(settings, str(path))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """`adapter_model.safetensors`, its names without PEFT's prefix.
+    """`adapter_model.safetensors`, all finite; half precision becomes float32, in which PEFT computes it.
 
     Raises:
       FileNotFoundError: if it is missing.
-      ValueError: if it is damaged, or empty.
+      ValueError: if it is damaged or empty, or a tensor is of no floating-point type or not finite.
     """
     import ml_dtypes  # noqa: F401  (gives numpy its bfloat16)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: adapters are read from safetensors only, never from pickles.")
+    tensors = {}
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                kind = file.get_slice(name).get_dtype()
+                if kind not in _DTYPES:
+                    known = ", ".join(_DTYPES)
+                    raise ValueError(f"{path} has tensor {shortened(name)} of type {kind}: only {known} are read.")
+                tensors[name] = file.get_tensor(name).astype(_DTYPES[kind], copy=False)
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
     if not tensors:
         raise ValueError(f"{path} holds no tensor.")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def pattern(settings: Mapping[str, Any], table: str, module: str, default: float) -> float:
-    """PEFT's look-up: the first key that, as a regular expression, matches the end of the module's name."""
-    for key, value in (settings.get(table) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{path} has NaN or infinity in {shortened(name)}: its training diverged.")
+    return tensors
 
 
 def _refuse_strangers(folder: Path) -> None:
