@@ -35,6 +35,7 @@ def compiled(expression: str) -> Any:
         return re2.compile(expression, options)
     except re2.error as error:
         reason = error.args[0].decode("utf-8", "replace") if isinstance(error.args[0], bytes) else error.args[0]
+        reason = " ".join(reason.split())
         raise ValueError(
             f"{shown} is no regular expression that can be matched in bounded time ({reason}): write it without "
             "look-around, back-references and large counts, or list the modules"

@@ -99,7 +99,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
                     raise ValueError(f"{path} has tensor {shortened(name)} of type {kind}: only {known} are read.")
                 tensors[name] = file.get_tensor(name).astype(_DTYPES[kind], copy=False)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
+        raise ValueError(f"{path} is damaged ({' '.join(str(error)[:200].split())}): copy it again.") from error
     if not tensors:
         raise ValueError(f"{path} holds no tensor.")
     for name, tensor in tensors.items():

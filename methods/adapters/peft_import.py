@@ -141,8 +141,8 @@ def _read_modules(
             what = "no adapter for" if name not in found else "an adapter for"
             how = "name" if name not in found else "do not name"
             raise ValueError(
-                f"{path} holds {what} {name}, which the target_modules, exclude_modules and layers of {SETTINGS} {how}: "
-                "config and weights are of different adapters."
+                f"{path} holds {what} {name}, which target_modules, exclude_modules and layers_to_transform of {SETTINGS} "
+                f"{how}: config and weights are of different adapters."
             )
         if name in found:
             size = shapes[sites[0][0]][0], sum(shapes[site][1] for site, _ in sites)
@@ -171,9 +171,9 @@ def _module(path: Path, settings: Fields, name: str, parts: Mapping[str, np.ndar
     """One module's tensors, of the shapes that the model and the config ask for."""
     wanted = {"A", "B", "m"} if settings.dora else {"A", "B"}
     if set(parts) != wanted:
-        there = ", ".join({"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}[part] for part in sorted(parts))
-        of = "DoRA" if settings.dora else "LoRA without DoRA"
-        raise ValueError(f"{path} has {there} alone for {name}, which is not what a {of} has: it is incomplete.")
+        leaf = {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"}
+        there, needed = (", ".join(leaf[part] for part in sorted(some)) for some in (parts, wanted))
+        raise ValueError(f"{path} has only {there} for {name}, where use_dora={settings.dora} asks for {needed}.")
     a, b, (fan_in, fan_out), r = parts["A"], parts["B"], size, settings.rank_of(name)
     if a.shape != (fan_in, r) or b.shape != (r, fan_out) or ("m" in wanted and parts["m"].shape != (fan_out,)):
         m = f", magnitudes {parts['m'].shape}" if "m" in wanted else ""
@@ -196,12 +196,11 @@ def _kernel(path: Path, settings: Fields, base: Linears | None, site: str, layer
 def _head(path: Path, settings: Fields, whole: Mapping[str, np.ndarray], names: HFNames) -> dict[str, Any]:
     """The parameters of a `Classifier`; {} if none is stored and none is to be."""
     for saved in settings.saved:
-        covers = any(name.rpartition(".")[0].endswith(saved) or f".{saved}." in f".{name}" for name in whole)
-        automatic = saved in ("classifier", "score") and (whole or settings.task != "SEQ_CLS")
-        if not covers and not automatic:
+        # PEFT lists both names of a classifier, whichever the model has.
+        if not any(_saves(saved, name) for name in whole) and not (saved in ("classifier", "score") and whole):
             raise ValueError(
-                f"{path} has no tensor of {shortened(saved)}, which {SETTINGS} saves whole (modules_to_save, and the "
-                "head of a SEQ_CLS): it is incomplete."
+                f"{path} has no tensor of {shortened(saved)}, which by {SETTINGS} is saved whole (modules_to_save, and "
+                "the head where task_type is SEQ_CLS): it is incomplete."
             )
     if not whole:
         return {}
@@ -222,6 +221,11 @@ def _head(path: Path, settings: Fields, whole: Mapping[str, np.ndarray], names: 
     return tree
 
 
+def _saves(saved: str, tensor: str) -> bool:
+    """Whether an entry of modules_to_save is, to PEFT, of a module that holds this tensor."""
+    return any(tensor[:dot].endswith(saved) for dot in range(len(tensor)) if tensor[dot] == ".")
+
+
 def _spelling(path: Path, name: str) -> str:
     """On a name that PEFT itself would pass over, with no more than a warning."""
     plain = _ALIEN.sub(r"\1", name.removeprefix(PREFIX))
@@ -236,7 +240,7 @@ def _stranger(path: Path, settings: Fields, name: str, tensor: np.ndarray, names
     """Why a tensor has no use."""
     inside, shown = name.removeprefix(PREFIX), shortened(name)
     if ".lora_" not in inside:
-        saved = next((saved for saved in settings.saved if f".{saved}." in f".{inside}"), None)
+        saved = next((saved for saved in settings.saved if _saves(saved, inside)), None)
         why = f"which modules_to_save replaces whole ({saved})" if saved else "a tensor of the base model itself"
         return (
             f"{path} has {shown} {tensor.shape}, {why}: beside the adapter only a classification head is read, so "
