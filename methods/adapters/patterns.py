@@ -19,14 +19,20 @@ def compiled(expression: str) -> Any:
     """The expression for `match`, `fullmatch` and `group`, as `re` has them.
 
     Raises:
-      ValueError: if it is none to Python, or none to RE2; the message is a part of a sentence, "... is ...".
+      ValueError: if it is none to Python, or none to RE2; the message goes on after the expression: "is ...".
     """
     import re2
 
-    shown = shortened(expression)
+    if not isinstance(expression, str):
+        raise ValueError("is no regular expression, but of another type")
     if len(expression) > _LONGEST:
-        raise ValueError(f"{shown} is longer than {_LONGEST} characters")
-    check(expression)
+        raise ValueError(f"is longer than {_LONGEST} characters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # what Python may read otherwise one day
+            re.compile(expression)
+    except (re.error, RecursionError, OverflowError, Warning) as error:
+        raise ValueError(f"is no regular expression ({error})") from None
     options = re2.Options()
     options.log_errors = False
     try:
@@ -35,21 +41,15 @@ def compiled(expression: str) -> Any:
         return re2.compile(expression, options)
     except re2.error as error:
         reason = error.args[0].decode("utf-8", "replace") if isinstance(error.args[0], bytes) else error.args[0]
-        reason = " ".join(reason.split())
         raise ValueError(
-            f"{shown} is no regular expression that can be matched in bounded time ({reason}): write it without "
-            "look-around, back-references and large counts, or list the modules"
+            f"cannot be matched in bounded time ({' '.join(reason.split())}): write it without look-around, "
+            "back-references and large counts, or list the modules"
         ) from None
 
 
-def check(expression: str) -> None:
-    """Raises ValueError, "... is no regular expression", unless Python's `re` compiles it without a doubt."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what may be read otherwise one day
-            re.compile(expression)
-    except (re.error, RecursionError, OverflowError, Warning) as error:
-        raise ValueError(f"{shortened(expression)} is no regular expression ({error})") from None
+def ending(pattern: str) -> str:
+    """The expression of PEFT's look-up of a pattern: all of a name, or what comes after one of its dots."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def shortened(value: Any) -> str:

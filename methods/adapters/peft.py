@@ -178,7 +178,7 @@ def _settings(
     sites = {site for site, _ in modules}
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": _base_model(names),
+        "base_model_name_or_path": peft_folder.base_model(names.base_model),
         "r": rank,
         "lora_alpha": _number(alpha),
         "rank_pattern": {re.escape(name): m.a.shape[1] for name, m in named.items() if m.a.shape[1] != rank},
@@ -209,12 +209,6 @@ def _endings(sites: set[str], names: HFNames) -> list[str]:
     count = Counter(last.values())
     found = {last[names.modules[site]] for site in sites}
     return [] if any(count[ending] > 1 for ending in found) else sorted(found)
-
-
-def _base_model(names: HFNames) -> str:
-    """A name on the hub as it is; what lies on this machine by a path that holds wherever the adapter is loaded."""
-    path = Path(names.base_model).expanduser()
-    return str(path.resolve()) if path.exists() else names.base_model
 
 
 def _number(value: float) -> int | float:

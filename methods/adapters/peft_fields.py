@@ -10,16 +10,13 @@ Fields as of peft 0.21, and `enable_lora` and `merge_weights` of 0.2. What was l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from methods.adapters.patterns import compiled, shortened
+from methods.adapters.patterns import compiled, ending, shortened
 
 MERGE = "merge the adapter in PEFT (merge_and_unload) and load the merged model"
-CONVERT = (
-    "save the adapter in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-)
+CONVERT = "save the adapter in PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
 STARTS = {"pissa": "pissa", "olora": "olora"}
 """Starts that PEFT takes from the base matrix when it loads the adapter again, and from the matrix at once."""
 _CLASSIFIERS = ("classifier", "score")  # what PEFT adds to modules_to_save for SEQ_CLS
@@ -147,7 +144,10 @@ FIELDS: dict[str, Field] = {
     "bias": Field("off", lambda v: v == "none", "", f"and so other biases than the base model's: {MERGE}"),
     "lora_bias": Field("off", lambda v: v is False or v is None, "", f"a bias behind B, {_NOT_OURS}"),
     "alora_invocation_tokens": Field(
-        "off", _none, "", "an adapter that acts after these tokens alone (aLoRA), which merges into none: use it in PEFT"
+        "off",
+        _none,
+        "",
+        "an adapter that acts after these tokens alone (aLoRA), which merges into none: use it in PEFT",
     ),
     "layer_replication": Field("off", _empty, "", f"a model of other layers than ours: {MERGE}"),
     "trainable_token_indices": Field("off", _none, "", f"trained rows of the embedding, {_NOT_OURS}"),
@@ -227,14 +227,14 @@ class Fields(NamedTuple):
 
     def _first(self, table: str, module: str, default: Any) -> Any:
         patterns = getattr(self, table)
-        return next((v for p, v in patterns.items() if self._match(table, p, module, r"(.*\.)?({})$")), default)
+        return next((v for p, v in patterns.items() if self._match(table, p, module, ending("{}"))), default)
 
     def _match(self, field: str, pattern: str, module: str, within: str = "") -> Any:
         """A match of all of the module's name; or of its beginning, with the expression that PEFT puts around."""
         try:
             expression = compiled(within.replace("{}", pattern, 1) if within else pattern)
         except ValueError as error:
-            raise ValueError(f"{self.where} sets {field} {shortened(pattern)}, and {error}.") from None
+            raise ValueError(f"{self.where} sets {field} to {shortened(pattern)}, which {error}.") from None
         return expression.match(module) if within else expression.fullmatch(module)
 
 
@@ -284,11 +284,6 @@ def understood(settings: Any, where: str) -> Fields:
         start=STARTS.get(start.lower() if isinstance(start, str) else "", ""),
         where=where,
     )
-
-
-def scale(rank: int, alpha: float, rslora: bool) -> float:
-    """s of `s x A B`."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def _tuple(value: Any, keep: type | None = None) -> Any:

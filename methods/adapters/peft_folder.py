@@ -16,7 +16,6 @@ from methods.adapters.peft_fields import Fields, understood
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_ENTRIES = {SETTINGS, WEIGHTS, "README.md"}  # what a folder may hold and still be replaced
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float32", "BF16": "float32"}
 _MOST_BYTES = 10**7  # of a config; PEFT's own are a few thousand
 
@@ -30,7 +29,12 @@ class Module(NamedTuple):
     alpha: float
 
 
-def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    names: tuple[str, str] = (SETTINGS, WEIGHTS),
+) -> None:
     """Writes a folder that appears complete or not at all, in place of an adapter that is there already.
 
     Raises:
@@ -38,15 +42,15 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.nd
     """
     from safetensors.numpy import save_file
 
-    _refuse_strangers(folder)
+    _refuse_strangers(folder, {*names, "README.md"})
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     stale = fresh.with_name(fresh.name + "-old")
     try:
         fresh.mkdir()
         # safetensors writes the buffer as it lies in memory.
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / WEIGHTS, {"format": "pt"})
-        (fresh / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / names[1], {"format": "pt"})
+        (fresh / names[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if folder.exists():  # a folder with files in it cannot be renamed over
             folder.rename(stale)
         fresh.rename(folder)
@@ -59,6 +63,12 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.nd
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def base_model(name: str) -> str:
+    """A name on the hub as it is; what lies on this machine by a path that holds wherever the adapter is loaded."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 def read_settings(path: Path) -> Fields:
     """`adapter_config.json` of a LoRA.
 
@@ -66,19 +76,28 @@ def read_settings(path: Path) -> Fields:
       FileNotFoundError: if it is missing.
       ValueError: if it is damaged, of another kind of adapter, or asks for what our hook does not do.
     """
+    return understood(read_json(path, f"a PEFT adapter is a folder with {SETTINGS} and {WEIGHTS}"), str(path))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The value in a config file; `what` an adapter is, for the message if there is none.
+
+    Raises:
+      FileNotFoundError: if it is missing.
+      ValueError: if it is damaged.
+    """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}: a PEFT adapter is a folder with {SETTINGS} and {WEIGHTS}.")
+        raise FileNotFoundError(f"There is no {path}: {what}.")
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config needs: it is damaged.")
     try:
-        settings = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or no adapter config ({type(error).__name__}: {error}).") from error
-    return understood(settings, str(path))
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """`adapter_model.safetensors`, all finite; half precision becomes float32, in which PEFT computes it.
+def read_tensors(path: Path, *, as_stored: bool = False) -> dict[str, np.ndarray]:
+    """A file of weights, all finite; half precision becomes float32, in which PEFT computes it, unless `as_stored`.
 
     Raises:
       FileNotFoundError: if it is missing.
@@ -97,7 +116,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
                 if kind not in _DTYPES:
                     known = ", ".join(_DTYPES)
                     raise ValueError(f"{path} has tensor {shortened(name)} of type {kind}: only {known} are read.")
-                tensors[name] = file.get_tensor(name).astype(_DTYPES[kind], copy=False)
+                tensor = file.get_tensor(name)
+                tensors[name] = tensor if as_stored else tensor.astype(_DTYPES[kind], copy=False)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({' '.join(str(error)[:200].split())}): copy it again.") from error
     if not tensors:
@@ -108,8 +128,9 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _refuse_strangers(folder: Path) -> None:
+def _refuse_strangers(folder: Path, known: set[str]) -> None:
+    """`known`: what a folder may hold and still be replaced."""
     if folder.exists():
-        strangers = sorted({entry.name for entry in folder.iterdir()} - _ENTRIES) if folder.is_dir() else [folder.name]
+        strangers = sorted({entry.name for entry in folder.iterdir()} - known) if folder.is_dir() else [folder.name]
         if strangers:
             raise FileExistsError(f"{folder} is not replaced by an adapter, since it holds {strangers[0]}.")

@@ -75,7 +75,11 @@ def load_peft(
     sites = [site for site in names.modules if any(site == s for s, _ in modules)]
     present = sorted({layer for _, layer in modules})
     config = LoRAConfig(
-        *_most(settings, modules), sites, None if len(present) == num_layers else present, settings.rslora, settings.dora
+        *_most(settings, modules),
+        sites,
+        None if len(present) == num_layers else present,
+        settings.rslora,
+        settings.dora,
     )
     config = _with_patterns(config, modules, present)
     dtype = np.result_type(*(module.a.dtype for module in modules.values()))
@@ -150,7 +154,9 @@ def _read_modules(
             if settings.start:
                 kernels = [_kernel(path, settings, base, site, layer) for site, layer in sites]
                 if names.conv1d and settings.start == "olora":
-                    raise ValueError(f"{path} has an OLoRA of {name}, a Conv1D, which PEFT starts transposed: {CONVERT}.")
+                    raise ValueError(
+                        f"{path} has an OLoRA of {name}, a Conv1D, which PEFT starts transposed: {CONVERT}."
+                    )
                 module = subtracted(module, np.concatenate(kernels, axis=1), settings.start, settings.rslora, name)
             count = len(sites)
             # The columns of a joint linear are adapted, and with DoRA turned, each by itself.

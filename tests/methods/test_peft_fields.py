@@ -114,7 +114,9 @@ READ = {
     "use_dora": [{"use_dora": True}, {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 3}}],
     "target_modules": [
         {"target_modules": r".*\.(q|v)_proj"},
-        {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:k_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.gate_proj)"},
+        {
+            "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:k_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.gate_proj)"
+        },
         {"target_modules": "all-linear"},
         {"target_modules": ["model.layers.1.self_attn.o_proj", "0.mlp.up_proj", "self_attn.k_proj", "x_proj"]},
     ],
@@ -230,12 +232,20 @@ def test_no_field_of_peft_is_left_out(llama):
     assert all(field.reason for field in FIELDS.values() if field.kind == "inert")
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"])
+@pytest.mark.parametrize(
+    "field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"]
+)
 def test_patterns_of_a_file_are_matched_in_bounded_time(llama, tmp_path, field):
     folder = llama.write(tmp_path / "adapter")
     table = field in ("rank_pattern", "alpha_pattern")
     beside = {"layers_to_transform": [0, 1, 2]} if field == "layers_pattern" else {}
-    for pattern in (r"(\w+\.?)+!", r"(((.+)+)+)+!", "(?:(?:(?:.?){50}){50}){50}!", "(a{1000}){1000}", "(a|" * 900 + ")" * 900):
+    for pattern in (
+        r"(\w+\.?)+!",
+        r"(((.+)+)+)+!",
+        "(?:(?:(?:.?){50}){50}){50}!",
+        "(a{1000}){1000}",
+        "(a|" * 900 + ")" * 900,
+    ):
         edit(folder, beside | {field: {pattern: 4} if table else pattern})
         start = time.perf_counter()
         try:
@@ -247,7 +257,7 @@ def test_patterns_of_a_file_are_matched_in_bounded_time(llama, tmp_path, field):
         ("(", r"no regular expression \("),
         ("(" * 5000, "longer than 4000 characters"),
         ("a{99999999999999999999}", r"no regular expression \("),
-        (r"(?!x).*", "no regular expression that can be matched in bounded time .*: write it without look-around"),
+        (r"(?!x).*", r"cannot be matched in bounded time \(.*\): write it without look-around"),
         (r"(a)\1", "bounded time"),
         ("a{,3}", r"write \{0,n\}"),
         ("[[a]]", r"no regular expression \(Possible nested set"),
@@ -262,7 +272,12 @@ def test_both_engines_mean_the_same():
 
     names = ["model.layers.10.self_attn.q_proj", "model.layers.1.mlp.down_proj", "h.0.attn.c_attn", "", "a.b"]
     expressions = [r".*", r"(.*\.)?(q_proj)$", r"[qv]_proj", r".*\.(?P<i>\d+)\..*", r"^model\..*proj$", r"(?i:MODEL).*"]
-    expressions += [r"(a)|(b).*", r"\bmodel\.layers\.[\d]{1,}\.(?:mlp|x).*", r"(?:^|.*?\.)layers\.(?P<i>\d+)\.", r"a.?b"]
+    expressions += [
+        r"(a)|(b).*",
+        r"\bmodel\.layers\.[\d]{1,}\.(?:mlp|x).*",
+        r"(?:^|.*?\.)layers\.(?P<i>\d+)\.",
+        r"a.?b",
+    ]
     for expression in expressions:
         for name in names:
             for kind in ("match", "fullmatch"):
@@ -296,7 +311,9 @@ def test_other_precisions_are_computed_in_float32(llama, tmp_path, dtype, dora):
 @test_peft.old_name
 def test_spellings_that_peft_reads(llama, tmp_path):
     folder = llama.write(tmp_path / "adapter", use_dora=True)
-    llama.check(rewritten(folder, lambda n: n.replace("A.weight", "A.default.weight").replace("vector", "vector.weight")))
+    llama.check(
+        rewritten(folder, lambda n: n.replace("A.weight", "A.default.weight").replace("vector", "vector.weight"))
+    )
     tensor = np.ones((4, 32), np.float32)
     with pytest.raises(ValueError, match=r"twice, with and without an adapter's name: drop one\."):
         llama.read(rewritten(folder, add={f"{LINEAR}.lora_A.weight": tensor}))
@@ -326,14 +343,26 @@ def test_spellings_that_peft_passes_over_are_refused(llama, tmp_path, rename):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("base_model.model.lm_head.weight", (50, 32), r"a tensor of the base model itself: beside the adapter only a cla"),
+        (
+            "base_model.model.lm_head.weight",
+            (50, 32),
+            r"a tensor of the base model itself: beside the adapter only a cla",
+        ),
         ("base_model.model.model.embed_tokens.weight", (50, 32), r"a tensor of the base model itself"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", (4, 50), r"an adapter of an embedding, which ours"),
         (f"{LINEAR}.lora_B.bias", (32,), r"a bias beside A and B"),
-        (f"{LINEAR}.lora_magnitude_vector", (32,), r"has only lora_A, lora_B, lora_magnitude_vector for .*use_dora=Fal"),
+        (
+            f"{LINEAR}.lora_magnitude_vector",
+            (32,),
+            r"has only lora_A, lora_B, lora_magnitude_vector for .*use_dora=Fal",
+        ),
         ("base_model.model.lm_head.lora_A.weight", (4, 32), r"has no place in this model"),
         ("base_model.model.score.weight", (2, 32, 1), r"whose tensors do not fit together"),
-        ("base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight", (4, 32), r"holds an adapter for .*do not name"),
+        (
+            "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight",
+            (4, 32),
+            r"holds an adapter for .*do not name",
+        ),
     ],
 )
 def test_no_tensor_is_passed_over(llama, tmp_path, name, shape, message):
@@ -353,7 +382,9 @@ def test_modules_saved_whole_are_refused_for_what_they_are(llama, tmp_path):
 def test_weights_that_are_not_finite_are_named(llama, tmp_path, bad):
     folder = llama.write(tmp_path / "adapter")
     tensor = np.full((4, 32), bad, np.float32)
-    with pytest.raises(ValueError, match=r"has NaN or infinity in 'base_model.*layers\.0.*lora_A\.weight': its training"):
+    with pytest.raises(
+        ValueError, match=r"has NaN or infinity in 'base_model.*layers\.0.*lora_A\.weight': its training"
+    ):
         llama.read(rewritten(folder, add={f"{LINEAR}.lora_A.weight": tensor}))
     with pytest.raises(ValueError, match=r"of type I64: only F64, F32, F16, BF16 are read"):
         llama.read(rewritten(folder, add={f"{LINEAR}.lora_A.weight": np.ones((4, 32), np.int64)}))
@@ -364,5 +395,7 @@ def test_starts_from_the_base_need_it(llama, tmp_path):
     names, config = llama.ours.hf_names, llama.ours.config
     for start in ("pissa", "olora"):
         folder = llama.write(tmp_path / start, init_lora_weights=start)
-        with pytest.raises(ValueError, match=rf"init_lora_weights='{start}'.*give base=weights\['blocks'\].*conversion"):
+        with pytest.raises(
+            ValueError, match=rf"init_lora_weights='{start}'.*give base=weights\['blocks'\].*conversion"
+        ):
             load_peft(folder, names, config.site_shapes(), config.num_layers)
