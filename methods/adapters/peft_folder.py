@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -51,6 +52,8 @@ def write(
         # safetensors writes the buffer as it lies in memory.
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / names[1], {"format": "pt"})
         (fresh / names[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (fresh / names[0], fresh / names[1], fresh):
+            _synced(path)  # on the disk before it takes another's place
         if folder.exists():  # a folder with files in it cannot be renamed over
             folder.rename(stale)
         fresh.rename(folder)
@@ -61,6 +64,19 @@ def write(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def _synced(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder cannot be opened everywhere
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def base_model(name: str) -> str:
@@ -96,8 +112,10 @@ def read_json(path: Path, what: str) -> Any:
         raise ValueError(f"{path} is damaged or no adapter config ({type(error).__name__}: {error}).") from error
 
 
-def read_tensors(path: Path, *, as_stored: bool = False) -> dict[str, np.ndarray]:
+def read_tensors(path: Path, *, as_stored: bool = False, integers: bool = False) -> dict[str, np.ndarray]:
     """A file of weights, all finite; half precision becomes float32, in which PEFT computes it, unless `as_stored`.
+
+    With `integers` int32 is read too.
 
     Raises:
       FileNotFoundError: if it is missing.
@@ -111,9 +129,9 @@ def read_tensors(path: Path, *, as_stored: bool = False) -> dict[str, np.ndarray
     tensors = {}
     try:
         with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118  (no mapping)
+            for name in file.keys():
                 kind = file.get_slice(name).get_dtype()
-                if kind not in _DTYPES:
+                if kind not in _DTYPES and not (integers and kind == "I32"):
                     known = ", ".join(_DTYPES)
                     raise ValueError(f"{path} has tensor {shortened(name)} of type {kind}: only {known} are read.")
                 tensor = file.get_tensor(name)

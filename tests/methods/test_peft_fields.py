@@ -114,9 +114,7 @@ READ = {
     "use_dora": [{"use_dora": True}, {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 3}}],
     "target_modules": [
         {"target_modules": r".*\.(q|v)_proj"},
-        {
-            "target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:k_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.gate_proj)"
-        },
+        {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:k_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.gate.*)"},
         {"target_modules": "all-linear"},
         {"target_modules": ["model.layers.1.self_attn.o_proj", "0.mlp.up_proj", "self_attn.k_proj", "x_proj"]},
     ],

@@ -25,6 +25,7 @@ VALUES += (
     {"q_proj": [1]},
     {"a": {"b": []}},
 )
+RENAMES = (("lora_A", "lora_B"), ("layers.0", "layers.1"), ("weight", "bias"), ("model.", ""))
 
 
 def of_config(rng, path):
@@ -67,11 +68,8 @@ def of_weights(rng, path):
     if kind == 0:
         del header[name]
     elif kind == 1:
-        header[
-            name.replace(
-                *[("lora_A", "lora_B"), ("layers.0", "layers.1"), ("weight", "bias"), ("model.", "")][rng.integers(4)]
-            )
-        ] = header.pop(name)
+        old, new = RENAMES[rng.integers(len(RENAMES))]
+        header[name.replace(old, new)] = header.pop(name)
     elif kind == 2:
         entry["shape"] = [int(rng.choice([0, 1, 4, 32, 10**6, 2**63])) for _ in range(rng.integers(4))]
     elif kind == 3:
