@@ -123,8 +123,8 @@ def load_edit(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int, in
     for name in sorted(set(wanted) | set(found)):
         if wanted.get(name) != found.get(name):
             raise ValueError(
-                f"{file} has {found.get(name, 'no array')} for {shortened(name)}, where {SETTINGS} and this model ask for "
-                f"{wanted.get(name, 'none')}: it is incomplete, or of another model."
+                f"{file} has {found.get(name, 'no array')} for {shortened(name)}, where {SETTINGS} and this model ask "
+                f"for {wanted.get(name, 'none')}: it is incomplete, or of another model."
             )
     tree: dict[str, Any] = {"edit": {}, "vectors": {}, "scalars": {}, "lora": {}, "head": {}}
     for name, tensor in tensors.items():

@@ -41,8 +41,8 @@ class LoRAConfig:
       alpha_pattern: `{pattern: alpha}`.
 
     Raises:
-      ValueError: for a rank below 1, an alpha that is not positive, a pattern that is no regular expression or cannot be
-        matched in bounded time (look-around), no target, or no layer or a negative one.
+      ValueError: for a rank below 1, an alpha that is not positive, a pattern that is no regular expression or cannot
+        be matched in bounded time (look-around), no target, or no layer or a negative one.
     """
 
     rank: int = 8

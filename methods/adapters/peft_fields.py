@@ -1,9 +1,9 @@
 """Every field of PEFT's `LoraConfig`: what it means to us, and which values of it are understood.
 
-A field is *used*, or *inert* (at these values the loaded adapter computes the same whatever it is), or *off* (at the one
-value that leaves out what our LoRA does not do). Other values, and other fields unless they are empty, are refused: an
-adapter that is read by half computes something else without a word. A field that a later PEFT adds is off where it is
-null, false or empty, as those of all versions up to now are.
+A field is *used*, or *inert* (at these values the loaded adapter computes the same whatever it is), or *off* (at the
+one value that leaves out what our LoRA does not do). Other values, and other fields unless they are empty, are refused:
+an adapter that is read by half computes something else without a word. A field that a later PEFT adds is off where it
+is null, false or empty, as those of all versions up to now are.
 
 Fields as of peft 0.21, and `enable_lora` and `merge_weights` of 0.2. What was looked up there is in each reason.
 """

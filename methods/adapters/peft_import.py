@@ -54,8 +54,8 @@ def load_peft(
     """Read a LoRA, rsLoRA or DoRA adapter that PEFT, or `save_peft`, has written.
 
     It computes what PEFT computes after loading it, or it is refused: every field of the config is understood
-    (`methods.adapters.peft_fields`), and every tensor is used. Where some sites of a layer have tensors and others none,
-    the latter are all zero and stay so in training, since A = 0 and B = 0 have no gradient.
+    (`methods.adapters.peft_fields`), and every tensor is used. Where some sites of a layer have tensors and others
+    none, the latter are all zero and stay so in training, since A = 0 and B = 0 have no gradient.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -145,8 +145,8 @@ def _read_modules(
             what = "no adapter for" if name not in found else "an adapter for"
             how = "name" if name not in found else "do not name"
             raise ValueError(
-                f"{path} holds {what} {name}, which target_modules, exclude_modules and layers_to_transform of {SETTINGS} "
-                f"{how}: config and weights are of different adapters."
+                f"{path} holds {what} {name}, which target_modules, exclude_modules and layers_to_transform of "
+                f"{SETTINGS} {how}: config and weights are of different adapters."
             )
         if name in found:
             size = shapes[sites[0][0]][0], sum(shapes[site][1] for site, _ in sites)

@@ -1,7 +1,7 @@
 r"""Adapters whose training started from a part of the base matrix: PiSSA and OLoRA.
 
-Such a start takes a part W_0 of rank r out of each adapted matrix W and gives it to the adapter. PEFT stores neither W - W_0
-nor W_0: loading the adapter, it computes W_0 from W again,
+Such a start takes a part W_0 of rank r out of each adapted matrix W and gives it to the adapter. PEFT stores neither
+W - W_0 nor W_0: loading the adapter, it computes W_0 from W again,
 
     pissa    U_r S_r V_r of the singular value decomposition
     olora    s Q_r R_r of the QR decomposition W^T = Q R (rows and columns as in PEFT, `[out, in]`)
@@ -47,8 +47,8 @@ def subtracted(module: Module, kernel: np.ndarray, start: str, rslora: bool, nam
         a, b = r[:rank].T, q[:, :rank].T
     if not unique:
         raise ValueError(
-            f"The start of init_lora_weights='{start}' at {name} is not unique, for directions of the matrix are of one "
-            "length: save the adapter in PEFT with path_initial_model_for_weight_conversion."
+            f"The start of init_lora_weights='{start}' at {name} is not unique, for directions of the matrix are of "
+            "one length: save the adapter in PEFT with path_initial_model_for_weight_conversion."
         )
     dtype = module.a.dtype
     return Module(

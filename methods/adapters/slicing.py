@@ -123,7 +123,8 @@ def load(folder: Path) -> tuple[Sliced, Weights]:
         dtype = next(v.dtype for k, v in flat.items() if k == "embed")
         model = kind(config_type(**values), param_dtype=dtype, accumulate=accumulate)
         dense = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-        _check(flat, {".".join(k.key for k in path): x.shape for path, x in jax.tree.leaves_with_path(dense)}, model.config)
+        shapes = {".".join(k.key for k in path): x.shape for path, x in jax.tree.leaves_with_path(dense)}
+        _check(flat, shapes, model.config)
     except (ValueError, KeyError, AttributeError, TypeError, StopIteration, ArithmeticError) as error:
         reason = " ".join(str(error)[:300].split())
         raise ValueError(f"The sliced model in {folder} is damaged ({reason}): save it again.") from None

@@ -1,4 +1,4 @@
-"""Every field of PEFT's config: with each value that is read, the weights that PEFT gets; all others refused by name."""
+"""Every field of PEFT's config: with each value that is read the weights that PEFT gets; others refused by name."""
 
 import copy
 import dataclasses
@@ -114,7 +114,7 @@ READ = {
     "use_dora": [{"use_dora": True}, {"use_dora": True, "use_rslora": True, "rank_pattern": {"q_proj": 3}}],
     "target_modules": [
         {"target_modules": r".*\.(q|v)_proj"},
-        {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:k_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.gate.*)"},
+        {"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:k|up)_proj.*?)|(?:\bmodel\.layers\.[\d]{1,}\.mlp\.gate.*)"},
         {"target_modules": "all-linear"},
         {"target_modules": ["model.layers.1.self_attn.o_proj", "0.mlp.up_proj", "self_attn.k_proj", "x_proj"]},
     ],

@@ -59,7 +59,7 @@ def damage(rng, data):
 
 
 def of_weights(rng, path):
-    """A file of weights with a lying header, damaged bytes, or tensors renamed, dropped, doubled or of another shape."""
+    """A file of weights with a lying header, damaged bytes, or tensors renamed, dropped or of another shape."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), bytearray(data[8 + size :])
