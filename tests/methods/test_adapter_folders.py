@@ -215,7 +215,7 @@ CHANGES = {
     "edit_rank": ([3, 10**30, 0, -1, 2.0, True], "sets edit_rank|has .* where|describes no LoRA"),
     "edit_sites": ([[], ["x_proj"], ["q_proj"], ["q_proj", "q_proj"], "q_proj", [1]], "edit_sites|edits|has .* where"),
     "base_model": ([3, None], "sets base_model"),
-    "head": ([{}, {"out": {"kernel": [6, 4], "bias": [3]}}, {"out": [1]}, 3, {"out": {"kernel": [""]}}], "sets head|has"),
+    "head": ([{}, {"out": {"kernel": [6, 4], "bias": [3]}}, {"out": [1]}, 3, {"out": {"kernel": [""]}}], "head|has"),
     "lora": (
         [{}, None, 3]
         + [
