@@ -230,14 +230,17 @@ def main(settings: HiddenKeySettings) -> None:
     arms = {"hiddenkey": result.outer | {"key": first["key"]}, "start-rates": first, "no-dropout": off}
 
     def trained(name, outer):
-        bound = inside.bind(bench, inside.train_inner(settings, bench, hard, outer, name, folder))
-        return bound, {"validation_loss": experiment.loss_over(bench, bound, bench.outer)}
+        params = inside.train_inner(settings, bench, hard, outer, name, folder)
+        bound = inside.bind(bench, params)
+        return params, bound, {"validation_loss": experiment.loss_over(bench, bound, bench.outer)}
 
     def tried(name, outer):
-        return {k: float(np.mean(value)) for k, value in found(outer).items()} | trained(name, outer)[1]
+        return {k: float(np.mean(value)) for k, value in found(outer).items()} | trained(name, outer)[-1]
 
     def tested(name, outer):
-        bound, row = trained(name, outer)
+        params, bound, row = trained(name, outer)
+        if name == "hiddenkey":  # dropout acts in training alone: what is left is LoRA
+            experiment.save_bound(folder.path / "adapter", bench, bench.lora, params["lora"], params["head"])
         return report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound)) | row
 
     if settings.grid:

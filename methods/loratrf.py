@@ -32,6 +32,7 @@ import optax
 
 import bilevel
 from methods import experiment, inside, objective, report, summary
+from methods.adapters.edit_folder import save_edit
 from methods.adapters.filters import FILTERS, Edit, Filter, init, scalars, task_vectors
 from methods.experiment import Bench, Settings
 from methods.flexora import gate
@@ -190,6 +191,8 @@ def edited(settings: LoRATRFSettings, bench: Bench, of: bilevel.Problem, folder:
         hyper = inside.search(settings, bench, solver, folder).outer
     params = inside.train_inner(settings, bench, of, hyper, "loratrf", folder)
     before = bind(params, hyper, bench.num_layers, settings.filter, settings.outer)
+    lora, head = params["adapter"]["lora"], params["adapter"]["head"]
+    save_edit(folder.path / "adapter", before, bench.lora, lora, bench.pretrained.hf_names, head)
     bound = inside.bind(bench, params["adapter"], before=before)
     row = report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound))
     return row | {"parameters": sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))}

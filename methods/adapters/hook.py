@@ -60,6 +60,7 @@ class LoRA:
             # Both, so that not even a NaN in what is masked gets through, forwards or backwards.
             a = jnp.where(columns(mask, 2), a, jnp.zeros_like(a))
             b = jnp.where(mask if mask.ndim == 0 else mask[:, None], b, jnp.zeros_like(b))
+            gate = gate if gate is None else jnp.where(mask, gate, jnp.ones_like(gate))
         hidden = x.astype(a.dtype) @ a
         # The factor meets the r columns of x A, fewer than the outputs; 1 * s is s, so a gate of 1 is exact.
         scale = self.scales[site].astype(a.dtype) if site in self.scales else self.scale

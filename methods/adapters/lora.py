@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from methods.adapters.hook import LoRA, Params, deltas, lengths
+from methods.adapters.patterns import compiled, ending, shortened
 
 PerLayer = Any  # gate or mask: an array [L] or [L, r] for every site, or {site: such an array}
 Linears = Mapping[str, Mapping[str, jax.Array]]  # {site: {"kernel": [L, in, out], "bias": [L, out]}}, frozen
@@ -41,8 +41,8 @@ class LoRAConfig:
       alpha_pattern: `{pattern: alpha}`.
 
     Raises:
-      ValueError: for a rank below 1, an alpha that is not positive, a pattern that is no regular expression, no target,
-        or no layer or a negative one.
+      ValueError: for a rank below 1, an alpha that is not positive, a pattern that is no regular expression or cannot
+        be matched in bounded time (look-around), no target, or no layer or a negative one.
     """
 
     rank: int = 8
@@ -60,20 +60,19 @@ class LoRAConfig:
             pairs = tuple(value.items() if isinstance(value, Mapping) else value)
             object.__setattr__(self, name, pairs)  # hashable
             for pattern, _ in pairs:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"LoRA {name} {pattern!r} is no regular expression ({error}).") from error
+                _check(name, pattern, ending(pattern) if isinstance(pattern, str) else pattern)
         for rank in (self.rank, *dict(self.rank_pattern).values()):
-            if not isinstance(rank, (int, np.integer)) or rank < 1:
+            if not isinstance(rank, (int, np.integer)) or isinstance(rank, bool) or rank < 1:
                 raise ValueError(f"LoRA rank {rank!r} is not a positive integer.")
         object.__setattr__(self, "rank", int(self.rank))
         for alpha in (self.alpha, *dict(self.alpha_pattern).values()):
-            if not (alpha > 0 and math.isfinite(alpha)):
+            if not (isinstance(alpha, (int, float, np.number)) and alpha > 0 and math.isfinite(alpha)):
                 raise ValueError(f"LoRA alpha {alpha!r} is not a positive number: it scales the update.")
         if not self.targets:
             raise ValueError("LoRA targets is empty: name the sites to adapt, such as ('q_proj', 'v_proj').")
-        if not isinstance(self.targets, str):
+        if isinstance(self.targets, str):
+            _check("targets", self.targets, self.targets)
+        else:
             object.__setattr__(self, "targets", tuple(self.targets))
         if self.layers is not None:
             layers = tuple(sorted({int(layer) for layer in self.layers}))
@@ -108,7 +107,7 @@ class LoRAConfig:
           ValueError: if the pattern matches none of them, or a listed name is not among them.
         """
         if isinstance(self.targets, str):
-            found = tuple(site for site in known if re.fullmatch(self.targets, site))
+            found = tuple(site for site in known if compiled(self.targets).fullmatch(site))
             unknown = [] if found else [self.targets]
         else:
             found = tuple(site for site in known if site in self.targets)
@@ -301,8 +300,15 @@ def _linear(base: Linears | None, site: str) -> Mapping[str, jax.Array]:
     return base[site]
 
 
+def _check(name: str, pattern: str, expression: str) -> None:
+    try:
+        compiled(expression)
+    except ValueError as error:
+        raise ValueError(f"LoRA {name} {shortened(pattern)} {error}.") from None
+
+
 def _matches(pattern: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    return compiled(ending(pattern)).match(name) is not None
 
 
 def _first(patterns: Any, name: str, default: Any) -> Any:

@@ -17,7 +17,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +71,7 @@ def save_peft(
     if not modules:
         raise ValueError("There is no adapter to export: every layer is masked or has a gate of exactly 0.")
     layers = next(iter(params.values()))["a"].shape[0]
-    named = _joined(modules, names)
+    named = _joined(modules, names, config.rslora)
     tensors: dict[str, np.ndarray] = {}
     for name, module in named.items():
         stem = f"{PREFIX}{name}.lora_"
@@ -113,7 +113,7 @@ def _modules(
     return found
 
 
-def _joined(modules: Mapping[tuple[str, int], Module], names: HFNames) -> dict[str, Module]:
+def _joined(modules: Mapping[tuple[str, int], Module], names: HFNames, rslora: bool) -> dict[str, Module]:
     """By Hugging Face's name, sites that are one module there put into one."""
     named = {}
     for site, layer in modules:
@@ -122,25 +122,27 @@ def _joined(modules: Mapping[tuple[str, int], Module], names: HFNames) -> dict[s
         if len(sites) == 1:
             named[name] = modules[site, layer]
         elif name not in named:
-            named[name] = _join({i: modules.get((s, layer)) for i, s in enumerate(sites)}, name)
+            named[name] = _join([modules.get((s, layer)) for s in sites], name, rslora)
     return named
 
 
-def _join(parts: Mapping[int, Module | None], name: str) -> Module:
-    there = {i: part for i, part in parts.items() if part is not None}
-    if any(part.m is not None for part in there.values()):
-        raise ValueError(f"DoRA at a part of {name} has no place in PEFT's format: use LoRA there.")
-    first = next(iter(there.values()))
-    out, rank = first.b.shape[1], sum(part.a.shape[1] for part in there.values())
-    b, at = np.zeros((rank, out * len(parts)), first.b.dtype), 0
+def _join(parts: Sequence[Module | None], name: str, rslora: bool) -> Module:
+    there = {i: part for i, part in enumerate(parts) if part is not None}
+    if any(part.m is not None for part in there.values()) and len(there) < len(parts):
+        raise ValueError(f"DoRA at a part of {name} has no place in PEFT's format: adapt all parts, or use LoRA there.")
+    root = math.sqrt if rslora else float
+    scales = {i: part.alpha / root(part.a.shape[1]) for i, part in there.items()}
+    first = next(iter(there))
+    out, rank = there[first].b.shape[1], sum(part.a.shape[1] for part in there.values())
+    b, at = np.zeros((rank, out * len(parts)), there[first].b.dtype), 0
     for i, part in there.items():
-        # All of one joint alpha / r, so the share of each goes into its B.
         r = part.a.shape[1]
-        share = (part.alpha / r) / (first.alpha / first.a.shape[1])
-        b[at : at + r, i * out : (i + 1) * out] = part.b * np.asarray(share, part.b.dtype)
+        # One scale for all of them, that of the first, so the share of each goes into its B.
+        b[at : at + r, i * out : (i + 1) * out] = part.b * np.asarray(scales[i] / scales[first], part.b.dtype)
         at += r
-    alpha = first.alpha / first.a.shape[1] * rank
-    return Module(np.concatenate([part.a for part in there.values()], axis=1), b, None, alpha)
+    ms = [part.m for part in there.values() if part.m is not None]
+    a = np.concatenate([part.a for part in there.values()], axis=1)
+    return Module(a, b, np.concatenate(ms) if ms else None, scales[first] * root(rank))
 
 
 def _head_tensors(head: Mapping[str, Any] | None, names: HFNames) -> dict[str, np.ndarray]:
@@ -176,7 +178,7 @@ def _settings(
     sites = {site for site, _ in modules}
     settings = {
         "peft_type": "LORA",
-        "base_model_name_or_path": names.base_model,
+        "base_model_name_or_path": peft_folder.base_model(names.base_model),
         "r": rank,
         "lora_alpha": _number(alpha),
         "rank_pattern": {re.escape(name): m.a.shape[1] for name, m in named.items() if m.a.shape[1] != rank},

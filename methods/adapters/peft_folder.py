@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from methods.adapters.patterns import shortened
+from methods.adapters.peft_fields import Fields, understood
+
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_ENTRIES = {SETTINGS, WEIGHTS, "README.md"}  # what a folder may hold and still be replaced
-# What PEFT's config may switch on that our hook does not do, and the value that leaves it off.
-_UNSUPPORTED = {"bias": "none", "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float32", "BF16": "float32"}
+_MOST_BYTES = 10**7  # of a config; PEFT's own are a few thousand
 
 
 class Module(NamedTuple):
@@ -28,7 +30,12 @@ class Module(NamedTuple):
     alpha: float
 
 
-def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    names: tuple[str, str] = (SETTINGS, WEIGHTS),
+) -> None:
     """Writes a folder that appears complete or not at all, in place of an adapter that is there already.
 
     Raises:
@@ -36,15 +43,17 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.nd
     """
     from safetensors.numpy import save_file
 
-    _refuse_strangers(folder)
+    _refuse_strangers(folder, {*names, "README.md"})
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
     stale = fresh.with_name(fresh.name + "-old")
     try:
         fresh.mkdir()
         # safetensors writes the buffer as it lies in memory.
-        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / WEIGHTS, {"format": "pt"})
-        (fresh / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / names[1], {"format": "pt"})
+        (fresh / names[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in (fresh / names[0], fresh / names[1], fresh):
+            _synced(path)  # on the disk before it takes another's place
         if folder.exists():  # a folder with files in it cannot be renamed over
             folder.rename(stale)
         fresh.rename(folder)
@@ -57,61 +66,89 @@ def write(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.nd
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def _synced(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # a folder cannot be opened everywhere
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def base_model(name: str) -> str:
+    """A name on the hub as it is; what lies on this machine by a path that holds wherever the adapter is loaded."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def read_settings(path: Path) -> Fields:
     """`adapter_config.json` of a LoRA.
 
     Raises:
       FileNotFoundError: if it is missing.
       ValueError: if it is damaged, of another kind of adapter, or asks for what our hook does not do.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}: a PEFT adapter is a folder with {SETTINGS} and {WEIGHTS}.")
-    try:
-        settings = json.loads(path.read_bytes())
-        kind, r, alpha = settings["peft_type"], settings["r"], settings["lora_alpha"]
-        bad = not isinstance(r, int) or r < 1 or not float(alpha) > 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or no adapter config ({type(error).__name__}: {error}).") from error
-    if kind != "LORA" or bad:
-        raise ValueError(f"{path} is of peft_type {kind} with r={r} and lora_alpha={alpha}, which is no LoRA.")
-    for key, off in _UNSUPPORTED.items():
-        if settings.get(key) not in (off, None, [], False):
-            raise ValueError(f"{path} sets {key}={settings[key]!r}, which our LoRA cannot represent.")
-    return settings
+    return understood(read_json(path, f"a PEFT adapter is a folder with {SETTINGS} and {WEIGHTS}"), str(path))
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """`adapter_model.safetensors`, its names without PEFT's prefix.
+def read_json(path: Path, what: str) -> Any:
+    """The value in a config file; `what` an adapter is, for the message if there is none.
 
     Raises:
       FileNotFoundError: if it is missing.
-      ValueError: if it is damaged, or empty.
+      ValueError: if it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}: {what}.")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which no adapter config needs: it is damaged.")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no adapter config ({type(error).__name__}: {error}).") from error
+
+
+def read_tensors(path: Path, *, as_stored: bool = False, integers: bool = False) -> dict[str, np.ndarray]:
+    """A file of weights, all finite; half precision becomes float32, in which PEFT computes it, unless `as_stored`.
+
+    With `integers` int32 is read too.
+
+    Raises:
+      FileNotFoundError: if it is missing.
+      ValueError: if it is damaged or empty, or a tensor is of no floating-point type or not finite.
     """
     import ml_dtypes  # noqa: F401  (gives numpy its bfloat16)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}: adapters are read from safetensors only, never from pickles.")
+    tensors = {}
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():
+                kind = file.get_slice(name).get_dtype()
+                if kind not in _DTYPES and not (integers and kind == "I32"):
+                    known = ", ".join(_DTYPES)
+                    raise ValueError(f"{path} has tensor {shortened(name)} of type {kind}: only {known} are read.")
+                tensor = file.get_tensor(name)
+                tensors[name] = tensor if as_stored else tensor.astype(_DTYPES[kind], copy=False)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error)[:200].split())}): copy it again.") from error
     if not tensors:
         raise ValueError(f"{path} holds no tensor.")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise ValueError(f"{path} has NaN or infinity in {shortened(name)}: its training diverged.")
+    return tensors
 
 
-def pattern(settings: Mapping[str, Any], table: str, module: str, default: float) -> float:
-    """PEFT's look-up: the first key that, as a regular expression, matches the end of the module's name."""
-    for key, value in (settings.get(table) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
-
-
-def _refuse_strangers(folder: Path) -> None:
+def _refuse_strangers(folder: Path, known: set[str]) -> None:
+    """`known`: what a folder may hold and still be replaced."""
     if folder.exists():
-        strangers = sorted({entry.name for entry in folder.iterdir()} - _ENTRIES) if folder.is_dir() else [folder.name]
+        strangers = sorted({entry.name for entry in folder.iterdir()} - known) if folder.is_dir() else [folder.name]
         if strangers:
             raise FileExistsError(f"{folder} is not replaced by an adapter, since it holds {strangers[0]}.")

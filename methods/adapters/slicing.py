@@ -16,10 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from methods.adapters import peft_folder
 from methods.adapters.gates import Structure, activation
+from methods.adapters.patterns import shortened
 from methods.models.sliced import Sliced
 
 Weights = dict[str, Any]
+_MODELS = ("Decoder", "Encoder", "GPT")
 
 
 def cut(
@@ -103,26 +106,28 @@ def load(folder: Path) -> tuple[Sliced, Weights]:
       FileNotFoundError: if it is not there.
       ValueError: if it is damaged, or of a model that is not known.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     from methods import models
 
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"There is no sliced model in {folder}: {name} is missing.")
+    flat = peft_folder.read_tensors(folder / "model.safetensors", as_stored=True, integers=True)
+    description = peft_folder.read_json(folder / "config.json", "a sliced model is a folder with it")
     try:
-        description = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        flat = load_file(folder / "model.safetensors")
+        if set(description) != {"model", "config", "accumulate"} or description["model"] not in _MODELS:
+            raise ValueError(f"config.json is not that of one of {', '.join(_MODELS)}")
         kind = getattr(models, description["model"])
-        config_type = next(f.type for f in dataclasses.fields(kind) if f.name == "config")
-        config_type = getattr(models, config_type) if isinstance(config_type, str) else config_type
+        config_type = getattr(models, f"{description['model']}Config")
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
         accumulate = None if description["accumulate"] is None else jnp.dtype(description["accumulate"])
         dtype = next(v.dtype for k, v in flat.items() if k == "embed")
         model = kind(config_type(**values), param_dtype=dtype, accumulate=accumulate)
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, StopIteration) as error:
-        raise ValueError(f"The sliced model in {folder} is damaged ({error}): save it again.") from None
+        dense = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+        shapes = {".".join(k.key for k in path): x.shape for path, x in jax.tree.leaves_with_path(dense)}
+        _check(flat, shapes, model.config)
+    except (ValueError, KeyError, AttributeError, TypeError, StopIteration, ArithmeticError) as error:
+        reason = " ".join(str(error)[:300].split())
+        raise ValueError(f"The sliced model in {folder} is damaged ({reason}): save it again.") from None
     weights: Weights = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -131,6 +136,48 @@ def load(folder: Path) -> tuple[Sliced, Weights]:
             node = node.setdefault(key, {})
         node[last] = jnp.asarray(value)
     return Sliced(model), weights
+
+
+def _check(flat: Mapping[str, np.ndarray], dense: Mapping[str, tuple[int, ...]], config: Any) -> None:
+    """Raises ValueError unless there is every array that the model has, of a size that slicing may leave, and no other.
+
+    dense: shapes of the dense model's arrays. JAX clips an index that is out of range, so these are looked at too.
+    """
+    shared = config.num_heads // config.num_kv_heads
+    wanted: dict[str, Any] = {name: shape for name, shape in dense.items() if not name.startswith("blocks.")}
+    biased = {name.split(".")[2] for name in flat if name.startswith("layers.") and name.endswith("_proj.bias")}
+    for i in range(config.num_layers):
+        at = f"layers.{i}."
+        if f"{at}heads" not in flat:  # before a number out of a file is counted up to
+            raise ValueError(f"{at}heads is missing")
+        groups, pairs = flat.get(f"{at}groups", np.zeros(0)), flat.get(f"{at}pairs", np.zeros((0, 0)))
+        query, heads, hidden = 2 * pairs.shape[-1], groups.size * shared, config.hidden_size
+        value = flat.get(f"{at}v_proj.kernel", np.zeros((0, 0))).shape[-1]
+        ffn = flat.get(f"{at}down_proj.kernel", np.zeros(0)).shape[0]
+        inside = value // max(groups.size, 1) * heads
+        sizes = {"q_proj": (hidden, heads * query), "k_proj": (hidden, groups.size * query), "v_proj": (hidden, value)}
+        sizes |= {"o_proj": (inside, hidden), "down_proj": (ffn, hidden)}
+        sizes |= dict.fromkeys(("up_proj", "gate_proj"), (hidden, ffn))
+        for name, shape in dense.items():
+            if name.startswith("blocks."):
+                site, _, leaf = name.removeprefix("blocks.").partition(".")
+                cut = {"kernel": sizes[site], "bias": sizes[site][1:]}[leaf] if site in sizes else shape[1:]
+                wanted[f"{at}{site}.{leaf}" if leaf else f"{at}{site}"] = cut
+        # Trained biases may have come where the dense model has none, in all layers.
+        wanted |= {f"{at}{site}.bias": size[1:] for site, size in sizes.items() if site in biased}
+        for name, shape, below in (
+            ("heads", (heads,), config.num_heads),
+            ("groups", (groups.size,), config.num_kv_heads),
+            ("pairs", (groups.size, query // 2), config.head_dim // 2),
+        ):
+            wanted[at + name] = shape
+            index = flat.get(at + name)
+            if index is None or index.dtype.kind != "i" or ((index < 0) | (index >= below)).any():
+                raise ValueError(f"{at}{name} is no array of indices below {below}")
+    for name in sorted(set(wanted) | set(flat)):
+        found = flat[name].shape if name in flat else "no array"
+        if wanted.get(name) != found:
+            raise ValueError(f"{shortened(name)} is {found} where {wanted.get(name, 'none')} is to be")
 
 
 def _take(linear: Weights, axis: int, keep: np.ndarray, factor: np.ndarray | None = None) -> Weights:

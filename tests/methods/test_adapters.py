@@ -111,6 +111,34 @@ def test_unselected_layers_change_no_bit_and_get_no_gradient(stack):
     assert same_bits(forward(config.bind(params), weights, x), forward(config.bind(frozen), weights, x))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("form", ["layer", "rank"])
+def test_a_nan_in_what_is_masked_reaches_nothing_forwards_or_backwards(form, dora):
+    config = LoRAConfig(rank=4, targets=["q_proj"], dora=dora)
+    params, gate = trained(config), jnp.ones((L, 4))
+    mask = jnp.arange(4)[None] < jnp.array([[4], [2], [4]]) if form == "rank" else jnp.array([True, False, True])
+    wide = jnp.broadcast_to(mask if mask.ndim == 2 else mask[:, None], (L, 4))
+
+    def loss(params, gate, kernel, x):
+        hook = config.bind(params, {"q_proj": gate}, {"q_proj": mask}, BASE)
+        layer = jax.tree.map(lambda leaf: leaf[1], hook)
+        return (layer("q_proj", x, x @ kernel) ** 2).sum()
+
+    x, kernel = jax.random.normal(jax.random.key(3), (2, 5, 6)), BASE["q_proj"]["kernel"][1]
+    of = jax.value_and_grad(loss, (0, 1, 2, 3))
+    wanted = of(params, gate, kernel, x)
+    hidden = {"a": ~wide[:, None, :], "b": ~wide[:, :, None], "m": ~wide.any(axis=1, keepdims=True)}
+    for name in ("a", "b", "gate", *(["m"] if dora and form == "layer" else [])):
+        broken = {k: jnp.where(hidden[k], jnp.nan, leaf) if k == name else leaf for k, leaf in params["q_proj"].items()}
+        broken_gate = jnp.where(~wide, jnp.nan, gate) if name == "gate" else gate
+        found = of({"q_proj": broken}, broken_gate, kernel, x)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            assert same_bits(one, other), name
+    of_params, of_gate = wanted[1][0]["q_proj"], wanted[1][1]
+    assert not jnp.where(hidden["a"], of_params["a"], 0).any() and not jnp.where(hidden["b"], of_params["b"], 0).any()
+    assert not jnp.where(~wide, of_gate, 0).any()
+
+
 def test_rank_mask_is_lora_of_smaller_rank(stack):
     big, small = LoRAConfig(rank=4, alpha=8.0), LoRAConfig(rank=3, alpha=6.0)
     params = trained(big)
@@ -218,6 +246,11 @@ def test_rank_and_alpha_by_pattern(stack):
             lambda: LoRAConfig(dora=True).init(jax.random.key(0), SHAPES, L),
             r"DoRA needs the frozen matrix at 'q_proj': give base=weights\['blocks'\] of the model\.",
         ),
+        (lambda: LoRAConfig(targets="("), r"LoRA targets '\(' is no regular expression \("),
+        (lambda: LoRAConfig(targets="(?!q).*"), r"LoRA targets '\(\?!q\)\.\*' cannot be matched in bounded time \("),
+        (lambda: LoRAConfig(rank_pattern={3: 2}), r"LoRA rank_pattern 3 is no regular expression"),
+        (lambda: LoRAConfig(alpha="8"), r"LoRA alpha '8' is not a positive number"),
+        (lambda: LoRAConfig(rank=True), r"LoRA rank True is not a positive integer"),
         (lambda: LoRAConfig(rank=0), r"LoRA rank 0 is not a positive integer\."),
         (lambda: LoRAConfig(rank=-3), r"LoRA rank -3 is not a positive integer\."),
         (lambda: LoRAConfig(alpha=0.0), r"LoRA alpha 0\.0 is not a positive number: it scales the update\."),

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from methods import cli
-from methods.adapters import slicing
+from methods import cli, experiment, hiddenkey, inside, loratrf, report
+from methods.adapters import load_edit, load_peft, slicing
 from tests.methods import test_flexora
 
 tiny_model, tiny_data = test_flexora.tiny_model, test_flexora.tiny_data
@@ -44,6 +44,15 @@ def test_hiddenkey_learns_rates_beside_a_grid_and_continues(tiny_model, tiny_dat
     best = json.loads((out / "results" / "grid.json").read_text())
     assert best["validation_loss"] == pytest.approx(min(point["validation_loss"] for point in points), rel=1e-5)
     assert (out / "figures" / "rates.png").stat().st_size > 0
+    # What is left when training is over is LoRA, and goes to PEFT.
+    bench = experiment.prepare(hiddenkey.HiddenKeySettings(**json.loads((out / "config.json").read_text()), out=out))
+    names, shapes = bench.pretrained.hf_names, bench.pretrained.config.site_shapes()
+    config, lora, head = load_peft(out / "adapter", names, shapes, bench.num_layers)
+    bound = inside.bind(bench._replace(lora=config), {"lora": lora, "head": head})
+    loss = json.loads((out / "results" / "hiddenkey.json").read_text())["validation_loss"]
+    assert experiment.loss_over(bench, bound, bench.outer) == pytest.approx(loss, rel=1e-6)
+    bare = experiment.loss_over(bench, inside.bind(bench, {"lora": {}, "head": {}}), bench.outer)
+    assert bare != pytest.approx(loss, rel=1e-4)
     before = (out / "report.md").read_text()
     run(*words)
     assert (out / "report.md").read_text() == before
@@ -70,6 +79,13 @@ def test_loratrf_trains_an_edit_beside_lora(tiny_model, tiny_data, tmp_path):
     rows = {name: json.loads((out / "results" / f"{name}.json").read_text()) for name in ("loratrf", "lora")}
     assert rows["loratrf"]["parameters"] > rows["lora"]["parameters"]
     assert "reconstruction" in (out / "report.md").read_text()
+    bench = experiment.prepare(loratrf.LoRATRFSettings(**json.loads((out / "config.json").read_text()), out=out))
+    found = load_edit(out / "adapter", bench.pretrained.config.site_shapes(), bench.num_layers)
+    trained = {"lora": found.params, "head": found.head}
+    bound = inside.bind(bench._replace(lora=found.config), trained, before=found.edit)
+    again = report.arm(bench, [0, 1], experiment.evaluate_with(bench, bound))
+    assert again["metrics"] == pytest.approx(rows["loratrf"]["metrics"])
+    assert all(leaves["d"].any() for leaves in found.edit.params.values())
 
 
 BAD = {

@@ -56,7 +56,9 @@ def test_peft_round_trip_is_exact(tmp_path, config, dtype):
         rank = config.module(site, 1)[0]
         for name, leaf in {**leaves, "a": leaves["a"][..., :rank], "b": leaves["b"][:, :rank]}.items():
             cut = {"a": np.s_[..., :rank], "b": np.s_[:, :rank], "m": np.s_[:]}[name]
-            assert same_bits(leaf[chosen], loaded[site][name][cut][chosen])
+            # Half precision is read as PEFT computes it, in float32.
+            wanted = leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf
+            assert same_bits(wanted[chosen], loaded[site][name][cut][chosen])
             assert not np.delete(loaded[site][name], chosen, axis=0).any()
 
 
@@ -165,16 +167,16 @@ def damage(folder, what):
         ("no weights", r"There is no .*adapter_model\.safetensors: adapters are read from safetensors only"),
         ("cut config", r"adapter_config\.json is damaged or no adapter config \(JSONDecodeError"),
         ("cut weights", r"adapter_model\.safetensors is damaged \(.*\): copy it again\."),
-        ("half", r"has only one of A and B for model\.layers\.0\.self_attn\.q_proj: it is incomplete\."),
+        ("half", r"has only lora_B for model\.layers\.0\.self_attn\.q_proj, where use_dora=False asks for lora"),
         (
             "stranger",
-            r"has a tensor base_model.*x_proj.* \(2, 6\), which has no place in this model, whose linears are model\.l",
+            r"has a tensor 'base_model.*x_proj.* \(2, 6\), which has no place in this model, whose linears are m",
         ),
         ("shape", r"has A \(2, 3\) and B \(8, 2\) for model.*q_proj, which is 6 to 8 in this model and of rank 2 in"),
-        ({"peft_type": "IA3"}, r"is of peft_type IA3 with r=2 and lora_alpha=16, which is no LoRA\."),
-        ({"r": 0}, r"is of peft_type LORA with r=0 and lora_alpha=16, which is no LoRA\."),
-        ({"use_dora": True}, r"has only A, B for model\.layers\.0\.self_attn\.q_proj: it is incomplete\."),
-        ({"bias": "all"}, r"sets bias='all', which our LoRA cannot represent\."),
+        ({"peft_type": "IA3"}, r"sets peft_type to 'IA3', which is no LoRA: only LORA is read\."),
+        ({"r": 0}, r"sets r to 0, which is no rank: a whole number from 1 up\."),
+        ({"use_dora": True}, r"has only lora_A, lora_B for model\.layers\.0\.self_attn\.q_proj, where use_dora=True"),
+        ({"bias": "all"}, r"sets bias to 'all', and so other biases than the base model's: merge the adapter in PEFT"),
         ({"r": 3}, r"has A \(2, 6\) and B \(8, 2\) for .* and of rank 3 in adapter_config\.json\."),
     ],
 )

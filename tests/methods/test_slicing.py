@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from methods import models
 from methods.adapters import gates, slicing
@@ -137,3 +139,29 @@ def test_what_cannot_be_cut_or_read_is_said(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match="is damaged"):
         slicing.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt", "decoder"])
+def test_arrays_of_a_sliced_model_are_all_there_and_no_others(name, tmp_path):
+    small, weights = sliced(name)
+    slicing.save(tmp_path, small, weights)
+    path, whole = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    for key in (*(k for k in whole if not k.startswith("layers.1")), "layers.3.heads", "stranger", "layers.0.q_proj.x"):
+        value = whole.get(key, np.ones(3, np.float32))
+        wrong = np.full_like(value, 10**6) if value.dtype.kind == "i" else np.full_like(value, np.nan)
+        for change in (None, value[None], *([wrong] if value.size else [])) if key in whole else (value,):
+            save_file({k: v for k, v in (whole | {key: change}).items() if v is not None}, path)
+            with pytest.raises(ValueError, match=r"damaged|has NaN or infinity in") as caught:
+                slicing.load(tmp_path)
+            assert "\n" not in str(caught.value)
+    save_file(whole, path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change in (
+        {"model": "load"}, {"model": ["GPT"]}, {"config": {}}, {"accumulate": "float99"}, {"more": 1},
+        {"config": config["config"] | {"num_layers": 10**12}}, {"config": config["config"] | {"num_layers": -1}},
+        {"config": config["config"] | {"more": 1}}, {"config": config["config"] | {"hidden_size": 10**9}},
+        {"config": config["config"] | {"num_heads": 0}}, {"config": config["config"] | {"num_kv_heads": 0}},
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"The sliced model in .* is damaged \("):
+            slicing.load(tmp_path)
