@@ -1,10 +1,12 @@
 """The oldest releases that pyproject.toml admits, as constraints for pip: `python scripts/oldest.py > oldest.txt`.
 
 What a user may have installed is what must work. These are pins of the project's own requirements alone; what those
-need in turn, pip resolves as it likes.
+need in turn, pip resolves as it likes. `--installed` prints what is installed of them instead.
 """
 
+import importlib.metadata
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -28,6 +30,16 @@ def oldest(requirements: list[str]) -> list[str]:
     return pins
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    print("\n".join(oldest(project["dependencies"])))
+    pins = oldest(project["dependencies"])
+    if arguments == ["--installed"]:
+        names = [pin.partition("==")[0] for pin in pins]
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+        print(f"Python {sys.version.split()[0]}: {versions}")
+    else:
+        print("\n".join(pins))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
