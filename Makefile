@@ -1,12 +1,20 @@
 # Two commands on a machine with Python >= 3.11, make and a package index:
 #   make flexora   layer selection on a real language model, from installation to report
-#   make test      everything CI runs
+#   make test      the whole suite; CI runs a part of it on other Pythons besides
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PRESET ?= demo
 OUT ?= runs/flexora-$(PRESET)
 PYTEST_ARGS ?= -n auto --dist worksteal
+
+# What runs on every Python that is supported: all estimators and solvers against closed forms, linear solvers, traced
+# programs, `run` with its checkpoints, a model against its formulas, the command line. Nothing here needs torch or data.
+SUBSET := tests/bilevel/test_estimators.py tests/bilevel/test_solver_steps.py tests/bilevel/test_linear_solvers.py \
+  tests/bilevel/test_tracing.py tests/bilevel/test_smooth.py tests/bilevel/test_data.py tests/bilevel/test_run.py \
+  tests/methods/test_llama_by_hand.py tests/test_versions.py \
+  tests/methods/test_commands.py::test_static_heterolora_without_shortcuts_is_an_adapter_of_peft \
+  tests/methods/test_commands.py::test_bad_options_are_one_sentence
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,11 +23,12 @@ GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
 # One virtualenv, filled step by step: two installs at once would damage it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help test lint types unit docs flexora assets clean
+.PHONY: help test lint types unit test-newest test-oldest subset docs flexora assets clean
 
 help:
 	@echo "make flexora   install, fetch SmolLM2-135M and PIQA, run Flexora (PRESET=demo|evidence, OUT=folder)"
 	@echo "make test      install, then lint, types, unit"
+	@echo "make test-newest, test-oldest   a part of the suite on another Python, with the newest and the oldest dependencies"
 	@echo "make lint      ruff"
 	@echo "make types     pyright"
 	@echo "make unit      pytest (PYTEST_ARGS='-k name')"
@@ -67,6 +76,26 @@ types: $(VENV)/test.stamp
 
 unit: $(VENV)/test.stamp $(VENV)/models.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The same two tests of versions for CI and for anyone: each in an environment of its own, on a Python found on this
+# machine. torch is not installed there: its wheels for other Pythons bring gigabytes of CUDA.
+$(VENV)/subset.stamp: pyproject.toml scripts/oldest.py | $(VENV)/python.stamp
+	@echo "Installing bilevel with the $(if $(OLDEST),oldest,newest) dependencies into $(VENV) (a few minutes)"
+	@$(BIN)/python scripts/oldest.py > $(VENV)/oldest.txt
+	@$(PIP) install --quiet --no-compile $(if $(OLDEST),--constraint $(VENV)/oldest.txt) --editable '.[check]'
+	@touch $@
+
+subset: $(VENV)/subset.stamp
+	@$(BIN)/python scripts/oldest.py --installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS) $(SUBSET)
+
+test-newest:
+	@python=$$("$(PYTHON)" scripts/pythons.py newest) && \
+	  $(MAKE) --no-print-directory subset PYTHON="$$python" VENV=.venv-newest
+
+test-oldest:
+	@python=$$("$(PYTHON)" scripts/pythons.py oldest) && \
+	  $(MAKE) --no-print-directory subset PYTHON="$$python" VENV=.venv-oldest OLDEST=1
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

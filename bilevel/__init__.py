@@ -34,10 +34,10 @@ from bilevel.hypergradients.persistent_evolution import PersistentES as Persiste
 from bilevel.hypergradients.reversible import Reversible as Reversible
 from bilevel.hypergradients.unrolled import Unrolled as Unrolled
 from bilevel.inner import InnerState as InnerState
+from bilevel.linear_solvers.bicgstab import BiCGStab as BiCGStab
 from bilevel.linear_solvers.dense import Dense as Dense
 from bilevel.linear_solvers.krylov import CG as CG
 from bilevel.linear_solvers.krylov import GMRES as GMRES
-from bilevel.linear_solvers.krylov import BiCGStab as BiCGStab
 from bilevel.linear_solvers.krylov import NormalCG as NormalCG
 from bilevel.linear_solvers.neumann import Neumann as Neumann
 from bilevel.linear_solvers.nystrom import Nystrom as Nystrom

@@ -17,7 +17,9 @@ from bilevel.linear_solvers.base import info
 class Dense:
     """A made explicit, and an LU solve: for inner variables of at most a few thousand entries.
 
-    Exact to rounding for any nonsingular A. The dimension in HVPs, in one batch; the square of it in memory.
+    Exact to rounding for any nonsingular A. Where that leaves a residual, A is singular, and the shortest x of least
+    residual is taken instead, by a singular value decomposition. The dimension in HVPs, in one batch; the square of it
+    in memory.
 
     References:
       Computed by lineax.
@@ -29,5 +31,9 @@ class Dense:
         """See `bilevel.linear_solvers`."""
         flat, unravel = ravel_pytree(rhs)
         rows = jax.vmap(lambda e: ravel_pytree(matvec(unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype))
-        solution = lx.linear_solve(lx.MatrixLinearOperator(rows.T), flat, lx.LU(), throw=False).value
-        return unravel(solution), info(1, flat.size)
+        matrix = rows.T
+        by = lambda solver: lx.linear_solve(lx.MatrixLinearOperator(matrix), flat, solver, throw=False).value  # noqa: E731
+        direct = by(lx.LU())
+        # NaN is no solution either.
+        solved = jnp.linalg.norm(matrix @ direct - flat) <= jnp.sqrt(jnp.finfo(flat.dtype).eps) * jnp.linalg.norm(flat)
+        return unravel(jax.lax.cond(solved, lambda: direct, lambda: by(lx.SVD()))), info(1, flat.size)

@@ -1,4 +1,4 @@
-"""Krylov methods: each solution lies in the space that products with A span. GMRES and BiCGStab are lineax's.
+"""Krylov methods: each solution lies in the space that products with A span. GMRES is lineax's.
 
 Conjugate gradients are ours: lineax takes a curvature below 200 eps n for zero and returns NaN, and so, in float32, for
 every system of 100,000 unknowns whose eigenvalues are below 2.
@@ -20,7 +20,7 @@ from bilevel.trees import PyTree, global_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Preconditioned:
+class Preconditioned:
     """Settings of the solvers that take a preconditioner."""
 
     tol: float | None = static(None)
@@ -37,23 +37,17 @@ class _Preconditioned:
         function = own.inverse(matvec, rhs, key) if hasattr(own, "inverse") else own
         return function, getattr(own, "rank", 0)
 
-    def iterate(self, method, matvec, rhs, start, key) -> tuple[PyTree, jax.Array, int]:
-        """`(solution, steps)` of lineax's `method(rtol, atol)`, and the matvecs of sketching the preconditioner."""
-        inverse, sketched = self.inverse(matvec, rhs, key)
-        solution, steps = _krylov(method, self.tol, matvec, rhs, start, inverse)
-        return solution, steps, sketched
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CG(_Preconditioned):
+class CG(Preconditioned):
     r"""Conjugate gradients, for symmetric positive definite A.
 
     After n steps the error in the A-norm is at most :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^n` of the first.
-    Where A is not positive definite this is no longer so, and the residual may grow: from the first direction without
-    positive curvature on, the iterate is kept whose residual is smallest, by the recurrence, and the linear residual
-    shows how small. If it is not, raise `damping`, or use `NormalCG` or `GMRES`. Costs one HVP an iteration, and one
-    for a start.
+    Where A is not positive definite this is no longer so, and the residual may grow: once a direction without positive
+    curvature was met, the iterate is returned whose residual was the smallest, never one that is worse than the start,
+    and the linear residual shows how small. If it is not, raise `damping`, or use `NormalCG` or `GMRES`. Costs one HVP
+    an iteration, one for a start, and one more if A is not positive definite.
 
     Args:
       tol: relative residual.
@@ -70,9 +64,9 @@ class CG(_Preconditioned):
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
         inverse, sketched = self.inverse(matvec, rhs, key)
-        goal = _tolerance(self.tol, rhs) * global_norm(rhs)
-        solution, steps = _conjugate_gradients(matvec, rhs, start, inverse, goal, self.max_steps)
-        return solution, info(steps, steps + sketched + (0 if start is None else 1))
+        goal = tolerance(self.tol, rhs) * global_norm(rhs)
+        solution, steps, matvecs = _conjugate_gradients(matvec, rhs, start, inverse, goal, self.max_steps)
+        return solution, info(steps, matvecs + sketched + (0 if start is None else 1))
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +76,7 @@ class NormalCG:
 
     It takes indefinite and nonsymmetric A, for the square of the condition number. `tol` is relative to
     :math:`\|b\|` for the residual :math:`A^\top(b - Ax)` of those equations. Two matvecs an iteration, one for
-    :math:`A^\top b`, and two for a start.
+    :math:`A^\top b`, two for a start, and two more if A turns out to be singular.
 
     Args:
       tol, max_steps: as for `CG`.
@@ -102,20 +96,21 @@ class NormalCG:
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
         transpose = matvec if symmetric else _transpose(matvec, rhs)
-        goal = _tolerance(self.tol, rhs) * global_norm(rhs)
+        goal = tolerance(self.tol, rhs) * global_norm(rhs)
         normal = lambda x: transpose(matvec(x))  # noqa: E731
-        solution, steps = _conjugate_gradients(normal, transpose(rhs), start, None, goal, self.max_steps)
-        return solution, info(steps, 2 * steps + (1 if start is None else 3))
+        solution, steps, matvecs = _conjugate_gradients(normal, transpose(rhs), start, None, goal, self.max_steps)
+        return solution, info(steps, 2 * matvecs + (1 if start is None else 3))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GMRES(_Preconditioned):
+class GMRES(Preconditioned):
     r"""Generalised minimal residuals with restarts, for any nonsingular A.
 
     The residual is smallest over the Krylov space of `restart` vectors, and never grows; with `restart` at least the
     dimension it is exact after one cycle. The residual is looked at between cycles only, and a second cycle confirms
-    the first, so choose `restart` near the iterations that are needed. Holds `restart` + 1 vectors.
+    the first, so choose `restart` near the iterations that are needed. Holds `restart` + 1 vectors. Where A is singular
+    a cycle may break down and what it gives be worse than the start, which is then returned; two matvecs show it.
 
     Args:
       tol: relative residual.
@@ -144,37 +139,14 @@ class GMRES(_Preconditioned):
         restart = min(self.restart, size)
         # lineax's first pass only computes the residual.
         passes = 1 + math.ceil(self.max_steps / restart)
-        method = lambda rtol, atol: lx.GMRES(rtol, atol, norm=global_norm, restart=restart, max_steps=passes)  # noqa: E731
-        solution, steps, sketched = self.iterate(method, matvec, rhs, start, key)
+        inverse, sketched = self.inverse(matvec, rhs, key)
+        solution, steps = _gmres(tolerance(self.tol, rhs), restart, passes, matvec, rhs, start, inverse)
         cycles = jnp.maximum(steps - 1, 0)
-        return solution, info(cycles * restart, 1 + cycles * (restart + 1) + sketched)
+        matvecs = 3 + cycles * (restart + 1) + (0 if start is None else 1)
+        return solution, info(cycles * restart, matvecs + sketched)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BiCGStab(_Preconditioned):
-    """Stabilised biconjugate gradients, for any nonsingular A, in the memory of a few vectors.
-
-    Converges as a rule, not by a theorem: it may break down where an inner product vanishes, and then returns what it
-    has, or its start if that is no number; the linear residual shows it. Two matvecs an iteration, one at the start.
-
-    Args:
-      tol, max_steps, preconditioner: as for `GMRES`; `max_steps` counts iterations.
-
-    References:
-      van der Vorst 1992. Computed by lineax.
-    """
-
-    symmetric_only = False
-
-    def solve(self, matvec, rhs, start, key, *, symmetric):
-        """See `bilevel.linear_solvers`."""
-        method = lambda rtol, atol: lx.BiCGStab(rtol, atol, norm=global_norm, max_steps=self.max_steps)  # noqa: E731
-        solution, steps, sketched = self.iterate(method, matvec, rhs, start, key)
-        return solution, info(steps, 2 * steps + 1 + sketched)
-
-
-def _tolerance(tol: float | None, rhs: PyTree) -> float:
+def tolerance(tol: float | None, rhs: PyTree) -> float:
     """`tol`, or what None stands for in the dtype of `rhs`."""
     return float(jnp.finfo(jnp.result_type(jax.tree.leaves(rhs)[0])).eps) ** 0.75 if tol is None else tol
 
@@ -184,51 +156,76 @@ def _transpose(matvec, like):
     return lambda y: transposed(y)[0]
 
 
-def _conjugate_gradients(matvec, rhs, start, inverse, goal, max_steps) -> tuple[PyTree, jax.Array]:
-    """`(solution, steps)` after the first step whose residual is below `goal`, see `CG`.
+def _conjugate_gradients(matvec, rhs, start, inverse, goal, max_steps) -> tuple[PyTree, jax.Array, jax.Array]:
+    """`(solution, steps, matvecs)` after the first step whose residual is below `goal`, see `CG`.
 
-    Curvature, p'Ap / p'p, is positive if above eps of the largest so far. One of 0 makes the next iterate infinite or
-    NaN, whose residual ends the loop.
+    Curvature, p'Ap / p'p, is positive if above what rounding may make of 0: a few eps of the largest |Ap| / |p| so
+    far. One of 0 makes the next iterate infinite or NaN, whose residual ends the loop.
     """
     inverse = inverse or (lambda r: r)
-    along = lambda a, p, x: jax.tree.map(lambda p, x: x + a * p, p, x)  # noqa: E731
     x = jax.tree.map(jnp.zeros_like, rhs) if start is None else start
     r = rhs if start is None else along(-1, matvec(start), rhs)
-    p, size = inverse(r), global_norm(r)
-    eps = jnp.finfo(size.dtype).eps
+    p, first = inverse(r), global_norm(r)
+    rounding = 10 * jnp.finfo(first.dtype).eps
 
     def more(state):
         size, steps = state[4], state[-1]
         return (size > goal) & jnp.isfinite(size) & (steps < max_steps)
 
     def step(state):
-        x, r, p, rz, _, kept, least, largest, steps = state
+        x, r, p, rz, _, best, least, largest, definite, steps = state
         image = matvec(p)
-        work = _dot(p, image)
-        curvature = work / _dot(p, p)
+        work, square = dot(p, image), dot(p, p)
+        largest = larger(largest, jnp.sqrt(dot(image, image) / square))
+        definite = definite & (work / square > rounding * largest)
         x, r = along(rz / work, p, x), along(-rz / work, image, r)
         z, size = inverse(r), global_norm(r)
-        # Infinite from the first curvature that is not positive on: no later one is above eps of that.
-        largest = jnp.where(curvature > eps * largest, jnp.maximum(curvature, largest), jnp.inf)
-        keep = jnp.isfinite(size) & (jnp.isfinite(largest) | (size < least))
-        kept = jax.tree.map(lambda x, k: jnp.where(keep, x, k), x, kept)
-        after = _dot(r, z)
-        return x, r, along(after / rz, p, z), after, size, kept, jnp.where(keep, size, least), largest, steps + 1
+        after, better = dot(r, z), size < least  # not for NaN
+        best = jax.tree.map(lambda x, b: jnp.where(better, x, b), x, best)
+        least = jnp.minimum(least, jnp.where(better, size, least))
+        return x, r, along(after / rz, p, z), after, size, best, least, largest, definite, steps + 1
 
-    none = jnp.zeros((), jnp.int32)
-    state = x, r, p, _dot(r, p), size, x, size, jnp.zeros_like(size), none
-    *_, kept, _, _, steps = jax.lax.while_loop(more, step, state)
-    return kept, steps
+    none, zero = jnp.zeros((), jnp.int32), jnp.zeros_like(first)
+    state = x, r, p, dot(r, p), first, x, first, zero, jnp.asarray(True), none
+    last, _, _, _, size, best, _, largest, definite, steps = jax.lax.while_loop(more, step, state)
+    definite = definite & jnp.isfinite(size)
+
+    def checked():
+        # Where the iterates have been large the recurrence is far from the residual.
+        good = residual_bound(matvec(best), rhs, best, largest) <= first
+        return jax.tree.map(lambda b, x: jnp.where(good, b, x), best, x)
+
+    # While A may be positive definite the last iterate is the best one, in the norm that counts.
+    return jax.lax.cond(definite, lambda: last, checked), steps, steps + jnp.where(definite, 0, 1).astype(jnp.int32)
 
 
-def _dot(x, y):
+def along(a: Any, p: PyTree, x: PyTree) -> PyTree:
+    """`x + a p`."""
+    return jax.tree.map(lambda p, x: x + a * p, p, x)
+
+
+def larger(scale: jax.Array, other: jax.Array) -> jax.Array:
+    """The larger of the two, of which `other` may be no number where an iteration has broken down."""
+    return jnp.where(jnp.isfinite(other), jnp.maximum(scale, other), scale)
+
+
+def residual_bound(image: PyTree, rhs: PyTree, x: PyTree, scale: jax.Array) -> jax.Array:
+    """At least |b - Ax|, rounding included: `image` is Ax as computed, `scale` the size of A.
+
+    Of an x as large as 1/eps, all digits of the residual are rounding.
+    """
+    rounding = 10 * jnp.finfo(scale.dtype).eps
+    return global_norm(along(-1, image, rhs)) + rounding * scale * global_norm(x)
+
+
+def dot(x: PyTree, y: PyTree) -> jax.Array:
+    """The inner product of two trees."""
     products = jax.tree.map(jnp.vdot, x, y)
     return jax.tree.reduce(jnp.add, products)
 
 
-def _krylov(method, tol, matvec, rhs, start, preconditioner) -> tuple[PyTree, jax.Array]:
-    """`(solution, steps)` of lineax's `method(rtol, atol)`."""
-    tol = _tolerance(tol, rhs)
+def _gmres(tol, restart, passes, matvec, rhs, start, preconditioner) -> tuple[PyTree, jax.Array]:
+    """`(solution, steps)` of lineax's GMRES, or the start where the solution is worse."""
     # lineax compares every entry with its own scale, atol + rtol |b_i|, and asks the same of the last step. On a unit
     # right-hand side, with the 2-norm and atol = rtol, that is the usual relative residual.
     norm = global_norm(rhs)
@@ -240,11 +237,13 @@ def _krylov(method, tol, matvec, rhs, start, preconditioner) -> tuple[PyTree, ja
         options["y0"] = jax.tree.map(lambda x: x / unit, start)
     if preconditioner is not None:
         options["preconditioner"] = lx.FunctionLinearOperator(preconditioner, structure)
+    method = lx.GMRES(tol, tol, norm=global_norm, restart=restart, max_steps=passes)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         vector = jax.tree.map(lambda b: b / unit, rhs)
-        result = lx.linear_solve(operator, vector, method(tol, tol), options=options, throw=False)
-    # Both break down in 0 / 0: BiCGStab where the start is already exact, GMRES where A is 0.
-    finite = jnp.isfinite(global_norm(result.value))
+        result = lx.linear_solve(operator, vector, method, options=options, throw=False)
+    found = jax.tree.map(lambda x: x * unit, result.value)
+    first = norm if start is None else global_norm(along(-1, matvec(start), rhs))
     start = jax.tree.map(jnp.zeros_like, rhs) if start is None else start
-    solution = jax.tree.map(lambda x, s: jnp.where(finite, x * unit, s), result.value, start)
-    return solution, result.stats["num_steps"]
+    # It is worse, or no number, where a cycle broke down.
+    good = residual_bound(matvec(found), rhs, found, global_norm(matvec(rhs)) / unit) <= first
+    return jax.tree.map(lambda x, s: jnp.where(good, x, s), found, start), result.stats["num_steps"]

@@ -37,6 +37,29 @@ def test_a_batch_depends_on_its_number_alone():
     np.testing.assert_array_equal(jax.jit(lambda f: batches.take(KEY, f, 4).index)(9), whole[9:13])
 
 
+@pytest.mark.parametrize(("n", "size", "order"), [(10, 3, "rows"), (7, 3, "blocks"), (4, 4, "rows")])
+def test_takes_from_anywhere_equal_those_one_by_one(n, size, order):
+    """Also those that start inside an epoch and end two borders later: they need an epoch more than their length."""
+    batches = Batches(jnp.arange(n), size, order=order)
+    epoch = batches.per_epoch
+
+    def takes(count):
+        return jax.jit(lambda first: batches.take(KEY, first, count).index)
+
+    one = takes(1)
+    alone = np.concatenate([one(b) for b in range(5 * epoch)])
+    for count in sorted({2, epoch, 2 * epoch, 2 * epoch + 1}):
+        take = takes(count)
+        for first in range(2 * epoch):
+            np.testing.assert_array_equal(take(first), alone[first : first + count])
+    # and of one shuffle, taken piece by piece
+    first = 2 * epoch - 1
+    shuffled = batches.shuffle(KEY, first, 2 * epoch)
+    piece = jax.jit(lambda b: shuffled.take(b, 1).index)
+    for b in range(first, first + 2 * epoch):
+        np.testing.assert_array_equal(piece(b), alone[b : b + 1])
+
+
 @pytest.mark.parametrize("n", [6, 8, 10, 16])
 def test_rows_and_pairs_of_rows_are_equally_likely(n):
     # Batches of two rows. Over many epochs every row comes first equally often, and every pair meets equally often.

@@ -21,8 +21,9 @@ def z_scores(samples, wanted):
     return (samples.mean(0) - wanted) / (samples.std(0) / np.sqrt(len(samples)))
 
 
-def test_mean_is_the_gradient():
-    hypergradient, problem = EvolutionStrategies(SGD, 7, population=4, sigma=0.1), Q.problem()
+@pytest.mark.parametrize("population", [4, 10])  # with two pairs, a divisor of pairs - 1 does not show
+def test_mean_is_the_gradient(population):
+    hypergradient, problem = EvolutionStrategies(SGD, 7, population=population, sigma=0.1), Q.problem()
     sample = jax.jit(jax.vmap(lambda key: hypergradient.estimate(problem, None, OUTER, None, None, key)))(SEEDS)
     assert np.abs(z_scores(sample.grad, Q.unrolled(Q.trained(7), 7))).max() < 4
     # the value is that of the unperturbed training, and the reported variance is that of the estimates
@@ -76,8 +77,10 @@ def pieces(hypergradient, count, key):
 
 
 def test_persistent_is_unbiased_over_all_pieces():
-    sample = jax.jit(jax.vmap(lambda key: pieces(PersistentES(SGD, 2, population=4, sigma=0.1), 4, key)))(SEEDS)
+    sample = jax.jit(jax.vmap(lambda key: pieces(PersistentES(SGD, 2, population=10, sigma=0.1), 4, key)))(SEEDS)
     assert np.abs(z_scores(sample.grad, Q.unrolled(Q.trained(8), 8))).max() < 4
+    reported = float(sample.aux.info["variance"].mean())
+    assert reported == pytest.approx(np.var(np.asarray(sample.grad), axis=0).sum(), rel=0.05)
     assert error(sample.inner_state.params[0], Q.trained(8)) < 1e-12
     # what one piece alone would give is far off
     assert np.abs(z_scores(sample.grad, Q.unrolled(Q.trained(8), 2))).max() > 20

@@ -102,6 +102,105 @@ def test_conjugate_gradients_where_curvature_is_not_positive():
         assert jnp.all(jnp.isfinite(found))
 
 
+def spectrum(eigenvalues, seed):
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(len(eigenvalues),) * 2))
+    return (basis * eigenvalues) @ basis.T, basis, rng.normal(size=len(eigenvalues))
+
+
+@jax.jit
+def on_matrix(solver, matrix, rhs, start=None):
+    return solver.solve(lambda x: matrix @ x, rhs, start, KEY, symmetric=solver.symmetric_only)
+
+
+def residuals_of(solver, matrices, sides, start=None):
+    """Residuals of many systems, relative to that of the start."""
+    found, _ = jax.jit(jax.vmap(on_matrix, (None, 0, 0, None)))(solver, matrices, sides, start)
+    left = np.linalg.norm(np.einsum("kij,kj->ki", matrices, found) - sides, axis=1)
+    at = np.zeros(len(sides[0])) if start is None else start
+    return left / np.linalg.norm(np.einsum("kij,j->ki", matrices, at) - sides, axis=1)
+
+
+def test_conjugate_gradients_on_an_indefinite_system_return_the_iterate_of_least_residual():
+    """The textbook's iterates in NumPy: the last is far worse than one before, so the rule decides."""
+    decided = 0
+    for seed in range(6):
+        matrix, _, rhs = spectrum([-1.0, -0.03, 0.02, 1.0, 2.0, 5.0], seed)
+        for steps in (2, 3, 4, 5):
+            x, r, iterates = np.zeros(6), rhs, [np.zeros(6)]
+            p, curvatures = r, []
+            for _ in range(steps):
+                image = matrix @ p
+                curvatures.append(p @ image)
+                a = (r @ r) / (p @ image)
+                x, left = x + a * p, r - a * image
+                p, r = left + (left @ left) / (r @ r) * p, left
+                iterates.append(x)
+            sizes = [np.linalg.norm(matrix @ x - rhs) for x in iterates]
+            best = len(sizes) - 1 if min(curvatures) > 0 else int(np.argmin(sizes))
+            decided += sizes[-1] > 1.5 * sizes[best]
+            found, info = on_matrix(CG(max_steps=steps, tol=1e-14), matrix, rhs)
+            np.testing.assert_allclose(found, iterates[best], rtol=1e-9, atol=1e-12)
+            assert info["iterations"] == steps and info["matvecs"] == steps + int(min(curvatures) <= 0)
+    assert decided >= 6, "the last iterate would do as well"
+
+
+def kinds_of_systems(n, count):
+    """Regular and singular systems by name: `(matrices, whether they are symmetric, whether they are regular)`."""
+    rng = np.random.default_rng(n)
+    A = rng.normal(size=(count, n, n))
+    Q = np.linalg.qr(A)[0]
+    signs = np.sign(rng.normal(size=(count, n)))
+    null = np.linspace(0, 1, n)
+    twice = A.copy()
+    twice[:, 0] = twice[:, 1]
+    return {
+        "general": (A, False, True),
+        "indefinite": (np.einsum("kij,kj,klj->kil", Q, signs * np.linspace(0.5, 1, n), Q), True, True),
+        "antisymmetric": (A - A.transpose(0, 2, 1), False, n % 2 == 0),
+        "cyclic": (np.repeat(np.roll(np.eye(n), 1, 0)[None], count, 0), False, True),
+        "two equal rows": (twice, False, False),
+        "semidefinite": (np.einsum("kij,j,klj->kil", Q, null, Q), True, False),
+        "singular and indefinite": (np.einsum("kij,kj,klj->kil", Q, signs * null, Q), True, False),
+        "nilpotent": (np.repeat(np.eye(n, k=1)[None], count, 0), False, False),
+        "zero": (0 * A, True, False),
+    }
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(), GMRES(), GMRES(restart=2), BiCGStab(), BiCGStab(max_steps=2), Dense()], ids=repr
+)
+def test_no_solution_is_worse_than_the_start(solver):
+    for n in (2, 5):
+        systems = kinds_of_systems(n, 60)
+        # CG's residual may grow where A is semidefinite: there it is the error in the A-norm that falls.
+        kinds = [k for k, (_, s, _) in systems.items() if not solver.symmetric_only or (s and k != "semidefinite")]
+        matrices = np.concatenate([systems[kind][0] for kind in kinds])
+        sides = np.random.default_rng(9).normal(size=(len(matrices), n))
+        for start in (None, np.linspace(-1, 1, n)):
+            worst = residuals_of(solver, matrices, sides, start).reshape(len(kinds), -1).max(1)
+            assert np.all(worst <= 1 + 1e-9), dict(zip(kinds, worst, strict=True))  # NaN neither
+
+
+def test_bicgstab_solves_regular_systems_after_breakdowns():
+    for n in (3, 8):
+        # Where A is antisymmetric both its inner products vanish.
+        systems = {k: m for k, (m, _, regular) in kinds_of_systems(n, 100).items() if regular and k != "antisymmetric"}
+        matrices = np.concatenate([*systems.values()])
+        found = residuals_of(BiCGStab(max_steps=500), matrices, np.ones((len(matrices), n))).reshape(len(systems), -1)
+        assert np.all(np.mean(found < 1e-6, axis=1) >= 0.98), dict(zip(systems, np.sort(found)[:, -5:], strict=True))
+
+
+def test_dense_takes_the_shortest_solution_where_there_is_none_or_more_than_one():
+    rng = np.random.default_rng(4)
+    factor = rng.normal(size=(6, 3))
+    matrix = factor @ factor.T
+    matrix[:, -1] = matrix[-1] = 0  # an entry without influence: LU divides by 0
+    for rhs in (matrix @ rng.normal(size=6), rng.normal(size=6)):
+        found, _ = on_matrix(Dense(), matrix, rhs)
+        assert error(found, np.linalg.pinv(matrix) @ rhs) < 1e-9
+
+
 def test_conjugate_gradients_that_stop_early_return_the_last_iterate():
     # the error in the A-norm falls at every step, the residual does not
     eigenvalues, rhs = jnp.logspace(0, 4, 30), jnp.ones(30)
