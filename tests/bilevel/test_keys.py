@@ -36,7 +36,7 @@ ESTIMATORS = {
 
 
 def dropped(w, key):
-    return w * jax.random.bernoulli(key, 0.5, w.shape)
+    return jnp.where(jax.random.bernoulli(key, 0.5, w.shape), w, 0.0)
 
 
 def inner_loss(w, outer, batch, key):
@@ -89,7 +89,7 @@ SOLVERS = {
     "PZOBO": {},
     "SABA": {"inner_blocks": 2, "outer_blocks": 2},
     "SRBA": {},
-    "VRBO": {},
+    "VRBO": {"period": 2},
 }
 
 
