@@ -212,7 +212,7 @@ def forward_only(x):
 
 def _refuse_reverse(_, cotangent):
     raise ValueError(
-        "A hypergradient by an iterative linear solver, a loop of unknown length, cannot itself be differentiated in reverse "
+        "A hypergradient by an iterative linear solver, a loop of unknown length, cannot be differentiated in reverse "
         "mode: take Neumann or Dense as the linear solver, or differentiate the estimator's solve, which has an "
         "implicit derivative of its own."
     )
