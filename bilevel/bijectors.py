@@ -18,7 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from bilevel.settings import check_fields, child, having, real, register, setting
 from bilevel.trees import PyTree, is_inexact, leaf_names
+
+is_bijector = having("a bijector, such as bilevel.Positive()", "forward", "inverse")
+"""The rule of a setting that is a `Bijector`."""
+
+
+def is_domain(value: PyTree) -> PyTree:
+    """The rule of `Problem(domain=...)`: a tree of bijectors and None."""
+    for bijector in jax.tree.leaves(value, is_leaf=lambda node: hasattr(node, "forward")):
+        is_bijector(bijector)
+    return value
 
 
 class Bijector(Protocol):
@@ -33,7 +44,7 @@ class Bijector(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Positive:
     r"""Numbers above 0, :math:`\lambda = e^u`: steps are relative. For what varies over orders of magnitude.
@@ -51,7 +62,7 @@ class Positive:
         return jnp.log(_above_zero(value))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Softplus:
     r"""Numbers above 0, :math:`\lambda = \log(1 + e^u)`: steps are absolute where :math:`\lambda` is well above 1."""
@@ -66,7 +77,7 @@ class Softplus:
         return value + jnp.log(-jnp.expm1(-value))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Interval:
     r"""Numbers between `low` and `high`, :math:`\lambda = a + (b - a) / (1 + e^{-u})`.
@@ -75,11 +86,12 @@ class Interval:
       ValueError: unless low < high, both finite.
     """
 
-    low: float = dataclasses.field(metadata={"static": True})
-    high: float = dataclasses.field(metadata={"static": True})
+    low: float = dataclasses.field(metadata=setting(real()))
+    high: float = dataclasses.field(metadata=setting(real()))
 
     def __post_init__(self):
-        if not (np.isfinite(self.low) and np.isfinite(self.high) and self.low < self.high):
+        check_fields(self)
+        if not self.low < self.high:
             raise ValueError(f"Interval({self.low}, {self.high}): low must be below high, and both finite.")
 
     def forward(self, u):
@@ -94,7 +106,7 @@ class Interval:
         return jnp.log(share) - jnp.log1p(-share)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Simplex:
     r"""Vectors of positive numbers that sum to 1, along the last axis: :math:`\lambda = \mathrm{softmax}(u)`.
@@ -112,7 +124,7 @@ class Simplex:
         return logs - jnp.mean(logs, axis=-1, keepdims=True)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Compose:
     """One bijector after another: `forward` is `first.forward`, then `then.forward`.
@@ -121,8 +133,11 @@ class Compose:
     learning rate wants it.
     """
 
-    first: Bijector
-    then: Bijector
+    first: Bijector = dataclasses.field(metadata=child(is_bijector))
+    then: Bijector = dataclasses.field(metadata=child(is_bijector))
+
+    def __post_init__(self):
+        check_fields(self)
 
     def forward(self, u):
         """Both, in their order."""
@@ -151,6 +166,7 @@ def check(domain: PyTree, outer: PyTree) -> None:
     """Raises ValueError, by name, if a leaf of `outer` is outside its domain; traced values are not looked at."""
     if domain is None:
         return
+    _map(domain, outer, _refuse_complex)
     again = natural(domain, free(domain, outer))
     for name, x, y in zip(leaf_names(outer), jax.tree.leaves(outer), jax.tree.leaves(again), strict=True):
         if not is_inexact(x) or isinstance(x, Tracer):
@@ -163,8 +179,14 @@ def check(domain: PyTree, outer: PyTree) -> None:
             )
 
 
+def _refuse_complex(bijector: Bijector, x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        raise ValueError(f"Problem(domain=...): {type(bijector).__name__} is a domain of real numbers.")
+    return x
+
+
 def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
-    def is_bijector(node):
+    def is_entry(node):
         return node is None or (hasattr(node, "forward") and hasattr(node, "inverse"))
 
     def below(bijector, subtree):
@@ -173,8 +195,9 @@ def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
         return jax.tree.map(lambda x: function(bijector, x) if is_inexact(x) else x, subtree)
 
     try:
-        return jax.tree.map(below, domain, tree, is_leaf=is_bijector)
+        jax.tree.map(lambda *_: None, domain, tree, is_leaf=is_entry)
     except ValueError as error:
         raise ValueError(
             f"Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: {error}"
         ) from None
+    return jax.tree.map(below, domain, tree, is_leaf=is_entry)

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel.calls import check_point
 from bilevel.data import draw, draw_one
 from bilevel.flops import flops, gradient_flops, has_while, hvp_flops, operations
-from bilevel.hypergradients.base import Estimate, Hypergradient, outer_value, schedule
+from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient, outer_value, schedule
 from bilevel.problem import Problem
+from bilevel.settings import checked, integer, optional, shown
 from bilevel.trees import PyTree, global_norm
 from bilevel.variance import variance
 
@@ -125,8 +127,16 @@ def compare(
       samples: on how many batches each is estimated again for its `variance` over them; None for no such column.
 
     Raises:
-      ValueError: if `reference` is not among `hypergradients`, or for samples < 2.
+      ValueError: if `reference` is not among `hypergradients`, for repeats < 1 or samples < 2, or for an argument of
+        another kind.
     """
+    check_point("compare", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
+    if not isinstance(hypergradients, Mapping):
+        raise ValueError(f"compare(hypergradients={shown(hypergradients)}): must be a dict, name -> estimator.")
+    for name, estimator in hypergradients.items():
+        checked("compare", f"hypergradients[{name!r}]", estimator, is_hypergradient)
+    checked("compare", "repeats", repeats, integer(1))
+    checked("compare", "samples", samples, optional(integer(2)))
     if reference not in hypergradients:
         raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
     key = jax.random.key(0) if key is None else key

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from bilevel.trees import PyTree, leaf_names
+from bilevel.settings import boolean, check_fields, integer, one_of, register, setting, shown
+from bilevel.trees import PyTree, leaf_names, unlike_array
+
+Order = Literal["rows", "blocks"]
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Indexed:
     """Rows `index` of `arrays`: a batch (`index[size]`) or `steps` batches (`index[steps, size]`), not yet gathered.
@@ -31,14 +35,26 @@ class Indexed:
 
     arrays: PyTree
     index: jax.Array
-    contiguous: bool = dataclasses.field(default=False, metadata={"static": True})
+    contiguous: bool = dataclasses.field(default=False, metadata=setting(boolean))
+
+    def __post_init__(self):
+        check_fields(self)
+        if not jnp.issubdtype(getattr(self.index, "dtype", None), jnp.integer):
+            raise ValueError(f"Indexed(index={shown(self.index)}): must be an array of integers, the rows.")
+        if isinstance(self.index, Tracer) or not np.size(self.index):
+            return
+        as_data("Indexed", self.arrays)
+        low, high, count = int(np.min(self.index)), int(np.max(self.index)), rows(self.arrays)
+        if low < 0 or high >= count:
+            wrong = low if low < 0 else high
+            raise ValueError(f"Indexed(index=...) holds the row {wrong}, but the arrays have {count} rows.")
 
     def batch(self, which: Any) -> Indexed:
         """The batches `index[which]`."""
         return dataclasses.replace(self, index=self.index[which])
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class FullBatch:
     """The whole of `arrays`, or the columns of a `datasets.Dataset`, as the batch of every step."""
@@ -46,7 +62,7 @@ class FullBatch:
     arrays: PyTree
 
     def __post_init__(self):
-        object.__setattr__(self, "arrays", columns(self.arrays))
+        object.__setattr__(self, "arrays", as_data("FullBatch", self.arrays))
 
 
 def resolve(batch: PyTree) -> PyTree:
@@ -69,6 +85,7 @@ def slots(batches: PyTree, steps: int, what: str = "inner steps") -> tuple[PyTre
     """
     if isinstance(batches, FullBatch):
         return None, lambda x: batches
+    refuse_sources(f"The {what.split()[0]} batches", batches)
     xs = batches.index if isinstance(batches, Indexed) else batches
     for name, leaf in zip(leaf_names(xs), jax.tree.leaves(xs), strict=True):
         if jnp.ndim(leaf) == 0 or leaf.shape[0] != steps:
@@ -129,13 +146,58 @@ def _column(name: str, values: Any) -> np.ndarray:
     return array.reshape(shape)
 
 
+def as_data(what: str, data: Any) -> PyTree:
+    """`data` as a tree of arrays that a loss may be given: `columns` of it.
+
+    Raises:
+      ValueError: in a sentence that `what` begins, for a list of batches, a leaf that is no array of numbers, or
+        numbers that the enabled types do not hold; as `columns`.
+    """
+    data = columns(data)
+    for name, x in zip(leaf_names(data), jax.tree.leaves(data), strict=True):
+        if isinstance(x, (bool, int, float, complex)):
+            reason = f"the single number {x!r}, which is no row of data (make arrays: np.asarray(...))"
+        else:
+            reason = unlike_array(x)
+        if reason is not None:
+            raise ValueError(f"{what} was given {reason}, in leaf {name}.")
+    refuse_list(what, data)
+    return data
+
+
+def refuse_list(what: str, data: Any) -> None:
+    """Raises ValueError, in a sentence that `what` begins, for a list of batches where one tree of arrays is meant."""
+    if not isinstance(data, list) or not data or jax.tree_util.all_leaves(data):
+        return
+    if len({jax.tree.structure(item) for item in data}) == 1:
+        raise ValueError(
+            f"{what} was given a list of {len(data)} batches, where one tree of arrays is meant: stack them, "
+            "jax.tree.map(lambda *x: jnp.stack(x), *batches), or give run an iterator over them (where one tree is "
+            "meant, make it a tuple)."
+        )
+
+
+def refuse_sources(what: str, batches: Any) -> None:
+    """Raises ValueError for a source of batches, or a list of them, where the batches themselves are meant."""
+    if isinstance(batches, (Batches, Shuffled)):
+        raise ValueError(
+            f"{what} are Batches, from which run draws: draw them here, batches.take(key, 0, steps), or one, "
+            "batches.take(key, 0, 1).batch(0)."
+        )
+    if hasattr(batches, "__next__"):
+        raise ValueError(f"{what} are an iterator, which only run reads: take from it what is needed, and stack it.")
+    refuse_list(what, batches)
+
+
 def draw(data: Any, key: jax.Array, first: Any, count: int) -> PyTree:
     """Batches number `first` to `first + count - 1` of `Batches`; anything else is the same data at every step."""
     if isinstance(data, Batches):
         return data.take(key, first, count)
     if data is None or isinstance(data, FullBatch):
         return data
-    return FullBatch(jax.tree.map(jnp.asarray, columns(data)))
+    if hasattr(data, "__next__"):
+        raise ValueError("Data are an iterator, which only run reads: give Batches(arrays, size), or arrays.")
+    return FullBatch(jax.tree.map(jnp.asarray, as_data("The data", data)))
 
 
 def draw_one(data: Any, key: jax.Array, number: Any) -> PyTree:
@@ -160,7 +222,7 @@ def rows(arrays: PyTree) -> int:
     return lengths.pop()
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """Shuffled mini-batches of `size` rows, without replacement, drawn inside the compiled step.
@@ -183,18 +245,14 @@ class Batches:
     """
 
     arrays: PyTree
-    size: int = dataclasses.field(metadata={"static": True})
-    order: str = dataclasses.field(default="rows", kw_only=True, metadata={"static": True})
+    size: int = dataclasses.field(metadata=setting(integer(1)))
+    order: Order = dataclasses.field(default="rows", kw_only=True, metadata=setting(one_of(*get_args(Order))))
 
     def __post_init__(self):
-        if self.order not in ("rows", "blocks"):
-            raise ValueError(f"Batches(order={self.order!r}): must be 'rows' or 'blocks'.")
-        object.__setattr__(self, "arrays", columns(self.arrays))
-        leaves = jax.tree.leaves(self.arrays)
-        if leaves and not all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves):
-            return  # a tree transformation, or lowering, holds placeholders here
+        object.__setattr__(self, "arrays", as_data("Batches", self.arrays))
         count = rows(self.arrays)
-        if not 1 <= self.size <= count:
+        check_fields(self)
+        if self.size > count:
             raise ValueError(
                 f"Batches(size={self.size}) on {count} rows: the batch size must be between 1 and the number of rows."
             )
@@ -217,7 +275,7 @@ class Batches:
         return -(-n // self.size) if self.order == "blocks" else n // self.size
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
     """`source` with the permutations of some epochs: `words[epochs, 2]`, from epoch number `start` on."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bilevel.calls import check_call, check_data
 from bilevel.hypergradients.base import Trained, schedule
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
@@ -84,6 +85,8 @@ def fit(
       As `run`; ValueError if `inner_loss` holds an operation without a gradient, by its name. One without a second
       derivative is fine.
     """
+    check_call("fit", problem=problem, outer=outer)
+    check_data("data", data)
     training = _Training(problem, Trained(optimizer, 1), outer)
     return run(
         training,

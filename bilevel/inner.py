@@ -43,8 +43,7 @@ class Trace(NamedTuple):
 def start(problem: Problem, optimizer: Optimizer, outer: PyTree, key: jax.Array) -> InnerState:
     """The state before the first inner step: `init_inner(key, outer)` and a fresh optimizer."""
     params = problem.start_inner(key, outer)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        opt_state = optimizers.transformation(optimizer, outer).init(problem.split(params)[0])
+    opt_state = optimizers.init(optimizer, outer, problem.split(params)[0])
     return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.guards import dependence
+from bilevel.settings import Unfit, misfit
 from bilevel.smooth import smooth
 from bilevel.trees import PyTree, combine, leaf_names, partition
 
@@ -16,8 +20,45 @@ Optimizer = Any
 """An `optax.GradientTransformation`, or `outer -> optax.GradientTransformation`."""
 
 
+def is_optimizer(value: Any) -> Optimizer:
+    """The rule of a setting that is an `Optimizer`.
+
+    A function of `outer` takes `outer` alone. A maker of optimizers (`optax.adam` without parentheses) could be called
+    with it too, and would take the outer variable for its learning rate.
+    """
+    if isinstance(value, optax.GradientTransformation):
+        if not (callable(value.init) and callable(value.update)):
+            raise Unfit("must be an optax.GradientTransformation whose init and update are functions")
+        return value
+    if isinstance(value, optax.MultiSteps):
+        return value
+    wanted = "must be an optax.GradientTransformation or a function outer -> optax.GradientTransformation"
+    if isinstance(value, type) or not callable(value):
+        raise Unfit(wanted)
+    if name := _maker(value):
+        raise Unfit(f"is not an optimizer but makes one: call it, {name}(...), or write lambda outer: {name}(...)")
+    if (taken := misfit(value, 1)) is not None:
+        raise Unfit(f"{wanted}, but takes {taken}")
+    return value
+
+
+def _maker(function: Any) -> str | None:
+    """The name of a function that makes optimizers of settings; None for a function of `outer`."""
+    whole = inspect.unwrap(function)
+    while isinstance(whole, functools.partial):
+        whole = inspect.unwrap(whole.func)
+    name, module = getattr(whole, "__name__", "optimizer"), getattr(whole, "__module__", None) or ""
+    if module.partition(".")[0] == "optax":
+        return f"optax.{name}"
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return name if len(names) > 1 and names[0] == "learning_rate" else None
+
+
 def transformation(optimizer: Optimizer, outer: PyTree) -> optax.GradientTransformationExtraArgs:
-    """The transformation that `optimizer` stands for at this `outer`.
+    """The transformation that `optimizer` stands for at this `outer`; half-precision leaves are updated in float32.
 
     Raises:
       TypeError: if it is neither an optax transformation nor a function that returns one.
@@ -31,7 +72,44 @@ def transformation(optimizer: Optimizer, outer: PyTree) -> optax.GradientTransfo
             f"The optimizer is a {type(optimizer).__name__}, but must be an optax.GradientTransformation "
             "or a function outer -> optax.GradientTransformation."
         )
-    return optax.with_extra_args_support(optimizer)
+    return _at_least_single(optax.with_extra_args_support(optimizer))
+
+
+def _at_least_single(transform: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """`transform`, with float32 for every half-precision parameter, gradient and state; others as they are.
+
+    The defaults of optimizers are not made for half precision: in float16 an eps of 1e-8, and the square of a small
+    gradient, are 0, and Adam divides by both; in bfloat16 a decay of 0.999 is 1.
+    """
+
+    def update(updates, state, params=None, **extra):
+        return transform.update(_widened(updates), state, _widened(params), **_widened(extra))
+
+    return optax.GradientTransformationExtraArgs(lambda params: transform.init(_widened(params)), update)
+
+
+def _widened(tree: PyTree) -> PyTree:
+    half = (jnp.dtype("float16"), jnp.dtype("bfloat16"))
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if getattr(x, "dtype", None) in half else x, tree)
+
+
+_OPTIMIZER_FAILURES = (TypeError, ValueError, LookupError, AttributeError)
+"""What optimizers raise for what they cannot work with."""
+
+
+def init(optimizer: Optimizer, outer: PyTree, params: PyTree) -> PyTree:
+    """The state of `optimizer`, at this `outer`, before its first update of `params`.
+
+    Raises:
+      ValueError: where the optimizer cannot start; as `transformation`.
+    """
+    transform = transformation(optimizer, outer)
+    try:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return transform.init(params)
+    except _OPTIMIZER_FAILURES as error:
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"The optimizer cannot start from these parameters: {said}.") from error
 
 
 def update(transform: optax.GradientTransformationExtraArgs, grads, state, params, value) -> tuple[PyTree, PyTree]:
@@ -42,19 +120,28 @@ def update(transform: optax.GradientTransformationExtraArgs, grads, state, param
         are not the ones to evaluate at (schedule-free, lookahead, sharpness-aware).
     """
     _refuse_evaluation_parameters(state)
-    try:
-        # optax descends along the conjugate of JAX's gradient of a complex variable.
-        grads = jax.tree.map(jnp.conj, grads)
-        # The step is traced once and evaluated smoothly; optax keeps its own promotion rules.
-        step = smooth(lambda g, s, p, v: transform.update(g, s, p, value=v, grad=g))
-        return step(grads, state, params, value)
-    except TypeError as error:
-        if "required keyword-only argument" not in str(error):
-            raise
-        raise ValueError(
-            f"The optimizer asks for more than value and grad ({error}), which only a line search on the loss can "
-            "give: use one without a line search, for example optax.lbfgs(learning_rate, linesearch=None)."
-        ) from None
+
+    def call(grads, state, params, value):
+        try:
+            return transform.update(grads, state, params, value=value, grad=grads)
+        except _OPTIMIZER_FAILURES as error:
+            raise ValueError(_why_it_failed(error)) from error
+
+    # optax descends along the conjugate of JAX's gradient of a complex variable.
+    grads = jax.tree.map(jnp.conj, grads)
+    # The step is traced once and evaluated smoothly; optax keeps its own promotion rules.
+    return smooth(call)(grads, state, params, value)
+
+
+def _why_it_failed(error: Exception) -> str:
+    said = str(error).partition("\n")[0]
+    if re.search(r"required keyword-only argument|must be provided|_fn\b", said):
+        return (
+            f"The optimizer asks for more than value and grad ({said}), which only evaluating the loss again can give "
+            "(line searches, sophia): use one without, for example optax.adam(learning_rate), or "
+            "optax.lbfgs(learning_rate, linesearch=None)."
+        )
+    return f"The optimizer cannot update these parameters: {said}."
 
 
 def _refuse_evaluation_parameters(state: PyTree) -> None:
@@ -104,6 +191,21 @@ def refresh(optimizer: Optimizer, outer: PyTree, params: PyTree, state: PyTree) 
             )
     leaves = [n if d else o for n, o, d in zip(new, old, derived, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def check_state(optimizer: Optimizer, outer: PyTree, params: PyTree, state: PyTree) -> None:
+    """Refuses an optimizer state that is not one of `optimizer` for `params`.
+
+    Raises:
+      ValueError: if its structure, or the shape of a leaf, is another.
+    """
+    own = jax.eval_shape(lambda params, outer: init(optimizer, outer, params), params, outer)
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (own, state)]
+    if jax.tree.structure(own) != jax.tree.structure(state) or shapes[0] != shapes[1]:
+        raise ValueError(
+            "The optimizer state in inner_state is not one of this optimizer for these parameters: start from "
+            "init(problem, outer, key) of this estimator, or give inner_state=None."
+        )
 
 
 def carried(transform: optax.GradientTransformationExtraArgs, params: PyTree, state: PyTree) -> list[bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
-from bilevel.trees import PyTree
+from bilevel.settings import checked, random_key, real, scalar
+from bilevel.trees import PyTree, leaf_names
 
 
 class AllocateState(NamedTuple):
@@ -44,21 +47,27 @@ def allocate(budget: float, costs: PyTree = 1, *, key: jax.Array) -> optax.Gradi
       `optax.MaskedNode` are passed over, so that `optax.partition` gives every group of modules a budget of its own.
 
     Raises:
-      ValueError: for a cost that is not positive, costs of another structure than the gates, or a budget that no
-        module fits into; at the update, without `params`.
+      ValueError: for a cost that is not positive, costs of another structure than the gates, a budget that no module
+        fits into, or gates that are not floating point; at the update, without `params` or for a score that is NaN.
 
     References:
       Dantzig, "Discrete-variable extremum problems", 1957 (the ratio rule); Zhang et al. 2024, arXiv 2406.14956 (a
       budget of LoRA modules).
     """
 
+    checked("allocate", "budget", budget, real(infinite=True))
+    checked("allocate", "key", key, random_key)
+
     def init(params: PyTree) -> AllocateState:
+        _check_gates("gates", params)
         _whole(costs, budget, params)
         return AllocateState(key)
 
     def update(updates: PyTree, state: Any, params: PyTree = None):
         if params is None:
             raise ValueError("allocate moves gates to a set, so it needs them: call update(updates, state, params).")
+        _check_gates("gates", params)
+        _check_gates("scores", updates)
         whole, limit = _whole(costs, budget, params)
         leaves, structure = jax.tree.flatten(updates)
         gates = jax.tree.leaves(params)
@@ -67,7 +76,9 @@ def allocate(budget: float, costs: PyTree = 1, *, key: jax.Array) -> optax.Gradi
         chosen = _best_set(score, jnp.asarray(whole), jnp.int32(limit), key)
         split = np.cumsum([leaf.size for leaf in leaves])[:-1]
         parts = zip(jnp.split(chosen, split), gates, strict=True)
-        moved = [part.reshape(gate.shape).astype(gate.dtype) - gate for part, gate in parts]
+        # Of traced scores nothing is known here: a NaN among them becomes one of every gate, which a run tells of.
+        doubt = jnp.where(jnp.any(jnp.isnan(score)), jnp.nan, 0.0)
+        moved = [part.reshape(gate.shape).astype(gate.dtype) - gate + doubt.astype(gate.dtype) for part, gate in parts]
         return jax.tree.unflatten(structure, moved), AllocateState(next_key)
 
     return optax.GradientTransformation(init, update)
@@ -86,9 +97,19 @@ def project(projection: str, **options: Any) -> optax.GradientTransformation:
       ValueError: for an unknown set; at the update, without `params`.
     """
     function = getattr(optax.projections, f"projection_{projection}", None)
+    if not isinstance(projection, str):
+        function = None
     if function is None:
         known = sorted(name.removeprefix("projection_") for name in dir(optax.projections) if "projection_" in name)
         raise ValueError(f"project({projection!r}): there is no such projection; optax has {', '.join(known)}.")
+
+    try:
+        inspect.signature(function).bind(None, **options)
+    except TypeError as error:
+        raise ValueError(f"project({projection!r}, ...): {error}; see optax.projections.{function.__name__}.") from None
+    for name, option in options.items():
+        for x in jax.tree.leaves(option):
+            checked(f"project({projection!r})", name, x, scalar(infinite=True))
 
     def update(updates: PyTree, params: PyTree = None) -> PyTree:
         if params is None:
@@ -109,6 +130,16 @@ def center() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params=None: jax.tree.map(lambda u: u - jnp.mean(u), updates))
 
 
+def _check_gates(what: str, tree: PyTree) -> None:
+    """Raises ValueError, by name, for a leaf that is no real floating-point array, or holds a NaN."""
+    for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            kind = jnp.result_type(x)
+            raise ValueError(f"allocate: the {what} in leaf {name} are {kind}, but must be floating point (0.0, 1.0).")
+        if not isinstance(x, Tracer) and np.isnan(np.asarray(x, np.float64)).any():
+            raise ValueError(f"allocate: the {what} in leaf {name} hold a NaN, which has no place in an order.")
+
+
 def _whole(costs: PyTree, budget: float, params: PyTree) -> tuple[np.ndarray, int]:
     """Costs `[M]` and budget as integers below 2^31, in a common unit; no cost smaller than it is."""
 
@@ -117,7 +148,7 @@ def _whole(costs: PyTree, budget: float, params: PyTree) -> tuple[np.ndarray, in
 
     try:
         cost = np.concatenate(jax.tree.leaves(jax.tree.map(spread, costs, params)))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"The costs of allocate do not fit its gates, module for module: {error}") from None
     if not (cost > 0).all():
         raise ValueError(f"allocate has a module of cost {cost[~(cost > 0)][0]:g}: costs must be positive.")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bilevel import schedules, treeverse
+from bilevel.calls import check_estimate
 from bilevel.data import narrow
 from bilevel.flops import flops, gradient_flops, operations
 from bilevel.hypergradients.unrolled import Unrolled
@@ -114,6 +115,8 @@ def plan(
     Raises:
       TypeError: for an estimator without schedules.
     """
+    if isinstance(hypergradient, Unrolled):
+        check_estimate(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key)
     if not isinstance(hypergradient, Unrolled):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
     arguments = (problem, inner_state, outer, inner_batches, outer_batch, key)

@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import bijectors
+from bilevel.arguments import Contents, check_outer, refuse_modules
 from bilevel.data import resolve
+from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
+from bilevel.settings import as_pytree as as_pytree
 from bilevel.trees import PyTree, as_arrays, cast_like, leaf_names, partition
 
-
-def as_pytree(function: Any) -> Any:
-    """`function` as something that can be an argument of a compiled function.
-
-    Pytrees that are callable (`jax.tree_util.Partial`, registered dataclasses) stay as they are: their arrays
-    are arguments. A plain function becomes a `Partial` without leaves, compared by identity.
-    """
-    if callable(function) and jax.tree_util.all_leaves([function]):
-        return jax.tree_util.Partial(function)
-    return function
+_LOSS = function("inner", "outer", "batch", "key", result="scalar")
 
 
-@jax.tree_util.register_dataclass
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(name, str) for name in value):
+        raise Unfit("must be a sequence of names of entries of inner")
+    return tuple(value)
+
+
+@register
 @dataclasses.dataclass(frozen=True)
 class Problem:
     r"""The bilevel problem
@@ -60,29 +60,32 @@ class Problem:
     constant, of whatever type.
     """
 
-    inner_loss: Callable[..., Any]
-    outer_loss: Callable[..., Any]
-    init_inner: Callable[[jax.Array, PyTree], PyTree]
-    init_outer: Callable[[jax.Array], PyTree]
-    has_aux: bool = dataclasses.field(default=False, kw_only=True, metadata={"static": True})
-    project: Callable[[PyTree], PyTree] | None = dataclasses.field(default=None, kw_only=True)
-    domain: PyTree = dataclasses.field(default=None, kw_only=True)
-    mutable: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, metadata={"static": True})
+    inner_loss: Callable[..., Any] = dataclasses.field(metadata=child(_LOSS))
+    outer_loss: Callable[..., Any] = dataclasses.field(metadata=child(_LOSS))
+    init_inner: Callable[[jax.Array, PyTree], PyTree] = dataclasses.field(
+        metadata=child(function("key", "outer", result="inner"))
+    )
+    init_outer: Callable[[jax.Array], PyTree] = dataclasses.field(metadata=child(function("key", result="outer")))
+    has_aux: bool = dataclasses.field(default=False, kw_only=True, metadata=setting(boolean))
+    project: Callable[[PyTree], PyTree] | None = dataclasses.field(
+        default=None, kw_only=True, metadata=child(optional(function("outer", result="outer")))
+    )
+    domain: PyTree = dataclasses.field(default=None, kw_only=True, metadata=child(bijectors.is_domain))
+    mutable: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, metadata=setting(_names))
 
     def __post_init__(self):
-        for name in ("inner_loss", "outer_loss", "init_inner", "init_outer", "project"):
-            object.__setattr__(self, name, as_pytree(getattr(self, name)))
-        if isinstance(self.mutable, str) or not all(isinstance(name, str) for name in self.mutable):
-            raise ValueError(f"Problem(mutable={self.mutable!r}): must be a sequence of names of entries of inner.")
-        object.__setattr__(self, "mutable", tuple(self.mutable))
+        check_fields(self)
 
     def start_outer(self, key: jax.Array) -> PyTree:
         """`init_outer(key)`, its numbers made arrays.
 
         Raises:
-          ValueError: if a leaf is outside its domain.
+          ValueError: if it holds no floating-point number, a leaf is no array, or one is outside its domain.
         """
-        outer = as_arrays(self.init_outer(key))
+        outer = self.init_outer(key)
+        refuse_modules("init_outer returned", outer)
+        outer = as_arrays(outer, "init_outer returned")
+        check_outer("init_outer returned", outer)
         bijectors.check(self.domain, outer)
         return outer
 
@@ -102,19 +105,42 @@ class Problem:
         _, pull = jax.vjp(self.natural, free)
         return free, pull(cast_like(grad, outer))[0]
 
+    def projected(self, outer: PyTree) -> PyTree:
+        """`project(outer)`; `outer` itself where there is none.
+
+        Raises:
+          ValueError: if it returns another kind of tree.
+        """
+        if self.project is None:
+            return outer
+        found = self.project(outer)
+        if jax.tree.structure(found) != jax.tree.structure(outer) or _shapes(found) != _shapes(outer):
+            raise ValueError(
+                f"project returned {_shapes(found)} for an outer variable that is {_shapes(outer)}: it must be a tree "
+                "like its argument, of the same shapes and dtypes."
+            )
+        return found
+
     def start_inner(self, key: jax.Array, outer: PyTree) -> PyTree:
         """`init_inner(key, outer)`, its numbers made arrays.
 
         Raises:
-          ValueError: if it is not a dict with the `mutable` entries.
+          ValueError: if it is not a dict with the `mutable` entries, holds nothing to train, or a leaf is no array.
         """
-        inner = as_arrays(self.init_inner(key, outer))
+        inner = self.init_inner(key, outer)
+        refuse_modules("init_inner returned", inner, self.mutable)
+        inner = as_arrays(inner, "init_inner returned")
         if self.mutable and not (isinstance(inner, dict) and inner.keys() >= set(self.mutable)):
             found = (
                 f"a dict of {', '.join(map(str, inner))}" if isinstance(inner, dict) else f"a {type(inner).__name__}"
             )
             raise ValueError(
                 f"Problem(mutable={self.mutable}): init_inner must return a dict with these entries, not {found}."
+            )
+        if not any(np.size(x) for x in jax.tree.leaves(self.split(inner)[0])):
+            raise ValueError(
+                f"init_inner returned nothing that can be trained ({_shapes(inner)}): inner needs a floating-point "
+                "leaf with at least one number, since integers, booleans and random keys are constants."
             )
         return inner
 
@@ -167,14 +193,29 @@ class Problem:
         return self._value("outer_loss", self.has_aux, inner, outer, batch, key)
 
     def _value(self, name, is_pair, inner, outer, batch, key):
-        batch = resolve(batch)
+        batch, loss = resolve(batch), getattr(self, name)
+        arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
+        before = {what: Contents.of(tree) for what, tree in arguments.items()}
         try:
-            result = getattr(self, name)(inner, outer, batch, key)
-        except (TypeError, ValueError) as error:
+            result = loss(inner, outer, batch, key)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            if batch is None and "NoneType" in str(error):
+                side = name.partition("_")[0]
+                raise ValueError(
+                    f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of run; "
+                    f"the {side} batches of estimate), or let it read none."
+                ) from error
             read = (("inner", inner), ("outer", outer), ("batch", batch))
             shapes = "; ".join(f"{what}: {_shapes(tree)}" for what, tree in read)
             error.add_note(f"This happened in {name}, which was called with {shapes}. Do they fit together?")
             raise
+        for what, tree in arguments.items():
+            if (leaf := before[what].changed(tree)) is not None:
+                raise ValueError(
+                    f"{name} changed {what} in place ({leaf}), which would be lost: a loss is a function of its "
+                    "arguments, so build a new value, and return what training has to carry as Problem(mutable=...) "
+                    "says."
+                )
         if isinstance(result, tuple) != is_pair or (is_pair and len(result) != 2):
             wanted = "a pair (scalar, aux), as has_aux=True says" if is_pair else "a scalar"
             if is_pair and not self.has_aux:
@@ -189,6 +230,10 @@ class Problem:
                 "reduce it with a mean or a sum."
             )
         return value, aux
+
+
+is_problem = instance(Problem, "a bilevel.Problem(...)")
+"""The rule of a setting that is a `Problem`."""
 
 
 def _is_loss(value: Any) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel.settings import checked, function, scalar
 from bilevel.trees import PyTree
 
 
@@ -26,6 +27,9 @@ def proximal_gradient(learning_rate: Any, prox: Callable[[PyTree, Any], PyTree])
     References:
       Daubechies et al. 2004 (ISTA), arXiv math/0307152.
     """
+
+    checked("proximal_gradient", "learning_rate", learning_rate, scalar(low=0.0))
+    checked("proximal_gradient", "prox", prox, function("w", "eta"))
 
     def init(params):
         del params

@@ -17,8 +17,10 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend import core as jex
 
+from bilevel.calls import check_estimate, refuse_complex_variables
 from bilevel.custom_rules import custom_rule
 from bilevel.data import slots
+from bilevel.gradients import INNER_GRADIENT
 from bilevel.guards import refuse_reverse_rules
 from bilevel.problem import Problem
 from bilevel.tracing import bind, is_literal, jaxprs, used
@@ -41,7 +43,9 @@ def guarded(estimate: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(estimate)
     def method(self, problem, inner_state, outer, inner_batches, outer_batch, key):
-        params = None if inner_state is None else inner_state.params
+        check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
+        params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
+        refuse_complex_variables(self, problem.split(params)[0], outer)
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
         for loss in losses:
@@ -64,6 +68,8 @@ def explained(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -
         yield
     except _FAILURES as error:
         reason = _undifferentiable(losses, orders, str(error))
+        if reason is None and "custom_vjp" in str(error):
+            reason = f"Training that forward mode is pushed through {_MIXED}."
         if reason is None:
             raise
         said = str(error).partition("\n")[0]
@@ -227,8 +233,22 @@ def _undifferentiable(losses: list[TracedLoss], orders: Mapping[str, tuple[str, 
                 continue
             if name := _culprit(loss.closed.jaxpr, variables, words):
                 remedy = _REMEDIES.get(name, _REMEDY)
+                if name == "custom_vjp_call" and _trains(loss.closed.jaxpr):
+                    return f"{loss.name} cannot be differentiated{words}: the training inside it {_MIXED}."
                 return f"{loss.name} cannot be differentiated{words}, because of `{name}`: {remedy}."
     return None
+
+
+_MIXED = (
+    "has a gradient with a rule for reverse mode alone (mixed mode): give the estimator that trains there "
+    "mode='reverse', as in Unrolled(optimizer, steps, mode='reverse')"
+)
+
+
+def _trains(jaxpr: Any) -> bool:
+    """Whether an estimator trains inside `jaxpr`."""
+    named = (eqn.params["name"] == INNER_GRADIENT for eqn in jaxpr.eqns if eqn.primitive.name == "name")
+    return any(named) or any(_trains(inner) for eqn in jaxpr.eqns for inner in jaxprs(eqn.params))
 
 
 def _culprit(jaxpr: Any, variables: range, words: str) -> str | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from bilevel.calls import check_run
 from bilevel.checkpoints import Checkpoints
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled, columns, rows, slots
 from bilevel.diagnosis import STEEP, describe_failure, steep_leaves
@@ -89,10 +90,7 @@ def run(
         variable instead of reading it.
       FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"run(steps={steps!r}): the number of outer steps must be an integer >= 1.")
-    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int | float) or not checkpoint_every >= 0:
-        raise ValueError(f"run(checkpoint_every={checkpoint_every!r}): must be a number of seconds >= 0.")
+    check_run("run", **locals())
     key = jax.random.key(0) if key is None else key
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
     feeds = _Feed.of("inner_data", inner_data, inner_key), _Feed.of("outer_data", outer_data, outer_key)

@@ -27,13 +27,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bilevel import treeverse
 from bilevel.gradients import INNER_GRADIENT
+from bilevel.settings import Unfit, check_fields, integer, real, setting
 from bilevel.tracing import is_literal
 from bilevel.trees import as_words, combine, partition
 
@@ -54,11 +55,10 @@ class Levels:
       ValueError: unless `n >= 1`.
     """
 
-    n: int
+    n: int = dataclasses.field(metadata=setting(integer(1)))
 
     def __post_init__(self):
-        if self.n < 1:
-            raise ValueError(f"Levels(n={self.n}): the number of levels must be at least 1.")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,10 @@ class Binomial:
       ValueError: unless `c >= 1`.
     """
 
-    c: int
+    c: int = dataclasses.field(metadata=setting(integer(1)))
 
     def __post_init__(self):
-        if self.c < 1:
-            raise ValueError(f"Binomial(c={self.c}): at least one state, the first, must be kept.")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +86,10 @@ class Auto:
       ValueError: unless `bytes > 0`.
     """
 
-    bytes: float
+    bytes: float = dataclasses.field(metadata=setting(real(above=0.0)))
 
     def __post_init__(self):
-        if not self.bytes > 0:
-            raise ValueError(f"Auto(bytes={self.bytes}): the budget must be positive.")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,18 +99,19 @@ class Probe:
     found: list[StepBytes]
 
 
-Checkpoint = str | Levels | Binomial | Auto | Probe
+Checkpoint = Literal["auto", "none", "step", "sqrt"] | Levels | Binomial | Auto | Probe
 
 _LEVELS = {"step": 1, "sqrt": 2}
 
 
-def validate(checkpoint: Checkpoint) -> None:
-    """Raises ValueError unless `checkpoint` is a known schedule."""
-    if not isinstance(checkpoint, Levels | Binomial | Auto | Probe) and checkpoint not in ("auto", "none", *_LEVELS):
-        raise ValueError(
-            f"checkpoint={checkpoint!r} is not a schedule: use 'auto', 'none', 'step', 'sqrt', Levels(n), Binomial(c) "
-            "or Auto(bytes)."
+def is_schedule(value: Any) -> Checkpoint:
+    """The rule of a setting that is a `Checkpoint`."""
+    named = isinstance(value, str) and value in ("auto", "none", *_LEVELS)
+    if not named and not isinstance(value, Levels | Binomial | Auto | Probe):
+        raise Unfit(
+            "is not a schedule: use 'auto', 'none', 'step', 'sqrt', Levels(n), Binomial(c) or Auto(bytes)"
         )
+    return value
 
 
 def scan(checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
@@ -120,7 +119,6 @@ def scan(checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int) -
 
     Values are the same for every schedule, bit for bit. The stacked outputs are reports: they carry no derivative.
     """
-    validate(checkpoint)
     checkpoint = choose(checkpoint, lambda: step_bytes(step, carry, xs), length)
     if checkpoint != "none":
         # A step is done more than once, and reads its keys from a stack each time: as words, which may be read again.

@@ -11,10 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.arguments import check_outer
+from bilevel.calls import check_call, refuse_complex
 from bilevel.guards import StructuralZeroWarning
-from bilevel.hypergradients.base import Hypergradient, outer_value, schedule
+from bilevel.hypergradients.base import Hypergradient, is_hypergradient, outer_value, schedule
+from bilevel.hypergradients.per_task import PerTask
 from bilevel.inner import InnerState
-from bilevel.problem import Problem
+from bilevel.problem import Problem, is_problem
+from bilevel.settings import check_arguments, integer, real
 from bilevel.trees import PyTree, combine, is_inexact, leaf_names, partition
 
 STEP = 3e-4
@@ -184,6 +188,9 @@ def central_differences(
     leaves, structure = jax.tree.flatten(partition(outer)[0])
     result = []
     for i, leaf in enumerate(leaves):
+        if not leaf.size:
+            result.append(np.zeros(leaf.shape))
+            continue
         basis = np.eye(leaf.size).reshape(leaf.size, *leaf.shape)
         result.append(_derivatives(arguments, i, basis, step)[0].reshape(leaf.shape))
     return jax.tree.unflatten(structure, result)
@@ -213,6 +220,8 @@ def _values_moved(problem, hypergradient, inner_state, outer, inner_batches, out
     def value(move):
         moved = [x + move if i == leaf else x for i, x in enumerate(leaves)]
         at = combine(jax.tree.unflatten(structure, moved), fixed)
+        if isinstance(hypergradient, PerTask):  # one training for each task, and the mean of their outer losses
+            return hypergradient.estimate(problem, inner_state, at, inner_batches, outer_batch, key).value
         params = hypergradient.solve(problem, inner_state, at, inner_batches, key).params
         keys = schedule(key, hypergradient.steps)
         return outer_value(problem, hypergradient.steps, params, at, outer_batch, keys)[0]
@@ -298,17 +307,25 @@ def check_hypergradient(
     Raises:
       ValueError: for directions < 1, or an `outer` without an inexact leaf.
     """
-    if directions < 1:
-        raise ValueError(f"check_hypergradient(directions={directions}): at least one direction is needed.")
+    rules = {
+        "problem": is_problem,
+        "hypergradient": is_hypergradient,
+        "directions": integer(1),
+        "tolerance": real(above=0.0),
+    }
+    given = {"problem": problem, "hypergradient": hypergradient, "directions": directions, "tolerance": tolerance}
+    check_arguments("check_hypergradient", rules, **given)
+    if outer is not None:
+        check_call("check_hypergradient", inner_state=inner_state, outer=outer)
     key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True):
         outer = problem.start_outer(key) if outer is None else outer
         init = jax.tree_util.Partial(_start_wide, problem.init_inner)
         problem = dataclasses.replace(problem, init_inner=init)
         arguments = (*_wide((problem, hypergradient, inner_state, outer, inner_batches, outer_batch)), key)
+        check_outer("check_hypergradient was given", arguments[3])
         moving = partition(arguments[3])[0]
-        if not jax.tree.leaves(moving):
-            raise ValueError("outer has no floating-point leaf, so there is no hypergradient to check.")
+        refuse_complex("check_hypergradient", "outer", moving, "write them in real and imaginary parts")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StructuralZeroWarning)  # the verdict says it
             grad = jax.jit(lambda problem, hypergradient, *rest: hypergradient.estimate(problem, *rest).grad)(
@@ -317,6 +334,9 @@ def check_hypergradient(
         rng = np.random.default_rng(0)
         rows = []
         for i, (g, x) in enumerate(zip(jax.tree.leaves(grad), jax.tree.leaves(moving), strict=True)):
+            if not np.size(x):  # nothing to differ by
+                rows.append([np.zeros(0)] * 3)
+                continue
             basis, weight = _directions(rng, np.shape(x), directions)
             true, uncertainty = _derivatives(arguments, i, basis, STEP)
             projected = np.tensordot(basis, np.asarray(g), np.ndim(x)) if np.ndim(x) else basis * np.asarray(g)

@@ -28,9 +28,57 @@ def is_inexact(leaf: Any) -> bool:
     return not is_key(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def as_arrays(tree: PyTree) -> PyTree:
-    """`tree` with Python and NumPy numbers as strongly typed arrays, so that an update does not change a type."""
+def as_arrays(tree: PyTree, what: str = "The tree holds") -> PyTree:
+    """`tree` with Python and NumPy numbers as strongly typed arrays, so that an update does not change a type.
+
+    Raises:
+      ValueError: in a sentence that `what` begins, for a leaf that is no number and no array, or whose numbers do not
+        fit into the types that are enabled; with its name.
+    """
+    for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if (reason := unlike_array(x)) is not None:
+            raise ValueError(f"{what} {reason} in leaf {name}.")
     return jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def unlike_array(leaf: Any) -> str | None:
+    """What is wrong with a leaf that should be a number or an array; None if nothing is."""
+    kind = getattr(leaf, "dtype", None)
+    if isinstance(leaf, (bool, int, float, complex)):
+        leaf = np.asarray(leaf)
+    elif not isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        shown = getattr(leaf, "__name__", None) or " ".join(repr(leaf).split())
+        return (
+            f"a {type(leaf).__name__} ({shown[:40]}), which is neither a number nor an array (take it out of the tree, "
+            "as equinox.partition does, and bind it to the losses)"
+        )
+    if kind is not None and jnp.issubdtype(kind, jax.dtypes.extended):
+        return None
+    if not (jnp.issubdtype(leaf.dtype, jnp.number) or jnp.issubdtype(leaf.dtype, jnp.bool_)):
+        return f"values of type {leaf.dtype}, which are no numbers"
+    return too_wide(leaf)
+
+
+def too_wide(array: Any) -> str | None:
+    """What JAX would lose of a NumPy array, for which it has a narrower type without `jax_enable_x64`; None if nothing.
+
+    Integers would wrap around and large numbers become infinite, without a word.
+    """
+    if not isinstance(array, (np.ndarray, np.generic)):
+        return None
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow == array.dtype or not array.size:
+        return None
+    if jnp.issubdtype(narrow, jnp.integer):
+        limits, (low, high) = jnp.iinfo(narrow), (int(array.min()), int(array.max()))
+        beyond = high if high > limits.max else low if low < limits.min else None
+    else:
+        with np.errstate(over="ignore"):
+            lost = np.isfinite(array) & ~np.isfinite(array.astype(narrow))
+        beyond = array[lost].ravel()[0] if lost.any() else None
+    if beyond is None:
+        return None
+    return f"the number {beyond}, too large for {narrow} (set jax.config.update('jax_enable_x64', True), or rescale)"
 
 
 def partition(tree: PyTree) -> tuple[PyTree, PyTree]:

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.calls import check_point
 from bilevel.data import columns, draw, draw_one
-from bilevel.hypergradients.base import Hypergradient
+from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.problem import Problem
+from bilevel.settings import checked, integer
 from bilevel.trees import PyTree, global_norm, widened
 
 
@@ -58,8 +60,9 @@ def variance(
     Raises:
       ValueError: for samples < 2.
     """
-    if not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"variance(samples={samples!r}): must be an integer >= 2.")
+    check_point("variance", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
+    checked("variance", "hypergradient", hypergradient, is_hypergradient)
+    checked("variance", "samples", samples, integer(2))
     key = jax.random.key(0) if key is None else key
     outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
     outer = problem.start_outer(outer_key) if outer is None else outer

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from bilevel import inner, optimizers
+from bilevel.calls import check_call
 from bilevel.data import slots
 from bilevel.gradients import Point, reverse_gradient
 from bilevel.guards import Lost, arrives
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
-from bilevel.problem import Problem
+from bilevel.problem import Problem, is_problem
+from bilevel.settings import check_fields, checked, having, integer, register, setting
 from bilevel.trees import PyTree, at_step, combine, partition
 
 
@@ -112,11 +114,8 @@ def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, bat
     return problem.outer_value(params, at_step(outer, steps), batch, keys.outer)
 
 
-def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
-    """A dataclass field that is part of the structure of the object as a pytree: a setting, not an array."""
-    if default is not dataclasses.MISSING:
-        kwargs["default"] = default
-    return dataclasses.field(metadata={"static": True}, **kwargs)
+is_hypergradient = having("a hypergradient, such as bilevel.Unrolled(...)", "steps", "init", "solve", "estimate")
+"""The rule of a setting that is a `Hypergradient`."""
 
 
 _WARM = (
@@ -130,22 +129,20 @@ _BETWEEN = (
 )
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """An inner problem trained by `steps` steps of `optimizer`; the base of the estimators that do so."""
 
-    optimizer: Optimizer = static()
-    steps: int = static()
+    optimizer: Optimizer = dataclasses.field(metadata=setting(optimizers.is_optimizer))
+    steps: int = dataclasses.field(metadata=setting(integer(1)))
 
     def __post_init__(self):
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(
-                f"{type(self).__name__}(steps={self.steps!r}): the number of inner steps must be an integer >= 1."
-            )
+        check_fields(self)
 
     def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
         """The inner problem before its first step: `init_inner(key, outer)` and a fresh optimizer state."""
+        check_call(f"{type(self).__name__}.init", problem=problem, outer=outer, key=key)
         return inner.start(problem, self.optimizer, outer, key)
 
     def solve(
@@ -155,6 +152,8 @@ class Trained:
 
         With `inner_state=None` it starts from `init_inner`. A third level is built on this method.
         """
+        method = f"{type(self).__name__}.solve"
+        check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
         return self.trajectory(problem, inner_state, outer, inner_batches, schedule(key, self.steps))[0]
 
     def trajectory(
@@ -212,6 +211,7 @@ class Trained:
         if inner_state is None:
             return self.init(problem, outer, keys.start)
         moving, _ = problem.split(inner_state.params)
+        optimizers.check_state(self.optimizer, outer, moving, inner_state.opt_state)
         opt_state = optimizers.refresh(self.optimizer, outer, moving, inner_state.opt_state)
         return inner_state._replace(opt_state=opt_state)
 
@@ -222,6 +222,9 @@ class Trained:
 
 def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Callable[..., tuple[jax.Array, PyTree]]:
     """`f(outer, inner_state, inner_batches, outer_batch, key) -> (value, grad)`, for any other outer method."""
+
+    checked("value_and_hypergrad", "problem", problem, is_problem)
+    checked("value_and_hypergrad", "hypergradient", hypergradient, is_hypergradient)
 
     def function(outer, inner_state, inner_batches, outer_batch, key):
         estimate = hypergradient.estimate(problem, inner_state, outer, inner_batches, outer_batch, key)

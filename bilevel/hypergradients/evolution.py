@@ -11,13 +11,25 @@ import jax.numpy as jnp
 
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.problem import Problem
 from bilevel.refusals import guarded
+from bilevel.settings import Unfit, integer, real, register, setting
 from bilevel.trees import PyTree, combine, partition, replayed, widened
 
 
-@jax.tree_util.register_dataclass
+def even(value: Any) -> int:
+    """An even integer of at least 2."""
+    try:
+        value = integer(2)(value)
+    except Unfit:
+        value = 1
+    if value % 2:
+        raise Unfit("must be an even integer >= 2, since members come in pairs")
+    return value
+
+
+@register
 @dataclasses.dataclass(frozen=True)
 class EvolutionStrategies(Trained):
     r"""Antithetic evolution strategies: with :math:`L(\lambda) = F(w_K(\lambda), \lambda)`, all of training included,
@@ -45,12 +57,8 @@ class EvolutionStrategies(Trained):
       Nesterov and Spokoiny 2017; Salimans et al. 2017, arXiv 1703.03864; Metz et al. 2019, arXiv 1810.10180.
     """
 
-    population: int = static(32, kw_only=True)
-    sigma: float = static(0.01, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_population(self)
+    population: int = dataclasses.field(default=32, kw_only=True, metadata=setting(even))
+    sigma: float = dataclasses.field(default=0.01, kw_only=True, metadata=setting(real(above=0.0)))
 
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
@@ -82,15 +90,6 @@ def coordinates(problem: Problem, outer: PyTree) -> tuple[PyTree, Callable[..., 
     moving, fixed = partition(outer)
     free, pull = jax.vjp(lambda moving: partition(problem.free(combine(moving, fixed)))[0], moving)
     return free, lambda free: problem.natural(combine(free, fixed)), lambda grad: pull(grad)[0]
-
-
-def check_population(estimator: Any) -> None:
-    """Raises ValueError unless `population` is even and positive and `sigma` is positive."""
-    name, n = type(estimator).__name__, estimator.population
-    if not isinstance(n, int) or n < 2 or n % 2:
-        raise ValueError(f"{name}(population={n!r}): must be an even integer >= 2, since members come in pairs.")
-    if not estimator.sigma > 0:
-        raise ValueError(f"{name}(sigma={estimator.sigma!r}): must be positive.")
 
 
 def perturbations(estimator: Any, free: PyTree, key: jax.Array) -> PyTree:

@@ -10,23 +10,19 @@ import jax.numpy as jnp
 from bilevel import inner, optimizers
 from bilevel.data import narrow, slots
 from bilevel.guards import dependence, pull
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.inner import InnerState, Trace
 from bilevel.refusals import guarded
+from bilevel.settings import real, register, setting
 from bilevel.trees import at_step, cast_like, combine, global_norm, partition, replayed, widened
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class _Differences(Trained):
     """What both have in common: `_states` says where the difference is taken, where the outer loss, and the trace."""
 
-    radius: float = static(0.01, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.radius > 0:
-            raise ValueError(f"{type(self).__name__}(radius={self.radius!r}): must be positive.")
+    radius: float = dataclasses.field(default=0.01, kw_only=True, metadata=setting(real(above=0.0)))
 
     def meet_custom_rule(self, name: str) -> None:
         """Refuses an inner loss with a derivative of its own, by a function of this name."""
@@ -49,7 +45,7 @@ class _Differences(Trained):
         raise NotImplementedError
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class FiniteDifference(_Differences):
     r"""`OneStep` from first derivatives only: the last step's mixed second derivative is a central difference,
@@ -91,7 +87,7 @@ class FiniteDifference(_Differences):
         return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class SAMA(_Differences):
     r"""The identity for the inverse Hessian, adapted to the optimizer, by differences of first derivatives:

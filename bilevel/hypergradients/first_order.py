@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-
-import jax
+from typing import ClassVar
 
 from bilevel.guards import value_and_grad
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.refusals import guarded
+from bilevel.settings import register
 from bilevel.trees import combine, partition
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class FirstOrder(Trained):
     r"""Trains K steps, then takes :math:`\partial_\lambda F(w_K, \lambda)` with :math:`w_K` held constant.
@@ -31,6 +31,8 @@ class FirstOrder(Trained):
     References:
       Liu et al. 2019 (DARTS, "first-order approximation"), arXiv 1806.09055.
     """
+
+    takes_complex: ClassVar[bool] = True
 
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:

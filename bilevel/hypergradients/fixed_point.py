@@ -11,11 +11,12 @@ from bilevel.conditions import fixed_point_of, mean_loss, require_constant_held,
 from bilevel.hypergradients.base import schedule
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
 from bilevel.inner import InnerState
-from bilevel.linear_solvers.base import LinearSolver
+from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.neumann import Neumann
+from bilevel.settings import child, register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class FixedPoint(AtSolution):
     r"""Trains K steps, then differentiates the fixed point :math:`z = U(z, \lambda)` that training has approached:
@@ -52,7 +53,9 @@ class FixedPoint(AtSolution):
       Grazzi et al. 2020, arXiv 2006.16218; Bertrand et al. 2020 (lasso), arXiv 2002.08943.
     """
 
-    linear_solver: LinearSolver = dataclasses.field(default=Neumann(terms=100), kw_only=True)
+    linear_solver: LinearSolver = dataclasses.field(
+        default=Neumann(terms=100), kw_only=True, metadata=child(is_linear_solver)
+    )
     symmetric: ClassVar[bool] = False
 
     def init(self, problem, outer, key) -> InnerState:

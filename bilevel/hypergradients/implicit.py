@@ -11,11 +11,12 @@ from bilevel.conditions import mean_loss, require_constant_held, require_station
 from bilevel.hypergradients.base import schedule
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, refuse_symmetric, with_adjoint
 from bilevel.inner import InnerState
-from bilevel.linear_solvers.base import LinearSolver
+from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
+from bilevel.settings import child, register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Implicit(AtSolution):
     r"""Trains K steps, then differentiates the stationary point that training has approached:
@@ -54,7 +55,7 @@ class Implicit(AtSolution):
       arXiv 1909.04630.
     """
 
-    linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True)
+    linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True, metadata=child(is_linear_solver))
     symmetric: ClassVar[bool] = True
 
     def init(self, problem, outer, key) -> InnerState:

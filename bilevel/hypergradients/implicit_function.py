@@ -19,26 +19,28 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from bilevel.calls import refuse_complex
 from bilevel.conditions import FixedPointOf, MeanLoss, Stationary
 from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import Lost, pull
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.inner import InnerState, Trace
-from bilevel.linear_solvers.base import LinearSolver
+from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.refusals import guarded
+from bilevel.settings import boolean, child, real, register, setting
 from bilevel.tracing import detached, evaluate
 from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
 
 Condition = Stationary | FixedPointOf
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Backward:
     """How systems in dR/dz are solved: the solver, damping (delta), and the solver's randomness."""
 
     linear_solver: LinearSolver
-    damping: float = dataclasses.field(metadata={"static": True})
+    damping: float = dataclasses.field(metadata=setting())
     key: jax.Array
 
     def damped(self, image: PyTree, x: PyTree) -> PyTree:
@@ -46,10 +48,8 @@ class Backward:
         return jax.tree.map(lambda a, x: a.astype(x.dtype) + self.damping * x, image, x)
 
 
-def validate(estimator: str, linear_solver: Any, damping: float, *, symmetric: bool) -> None:
-    """Raises ValueError for a negative damping, or a solver for symmetric systems where they are not."""
-    if not damping >= 0:
-        raise ValueError(f"{estimator}(damping={damping!r}): must not be negative.")
+def validate(estimator: str, linear_solver: Any, *, symmetric: bool) -> None:
+    """Raises ValueError for a solver for symmetric systems where they are not."""
     if not symmetric and getattr(linear_solver, "symmetric_only", False):
         raise ValueError(
             f"{estimator}: the derivative of an update map is not symmetric, so {type(linear_solver).__name__} does "
@@ -69,6 +69,7 @@ def refuse_symmetric(estimator: str, linear_solver: Any, loss: MeanLoss) -> None
 
 def attach(backward: Backward, condition: Condition, z: PyTree) -> PyTree:
     """z itself, with the derivative that `condition` gives it; z's own derivative is dropped."""
+    refuse_complex("Implicit differentiation", "inner", z, "use Unrolled, or write it in real and imaginary parts")
     # Where this is transposed, one batch is linearised at a time.
     rule = jax.checkpoint(reverse_gradient, prevent_cse=False)
     # A custom rule sees its arguments only, so what the losses captured from outside is made one: `consts`.
@@ -214,20 +215,20 @@ def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(a == 0, jnp.zeros_like(a), a / jnp.where(b > 0, b, jnp.ones_like(b)))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class AtSolution(Trained):
     """Trains K steps, then applies the theorem to what `_system` says of the trained point."""
 
-    linear_solver: LinearSolver = dataclasses.field(kw_only=True)
-    damping: float = static(0.0, kw_only=True)
-    warm_start: bool = static(True, kw_only=True)
+    linear_solver: LinearSolver = dataclasses.field(kw_only=True, metadata=child(is_linear_solver))
+    damping: float = dataclasses.field(default=0.0, kw_only=True, metadata=setting(real(low=0.0)))
+    warm_start: bool = dataclasses.field(default=True, kw_only=True, metadata=setting(boolean))
     symmetric: ClassVar[bool]
     """Whether dR/dz is."""
 
     def __post_init__(self):
         super().__post_init__()
-        validate(type(self).__name__, self.linear_solver, self.damping, symmetric=self.symmetric)
+        validate(type(self).__name__, self.linear_solver, symmetric=self.symmetric)
 
     @guarded
     def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:

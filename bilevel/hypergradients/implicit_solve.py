@@ -14,18 +14,19 @@ from bilevel.conditions import fixed_point_of, mean_loss, stationary, unknowns
 from bilevel.data import resolve, slots
 from bilevel.frozen import whole
 from bilevel.hypergradients import implicit_function
-from bilevel.hypergradients.base import Estimate, outer_value, schedule, static
+from bilevel.hypergradients.base import Estimate, outer_value, schedule
 from bilevel.hypergradients.implicit_function import Backward, attach, refuse_symmetric, with_adjoint
 from bilevel.inner import InnerState, Trace
-from bilevel.linear_solvers.base import LinearSolver
+from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
 from bilevel.optimizers import Optimizer
-from bilevel.problem import Problem, as_pytree
+from bilevel.problem import Problem
 from bilevel.refusals import guarded
+from bilevel.settings import boolean, check_fields, child, function, optional, real, register, setting
 from bilevel.trees import PyTree, as_arrays, at_step, combine, partition, replayed
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class ImplicitSolve:
     r"""`Implicit`, or `FixedPoint`, at the solution that a function of yours returns.
@@ -49,17 +50,21 @@ class ImplicitSolve:
       Blondel et al. 2022, arXiv 2105.15183.
     """
 
-    minimise: Callable[[Problem, PyTree, PyTree, jax.Array], PyTree]
-    rest: Optimizer | None = static(None, kw_only=True)
-    linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True)
-    damping: float = static(0.0, kw_only=True)
-    warm_start: bool = static(True, kw_only=True)
+    minimise: Callable[[Problem, PyTree, PyTree, jax.Array], PyTree] = dataclasses.field(
+        metadata=child(function("problem", "outer", "batch", "key", result="inner"))
+    )
+    rest: Optimizer | None = dataclasses.field(
+        default=None, kw_only=True, metadata=setting(optional(optimizers.is_optimizer))
+    )
+    linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True, metadata=child(is_linear_solver))
+    damping: float = dataclasses.field(default=0.0, kw_only=True, metadata=setting(real(low=0.0)))
+    warm_start: bool = dataclasses.field(default=True, kw_only=True, metadata=setting(boolean))
 
     steps = 1
 
     def __post_init__(self):
-        object.__setattr__(self, "minimise", as_pytree(self.minimise))
-        implicit_function.validate("ImplicitSolve", self.linear_solver, self.damping, symmetric=self.rest is None)
+        check_fields(self)
+        implicit_function.validate("ImplicitSolve", self.linear_solver, symmetric=self.rest is None)
 
     def init(self, problem, outer, key) -> InnerState:
         """`init_inner(key, outer)`, which `minimise` does not see; `extra` is the adjoint, as for `Implicit`."""
@@ -101,15 +106,14 @@ class ImplicitSolve:
     def _state(self, problem, params, outer) -> InnerState:
         opt_state = None
         if self.rest is not None:
-            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-                opt_state = optimizers.transformation(self.rest, outer).init(problem.split(params)[0])
+            opt_state = optimizers.init(self.rest, outer, problem.split(params)[0])
         return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
     def _solution(self, problem, inner_state, outer, batches, keys) -> InnerState:
         if inner_state is None:
             inner_state = self.init(problem, outer, keys.start)
         batch, inner_key = self._slot(batches, keys)
-        params = as_arrays(self.minimise(problem, at_step(outer, 0), batch, inner_key))
+        params = as_arrays(self.minimise(problem, at_step(outer, 0), batch, inner_key), "minimise returned")
         found, wanted = _kinds(params), _kinds(inner_state.params)
         if found != wanted:
             raise ValueError(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from bilevel.hypergradients.base import Estimate, Trained
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.inner import InnerState
+from bilevel.settings import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class OneStep(Trained):
     r"""Trains K steps and differentiates the last, :math:`w_K = U(w_{K-1}, \lambda)`, with :math:`w_{K-1}` constant:

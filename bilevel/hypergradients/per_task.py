@@ -10,13 +10,14 @@ import jax.numpy as jnp
 
 from bilevel.data import FullBatch, resolve, slots
 from bilevel.guards import EXACTNESS
-from bilevel.hypergradients.base import Estimate, Hypergradient
+from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
+from bilevel.settings import check_fields, child, register
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class PerTask:
     r"""The mean hypergradient over a batch of tasks, each trained by itself (MAML, learned regularisers):
@@ -47,9 +48,12 @@ class PerTask:
       Finn et al. 2017 (MAML), arXiv 1703.03400; Rajeswaran et al. 2019 (iMAML), arXiv 1909.04630.
     """
 
-    hypergradient: Hypergradient
+    hypergradient: Hypergradient = dataclasses.field(metadata=child(is_hypergradient))
 
     steps = 1  # inner batches an estimate takes: one, of tasks
+
+    def __post_init__(self):
+        check_fields(self)
 
     def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
         """The inner problem of a task before its first step."""

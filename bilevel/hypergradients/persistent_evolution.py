@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from bilevel.gradients import reverse_gradient
 from bilevel.guards import traced
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
-from bilevel.hypergradients.evolution import check_population, coordinates, mirrored, perturbations, weighted
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+from bilevel.hypergradients.evolution import coordinates, even, mirrored, perturbations, weighted
 from bilevel.inner import InnerState
 from bilevel.refusals import guarded
+from bilevel.settings import integer, optional, real, register, setting
 from bilevel.trees import PyTree, partition, replayed
 
 
@@ -33,7 +34,7 @@ class Particles(NamedTuple):
     age: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class PersistentES(Trained):
     r"""Persistent evolution strategies: unbiased over a training that is cut into pieces of K steps.
@@ -67,15 +68,9 @@ class PersistentES(Trained):
       Vicol et al. 2021, arXiv 2112.13835.
     """
 
-    population: int = static(32, kw_only=True)
-    sigma: float = static(0.01, kw_only=True)
-    memory: int | None = static(None, kw_only=True)
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_population(self)
-        if self.memory is not None and self.memory < 1:
-            raise ValueError(f"PersistentES(memory={self.memory!r}): must be at least 1, or None.")
+    population: int = dataclasses.field(default=32, kw_only=True, metadata=setting(even))
+    sigma: float = dataclasses.field(default=0.01, kw_only=True, metadata=setting(real(above=0.0)))
+    memory: int | None = dataclasses.field(default=None, kw_only=True, metadata=setting(optional(integer(1))))
 
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`, with all `Particles` at that start."""

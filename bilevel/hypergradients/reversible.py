@@ -15,14 +15,37 @@ import optax
 from bilevel.data import slots
 from bilevel.gradients import Point, mixed_gradient
 from bilevel.guards import pull
-from bilevel.hypergradients.base import Aux, Estimate, Trained, outer_value, schedule, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, outer_value, schedule
 from bilevel.inner import InnerState, Trace
 from bilevel.problem import Problem
 from bilevel.refusals import guarded
+from bilevel.settings import Unfit, check_fields, function, integer, real, register, setting
 from bilevel.trees import PyTree, at_step, cast_like, combine, partition, replayed
 
 
-@jax.tree_util.register_dataclass
+def _fraction(value: Any) -> float:
+    wanted = "must be a fraction inside (0, 1) with a denominator up to 1000"
+    try:
+        value = real(above=0.0, below=1.0)(value)
+    except Unfit:
+        raise Unfit(wanted) from None
+    nearest = fractions.Fraction(value).limit_denominator(1000)
+    if not 0 < nearest < 1 or abs(float(nearest) - value) > 1e-12:
+        raise Unfit(wanted)
+    return value
+
+
+def _rate_or_function(value: Any) -> Any:
+    if callable(value) and not isinstance(value, type):
+        function("outer", result="learning rate")(value)
+        return value
+    try:
+        return real(above=0.0)(value)
+    except Unfit as reason:
+        raise Unfit(f"{reason}, or a function outer -> learning rate") from None
+
+
+@register
 @dataclasses.dataclass(frozen=True)
 class Reversible:
     r"""`Unrolled` for gradient descent with momentum, in memory that hardly depends on the number of steps:
@@ -60,18 +83,15 @@ class Reversible:
       Maclaurin, Duvenaud & Adams 2015, arXiv 1502.03492, algorithm 3.
     """
 
-    learning_rate: float | Callable[[PyTree], Any] = static()
-    momentum: float = static()
-    steps: int = static()
-    bits: int = static(40, kw_only=True)
+    learning_rate: float | Callable[[PyTree], Any] = dataclasses.field(metadata=setting(_rate_or_function))
+    momentum: float = dataclasses.field(metadata=setting(_fraction))
+    steps: int = dataclasses.field(metadata=setting(integer(1)))
+    bits: int = dataclasses.field(default=40, kw_only=True, metadata=setting(integer(1)))
 
     def __post_init__(self):
-        Trained(optax.sgd(0.1), self.steps)
-        fraction = self._fraction
-        if not 0 < fraction < 1 or abs(float(fraction) - self.momentum) > 1e-12:
-            raise ValueError(
-                f"Reversible(momentum={self.momentum}): must be a fraction inside (0, 1) with a denominator up to 1000."
-            )
+        check_fields(self)
+        if self.bits > 60:
+            raise ValueError(f"Reversible(bits={self.bits}): must be at most 60, of the 64 of an integer.")
 
     @property
     def _fraction(self) -> fractions.Fraction:
@@ -196,7 +216,7 @@ class _Training:
     def fits(self, w, v, grad):
         """Whether these integers, and the move they make, are so small that no sum of two leaves the range."""
         moves = jax.tree.map(lambda v: self.rate * v.astype(jnp.float64), v)
-        sizes = [jnp.max(jnp.abs(x.astype(jnp.float64))) for x in jax.tree.leaves((w, v, grad, moves))]
+        sizes = [jnp.max(jnp.abs(x.astype(jnp.float64)), initial=0.0) for x in jax.tree.leaves((w, v, grad, moves))]
         return jnp.all(jnp.stack(sizes) < 2.0**61)
 
     def moved(self, w, v, sign):
@@ -231,7 +251,8 @@ class _Training:
         words = -(-self.settings.steps // self.settings._steps_a_word)
         lost = jax.tree.map(lambda x: jnp.zeros((words, *x.shape), int), v)
         (w, v, lost), (trace, fits) = jax.lax.scan(step, (w, v, lost), jnp.arange(self.settings.steps))
-        opt_state = optax.tree_utils.tree_set(self.state.opt_state, trace=self.floats(v))
+        velocity = cast_like(self.floats(v), _velocity(self.state))
+        opt_state = optax.tree_utils.tree_set(self.state.opt_state, trace=velocity)
         params = combine(self.floats(w), self.fixed)
         state = InnerState(params, opt_state, self.state.step + self.settings.steps, self.state.extra)
         return state, trace, (w, v, lost), jnp.all(fits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,20 @@ from bilevel.data import narrow, slots
 from bilevel.forward import forward_value_and_grad
 from bilevel.gradients import mixed_gradient, reverse_gradient
 from bilevel.guards import Lost, arrives, value_and_grad
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule, static
+from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.inner import InnerState, Trace
 from bilevel.refusals import guarded
 from bilevel.schedules import Checkpoint
+from bilevel.settings import integer, one_of, optional, register, setting
 from bilevel.trees import combine, partition
+
+Mode = Literal["mixed", "reverse", "forward"]
 
 # Tangents need a gradient that can be pushed forward, which the rule of the mixed one does not allow.
 _GRADIENTS = {"mixed": mixed_gradient, "reverse": reverse_gradient, "forward": reverse_gradient}
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Trained):
     r"""Differentiates through K steps of training, :math:`w_{t+1} = U_t(w_t, \lambda)`:
@@ -68,25 +71,22 @@ class Unrolled(Trained):
       Kemaev et al. 2025, arXiv 2505.00793 (mixed mode).
     """
 
-    mode: str = static("mixed", kw_only=True)
-    checkpoint: Checkpoint = static("auto", kw_only=True)
-    truncate: int | None = static(None, kw_only=True)
-    chunk: int = static(8, kw_only=True)
+    mode: Mode = dataclasses.field(default="mixed", kw_only=True, metadata=setting(one_of(*get_args(Mode))))
+    checkpoint: Checkpoint = dataclasses.field(default="auto", kw_only=True, metadata=setting(schedules.is_schedule))
+    truncate: int | None = dataclasses.field(default=None, kw_only=True, metadata=setting(optional(integer(1))))
+    chunk: int = dataclasses.field(default=8, kw_only=True, metadata=setting(integer(1)))
+
+    takes_complex: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        if self.mode not in _GRADIENTS:
-            raise ValueError(f"Unrolled(mode={self.mode!r}): the mode must be one of {', '.join(_GRADIENTS)}.")
-        schedules.validate(self.checkpoint)
         if self.mode == "forward" and self.checkpoint not in ("auto", "none"):
             raise ValueError(
                 f"Unrolled(mode='forward', checkpoint={self.checkpoint!r}): forward mode keeps no states, so there is "
                 "nothing to schedule; leave checkpoint at 'auto'."
             )
-        if self.truncate is not None and not 1 <= self.truncate <= self.steps:
+        if self.truncate is not None and self.truncate > self.steps:
             raise ValueError(f"Unrolled(truncate={self.truncate}): must be between 1 and steps={self.steps}, or None.")
-        if not isinstance(self.chunk, int) or self.chunk < 1:
-            raise ValueError(f"Unrolled(chunk={self.chunk!r}): must be an integer >= 1.")
 
     def trajectory(self, problem, inner_state, outer, inner_batches, keys, **options):
         state, head = self._constant_part(problem, inner_state, outer, inner_batches, keys)

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.linear_solvers.base import info
-from bilevel.linear_solvers.krylov import Preconditioned, along, dot, larger, residual_bound, tolerance
+from bilevel.linear_solvers.krylov import Preconditioned, along, dot, forward_only, larger, residual_bound, tolerance
+from bilevel.settings import register
 from bilevel.trees import PyTree, global_norm
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BiCGStab(Preconditioned):
     r"""Stabilised biconjugate gradients, for any nonsingular A, in the memory of a few vectors.
@@ -63,7 +64,7 @@ class BiCGStab(Preconditioned):
         none = jnp.zeros((), jnp.int32)
         state = x, r, global_norm(r), none, none, jnp.asarray(True)
         x, _, _, steps, starts, _ = jax.lax.while_loop(more, again, state)
-        return x, info(steps, 2 * steps + starts + sketched + (0 if start is None else 1))
+        return forward_only(x), info(steps, 2 * steps + starts + sketched + (0 if start is None else 1))
 
 
 def _run(matvec, inverse, x, r, size, goal, steps, max_steps) -> tuple[PyTree, jax.Array, jax.Array]:

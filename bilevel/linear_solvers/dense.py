@@ -10,9 +10,10 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 
 from bilevel.linear_solvers.base import info
+from bilevel.settings import register
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """A made explicit, and an LU solve: for inner variables of at most a few thousand entries.

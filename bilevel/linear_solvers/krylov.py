@@ -14,22 +14,30 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 
-from bilevel.linear_solvers.base import info, static, validate
-from bilevel.problem import as_pytree
+from bilevel.linear_solvers.base import info
+from bilevel.settings import Unfit, check_fields, child, function, integer, optional, real, register, setting
 from bilevel.trees import PyTree, global_norm
+
+
+def _is_preconditioner(value: Any) -> Any:
+    if hasattr(value, "inverse") and not isinstance(value, type):
+        return value
+    try:
+        return function("x")(value)
+    except Unfit as reason:
+        raise Unfit(f"{reason}, or a Nystrom(...)") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preconditioned:
     """Settings of the solvers that take a preconditioner."""
 
-    tol: float | None = static(None)
-    max_steps: int = static(100)
-    preconditioner: Any = None
+    tol: float | None = dataclasses.field(default=None, metadata=setting(optional(real(low=0.0))))
+    max_steps: int = dataclasses.field(default=100, metadata=setting(integer(1)))
+    preconditioner: Any = dataclasses.field(default=None, metadata=child(optional(_is_preconditioner)))
 
     def __post_init__(self):
-        validate(self, "max_steps", 1)
-        object.__setattr__(self, "preconditioner", as_pytree(self.preconditioner))
+        check_fields(self)
 
     def inverse(self, matvec, rhs, key) -> tuple[Any, int]:
         """The preconditioner as a function, and the matvecs of sketching it."""
@@ -38,7 +46,7 @@ class Preconditioned:
         return function, getattr(own, "rank", 0)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CG(Preconditioned):
     r"""Conjugate gradients, for symmetric positive definite A.
@@ -69,7 +77,7 @@ class CG(Preconditioned):
         return solution, info(steps, matvecs + sketched + (0 if start is None else 1))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormalCG:
     r"""Conjugate gradients on the normal equations :math:`A^\top A x = A^\top b`, for any nonsingular A.
@@ -85,13 +93,13 @@ class NormalCG:
       Hestenes and Stiefel 1952.
     """
 
-    tol: float | None = static(None)
-    max_steps: int = static(100)
+    tol: float | None = dataclasses.field(default=None, metadata=setting(optional(real(low=0.0))))
+    max_steps: int = dataclasses.field(default=100, metadata=setting(integer(1)))
 
     symmetric_only = False
 
     def __post_init__(self):
-        validate(self, "max_steps", 1)
+        check_fields(self)
 
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
@@ -102,7 +110,7 @@ class NormalCG:
         return solution, info(steps, 2 * matvecs + (1 if start is None else 3))
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GMRES(Preconditioned):
     r"""Generalised minimal residuals with restarts, for any nonsingular A.
@@ -124,14 +132,10 @@ class GMRES(Preconditioned):
       Saad and Schultz 1986. Computed by lineax.
     """
 
-    restart: int = static(20)
-    max_steps: int = static(200)
+    restart: int = dataclasses.field(default=20, metadata=setting(integer(1)))
+    max_steps: int = dataclasses.field(default=200, metadata=setting(integer(1)))
 
     symmetric_only = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        validate(self, "restart", 1)
 
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
@@ -196,7 +200,27 @@ def _conjugate_gradients(matvec, rhs, start, inverse, goal, max_steps) -> tuple[
         return jax.tree.map(lambda b, x: jnp.where(good, b, x), best, x)
 
     # While A may be positive definite the last iterate is the best one, in the norm that counts.
-    return jax.lax.cond(definite, lambda: last, checked), steps, steps + jnp.where(definite, 0, 1).astype(jnp.int32)
+    found = forward_only(jax.lax.cond(definite, lambda: last, checked))
+    return found, steps, steps + jnp.where(definite, 0, 1).astype(jnp.int32)
+
+
+@jax.custom_jvp
+def forward_only(x):
+    """The tree x, whose derivative by reverse mode is refused in a sentence; JAX would blame a while_loop."""
+    return x
+
+
+def _refuse_reverse(_, cotangent):
+    raise ValueError(
+        "A hypergradient by an iterative linear solver, a loop of unknown length, cannot be differentiated in reverse "
+        "mode: take Neumann or Dense as the linear solver, or differentiate the estimator's solve, which has an "
+        "implicit derivative of its own."
+    )
+
+
+@forward_only.defjvp
+def _forward_only_jvp(primals, tangents):
+    return primals[0], jax.custom_derivatives.linear_call(lambda _, t: t, _refuse_reverse, (), tangents[0])
 
 
 def along(a: Any, p: PyTree, x: PyTree) -> PyTree:

@@ -6,10 +6,11 @@ import dataclasses
 
 import jax
 
-from bilevel.linear_solvers.base import info, static, validate
+from bilevel.linear_solvers.base import info
+from bilevel.settings import check_fields, integer, real, register, setting
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Neumann:
     r"""The truncated Neumann series :math:`x = s \sum_{j<T} (I - sA)^j b`, with T terms and scale s.
@@ -27,15 +28,13 @@ class Neumann:
       Lorraine et al. 2020, arXiv 1911.02590.
     """
 
-    terms: int = static(10)
-    scale: float = static(1.0)
+    terms: int = dataclasses.field(default=10, metadata=setting(integer(1)))
+    scale: float = dataclasses.field(default=1.0, metadata=setting(real(above=0.0)))
 
     symmetric_only = False
 
     def __post_init__(self):
-        validate(self, "terms", 1)
-        if not self.scale > 0:
-            raise ValueError(f"Neumann(scale={self.scale!r}): must be positive.")
+        check_fields(self)
 
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""

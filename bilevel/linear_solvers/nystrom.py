@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from bilevel.linear_solvers.base import Matvec, info, static, validate
+from bilevel.linear_solvers.base import Matvec, info
+from bilevel.settings import check_fields, integer, one_of, real, register, setting
 from bilevel.trees import PyTree
 
+Sketch = Literal["gaussian", "columns"]
 
-@jax.tree_util.register_dataclass
+
+@register
 @dataclasses.dataclass(frozen=True)
 class Nystrom:
     r"""The Nyström approximation of a positive semidefinite A, inverted by Woodbury's identity.
@@ -41,18 +45,14 @@ class Nystrom:
       use as a preconditioner).
     """
 
-    rank: int = static(10)
-    damping: float = static(1e-3)
-    sketch: str = static("gaussian")
+    rank: int = dataclasses.field(default=10, metadata=setting(integer(1)))
+    damping: float = dataclasses.field(default=1e-3, metadata=setting(real(above=0.0)))
+    sketch: Sketch = dataclasses.field(default="gaussian", metadata=setting(one_of(*get_args(Sketch))))
 
     symmetric_only = True
 
     def __post_init__(self):
-        validate(self, "rank", 1)
-        if not self.damping > 0:
-            raise ValueError(f"Nystrom(damping={self.damping!r}): must be positive.")
-        if self.sketch not in ("gaussian", "columns"):
-            raise ValueError(f"Nystrom(sketch={self.sketch!r}): must be 'gaussian' or 'columns'.")
+        check_fields(self)
 
     def inverse(self, matvec: Matvec, like: PyTree, key: jax.Array) -> Matvec:
         """`b -> (A_k + rho I)^{-1} b`, from one batched product with A."""

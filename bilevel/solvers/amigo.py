@@ -6,13 +6,13 @@ import dataclasses
 
 import jax
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, setting, step_size
 from bilevel.solvers.iterations import double_loop
 from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic, descend, minus, zeros
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class AmIGO(Stochastic):
     r"""AmIGO: both loops are warm-started from the last iteration,
@@ -39,9 +39,9 @@ class AmIGO(Stochastic):
       Arbel & Mairal 2022, arXiv 2111.14580, Algorithm 1.
     """
 
-    inner_steps: int = static(10, kw_only=True)
-    linear_steps: int = static(10, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    linear_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
     def inner_batches(self) -> int:

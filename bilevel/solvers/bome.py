@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, scalar, setting, step_size
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
 from bilevel.trees import global_norm
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class BOME(Stochastic):
     r"""BOME: with :math:`w^T` the result of T inner steps from :math:`w`, held constant, and the gap
@@ -41,9 +41,9 @@ class BOME(Stochastic):
       Liu, Ye, Wright, Stone & Liu 2022, arXiv 2209.08709, Algorithm 1.
     """
 
-    inner_steps: int = static(10, kw_only=True)
-    gap_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
-    eta: float | jax.Array = dataclasses.field(default=0.5, kw_only=True)
+    inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    gap_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
+    eta: float | jax.Array = dataclasses.field(default=0.5, kw_only=True, metadata=child(scalar(low=0.0)))
 
     commuting: ClassVar[bool] = True
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, setting, step_size
 from bilevel.solvers.iterations import Point, momentum
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size, zeros
 from bilevel.trees import PyTree
@@ -26,9 +26,9 @@ class DoubleMomentum(Stochastic):
       linear_step: step size of the Neumann series, at most 1 over the largest eigenvalue of H; None is `inner_step`.
     """
 
-    terms: int = static(10, kw_only=True)
-    eta: StepSize = dataclasses.field(default=0.5, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    terms: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    eta: StepSize = dataclasses.field(default=0.5, kw_only=True, metadata=child(step_size(above=0.0, high=1.0)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     def invert(self, at: Iteration, points: Sequence[Point], rhs: Sequence[PyTree]) -> tuple[list[PyTree], Any]:
         """v at each point, for one right-hand side each, and the products taken at a point; from inner draw 1 on."""

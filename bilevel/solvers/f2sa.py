@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, register, setting, step_size
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class F2SA(Stochastic):
     r"""F2SA: beside :math:`w`, which follows the inner problem, :math:`y` follows the penalised one, T steps each, and
@@ -42,8 +42,8 @@ class F2SA(Stochastic):
       Kwon, Kwon, Wright & Nowak 2023, arXiv 2301.10945, Algorithm 1.
     """
 
-    penalty: StepSize = dataclasses.field(kw_only=True)
-    inner_steps: int = static(10, kw_only=True)
+    penalty: StepSize = dataclasses.field(kw_only=True, metadata=child(step_size(above=0.0)))
+    inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
 
     commuting: ClassVar[bool] = True
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
+from bilevel.settings import child, optional, register, step_size
 from bilevel.solvers.iterations import momentum
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size, zeros
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class FSLA(Stochastic):
     r"""FSLA: one inner step, one step on the linear system at the new point, and recursive momentum on
@@ -37,8 +36,8 @@ class FSLA(Stochastic):
       Li, Gu & Huang 2022, arXiv 2112.04660, Algorithm 1.
     """
 
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
-    eta: StepSize = dataclasses.field(default=0.5, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
+    eta: StepSize = dataclasses.field(default=0.5, kw_only=True, metadata=child(step_size(above=0.0, high=1.0)))
 
     @property
     def inner_batches(self) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
+from bilevel.settings import child, optional, register, step_size
 from bilevel.solvers.iterations import directions, follow
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size, zeros
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MASOBA(Stochastic):
     r"""MA-SOBA: the updates of :math:`w` and :math:`v` of `SOBA`, and
@@ -37,8 +36,8 @@ class MASOBA(Stochastic):
       Chen, Xiao & Balasubramanian 2023, arXiv 2306.12067, Algorithm 1.
     """
 
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
-    average: StepSize = dataclasses.field(default=0.1, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
+    average: StepSize = dataclasses.field(default=0.1, kw_only=True, metadata=child(step_size(above=0.0, high=1.0)))
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:
         return zeros(w), zeros(lam)

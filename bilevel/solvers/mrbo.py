@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
+from bilevel.settings import register
 from bilevel.solvers.double_momentum import DoubleMomentum
 from bilevel.solvers.iterations import neumann
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class MRBO(DoubleMomentum):
     r"""MRBO: with :math:`D(w, \lambda) = \partial_\lambda F - C v` and :math:`v \approx H^{-1} \partial_w F` by a

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from bilevel import optimizers
 from bilevel.guards import EXACTNESS
-from bilevel.hypergradients.base import Hypergradient, static
+from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
-from bilevel.problem import Problem
+from bilevel.problem import Problem, is_problem
+from bilevel.settings import check_fields, checked, child, instance, one_of, random_key, register, setting
 from bilevel.trees import PyTree, advance_keys, combine, global_norm, partition
+
+InnerStart = Literal["warm", "cold"]
 
 
 class NestedState(NamedTuple):
@@ -27,7 +30,7 @@ class NestedState(NamedTuple):
     key: jax.Array
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Nested:
     r"""One outer iteration: :math:`\lambda \leftarrow \Pi(\lambda + \mathrm{update}(\hat\nabla F(\lambda)))`.
@@ -47,14 +50,15 @@ class Nested:
     estimator also `stationarity_relative`, `linear_residual` and `hvps`.
     """
 
-    problem: Problem
-    hypergradient: Hypergradient
-    outer_optimizer: Optimizer = static()
-    inner_start: str = static("warm", kw_only=True)
+    problem: Problem = dataclasses.field(metadata=child(is_problem))
+    hypergradient: Hypergradient = dataclasses.field(metadata=child(is_hypergradient))
+    outer_optimizer: Optimizer = dataclasses.field(metadata=setting(optimizers.is_optimizer))
+    inner_start: InnerStart = dataclasses.field(
+        default="warm", kw_only=True, metadata=setting(one_of(*get_args(InnerStart)))
+    )
 
     def __post_init__(self):
-        if self.inner_start not in ("warm", "cold"):
-            raise ValueError(f"Nested(inner_start={self.inner_start!r}): must be 'warm' or 'cold'.")
+        check_fields(self)
 
     @property
     def inner_batches(self) -> int:
@@ -63,17 +67,18 @@ class Nested:
 
     def init(self, key: jax.Array) -> NestedState:
         """The state before the first outer iteration."""
+        checked("Nested.init", "key", key, random_key)
         outer_key, inner_key, key = jax.random.split(key, 3)
         outer = self.problem.start_outer(outer_key)
         inner = self.hypergradient.init(self.problem, outer, inner_key)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            opt_state = self._transform(outer).init(self.problem.free(partition(outer)[0]))
+        opt_state = optimizers.init(self.outer_optimizer, outer, self.problem.free(partition(outer)[0]))
         return NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key)
 
     def step(
         self, state: NestedState, inner_batches: PyTree, outer_batch: PyTree
     ) -> tuple[NestedState, dict[str, jax.Array]]:
         """One outer iteration; `inner_batches` as `Hypergradient.estimate` takes them."""
+        checked("Nested.step", "state", state, instance(NestedState, "a state that init(key) returned"))
         next_key, key = jax.random.split(state.key)
         warm = state.inner if self.inner_start == "warm" else None
         estimate = self.hypergradient.estimate(self.problem, warm, state.outer, inner_batches, outer_batch, key)
@@ -97,4 +102,4 @@ class Nested:
         free, grad = self.problem.free_gradient(moving, estimate.grad)
         updates, opt_state = optimizers.update(transform, grad, state.opt_state, free, estimate.value)
         outer = combine(self.problem.natural(optimizers.apply(free, updates)), advance_keys(fixed))
-        return (self.problem.project(outer) if self.problem.project else outer), opt_state
+        return self.problem.projected(outer), opt_state

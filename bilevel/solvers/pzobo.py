@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, register, scalar, setting
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, descend, minus, plus
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class PZOBO(Stochastic):
     r"""PZOBO: with :math:`w^T(\lambda)` the result of T inner steps from :math:`w` and Gaussian :math:`u_1, \dots,
@@ -43,9 +43,9 @@ class PZOBO(Stochastic):
       Sow, Ji & Liang 2022, arXiv 2110.07004, Algorithm 1.
     """
 
-    inner_steps: int = static(10, kw_only=True)
-    directions: int = static(10, kw_only=True)
-    smoothing: float | jax.Array = dataclasses.field(default=0.1, kw_only=True)
+    inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    directions: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    smoothing: float | jax.Array = dataclasses.field(default=0.1, kw_only=True, metadata=child(scalar(above=0.0)))
 
     @property
     def inner_batches(self) -> int:

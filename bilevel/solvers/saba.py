@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import rows
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, setting, step_size
 from bilevel.solvers.iterations import Directions, follow
 from bilevel.solvers.oracles import Draw, Draws, passes
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, minus, plus, zeros
@@ -24,7 +24,7 @@ class Table(NamedTuple):
     average: PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class SABA(Stochastic):
     r"""SABA: the updates of `SOBA`, each of its five terms replaced by its SAGA estimate. For a term g, table T and the
@@ -59,9 +59,9 @@ class SABA(Stochastic):
       experiments.
     """
 
-    inner_blocks: int = static(kw_only=True)
-    outer_blocks: int = static(kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    inner_blocks: int = dataclasses.field(kw_only=True, metadata=setting(integer(1)))
+    outer_blocks: int = dataclasses.field(kw_only=True, metadata=setting(integer(1)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:
         return zeros(w), _table(self.inner_blocks, (w, w, lam)), _table(self.outer_blocks, (w, lam))

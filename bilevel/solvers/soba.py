@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
+from bilevel.settings import child, optional, register, step_size
 from bilevel.solvers.iterations import directions, follow
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, zeros
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class SOBA(Stochastic):
     r"""SOBA: with :math:`v` kept from one iteration to the next,
@@ -37,7 +36,7 @@ class SOBA(Stochastic):
       Dagréou, Ablin, Vaiter & Moreau 2022, arXiv 2201.13409, Algorithm 1.
     """
 
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:
         return zeros(w)

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, setting, step_size
 from bilevel.solvers.iterations import Directions, directions, follow
 from bilevel.solvers.oracles import passes
 from bilevel.solvers.stochastic import (
@@ -23,7 +23,7 @@ from bilevel.solvers.stochastic import (
 from bilevel.trees import PyTree
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class SRBA(Stochastic):
     r"""SRBA: `SOBA` along :math:`d = (d_w, d_v, d_\lambda)`, where D stacks SOBA's three directions at
@@ -51,8 +51,8 @@ class SRBA(Stochastic):
       Dagréou, Moreau, Vaiter & Ablin 2024, arXiv 2302.08766, Algorithm 1.
     """
 
-    period: int = static(kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    period: int = dataclasses.field(kw_only=True, metadata=setting(integer(1)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:
         v = zeros(w)

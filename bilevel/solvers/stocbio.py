@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, setting, step_size
 from bilevel.solvers.iterations import double_loop, neumann
 from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class StocBiO(Stochastic):
     r"""stocBiO: T warm-started inner SGD steps, then
@@ -37,9 +35,9 @@ class StocBiO(Stochastic):
       Ji, Yang & Liang 2021, arXiv 2010.07962, Algorithms 1 and 2.
     """
 
-    inner_steps: int = static(10, kw_only=True)
-    terms: int = static(10, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    terms: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
     def inner_batches(self) -> int:

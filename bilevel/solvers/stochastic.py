@@ -13,10 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel.calls import refuse_complex
 from bilevel.gradients import Point, own_rule, reverse_gradient
 from bilevel.guards import arrives, dependence, report
 from bilevel.inner import InnerState
-from bilevel.problem import Problem, as_pytree
+from bilevel.problem import Problem, is_problem
+from bilevel.settings import check_fields, checked, child, instance, random_key, register, scalar, step_size
 from bilevel.solvers.oracles import Draws, Oracles, leading
 from bilevel.trees import PyTree, advance_keys, at_step, combine, global_norm, partition
 
@@ -24,13 +26,16 @@ StepSize = float | jax.Array | Callable[[jax.Array], Any]
 """A constant, or a schedule `step -> size` such as those of optax; `step` counts outer iterations from 0."""
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Power:
     """The schedule `value / (step + 1) ** exponent` that the papers state their step sizes in."""
 
-    value: float | jax.Array
-    exponent: float | jax.Array
+    value: float | jax.Array = dataclasses.field(metadata=child(scalar(low=0.0)))
+    exponent: float | jax.Array = dataclasses.field(metadata=child(scalar()))
+
+    def __post_init__(self):
+        check_fields(self)
 
     def __call__(self, step: jax.Array) -> jax.Array:
         return self.value / (jnp.asarray(step, jnp.result_type(float)) + 1) ** self.exponent
@@ -107,10 +112,10 @@ class Iteration(Oracles):
         free, direction = self.problem.free_gradient(self.lam, direction)
         moved = self.problem.natural(descend(free, self.outer_step, direction))
         outer = combine(moved, advance_keys(self.outer_fixed))
-        return self.problem.project(outer) if self.problem.project else outer
+        return self.problem.projected(outer)
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class Stochastic:
     """Base of the solvers whose outer iteration is a fixed number of gradients and products.
@@ -129,25 +134,21 @@ class Stochastic:
       StructuralZeroWarning: at a step, for a leaf of `outer` that has no influence on either loss with a derivative.
 
     Raises:
-      ValueError: if a count among the settings is not an integer >= 1, or the problem has mutable entries.
+      ValueError: if a count among the settings is not an integer >= 1, a step size is neither a number >= 0 nor a
+        schedule, or the problem has mutable entries.
     """
 
-    problem: Problem
-    inner_step: StepSize
-    outer_step: StepSize
+    problem: Problem = dataclasses.field(metadata=child(is_problem))
+    inner_step: StepSize = dataclasses.field(metadata=child(step_size()))
+    outer_step: StepSize = dataclasses.field(metadata=child(step_size()))
 
     def __post_init__(self):
-        if getattr(self.problem, "mutable", ()):  # a tree transformation holds placeholders here
+        check_fields(self)
+        if self.problem.mutable:
             raise ValueError(
                 f"{type(self).__name__} takes gradient steps of its own and carries no mutable entries "
                 f"({', '.join(self.problem.mutable)}): use Nested."
             )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.metadata.get("static") and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{type(self).__name__}({field.name}={value!r}): must be an integer >= 1.")
-            if field.name != "problem" and callable(value):
-                object.__setattr__(self, field.name, as_pytree(value))
 
     @property
     def inner_batches(self) -> int:
@@ -206,9 +207,13 @@ class Stochastic:
 
     def init(self, key: jax.Array) -> State:
         """The state before the first outer iteration."""
+        checked(f"{type(self).__name__}.init", "key", key, random_key)
         outer_key, inner_key, key = jax.random.split(key, 3)
         outer = self.problem.start_outer(outer_key)
         inner = self.problem.start_inner(inner_key, outer)
+        for what, tree in (("inner", inner), ("outer", outer)):
+            remedy = "use Nested with Unrolled, or write them in real and imaginary parts"
+            refuse_complex(type(self).__name__, what, tree, remedy)
         memory = self.start(partition(inner)[0], partition(outer)[0])
         zero = jnp.zeros((), jnp.int32)
         return State(outer, InnerState(inner, (), zero), memory, zero, key)
@@ -222,6 +227,8 @@ class Stochastic:
         Raises:
           ValueError: if a leading axis is not as long as `inner_batches` or `outer_batches` says.
         """
+        name = f"{type(self).__name__}.step"
+        checked(name, "state", state, instance(State, "a state that init(key) of a stochastic solver returned"))
         # A function of the step, so that randomness that nobody reads is never made.
         key, own = jax.random.split(jax.random.fold_in(state.key, state.step))
         count = self.inner_batches
@@ -271,7 +278,10 @@ _REFUSED = (
 def size(step_size: StepSize, step: jax.Array) -> Any:
     """`step_size` at outer iteration `step`."""
     with jax.numpy_dtype_promotion("standard"):  # a schedule is the user's, or optax's
-        return step_size(step) if callable(step_size) else step_size
+        found = step_size(step) if callable(step_size) else step_size
+    if jnp.shape(found):
+        raise ValueError(f"A step size is a single number, but one here is an array of shape {jnp.shape(found)}.")
+    return found
 
 
 def descend(tree: PyTree, step: Any, direction: PyTree) -> PyTree:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
+from bilevel.settings import register
 from bilevel.solvers.double_momentum import DoubleMomentum
 from bilevel.solvers.iterations import random_neumann
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class SUSTAIN(DoubleMomentum):
     r"""SUSTAIN: the updates of `MRBO`, recursive momentum on both variables, with one random term of the Neumann series

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, setting, step_size
 from bilevel.solvers.iterations import double_loop, random_solve
 from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class TTSA(Stochastic):
     r"""TTSA: the iteration of `BSA` with a single inner step, :math:`w` moving on a faster time scale than
@@ -37,8 +35,8 @@ class TTSA(Stochastic):
       Hong, Wai, Wang & Yang 2023, arXiv 2007.05170, Algorithm 1.
     """
 
-    terms: int = static(10, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    terms: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
     def inner_batches(self) -> int:

@@ -7,14 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel.hypergradients.base import static
+from bilevel.settings import child, integer, optional, register, setting, step_size
 from bilevel.solvers.iterations import neumann
 from bilevel.solvers.oracles import passes
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, plus, zeros
 from bilevel.trees import PyTree, moving
 
 
-@jax.tree_util.register_dataclass
+@register
 @dataclasses.dataclass(frozen=True)
 class VRBO(Stochastic):
     r"""VRBO: with :math:`G = \partial_w f`, :math:`D = \partial_\lambda F - C v` and v by a Neumann series of Q
@@ -48,10 +48,10 @@ class VRBO(Stochastic):
       Yang, Ji & Liang 2021, arXiv 2106.04692, Algorithm 2.
     """
 
-    period: int = static(kw_only=True)
-    inner_steps: int = static(10, kw_only=True)
-    terms: int = static(10, kw_only=True)
-    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True)
+    period: int = dataclasses.field(kw_only=True, metadata=setting(integer(1)))
+    inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    terms: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))
+    linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
     def inner_batches(self) -> int:

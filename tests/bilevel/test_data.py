@@ -97,7 +97,7 @@ def test_batches_are_a_pytree():
         ({"x": np.ones((0, 3))}, 1, "empty"),
         ({"x": np.ones(3), "y": np.ones(4)}, 1, r"one row count.*\['x'\]: \(3,\).*\['y'\]: \(4,\)"),
         ({"x": np.ones(3)}, 4, r"size=4.* 3 rows"),
-        ({"x": np.ones(3)}, 0, r"size=0.* 3 rows"),
+        ({"x": np.ones(3)}, 0, r"size=0.*integer >= 1"),
         ({"x": np.asarray(1.0)}, 1, "leading axis"),
     ],
 )

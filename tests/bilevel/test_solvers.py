@@ -425,7 +425,7 @@ def test_blocks_are_slices_of_fixed_rows_each_once_an_epoch(size):
     batch = drawn[0].batch(0)
     for sliced, gathered in zip(resolve(batch)["H"], DATA["H"][batch.index], strict=True):
         np.testing.assert_array_equal(sliced, gathered)
-    with pytest.raises(ValueError, match="must be 'rows' or 'blocks'"):
+    with pytest.raises(ValueError, match="'rows', 'blocks'"):
         Batches(DATA, size, order="sorted")
 
 

@@ -164,7 +164,7 @@ def test_warm_starts_are_constants():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="at least one direction"):
+    with pytest.raises(ValueError, match="directions=0"):
         check_hypergradient(Q.problem, Unrolled(SGD, 2), outer=OUTER, directions=0)
-    with pytest.raises(ValueError, match="no floating-point leaf"):
+    with pytest.raises(ValueError, match="nothing that can be learned"):
         check_hypergradient(Q.problem, Unrolled(optax.sgd(0.1), 2), outer={"n": jnp.asarray(1)})

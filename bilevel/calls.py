@@ -1,0 +1,156 @@
+"""Arguments of the entry points: `estimate`, `init` and `solve` of estimators, and `run`. Refused in one sentence each.
+
+What is checked here is what would otherwise be taken for something else, or end far from its cause: arguments in each
+other's places, states of other estimators, sources of batches for batches, numbers for random keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.arguments import check_outer
+from bilevel.data import Batches, FullBatch, as_data, refuse_sources
+from bilevel.problem import is_problem
+from bilevel.settings import (
+    Unfit,
+    boolean,
+    check_arguments,
+    checked,
+    function,
+    having,
+    instance,
+    integer,
+    optional,
+    random_key,
+    real,
+    shown,
+)
+from bilevel.trees import PyTree, is_inexact, leaf_names, unlike_array
+
+ORDER = "the arguments are (problem, inner_state, outer, inner_batches, outer_batch, key)"
+
+
+def _is_state(value: Any) -> Any:
+    if value is None or (hasattr(value, "params") and hasattr(value, "opt_state")):
+        return value
+    raise Unfit("must be an InnerState, as init(problem, outer, key) returns, or None for a start of its own")
+
+
+def check_call(method: str, **given: Any) -> None:
+    """Checks `problem`, `inner_state`, `outer` and `key` of a method of an estimator, those that are given.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    check_arguments(method, {"problem": is_problem, "inner_state": _is_state, "key": random_key}, **given)
+    outer = given.get("outer")
+    for name, x in zip(leaf_names(outer), jax.tree.leaves(outer), strict=True):
+        if (reason := unlike_array(x)) is not None:
+            raise ValueError(f"{method}(outer=...) holds {reason}, in leaf {name}.")
+
+
+def check_estimate(
+    estimator: Any, problem: Any, inner_state: Any, outer: Any, inner_batches: Any, outer_batch: Any, key: Any
+) -> None:
+    """Checks the arguments of `estimate`.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    method = f"{type(estimator).__name__}.estimate"
+    check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
+    check_outer(f"{method} was given", outer)
+    refuse_sources(f"{method}: the inner batches", inner_batches)
+    refuse_sources(f"{method}: the outer batch", outer_batch)
+
+
+def refuse_complex(who: str, what: str, tree: PyTree, remedy: str) -> None:
+    """Raises ValueError, by name, if `tree` has a complex leaf."""
+    for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if is_inexact(x) and jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+            raise ValueError(f"{who} does not take complex variables ({what} leaf {name}): {remedy}.")
+
+
+def refuse_complex_variables(estimator: Any, params: PyTree, outer: PyTree) -> None:
+    """Refuses complex variables for an estimator that does not say `takes_complex`."""
+    if not getattr(estimator, "takes_complex", False):
+        remedy = "use Unrolled, or write it in real and imaginary parts"
+        for what, tree in (("inner", params), ("outer", outer)):
+            refuse_complex(type(estimator).__name__, what, tree, remedy)
+
+
+def _callbacks(value: Any) -> Any:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise Unfit("must be a sequence of functions (step, state, metrics), as [callback]")
+    for callback in value:
+        function("step", "state", "metrics")(callback)
+    return value
+
+
+_RUN = {
+    "solver": having("a solver, such as bilevel.Nested(...)", "problem", "init", "step"),
+    "steps": integer(1),
+    "key": optional(random_key),
+    "progress": boolean,
+    "callbacks": _callbacks,
+    "checkpoint": optional(instance((str, Path), "a folder")),
+    "checkpoint_dir": optional(instance((str, Path), "a folder")),
+    "checkpoint_every": real(low=0.0, infinite=True),
+    "record": optional(function("state", result="{name: array}")),
+    "title": instance(str, "a text"),
+}
+
+
+def check_run(what: str, *, inner_data: Any = None, outer_data: Any = None, **given: Any) -> None:
+    """Checks the arguments of `run`, or of a function that hands its own on to it, before anything is done.
+
+    Args:
+      what: the function's name.
+      given: arguments by their names in `run`; those without a rule are passed over.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    check_arguments(what, _RUN, **given)
+    check_data("inner_data", inner_data)
+    check_data("outer_data", outer_data)
+
+
+def check_data(what: str, data: Any, *, iterators: bool = True) -> None:
+    """Checks data as `run` takes them: a source of batches, arrays, or (with `iterators`) an iterator.
+
+    Raises:
+      ValueError: in a sentence that `what` begins.
+    """
+    if data is None or isinstance(data, (Batches, FullBatch)) or hasattr(data, "with_format"):
+        return
+    if hasattr(data, "__next__"):
+        if not iterators:
+            raise ValueError(f"{what} is an iterator, which only run reads: give Batches(arrays, size), or arrays.")
+        return
+    if jax.tree_util.all_leaves([data]) and not hasattr(data, "shape"):
+        raise ValueError(
+            f"{what} is a {type(data).__name__} ({shown(data)}), but must be Batches(arrays, size), arrays, an "
+            "iterator or None."
+        )
+    as_data(what, data)
+
+
+def check_point(what: str, *, problem: Any, outer: Any, key: Any, inner_data: Any, outer_data: Any) -> None:
+    """Checks what `compare` and `variance` are given beside estimators.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    checked(what, "problem", problem, is_problem)
+    checked(what, "key", key, optional(random_key))
+    if outer is not None:
+        check_call(what, outer=outer)
+        check_outer(f"{what} was given", outer)
+    check_data("inner_data", inner_data, iterators=False)
+    check_data("outer_data", outer_data, iterators=False)
