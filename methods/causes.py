@@ -41,7 +41,8 @@ def reading(what: str, remedy: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of the tokenizers' library is no `Exception`
-        if sentence(error) is not None:
+        # A file that asks for more memory than there is may lie in its header: no option would help.
+        if sentence(error) is not None and not isinstance(error, MemoryError):
             raise
         raise BadInput(f"{what} cannot be read ({_reason(error)}): {remedy}.") from error
 
