@@ -131,6 +131,7 @@ Where = list[int] | Mapping[str, Any]
 """Where LoRA is: indices of layers, or modules as a mask `{site: [L]}`."""
 
 
+ROWS = "The text of a row", "look at the rows, and at the model's tokenizer"
 Check = Callable[[Any, LoRAConfig], None]
 """`check(config, lora)`: raises ValueError where a model's config does not fit a method's settings."""
 
@@ -198,14 +199,10 @@ def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
     check(settings)
     task: Any = tasks.get(settings.task)
     lora, labelled = adapter(settings), isinstance(task, tasks.Classification)
-    with reading(f"The rows of {task.name}", "look at the files that --data or BILEVEL_DATA names"):
-        published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
 
-    def fits(config: Any, model: Any) -> None:
-        if settings.length > config.max_positions:
-            raise ValueError(
-                f"--length {settings.length} is more than the {config.max_positions} positions of {settings.model}."
-            )
+    def check_config(config: Any, model: Any) -> None:
+        if settings.length > (positions := config.max_positions):
+            raise ValueError(f"--length {settings.length} is more than the {positions} positions of {settings.model}.")
         shapes = config.site_shapes()
         check_rank("--rank", settings.rank, shapes, lora.sites(shapes))
         if not labelled and not hasattr(model, "head"):
@@ -213,16 +210,28 @@ def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
         if check_model is not None:
             check_model(config, lora)
 
+    with reading(f"The rows of {task.name}", "look at the files that --data or BILEVEL_DATA names"):
+        published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
     with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
-        files = locate(settings.model)
-        pretrained = load(settings.model, check=fits)
+        files, pretrained = locate(settings.model), load(settings.model, check=check_config)
     positions = pretrained.config.max_positions
     if pretrained.tokenizer is None:
         raise ValueError(f"The model {settings.model} brings no tokenizer, which a language task needs.")
     if not settings.remat:
         model: Any = pretrained.model
         pretrained = dataclasses.replace(pretrained, model=dataclasses.replace(model, remat=False))
+    fitting = _fitting(task, published[0], pretrained.tokenizer, settings)
+    splits = tasks.split(
+        task,
+        fitting,
+        published[1],
+        outer=settings.outer_rows,
+        train=settings.train_rows,
+        test=settings.test_rows or None,
+        seed=settings.seed,
+    )
 
+    @reading(*ROWS)
     def encoded(rows):
         if isinstance(task, tasks.Classification):
             batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
@@ -230,36 +239,25 @@ def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
             batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
         return jax.tree.map(jnp.asarray, batch)
 
-    with reading(f"The rows of {task.name}", f"look at them, and at the tokenizer of {settings.model}"):
-        fitting = _fitting(task, published[0], pretrained.tokenizer, settings)
-        splits = tasks.split(
-            task,
-            fitting,
-            published[1],
-            outer=settings.outer_rows,
-            train=settings.train_rows,
-            test=settings.test_rows or None,
-            seed=settings.seed,
-        )
-        if isinstance(task, tasks.Generation):
-            tokenizer: Any = pretrained.tokenizer
-            longest = max(map(len, tokenizer([task.pair(row).prompt for row in splits.test])["input_ids"]))
-            if longest + WRITTEN > positions:
-                raise ValueError(
-                    f"A prompt of {task.name}'s test has {longest} tokens and its answer may have {WRITTEN}, which is "
-                    f"more than the {positions} positions of {settings.model}."
-                )
-        train, outer = encoded(splits.train), encoded(splits.outer)
+    if isinstance(task, tasks.Generation):
+        tokenizer: Any = pretrained.tokenizer
+        longest = max(map(len, tokenizer([task.pair(row).prompt for row in splits.test])["input_ids"]))
+        if longest + WRITTEN > positions:
+            raise ValueError(
+                f"A prompt of {task.name}'s test has {longest} tokens and its answer may have {WRITTEN}, which is more "
+                f"than the {positions} positions of {settings.model}."
+            )
+    train, outer = encoded(splits.train), encoded(splits.outer)
+    width = 0 if labelled else max(answer_width(train), answer_width(outer))
+    head = pretrained.classifier(task.outputs) if labelled else None
     inputs = {
         f"published {task.name} training rows": fingerprint.rows(published[0]),
         f"published {task.name} {task.test} rows": fingerprint.rows(published[1]),
         "encoded training rows": fingerprint.arrays(train),
         "encoded outer rows": fingerprint.arrays(outer),
     }
-    width = 0 if labelled else max(answer_width(train), answer_width(outer))
-    head = pretrained.classifier(task.outputs) if isinstance(task, tasks.Classification) else None
     left_out = len(published[0]) - len(fitting)
-    return Bench(pretrained, lora, task, splits, train, outer, width, left_out, head, inputs, files)
+    return Bench(pretrained, lora, task, splits, train, outer, width, left_out, head, inputs=inputs, files=files)
 
 
 def open_run(settings: Settings, bench: Bench) -> RunFolder:
@@ -267,6 +265,7 @@ def open_run(settings: Settings, bench: Bench) -> RunFolder:
     return RunFolder(settings.out, settings, bench.inputs, bench.files)
 
 
+@reading(*ROWS)
 def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings) -> list[Any]:
     """The rows whose text, with the right answer, fits into `length` tokens, looked for in a seeded order until
     enough."""

@@ -40,6 +40,11 @@ def check(path: Path, settings: Any) -> None:
     for name in FOLDERS:
         if (path / name).exists() and not (path / name).is_dir():
             raise ValueError(f"{path / name} is a file where a run has a folder: name another folder with --out.")
+    if not (path / FINGERPRINT).is_file():
+        raise ValueError(
+            f"{path} is no run, or one that does not tell which data, model and versions it is of (no {FINGERPRINT}): "
+            "name another folder with --out."
+        )
     config, there = _config(settings), _read_object(path / CONFIG)
     changed = sorted(name for name in {**config, **there} if config.get(name) != there.get(name))
     if changed:
@@ -47,11 +52,6 @@ def check(path: Path, settings: Any) -> None:
         raise ValueError(
             f"{path} holds a run with other settings ({', '.join(changed)}): {first}; "
             "repeat them to continue it, or name another folder with --out."
-        )
-    if not (path / FINGERPRINT).is_file():
-        raise ValueError(
-            f"{path} holds a run that does not tell which data, model and versions it is of (no {FINGERPRINT}): name "
-            "another folder with --out."
         )
     before = _read_object(path / FINGERPRINT).get("versions")
     if changed := fingerprint.difference(before if isinstance(before, dict) else {}, fingerprint.versions()):

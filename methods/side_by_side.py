@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from methods import files
+from methods.causes import sentence
 from methods.ranges import finite
 from methods.report import pyplot, save_figure
 from methods.runfolder import CONFIG, read_json
@@ -68,10 +69,11 @@ def read(runs: Sequence[Path]) -> Read:
     for run, name in zip(runs, names, strict=True):
         name = name if names.count(name) == 1 else str(run)
         try:
-            results = _results(run)
-            config = _config(run / CONFIG)
+            if not (run / CONFIG).is_file():
+                raise ValueError(f"{run} is no run: it has no {CONFIG}.")
+            config, results = _config(run / CONFIG), _results(run)
         except (ValueError, OSError) as error:
-            found.left_out.append(str(error))
+            found.left_out.append(sentence(error) or str(error))
             continue
         if not (run / "report.md").is_file():
             found.unfinished.append(run)
@@ -79,15 +81,13 @@ def read(runs: Sequence[Path]) -> Read:
             try:
                 found.rows.append(Row(name, file.stem, config, _result(file)))
             except (ValueError, OSError) as error:
-                found.left_out.append(str(error))
+                found.left_out.append(sentence(error) or str(error))
     if not found.rows:
         raise ValueError("; ".join(found.left_out))
     return found
 
 
 def _results(run: Path) -> list[Path]:
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"{run} is no run: it has no {CONFIG}.")
     results = sorted(file for file in (run / "results").glob("*.json") if not file.name.startswith("."))
     if not results:
         raise ValueError(f"{run} has no finished model yet: continue it with the command that began it.")

@@ -59,7 +59,7 @@ def test_what_is_no_number_for_an_option_is_refused_for_every_option(name):
         several = isinstance(getattr(settings, option), tuple)
         bad = {int: [-1, 2**31, 10**400, 1.5, True, "3"]}
         bad[float] = [math.nan, math.inf, -math.inf, -0.5, 1e39, 1e-45, "x"]
-        for value in bad[kind] if kind else []:
+        for value in bad.get(kind, []) if kind else []:
             given = dataclasses.replace(settings, **{option: (value,) if several else value})
             with pytest.raises(ValueError, match=rf"^--{option.replace('_', '-')} .*must be"):
                 ranges.check(given)
@@ -150,7 +150,10 @@ MODEL = {
 def test_what_the_model_does_not_fit_is_said_before_its_weights_are_read(
     name, tiny_model, tiny_data, capsys, tmp_path, monkeypatch  # noqa: F811
 ):
-    monkeypatch.setattr(loading, "_weights", lambda *_: pytest.fail("weights were read"))
+    def opened(folder, open_folder=loading.open_folder):
+        return dataclasses.replace(open_folder(folder), read=lambda name: pytest.fail("weights were read"))
+
+    monkeypatch.setattr(loading, "open_folder", opened)
     (method, *more), expected = MODEL[name]
     words = [method, *arguments(tiny_model, tiny_data, tmp_path / "run"), *more]
     assert expected in refused(words, capsys, tmp_path / "run")
@@ -255,7 +258,8 @@ def test_a_lone_surrogate_in_a_text_is_one_sentence(tiny_model, tiny_data, tmp_p
     data = shutil.copytree(tiny_data, tmp_path / "data")
     row = '{"id": %d, "goal": "%d \\ud800 wash", "choices": ["a", "b"], "label": 0}'
     (data / "piqa" / "train.jsonl").write_text("\n".join(row % (i, i) for i in range(60)))
-    assert "rows of piqa" in refused(["lora", *arguments(tiny_model, data, tmp_path / "run")], capsys, tmp_path / "run")
+    said = refused(["lora", *arguments(tiny_model, data, tmp_path / "run")], capsys, tmp_path / "run")
+    assert "row" in said or "line 1" in said
 
 
 # --- causes -------------------------------------------------------------------------------------------------------
@@ -272,14 +276,18 @@ def deliberate():
     ranges._check_number("--x", float, raise_bad, math.nan)
 
 
+def said_of(make):
+    return sentence(caught(make)) or ""
+
+
 def test_our_sentences_are_told_from_errors_of_the_same_class():
-    assert "--x nan must be" in sentence(caught(deliberate))
+    assert "--x nan must be" in said_of(deliberate)
     assert sentence(caught(lambda: np.zeros(3).reshape(2))) is None  # a ValueError out of a library
     assert sentence(caught(lambda: ranges.check(object()))) is None  # a TypeError out of an expression of ours
     assert sentence(caught(lambda: Path("/no/file").read_text())) == "No such file or directory: /no/file"
-    assert "not enough memory" in sentence(caught(lambda: (_ for _ in ()).throw(MemoryError())))
-    assert "is not installed" in sentence(caught(lambda: import_module("no_such_package")))
-    assert len(sentence(BadInput("x" * 10_000_000))) < 700
+    assert "not enough memory" in said_of(lambda: (_ for _ in ()).throw(MemoryError()))
+    assert "is not installed" in said_of(lambda: import_module("no_such_package"))
+    assert 500 < len(sentence(BadInput("x" * 10_000_000)) or "") < 700
 
 
 def test_what_fails_while_something_is_read_is_of_what_is_read():
