@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
         if settings is None:  # help was asked for
             return 0
         left_out = module.main(settings)
-        print(f"Done: {settings.out / 'report.md'}")
+        _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
         return _fail(left_out) if left_out else 0
     except KeyboardInterrupt:
         kept = settings is not None and (settings.out / "config.json").is_file()
@@ -153,7 +153,9 @@ def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> An
 
 def _unboxed(text: str) -> str:
     """A message out of the box that is drawn around it, without the help that follows."""
-    lines = [re.sub(r"[\u2500-\u257f]+", " ", line) for line in text.splitlines() if not line.startswith("\u256d")]
+    # The first line is the box's, with a title that says no more than what follows. Terminals without its characters
+    # get others.
+    lines = [re.sub(r"[\u2500-\u257f]+|^[|+]|[|+]$|-{4,}", " ", line) for line in text.strip().splitlines()[1:]]
     return " ".join(re.split("For full helptext|Argument helptext", " ".join(lines))[0].split())
 
 
@@ -175,10 +177,11 @@ def _fail(sentence: str) -> int:
     return 2
 
 
-def _say(text: str) -> None:
-    """Prints to stderr, if there is one, and whatever characters it can show."""
-    if sys.stderr is None:
+def _say(text: str, stream: Any = None) -> None:
+    """Prints to stderr or another stream, if it is open, whatever characters it can show."""
+    stream = sys.stderr if stream is None else stream
+    if stream is None:
         return
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):  # nobody listens
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

@@ -164,7 +164,7 @@ def check(settings: Settings) -> None:
 
 def adapter(settings: Settings) -> LoRAConfig:
     """The adapter's fixed part. Raises ValueError."""
-    if not settings.targets or not all(settings.targets):
+    if not settings.targets:
         raise ValueError("--targets names no linear: give names, such as q_proj v_proj, or one regular expression.")
     targets = settings.targets[0] if len(settings.targets) == 1 else settings.targets
     try:

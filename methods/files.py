@@ -92,6 +92,8 @@ def append(path: Path, data: bytes) -> None:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -167,9 +167,11 @@ def check(settings: HiddenKeySettings) -> None:
     """What is wrong with the settings whatever the model is.
 
     Raises:
-      ValueError: for an unknown rule, a grid that is too large, or an implicit gradient of a training that follows no
+      ValueError: for no rule or an unknown one, a grid that is too large, or an implicit gradient of a training that follows no
         gradient field.
     """
+    if not settings.rules:
+        raise ValueError("--rules names none: give one or more, each of a position, a pattern and a compensation.")
     dropout = DropoutConfig(settings.rules)
     if settings.hypergradient == "implicit" and _stops(settings):
         raise ValueError("--hypergradient implicit needs --backward both and no stop_gradient_rescale: a Hessian.")

@@ -66,7 +66,7 @@ def check(settings: Any) -> None:
 
     Raises:
       ValueError: for a number outside its range, or of another kind than its type says, and for a text that no file
-        can be called: one with a NUL, or with bytes that were not UTF-8.
+        can be called: an empty one, one with a NUL, or with bytes that were not UTF-8.
     """
     for name, hint in hints(type(settings)).items():
         value, option = getattr(settings, name), f"--{name.replace('_', '-')}"
@@ -95,6 +95,8 @@ def _check_number(option: str, kind: type, allowed: Range, given: Any) -> None:
 
 
 def _check_text(option: str, text: str) -> None:
+    if not text:
+        raise ValueError(f"{option} is empty.")
     if "\0" in text:
         raise ValueError(f"{option} has a NUL character in it.")
     try:

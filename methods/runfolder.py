@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -213,7 +212,7 @@ def _config(settings: Any) -> dict[str, Any]:
 
 def _mark(line: str) -> int:
     """By which a repeated row is known to be the same, without keeping it."""
-    return zlib.crc32(line.encode())
+    return hash(line)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

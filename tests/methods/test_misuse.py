@@ -89,6 +89,8 @@ OUT_OF_RANGE = {
     "regular expression": (["lora", "--targets", "("], "--targets '(' is no regular expression"),
     "brackets without end": (["lora", "--targets", "(" * 5000], "is no regular expression"),
     "no targets": (["lora", "--targets"], "--targets names no linear"),
+    "no rules": (["hiddenkey", "--rules"], "--rules names none"),
+    "an empty text": (["lora", "--data", ""], "--data is empty"),
     "nul": (["lora", "--task", "a\0b"], "--task has a NUL character"),
     "bytes": (["lora", "--out", "a\udc80"], "is not valid UTF-8"),
     "a long word": (["lora", "--task", "x" * 100_000], "Unknown task 'xxx"),
