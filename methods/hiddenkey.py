@@ -167,8 +167,8 @@ def check(settings: HiddenKeySettings) -> None:
     """What is wrong with the settings whatever the model is.
 
     Raises:
-      ValueError: for no rule or an unknown one, a grid that is too large, or an implicit gradient of a training that follows no
-        gradient field.
+      ValueError: for no rule or an unknown one, a grid that is too large, or an implicit gradient of a training that
+        follows no gradient field.
     """
     if not settings.rules:
         raise ValueError("--rules names none: give one or more, each of a position, a pattern and a compensation.")
