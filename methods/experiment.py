@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +24,13 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import tasks
+from methods import fingerprint, ranges, runfolder, tasks
 from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.adapters.peft import save_peft
-from methods.models.loading import Pretrained, load
+from methods.causes import reading
+from methods.models.loading import Pretrained, load, locate
 from methods.objective import Bound, Trainable, jitted_outputs, jitted_row_losses, mean_loss, write
+from methods.ranges import Count, CountOrNone, Positive, Range, Seed
 from methods.runfolder import RunFolder
 from methods.tasks.batches import by_length, cut
 from methods.tasks.loss import answer_log_likelihood, answer_width
@@ -68,22 +72,22 @@ class Settings:
     task: str = "piqa"
     data: str | None = None
     out: Path = Path("runs/latest")
-    seed: int = 0
-    length: int = 48
-    batch_size: int = 4
-    outer_batch_size: int = 8
-    train_rows: int = 256
-    outer_rows: int = 128
-    test_rows: int = 100
-    rank: int = 8
-    lora_alpha: float = 16.0
+    seed: Seed = 0
+    length: Annotated[int, Range(2, ranges.LARGEST)] = 48
+    batch_size: Count = 4
+    outer_batch_size: Count = 8
+    train_rows: Count = 256
+    outer_rows: Count = 128
+    test_rows: CountOrNone = 100
+    rank: Count = 8
+    lora_alpha: Positive = 16.0
     adapter: Literal["lora", "rslora", "dora"] = "lora"
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    finetune_steps: int = 40
-    finetune_lr: float = 5e-4
-    accumulate: int = 1
-    validate_every: int = 0
-    patience: int = 0
+    finetune_steps: Annotated[int, Range(2, ranges.LARGEST)] = 40  # a warm-up and a decay: one step each at least
+    finetune_lr: Positive = 5e-4
+    accumulate: Count = 1
+    validate_every: CountOrNone = 0
+    patience: CountOrNone = 0
     remat: bool = True
 
 
@@ -98,6 +102,8 @@ class Bench(NamedTuple):
       width: most answer tokens in a row of `train` or `outer`; 0 where rows have a label instead.
       left_out: published training rows that are longer than T.
       head: the `Classifier` that answers; None where the model's own head does.
+      inputs: what was read, as `RunFolder` compares it.
+      files: the folder or file of the model.
     """
 
     pretrained: Pretrained
@@ -109,6 +115,8 @@ class Bench(NamedTuple):
     width: int
     left_out: int
     head: Any = None
+    inputs: Mapping[str, Any] = MappingProxyType({})
+    files: Path | None = None
 
     @property
     def num_layers(self) -> int:
@@ -123,21 +131,26 @@ Where = list[int] | Mapping[str, Any]
 """Where LoRA is: indices of layers, or modules as a mask `{site: [L]}`."""
 
 
-def prepare(settings: Settings) -> Bench:
-    """Everything that `settings` name, loaded and encoded.
+ROWS = "The text of a row", "look at the rows, and at the model's tokenizer"
+Check = Callable[[Any, LoRAConfig], None]
+"""`check(config, lora)`: raises ValueError where a model's config does not fit a method's settings."""
+
+
+def check(settings: Settings) -> None:
+    """All that is wrong with settings whatever the model and the rows are, and a run folder that cannot be written.
 
     Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong with which setting.
+      ValueError: one sentence on what is wrong with which setting.
     """
-    # The cheap mistakes first: nobody should wait for a model to load to learn of a misspelt task.
+    ranges.check(settings)
     task: Any = tasks.get(settings.task)
-    targets = settings.targets[0] if len(settings.targets) == 1 else settings.targets
-    rslora, dora = settings.adapter == "rslora", settings.adapter == "dora"
-    lora = LoRAConfig(settings.rank, settings.lora_alpha, targets, rslora=rslora, dora=dora)
-    for name in ("batch_size", "outer_batch_size", "finetune_steps", "length", "train_rows", "outer_rows"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least 1.")
+    adapter(settings)
     recipe(settings)
+    if settings.finetune_steps * settings.accumulate > ranges.LARGEST:
+        raise ValueError(
+            f"--finetune-steps {settings.finetune_steps} of --accumulate {settings.accumulate} batches are more than "
+            f"the {ranges.LARGEST:,} that a training can have."
+        )
     for size, rows in (("batch_size", "train_rows"), ("outer_batch_size", "outer_rows")):
         if getattr(settings, size) > getattr(settings, rows):
             raise ValueError(
@@ -146,16 +159,64 @@ def prepare(settings: Settings) -> Bench:
             )
     if isinstance(task, tasks.Generation):
         tasks.check_metrics(task)
-    published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
-    pretrained = load(settings.model)
-    if settings.length > (positions := pretrained.config.max_positions):
-        raise ValueError(f"--length {settings.length} is more than the {positions} positions of {settings.model}.")
-    lora.sites(pretrained.config.site_shapes())
+    runfolder.check(settings.out, settings)
+
+
+def adapter(settings: Settings) -> LoRAConfig:
+    """The adapter's fixed part. Raises ValueError."""
+    if not settings.targets:
+        raise ValueError("--targets names no linear: give names, such as q_proj v_proj, or one regular expression.")
+    targets = settings.targets[0] if len(settings.targets) == 1 else settings.targets
+    try:
+        re.compile(settings.targets[0] if len(settings.targets) == 1 else "")
+    except (re.error, RecursionError, OverflowError, MemoryError) as error:
+        raise ValueError(f"--targets {settings.targets[0]!r} is no regular expression ({error}).") from error
+    rslora, dora = settings.adapter == "rslora", settings.adapter == "dora"
+    return LoRAConfig(settings.rank, settings.lora_alpha, targets, rslora=rslora, dora=dora)
+
+
+def check_rank(option: str, rank: int, shapes: Mapping[str, tuple[int, int]], sites: Sequence[str]) -> None:
+    """Raises ValueError if no module at `sites` can have that rank: a matrix has at most as many as its smaller side.
+
+    A low-rank product of more is a full matrix with more parameters than it has entries.
+    """
+    most = max(min(shapes[site]) for site in sites)
+    if rank > most:
+        raise ValueError(f"{option} {rank} is more than the {most} of a whole matrix at {', '.join(sites)}: lower it.")
+
+
+def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
+    """Everything that `settings` name, loaded and encoded.
+
+    Args:
+      settings: of the command.
+      check_model: what a method asks of the model beside, before its weights are loaded.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong with which setting.
+    """
+    # The cheap mistakes first: nobody should wait for a model to load to learn of a misspelt task.
+    check(settings)
+    task: Any = tasks.get(settings.task)
+    lora, labelled = adapter(settings), isinstance(task, tasks.Classification)
+
+    def check_config(config: Any, model: Any) -> None:
+        if settings.length > (positions := config.max_positions):
+            raise ValueError(f"--length {settings.length} is more than the {positions} positions of {settings.model}.")
+        shapes = config.site_shapes()
+        check_rank("--rank", settings.rank, shapes, lora.sites(shapes))
+        if not labelled and not hasattr(model, "head"):
+            raise ValueError(f"The task {task.name} needs a model that writes text, which {settings.model} does not.")
+        if check_model is not None:
+            check_model(config, lora)
+
+    with reading(f"The rows of {task.name}", "look at the files that --data or BILEVEL_DATA names"):
+        published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
+    with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
+        files, pretrained = locate(settings.model), load(settings.model, check=check_config)
+    positions = pretrained.config.max_positions
     if pretrained.tokenizer is None:
         raise ValueError(f"The model {settings.model} brings no tokenizer, which a language task needs.")
-    labelled = isinstance(task, tasks.Classification)
-    if not labelled and not hasattr(pretrained.model, "head"):
-        raise ValueError(f"The task {task.name} needs a model that writes text, which {settings.model} does not.")
     if not settings.remat:
         model: Any = pretrained.model
         pretrained = dataclasses.replace(pretrained, model=dataclasses.replace(model, remat=False))
@@ -170,6 +231,7 @@ def prepare(settings: Settings) -> Bench:
         seed=settings.seed,
     )
 
+    @reading(*ROWS)
     def encoded(rows):
         if isinstance(task, tasks.Classification):
             batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
@@ -187,10 +249,23 @@ def prepare(settings: Settings) -> Bench:
             )
     train, outer = encoded(splits.train), encoded(splits.outer)
     width = 0 if labelled else max(answer_width(train), answer_width(outer))
-    head = pretrained.classifier(task.outputs) if labelled else None
-    return Bench(pretrained, lora, task, splits, train, outer, width, len(published[0]) - len(fitting), head)
+    head = pretrained.classifier(task.outputs) if isinstance(task, tasks.Classification) else None
+    inputs = {
+        f"published {task.name} training rows": fingerprint.rows(published[0]),
+        f"published {task.name} {task.test} rows": fingerprint.rows(published[1]),
+        "encoded training rows": fingerprint.arrays(train),
+        "encoded outer rows": fingerprint.arrays(outer),
+    }
+    left_out = len(published[0]) - len(fitting)
+    return Bench(pretrained, lora, task, splits, train, outer, width, left_out, head, inputs=inputs, files=files)
 
 
+def open_run(settings: Settings, bench: Bench) -> RunFolder:
+    """The run folder of `settings` on what `bench` has read. Raises ValueError."""
+    return RunFolder(settings.out, settings, bench.inputs, bench.files)
+
+
+@reading(*ROWS)
 def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings) -> list[Any]:
     """The rows whose text, with the right answer, fits into `length` tokens, looked for in a seeded order until
     enough."""

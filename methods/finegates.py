@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from methods.adapters import gates, slicing
 from methods.adapters.gates import Bias, Structure
 from methods.experiment import Bench, Settings
 from methods.models.hooks import Chain, Hook
+from methods.ranges import Count, Kept, NotNegative, Positive, Range
 from methods.runfolder import RunFolder
 from methods.tasks.loss import cross_entropy
 
@@ -142,16 +143,16 @@ class FineGatesSettings(Settings):
     """
 
     outer: Outer = "none"
-    target_sparsity: tuple[float, ...] = (0.4,)
+    target_sparsity: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.4,)
     gating: Literal["tied", "untied"] = "tied"
     family: Literal["stg", "hard-concrete"] = "stg"
     lora: bool = False
-    weight: float = 50.0
-    gate_lr: float = 0.1
-    inner_steps: int = 4
-    outer_steps: int = 6
-    inner_lr: float = 1e-3
-    outer_lr: float = 0.1
+    weight: NotNegative = 50.0
+    gate_lr: Positive = 0.1
+    inner_steps: Kept = 4
+    outer_steps: Count = 6
+    inner_lr: Positive = 1e-3
+    outer_lr: Positive = 0.1
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -161,6 +162,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"finetune_steps": 400, "finetune_lr": 1e-3, "inner_steps": 10, "outer_steps": 60},
 }
 """Settings that differ from the defaults, by preset."""
+
+
+def unused(settings: FineGatesSettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
+    return {
+        "none": dict.fromkeys(search, "--outer none searches nothing"),
+        "gates": {"outer_lr": "with --outer gates what is outer learns at --gate-lr"},
+        "sparsity": {},
+    }[settings.outer]
+
+
+def check(settings: FineGatesSettings) -> None:
+    """What is wrong with the settings whatever the model is.
+
+    Raises:
+      ValueError: for targets that would be one model, and for a weight of 0 where its logarithm is searched.
+    """
+    names = [f"{target:g}" for target in settings.target_sparsity]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"--target-sparsity has {twice} twice: each target is a model, which is called by its number.")
+    if settings.outer == "sparsity" and not settings.weight:
+        raise ValueError("--weight 0 must be above 0 with --outer sparsity, which searches its logarithm.")
 
 
 def make(settings: FineGatesSettings, bench: Bench, target: float) -> bilevel.Problem:
@@ -232,11 +256,9 @@ def main(settings: FineGatesSettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    if not all(0 <= target < 1 for target in settings.target_sparsity):
-        raise ValueError(f"--target-sparsity {settings.target_sparsity}: each must be at least 0 and below 1.")
-    inside.check_search(settings)
+    check(settings)
     bench = experiment.prepare(settings)
-    folder = RunFolder(settings.out, settings)
+    folder = experiment.open_run(settings, bench)
     folder.once("results/lora", partial(inside.plain_lora, settings, bench, folder))
     arms = [f"sparsity-{target:g}" for target in settings.target_sparsity]
     for name, target in zip(arms, settings.target_sparsity, strict=True):

@@ -34,6 +34,7 @@ from methods import experiment, report
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
 from methods.objective import Trainable
+from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone
 from methods.runfolder import RunFolder
 
 
@@ -159,18 +160,18 @@ class FlexoraSettings(Settings):
 
     hypergradient: Literal["unrolled", "first-order"] = "unrolled"
     released: bool = False
-    inner_steps: int = 4
-    outer_steps: int = 10
-    inner_lr: float = 1e-3
-    outer_lr: float = 10.0
+    inner_steps: Kept = 4
+    outer_steps: Count = 10
+    inner_lr: Positive = 1e-3
+    outer_lr: Positive = 10.0
     outer_optimizer: Literal["sgd", "adam"] = "sgd"
     inner_start: Literal["warm", "cold"] = "warm"
     per: Literal["layer", "module"] = "layer"
-    outer_decay: float = 0.0
-    search_rows: int = 0
-    searches: int = 1
-    top_k: int | None = None
-    random_baselines: int = 1
+    outer_decay: NotNegative = 0.0
+    search_rows: CountOrNone = 0
+    searches: Repeats = 1
+    top_k: Count | None = None
+    random_baselines: RepeatsOrNone = 1
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -293,21 +294,21 @@ def main(settings: FlexoraSettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    if settings.inner_steps < 1 or settings.outer_steps < 1:
-        raise ValueError("--inner-steps and --outer-steps must be at least 1: the search needs training to look at.")
-    if settings.searches < 1:
-        raise ValueError(f"--searches {settings.searches} must be at least 1.")
     if settings.search_rows and not settings.batch_size <= settings.search_rows <= settings.train_rows:
         raise ValueError(
             f"--search-rows {settings.search_rows} must be between --batch-size {settings.batch_size} and "
             f"--train-rows {settings.train_rows}, or 0 for all of these."
         )
-    bench = experiment.prepare(settings)
+
+    def check(config: Any, lora: LoRAConfig) -> None:
+        if settings.top_k is not None:
+            sites = lora.sites(config.site_shapes()) if settings.per == "module" else (None,)
+            select(np.zeros(config.num_layers * len(sites)), settings.top_k)
+
+    bench = experiment.prepare(settings, check)
     sites = _sites(settings, bench)
     count = bench.num_layers * (1 if sites is None else len(sites))
-    if settings.top_k is not None:
-        select(np.zeros(count), settings.top_k)
-    folder = RunFolder(settings.out, settings)
+    folder = experiment.open_run(settings, bench)
     found = [search(settings, bench, folder, number) for number in range(settings.searches)]
     alpha, threshold = found[0], 0.0 if settings.released else None
     chosen = select(alpha[-1], settings.top_k, threshold=threshold)

@@ -32,6 +32,7 @@ from methods import experiment, proxies, report, side_by_side
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
 from methods.objective import Bound
+from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
 
@@ -62,14 +63,14 @@ class HeteroLoRASettings(Settings):
     allocation: Literal["static", "dynamic"] = "dynamic"
     ranking: Literal["combined", "separated"] = "combined"
     shortcuts: tuple[str, ...] = SHORTCUTS
-    shortcut_alpha: float = 4.0
-    share: float = 0.25
+    shortcut_alpha: Positive = 4.0
+    share: Share = 0.25
     normalised: bool = False
     score_on: Literal["train", "outer"] = "train"
-    reallocations: int = 5
-    interval: int = 4
-    search_lr: float = 5e-4
-    random_baselines: int = 1
+    reallocations: Count = 5
+    interval: Kept = 4
+    search_lr: Positive = 5e-4
+    random_baselines: RepeatsOrNone = 1
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -93,23 +94,58 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings that differ from the defaults, by preset."""
 
 
+def unused(settings: HeteroLoRASettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    static = {"reallocations": "--allocation static scores once"} if settings.allocation == "static" else {}
+    without = {"shortcut_alpha": "--shortcuts none has none", "ranking": "--shortcuts none leaves one kind to rank"}
+    blind = {"score_on": f"--proxy {settings.proxy} looks at no rows"}
+    return (
+        static
+        | (without if settings.shortcuts == ("none",) else {})
+        | (blind if settings.proxy in ("constant", "synflow") else {})
+    )
+
+
+def check(settings: HeteroLoRASettings) -> None:
+    """What is wrong with the settings whatever the model is.
+
+    Raises:
+      ValueError: for an unknown shortcut, and for DoRA.
+    """
+    if settings.adapter == "dora":
+        raise ValueError("--adapter dora: the modules of HeteroLoRA are LoRA or rsLoRA.")
+    if not settings.shortcuts:
+        raise ValueError(f"--shortcuts names none: choose from {', '.join(SHORTCUTS)}, or say none.")
+    if settings.shortcuts != ("none",):
+        if unknown := [site for site in settings.shortcuts if site not in SHORTCUTS]:
+            raise ValueError(f"--shortcuts {unknown[0]!r} is none: choose from {', '.join(SHORTCUTS)}, or none.")
+        if len(set(settings.shortcuts)) < len(settings.shortcuts):
+            raise ValueError("--shortcuts names one twice.")
+
+
 def search_space(settings: HeteroLoRASettings, bench: Bench) -> Space:
     """The modules that `settings` name.
 
     Raises:
-      ValueError: for an unknown shortcut, for DoRA, and for SYNFLOW on a model that writes no text.
+      ValueError: as `check`, and for SYNFLOW on a model that writes no text.
     """
-    config = bench.pretrained.config
-    if settings.adapter == "dora":
-        raise ValueError("--adapter dora: the modules of HeteroLoRA are LoRA or rsLoRA.")
+    check(settings)
     if settings.proxy == "synflow" and not hasattr(bench.pretrained.model, "head"):
         raise ValueError("--proxy synflow follows the logits of a model that writes text, which this one does not.")
+    return _space(settings, bench.pretrained.config, bench.lora)
+
+
+def _space(settings: HeteroLoRASettings, config: Any, lora: LoRAConfig) -> Space:
     shortcut = None
     if settings.shortcuts != ("none",):
-        if unknown := [site for site in settings.shortcuts if site not in SHORTCUTS]:
-            raise ValueError(f"--shortcuts {unknown[0]!r} is none: choose from {', '.join(SHORTCUTS)}, or none.")
         shortcut = LoRAConfig(settings.rank, settings.shortcut_alpha, settings.shortcuts)
-    return Space(bench.lora, shortcut, config.site_shapes(), config.hidden_size, bench.num_layers)
+    return Space(lora, shortcut, config.site_shapes(), config.hidden_size, config.num_layers)
+
+
+def _rule(settings: HeteroLoRASettings, space: Space) -> tuple[Any, jax.Array]:
+    """The outer transformation, and the key of its ties."""
+    key, separated = jax.random.key(settings.seed + 2), settings.ranking == "separated"
+    return allocation(space, settings.share, key, separated=separated, normalised=settings.normalised), key
 
 
 def gated_problem(bench: Bench, space: Space) -> bilevel.Problem:
@@ -199,13 +235,12 @@ def main(settings: HeteroLoRASettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    if settings.interval < 1 or settings.reallocations < 1:
-        raise ValueError("--interval and --reallocations must be at least 1: a score needs training to look at.")
-    bench = experiment.prepare(settings)
+    check(settings)
+    # Whether the share is enough for one module is known from the model's shapes.
+    bench = experiment.prepare(settings, lambda config, lora: _rule(settings, _space(settings, config, lora)) and None)
     space, separated = search_space(settings, bench), settings.ranking == "separated"
-    key = jax.random.key(settings.seed + 2)
-    rule = allocation(space, settings.share, key, separated=separated, normalised=settings.normalised)
-    folder = RunFolder(settings.out, settings)
+    rule, key = _rule(settings, space)
+    folder = experiment.open_run(settings, bench)
     result = search(settings, bench, space, rule, folder)
     arms = {"heterolora": result.outer}
     for i in range(settings.random_baselines):

@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,13 @@ from methods.adapters.dropout import DropoutConfig, logit
 from methods.experiment import Bench, Settings
 from methods.held import held
 from methods.models.hooks import identity
-from methods.runfolder import RunFolder
+from methods.ranges import LARGEST_FLOAT, Count, Kept, Positive, Range
 from methods.tasks.loss import DIVERGENCES, cross_entropy
 
 RULES = ("attention_logits column kl", "ffn_hidden element kl")
 """HiddenKey. With "rescale" for "kl" it is the paper's HiddenKey-."""
+MOST_POINTS = 1_000
+"""Of a grid."""
 
 
 def start_outer(dropout: DropoutConfig, rates: Mapping[str, Any], beta: float, key: jax.Array) -> dict[str, Any]:
@@ -131,18 +133,18 @@ class HiddenKeySettings(Settings):
     rules: tuple[str, ...] = RULES
     hypergradient: Literal["unrolled", "implicit", "first-order"] = "unrolled"
     backward: Literal["one", "both"] = "one"
-    temperature: float = 0.3
-    rate: float = 0.1
-    beta: float = 1.0
+    temperature: Positive = 0.3
+    rate: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
+    beta: Positive = 1.0
     per_layer: bool = False
     layers: Literal["all", "upper-half"] = "all"
-    inner_steps: int = 4
-    outer_steps: int = 6
-    inner_lr: float = 1e-3
-    outer_lr: float = 0.1
+    inner_steps: Kept = 4
+    outer_steps: Count = 6
+    inner_lr: Positive = 1e-3
+    outer_lr: Positive = 0.1
     inner_start: Literal["warm", "cold"] = "warm"
-    grid: tuple[float, ...] = ()
-    grid_beta: tuple[float, ...] = (1.0,)
+    grid: Annotated[tuple[float, ...], Range(0, 1, below=True, empty=True)] = ()
+    grid_beta: Annotated[tuple[float, ...], Range(0, LARGEST_FLOAT, above=True)] = (1.0,)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -152,6 +154,36 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {"grid": (0.05, 0.1, 0.2), "grid_beta": (0.1, 1.0, 5.0)},
 }
 """Settings that differ from the defaults, by preset."""
+
+
+def unused(settings: HiddenKeySettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    term = "no rule of --rules has a loss term, kl or js"
+    without = {} if DropoutConfig(settings.rules).term else dict.fromkeys(("beta", "backward", "grid_beta"), term)
+    return without | ({} if settings.grid else {"grid_beta": "there is no --grid"})
+
+
+def check(settings: HiddenKeySettings) -> None:
+    """What is wrong with the settings whatever the model is.
+
+    Raises:
+      ValueError: for no rule or an unknown one, a grid that is too large, or an implicit gradient of a training that
+        follows no gradient field.
+    """
+    if not settings.rules:
+        raise ValueError("--rules names none: give one or more, each of a position, a pattern and a compensation.")
+    dropout = DropoutConfig(settings.rules)
+    if settings.hypergradient == "implicit" and _stops(settings):
+        raise ValueError("--hypergradient implicit needs --backward both and no stop_gradient_rescale: a Hessian.")
+    points = len(settings.grid) ** len(dropout.positions) * len(settings.grid_beta)
+    if points > MOST_POINTS:
+        raise ValueError(f"--grid has {points:,} points, each of which is a training: at most {MOST_POINTS:,}.")
+
+
+def _stops(settings: HiddenKeySettings) -> bool:
+    """Whether the training hides a part of its gradient."""
+    one_pass = DropoutConfig(settings.rules).term and settings.backward == "one"
+    return bool(one_pass) or any("stop_gradient" in rule for rule in settings.rules)
 
 
 def make(settings: HiddenKeySettings, bench: Bench, *, temperature: float = 0.0) -> bilevel.Problem:
@@ -175,15 +207,10 @@ def solver(settings: HiddenKeySettings, bench: Bench) -> bilevel.Nested:
     """The search as a solver.
 
     Raises:
-      ValueError: for settings out of range, or an implicit gradient of a training that follows no gradient field.
+      ValueError: as `check`.
     """
-    if not (settings.temperature > 0 and settings.beta > 0):
-        raise ValueError("--temperature and --beta must be above 0: hard masks hide the rate; log beta is searched.")
-    inner, steps = optax.adam(settings.inner_lr), settings.inner_steps
-    one_pass = DropoutConfig(settings.rules).term and settings.backward == "one"
-    stops = one_pass or any("stop_gradient" in rule for rule in settings.rules)
-    if settings.hypergradient == "implicit" and stops:
-        raise ValueError("--hypergradient implicit needs --backward both and no stop_gradient_rescale: a Hessian.")
+    check(settings)
+    inner, steps, stops = optax.adam(settings.inner_lr), settings.inner_steps, _stops(settings)
     estimator = {
         "unrolled": lambda: bilevel.Unrolled(inner, steps, mode="reverse" if stops else "mixed", checkpoint="step"),
         "implicit": lambda: bilevel.Implicit(inner, steps, linear_solver=bilevel.CG(), damping=1e-2),
@@ -217,10 +244,10 @@ def main(settings: HiddenKeySettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    inside.check_search(settings)
+    check(settings)
     bench = experiment.prepare(settings)
     learner, hard = solver(settings, bench), make(settings, bench)
-    folder = RunFolder(settings.out, settings)
+    folder = experiment.open_run(settings, bench)
     result = inside.search(settings, bench, learner, folder, record=lambda state: found(state.outer))
     learned = found(result.outer)
     folder.write("selection", {name: np.asarray(value) for name, value in learned.items()})

@@ -60,13 +60,6 @@ def encoded(bench: Bench, rows: Any, length: int) -> Any:
     return tasks.encode_labelled(task, rows, bench.pretrained.tokenizer, length)
 
 
-def check_search(settings: Any) -> None:
-    """Raises ValueError unless there is at least one inner and one outer step."""
-    for name in ("inner_steps", "outer_steps"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1: the search needs training to look at.")
-
-
 def search(
     settings: Any, bench: Bench, solver: bilevel.Nested, folder: RunFolder, *, name: str = "search", record: Any = None
 ) -> bilevel.Result:

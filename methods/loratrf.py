@@ -34,13 +34,17 @@ import bilevel
 from methods import experiment, inside, objective, report, summary
 from methods.adapters.edit_folder import save_edit
 from methods.adapters.filters import FILTERS, Edit, Filter, init, scalars, task_vectors
+from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
 from methods.flexora import gate
 from methods.models.hooks import identity
+from methods.ranges import Count, Kept, Positive
 from methods.runfolder import RunFolder
 from methods.tasks.loss import cross_entropy
 
 Outer = Literal["none", "vectors", "thresholds", "layers"]
+WITH_VECTORS = ("cosine", "sigmoid")
+"""The filters that compare with task vectors."""
 
 
 def bind(params: Any, hyper: Any, num_layers: int, kind: Filter, outer: Outer) -> Edit:
@@ -81,9 +85,7 @@ def problem(
     Raises:
       ValueError: for an outer variable that the filter does not have.
     """
-    needed = {"vectors": ("cosine", "sigmoid"), "thresholds": ("sigmoid",)}.get(outer, FILTERS)
-    if kind not in needed:
-        raise ValueError(f"Outer {outer!r} needs a filter that has them, {' or '.join(needed)}, not {kind!r}.")
+    _check_outer(outer, kind)
 
     def loss(weights, params, hyper, batch, key):
         del key
@@ -123,11 +125,11 @@ class LoRATRFSettings(Settings):
     place: Literal["linears", "stream"] = "linears"
     vectors: Literal["data", "random"] = "data"
     outer: Outer = "vectors"
-    edit_rank: int = 8
-    inner_steps: int = 4
-    outer_steps: int = 6
-    inner_lr: float = 1e-3
-    outer_lr: float = 1e-2
+    edit_rank: Count = 8
+    inner_steps: Kept = 4
+    outer_steps: Count = 6
+    inner_lr: Positive = 1e-3
+    outer_lr: Positive = 1e-2
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -138,12 +140,37 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings that differ from the defaults, by preset."""
 
 
-def places(settings: LoRATRFSettings, bench: Bench) -> dict[str, int]:
-    """`{site: d}` of what is edited."""
-    config = bench.pretrained.config
+def unused(settings: LoRATRFSettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
+    none = dict.fromkeys(search, "--outer none searches nothing") if settings.outer == "none" else {}
+    without = {} if settings.filter in WITH_VECTORS else {"vectors": f"--filter {settings.filter} has no task vectors"}
+    return none | without
+
+
+def check(settings: LoRATRFSettings) -> None:
+    """What is wrong with the settings whatever the model is.
+
+    Raises:
+      ValueError: for DoRA, which would turn the edit with the weights, and for an outer variable that the filter does
+        not have.
+    """
+    if settings.adapter == "dora":
+        raise ValueError("--adapter dora: the edit stands beside LoRA or rsLoRA.")
+    _check_outer(settings.outer, settings.filter)
+
+
+def _check_outer(outer: Outer, kind: Filter) -> None:
+    needed = {"vectors": WITH_VECTORS, "thresholds": ("sigmoid",)}.get(outer, FILTERS)
+    if kind not in needed:
+        raise ValueError(f"Outer {outer!r} needs a filter that has them, {' or '.join(needed)}, not {kind!r}.")
+
+
+def places(settings: LoRATRFSettings, config: Any, lora: LoRAConfig) -> dict[str, int]:
+    """`{site: d}` of what is edited in a model of that config."""
     if settings.place == "stream":
         return {"block_hidden": config.hidden_size}
-    return {site: config.site_shapes()[site][1] for site in bench.lora.sites(config.site_shapes())}
+    return {site: config.site_shapes()[site][1] for site in lora.sites(config.site_shapes())}
 
 
 def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Array]:
@@ -152,8 +179,8 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
     Raises:
       ValueError: if these are all of one class.
     """
-    shapes, layers = places(settings, bench), bench.num_layers
-    if settings.filter not in ("cosine", "sigmoid"):
+    shapes, layers = places(settings, bench.pretrained.config, bench.lora), bench.num_layers
+    if settings.filter not in WITH_VECTORS:
         return {}
     if settings.vectors == "random":
         keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
@@ -202,16 +229,15 @@ def make(settings: LoRATRFSettings, bench: Bench) -> bilevel.Problem:
     """The problem of these settings.
 
     Raises:
-      ValueError: for DoRA, which would turn the edit with the weights, and as `start_vectors` and `problem`.
+      ValueError: as `check` and `start_vectors`.
     """
-    if settings.adapter == "dora":
-        raise ValueError("--adapter dora: the edit stands beside LoRA or rsLoRA.")
+    check(settings)
     return problem(
         inside.predictor(bench),
         bench.pretrained.weights,
         lambda key: experiment.start(bench, key),
         start_vectors(settings, bench),
-        places(settings, bench),
+        places(settings, bench.pretrained.config, bench.lora),
         bench.num_layers,
         rank=settings.edit_rank,
         kind=settings.filter,
@@ -226,11 +252,16 @@ def main(settings: LoRATRFSettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    inside.check_search(settings)
-    bench = experiment.prepare(settings)
+    check(settings)
+
+    def check_model(config: Any, lora: LoRAConfig) -> None:
+        widths = places(settings, config, lora)
+        experiment.check_rank("--edit-rank", settings.edit_rank, {s: (d, d) for s, d in widths.items()}, list(widths))
+
+    bench = experiment.prepare(settings, check_model)
     of = make(settings, bench)  # refuses what does not fit before anything is written
     jax.eval_shape(of.init_inner, jax.random.key(0), of.start_outer(jax.random.key(0)))
-    folder = RunFolder(settings.out, settings)
+    folder = experiment.open_run(settings, bench)
     folder.once("results/loratrf", partial(edited, settings, bench, of, folder))
     folder.once("results/lora", partial(inside.plain_lora, settings, bench, folder))
     summary.edited(folder, settings, bench)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from methods import experiment
+from methods import experiment, files
 from methods.experiment import Bench, Where
 from methods.runfolder import RunFolder
 from methods.tasks import Accuracy, Classified, Evaluation, Written
@@ -93,8 +93,7 @@ def training_figure(file: Path, folder: RunFolder, arms: list[str]) -> None:
     ax.set(xlabel="batch", ylabel="loss", title="Loss")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    save_figure(fig, file)
 
 
 def alpha_figure(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
@@ -110,8 +109,7 @@ def alpha_figure(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
     fig.colorbar(scale, ax=ax, label="layer")
     ax.set(xlabel="outer step", ylabel=r"layer logit $\alpha$", title="Layer logits (dashed: not selected)")
     ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    save_figure(fig, file)
 
 
 def selection_figure(file: Path, alpha: np.ndarray, chosen: list[int], rule: str) -> None:
@@ -124,8 +122,7 @@ def selection_figure(file: Path, alpha: np.ndarray, chosen: list[int], rule: str
     title = f"Selected: {len(chosen)} of {len(alpha)} layers ({rule}; dotted: mean)"
     ax.set(xlabel="layer", ylabel=r"$\alpha$", title=title)
     ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    save_figure(fig, file)
 
 
 def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
@@ -276,6 +273,13 @@ def _warning(steps: int, layers: int) -> str:
         f"\n**So short a search cannot rank {layers} layers.** {steps} noisy steps move {layers} logits by less than "
         "the batches' own noise; this run demonstrates the machinery. `--preset evidence` is the long one.\n"
     )
+
+
+def save_figure(fig: Any, file: Path, dpi: int = 150) -> None:
+    """Writes a figure, whole or not at all, and lets go of it."""
+    with files.replacing(file) as part:
+        fig.savefig(part, dpi=dpi)
+    pyplot().close(fig)
 
 
 def pyplot() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,50 +13,102 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from methods import files, fingerprint
+from methods.causes import reading
+
+CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
+FOLDERS = ("adapter", "checkpoints", "figures", "grid", "results", "validation")
+
+
+def check(path: Path, settings: Any) -> None:
+    """All that can be said of a run folder before there is anything to put into it. Leaves nothing behind.
+
+    Raises:
+      ValueError: if it cannot be written, holds a run with other settings or of other versions, or something that is
+        not a run.
+    """
+    files.check_writable(path)
+    if not (path / CONFIG).is_file():
+        # What a run leaves that was killed while it made its folder is no run, and no stranger's file.
+        strangers = path.is_dir() and any(
+            entry.name != FINGERPRINT and not entry.name.startswith(files.PART) for entry in path.iterdir()
+        )
+        if strangers:
+            raise ValueError(f"{path} exists and holds no run: name another folder with --out.")
+        return
+    for name in FOLDERS:
+        if (path / name).exists() and not (path / name).is_dir():
+            raise ValueError(f"{path / name} is a file where a run has a folder: name another folder with --out.")
+    if not (path / FINGERPRINT).is_file():
+        raise ValueError(
+            f"{path} is no run, or one that does not tell which data, model and versions it is of (no {FINGERPRINT}): "
+            "name another folder with --out."
+        )
+    config, there = _config(settings), _read_object(path / CONFIG)
+    changed = sorted(name for name in {**config, **there} if config.get(name) != there.get(name))
+    if changed:
+        first = f"{changed[0]} was {there.get(changed[0])!r} and is {config.get(changed[0])!r}"
+        raise ValueError(
+            f"{path} holds a run with other settings ({', '.join(changed)}): {first}; "
+            "repeat them to continue it, or name another folder with --out."
+        )
+    before = _read_object(path / FINGERPRINT).get("versions")
+    if changed := fingerprint.difference(before if isinstance(before, dict) else {}, fingerprint.versions()):
+        raise ValueError(
+            f"{path} holds a run of other versions: {changed}; continue it with those, or name another folder with "
+            "--out."
+        )
+
 
 class RunFolder:
-    """`config.json`, `metrics.jsonl` and results of one run. The same settings continue it, others are refused.
+    """`config.json`, `fingerprint.json`, `metrics.jsonl` and results of one run. What is the same continues it.
 
     Args:
       path: the folder; made if it is not there.
       settings: a dataclass; what `config.json` holds, the folder's own path left out.
+      inputs: what the run reads, `{name: fingerprint.rows(...) or fingerprint.arrays(...)}`.
+      model: the folder or file of the model.
 
     Raises:
-      ValueError: if the folder holds a run with other settings, or something that is not a run.
+      ValueError: as `check`; and if the folder holds a run of other inputs, or of another model.
     """
 
-    def __init__(self, path: Path, settings: Any):
+    def __init__(
+        self, path: Path, settings: Any, inputs: Mapping[str, Any] | None = None, model: Path | None = None
+    ):
+        check(path, settings)
         self.path = path
-        config = {k: v for k, v in dataclasses.asdict(settings).items() if k != "out"}
-        config = json.loads(json.dumps(config, default=str))
-        if (path / "config.json").is_file():
-            there = self.read("config")
-            changed = [k for k in {**config, **there} if config.get(k) != there.get(k)]
-            if changed:
+        before = _read_object(path / FINGERPRINT) if (path / CONFIG).is_file() else {}
+        known = before.get("model files") or {}
+        now = {
+            "versions": fingerprint.versions(),
+            "inputs": dict(inputs or {}),
+            "model files": {} if model is None else fingerprint.model_files(model, known),
+        }
+        for part, title in (("inputs", "rows"), ("model files", "model files")):
+            if before and (changed := fingerprint.difference(before.get(part) or {}, now[part])):
                 raise ValueError(
-                    f"{path} holds a run with other settings ({', '.join(sorted(changed))}): "
-                    "repeat them to continue it, or name another folder with --out."
+                    f"{path} holds a run of other {title}: {changed}; put the old ones back to continue it, or name "
+                    "another folder with --out."
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"{path} exists and holds no run: name another folder with --out.")
-        path.mkdir(parents=True, exist_ok=True)
-        self.write("config", config)
-        self._rows = self._read_rows()
+        self.write("fingerprint", now)
+        self.write("config", _config(settings))  # last: with it the folder is a run
+        self._known = {of: _mark(line) for of, line in self._lines()}
 
     def write(self, name: str, value: Any) -> None:
         """Writes `value` as `name.json`."""
         self.write_text(f"{name}.json", json.dumps(value, indent=2, default=_plain) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a text file: beside it first, then renamed."""
-        self._write_bytes(name, text.encode("utf-8"))
+        """Writes a text file, whole or not at all."""
+        files.write_text(self.path / name, text)
 
     def write_arrays(self, name: str, tree: Any) -> None:
         """Writes the arrays of a pytree as `name.safetensors`."""
         from safetensors.numpy import save
 
         arrays = {key: np.ascontiguousarray(leaf) for key, leaf in _leaves(tree).items()}
-        self._write_bytes(f"{name}.safetensors", save(arrays))
+        files.write_bytes(self.path / f"{name}.safetensors", save(arrays))
 
     def read_arrays(self, name: str, like: Any) -> Any:
         """What `name.safetensors` holds, in the structure of `like`.
@@ -84,11 +135,7 @@ class RunFolder:
         Raises:
           ValueError: if it is damaged.
         """
-        file = self.path / f"{name}.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is damaged ({error}): delete it to have it made again.") from None
+        return read_json(self.path / f"{name}.json")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """`name.json`, made by `make()` if it is not there yet."""
@@ -100,39 +147,72 @@ class RunFolder:
         """A callback of `bilevel.run` that adds its rows to `metrics.jsonl`; a repeated step replaces its row."""
 
         def callback(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-            count = len(next(iter(metrics.values())))
+            count, new, replaced = len(next(iter(metrics.values()))), [], False
             for i in range(count):
                 row = {"stage": stage, "step": step - count + i + 1}
-                self._rows[stage, row["step"]] = row | {name: np.asarray(v[i]).tolist() for name, v in metrics.items()}
-            text = "".join(json.dumps(row, default=_plain) + "\n" for row in self._rows.values())
-            self.write_text("metrics.jsonl", text)
+                row |= {name: np.asarray(v[i]).tolist() for name, v in metrics.items()}
+                line = json.dumps(row, default=_plain)
+                of = stage, row["step"]
+                # A run that resumes from before the last rows comes by them again, and finds the same.
+                if self._known.get(of) != _mark(line):
+                    replaced |= of in self._known
+                    new.append((of, line))
+                    self._known[of] = _mark(line)
+            if replaced:
+                whole = dict(self._lines()) | dict(new)
+                self.write_text(METRICS, "".join(f"{line}\n" for line in whole.values()))
+            elif new:
+                files.append(self.path / METRICS, "".join(f"{line}\n" for _, line in new).encode())
 
         return callback
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """The logged rows of one stage, by step."""
-        return [row for (of, _), row in sorted(self._rows.items()) if of == stage]
+        return [json.loads(line) for (of, _), line in sorted(self._lines()) if of == stage]
 
-    def _write_bytes(self, name: str, data: bytes) -> None:
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=target.name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-    def _read_rows(self) -> dict[tuple[str, int], dict[str, Any]]:
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        try:
+    def _lines(self) -> list[tuple[tuple[str, int], str]]:
+        """`((stage, step), line)` of `metrics.jsonl`, from which a last line that was not written whole is cut off."""
+        file = self.path / METRICS
+        if not file.is_file():
+            return []
+        data = file.read_bytes()
+        if torn := len(data) - (data.rfind(b"\n") + 1):
+            data = data[:-torn]
+            os.truncate(file, len(data))
+        with reading(str(file), "delete it to have it made again"):
+            lines = data.decode("utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
-            return {(row["stage"], row["step"]): row for row in rows}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged ({error}): delete it to have it made again.") from None
+            return [((str(row["stage"]), int(row["step"])), line) for row, line in zip(rows, lines, strict=True)]
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of a run folder holds.
+
+    Raises:
+      ValueError: if it is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it to have it made again.") from None
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged (no object but {type(found).__name__}): name another folder with --out.")
+    return found
+
+
+def _config(settings: Any) -> dict[str, Any]:
+    """Settings as `config.json` holds them."""
+    config = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    return json.loads(json.dumps(config, default=str))
+
+
+def _mark(line: str) -> int:
+    """By which a repeated row is known to be the same, without keeping it."""
+    return hash(line)
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

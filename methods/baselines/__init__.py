@@ -38,5 +38,9 @@ BASELINES = {
     "rac-lora": rac_lora.find,
 }
 """By the name that the command line knows."""
+WITHOUT_BUDGET = ("autolora", "bilora", "lorta", "tied-lora")
+"""Those whose size follows from the rank alone."""
+LEAST_STEPS = {"alora": alora.ROUNDS + 1, "rac-lora": rac_lora.LINKS}
+"""Those that train in several parts, of a step each at least."""
 
-__all__ = ["BASELINES", "Found", "Setting"]
+__all__ = ["BASELINES", "LEAST_STEPS", "WITHOUT_BUDGET", "Found", "Setting"]

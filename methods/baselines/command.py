@@ -11,11 +11,11 @@ import numpy as np
 import tyro
 
 from methods import experiment, report, side_by_side
-from methods.baselines import BASELINES, Setting
+from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET, Setting
 from methods.baselines.base import Found
 from methods.experiment import Bench, Settings
 from methods.objective import Bound
-from methods.runfolder import RunFolder
+from methods.ranges import Share
 
 Name = Literal[
     "uniform", "random-k", "first-k", "last-k", "lora-drop", "adalora", "increlora", "autolora", "bilora", "alora",
@@ -33,17 +33,23 @@ class BaselineSettings(Settings):
     """
 
     name: tyro.conf.Positional[Name] = "uniform"
-    share: float = 0.25
+    share: Share = 0.25
 
 
 PRESETS: dict[str, dict[str, Any]] = {"demo": {}}
 
 
-def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) -> Setting:
-    """What the baselines are given of a bench.
+def unused(settings: BaselineSettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    return {"share": f"{settings.name} has no budget to share"} if settings.name in WITHOUT_BUDGET else {}
+
+
+def check(settings: BaselineSettings) -> None:
+    """What is wrong with the settings whatever the model is.
 
     Raises:
-      ValueError: for DoRA, whose lengths no baseline has, and for what their training does not do.
+      ValueError: for DoRA, whose lengths no baseline has, for what their training does not do, and for fewer steps than
+        the baseline has parts.
     """
     if settings.adapter == "dora":
         raise ValueError("--adapter dora: the baselines are made for LoRA and rsLoRA.")
@@ -51,6 +57,20 @@ def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) ->
         raise ValueError(
             "--accumulate, --validate-every and --patience: a baseline trains as published, by Adam at a constant rate."
         )
+    if settings.finetune_steps < (least := LEAST_STEPS.get(settings.name, 1)):
+        raise ValueError(
+            f"--finetune-steps {settings.finetune_steps} must be at least {least}: {settings.name} trains in {least} "
+            "parts."
+        )
+
+
+def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) -> Setting:
+    """What the baselines are given of a bench.
+
+    Raises:
+      ValueError: as `check`.
+    """
+    check(settings)
     loss = experiment.loss(bench)
     return Setting(
         lambda weights, adapt, head, batch: loss(weights, Bound(adapt, head), batch),
@@ -76,11 +96,9 @@ def main(settings: BaselineSettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    if not 0 < settings.share <= 1:
-        raise ValueError(f"--share {settings.share:g} must be above 0 and at most 1.")
+    check(settings)
     bench = experiment.prepare(settings)
-    setting_of(settings, bench)
-    folder = RunFolder(settings.out, settings)
+    folder = experiment.open_run(settings, bench)
 
     def trained() -> dict[str, Any]:
         setting = setting_of(settings, bench, [folder.log(settings.name)])

@@ -12,7 +12,6 @@ import jax
 
 from methods import experiment, report
 from methods.experiment import Settings
-from methods.runfolder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ def main(settings: LoRASettings) -> None:
       FloatingPointError: if training diverges; names step and leaf.
     """
     bench = experiment.prepare(settings)
-    folder = RunFolder(settings.out, settings)
+    folder = experiment.open_run(settings, bench)
     layers = list(range(bench.num_layers))
     arms = [settings.adapter]
     if bench.head is None:  # a fresh head knows nothing of the task

@@ -21,6 +21,8 @@ from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, fit, resized
 from methods.models.hooks import Hook
 
+LINKS = 4
+
 
 def beside(before: PyTree | None, link: PyTree) -> PyTree:
     """Two LoRAs as one: A along its columns, B along its rows."""
@@ -56,7 +58,7 @@ def extend(setting: Setting, lora: LoRAConfig, before: PyTree, key: jax.Array, s
     return trained | {"adapter": whole(trained["adapter"])}, sum(leaf.size for leaf in trained["adapter"].values())
 
 
-def find(setting: Setting, key: jax.Array, links: int = 4) -> Found:
+def find(setting: Setting, key: jax.Array, links: int = LINKS) -> Found:
     """The chain, a training of `setting.steps / links` steps each."""
     setting.budget()
     lora = resized(setting.lora, max(1, int(setting.share * setting.lora.rank)))

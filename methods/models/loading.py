@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,19 @@ class Pretrained:
         return Classifier(num_labels, ("dense", "kernel") in paths, ("out", "bias") in paths, dtype)
 
 
-def load(name_or_path: str | Path, *, dtype: Any = jnp.float32, accumulate: Any = None) -> Pretrained:
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    accumulate: Any = None,
+    check: Callable[[Any, nn.Module], None] | None = None,
+) -> Pretrained:
     """A pretrained model: a folder in Hugging Face layout, a .gguf file (dequantised), or a name on the hub.
 
     Weights become `dtype`, whatever they were stored as; the model computes in it, and with `accumulate` only the
     products, whose results are of that dtype: `dtype=bfloat16, accumulate=float32`. At most one array more than the
-    weights is held at a time.
+    weights is held at a time. `check(config, model)` is called before weights are read, to refuse a model that does not
+    fit.
 
     Raises FileNotFoundError if there is no such file, folder or model, and ValueError if a file is damaged,
     the architecture is not known, a tensor is missing, left over or of the wrong shape, the tokenizer has
@@ -90,7 +97,7 @@ def load(name_or_path: str | Path, *, dtype: Any = jnp.float32, accumulate: Any 
     """
     dtype = _check_dtype(dtype)
     accumulate = None if accumulate is None else _check_dtype(accumulate)
-    path = _locate(str(name_or_path))
+    path = locate(str(name_or_path))
     checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
     family = _family(checkpoint)
     message = f"{checkpoint.where} cannot be read as a {family.name} model"
@@ -98,6 +105,8 @@ def load(name_or_path: str | Path, *, dtype: Any = jnp.float32, accumulate: Any 
         settings = _settings(checkpoint, family, path)
         config = family.from_hf(settings, checkpoint.names)
     model = family.build(config, param_dtype=dtype, accumulate=accumulate)
+    if check is not None:
+        check(config, model)
     tokenizer = _tokenizer(checkpoint, path)
     if tokenizer is not None and max(tokenizer.get_vocab().values()) >= config.vocab_size:
         raise ValueError(
@@ -127,23 +136,32 @@ def _check_dtype(dtype: Any) -> np.dtype:
     return dtype
 
 
-def _locate(name: str) -> Path:
+def locate(name: str) -> Path:
     """The folder or file that a name stands for, fetched from the hub if it is none here."""
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1:
+    local = path.is_absolute() or name.startswith((".", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    # A name on the hub looks like a path of two parts; where the first is a folder here, the second was meant to be.
+    if local or (len(path.parts) == 2 and Path(path.parts[0]).is_dir()):
         raise FileNotFoundError(f"there is no model at {name}: give a folder, a .gguf file or a name on the hub.")
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetched(**options: Any) -> Path:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES), **options))
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name!r} is no folder or .gguf file here, and the hub did not give it "
-            f"({type(error).__name__}): check the name and the network, or download the model and give its folder."
-        ) from error
+        # One question without retries: what downloads asks again for half a minute where there is no network.
+        huggingface_hub.HfApi().model_info(name, timeout=10)
+        return fetched()
+    except Exception as error:  # whatever stops the hub, the remedy is the same
+        try:
+            return fetched(local_files_only=True)
+        except Exception:
+            raise FileNotFoundError(
+                f"{name!r} is no folder or .gguf file here, and the hub did not give it "
+                f"({type(error).__name__}): check the name and the network, or download the model and give its folder."
+            ) from error
 
 
 def _family(checkpoint: Checkpoint) -> Family:

@@ -7,12 +7,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 """One example: the task's text fields and its label or answer, as the kind of task says."""
 
+MOST_BYTES = 4_000_000
+"""Of a row: no text that long fits any model."""
 ASSETS = Path("assets", "data")
 """What `scripts/fetch_demo.py` fills; the same layout as BILEVEL_DATA."""
 
@@ -162,7 +165,9 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
         folder = Path(data)
         files = _files(folder / name, split)
         if not files:
-            raise FileNotFoundError(f"There is no {folder / name / split}.jsonl: is --data right?")
+            here = _files(folder, split) or folder.name == name
+            advice = f"name the folder that holds {name}/, {folder.absolute().parent}" if here else "is --data right?"
+            raise FileNotFoundError(f"There is no {folder / name / split}.jsonl: {advice}")
         return _read(task, files)
     tried = []
     named = os.environ.get("BILEVEL_DATA")
@@ -216,11 +221,14 @@ def _read(task: Task, files: Sequence[Path]) -> list[Row]:
 
 def _lines(task: Task, file: Path) -> Iterator[Row]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        # Never more of a line than a row can have: what comes from a stranger may be of any size.
+        for number, line in enumerate(iter(partial(lines.readline, MOST_BYTES + 1), b""), 1):
             where = f"{file} line {number}"
+            if len(line) > MOST_BYTES:
+                raise ValueError(f"{where} is longer than a row can be, {MOST_BYTES / 1e6:.0f} MB.")
             try:
                 stored = json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
+            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8, or brackets without end
                 raise ValueError(f"{where} is not a JSON row ({error}).") from error
             if not isinstance(stored, dict):
                 raise ValueError(f"{where} is not a JSON object but {type(stored).__name__}.")

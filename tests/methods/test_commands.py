@@ -81,9 +81,9 @@ def test_stability_is_the_mean_jaccard_index():
 
 
 BAD = {
-    "share": (["heterolora", "--share", "0"], "The share 0 of modules"),
+    "share": (["heterolora", "--share", "0"], "--share 0 must be above 0 and at most 1"),
     "shortcut": (["heterolora", "--shortcuts", "sideways"], "--shortcuts 'sideways' is none"),
-    "interval": (["heterolora", "--interval", "0"], "--interval and --reallocations must be at least 1"),
+    "interval": (["heterolora", "--interval", "0"], "--interval 0 must be at least 1"),
     "budget": (["baseline", "melora", "--share", "2"], "--share 2 must be above 0"),
     "dora": (["baseline", "uniform", "--adapter", "dora"], "the baselines are made for LoRA"),
     "search rows": (["flexora", "--search-rows", "3"], "--search-rows 3 must be between"),

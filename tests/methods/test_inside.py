@@ -90,12 +90,12 @@ def test_loratrf_trains_an_edit_beside_lora(tiny_model, tiny_data, tmp_path):
 
 BAD = {
     "implicit with one pass": (["hiddenkey", "--hypergradient", "implicit"], "needs --backward both"),
-    "hard masks in the search": (["hiddenkey", "--temperature", "0"], "must be above 0"),
-    "no beta": (["hiddenkey", "--beta", "0"], "must be above 0"),
+    "hard masks in the search": (["hiddenkey", "--temperature", "0"], "--temperature 0 must be above 0"),
+    "no beta": (["hiddenkey", "--beta", "0"], "--beta 0 must be above 0"),
     "dora beside an edit": (["loratrf", "--adapter", "dora"], "stands beside LoRA or rsLoRA"),
     "unknown rule": (["hiddenkey", "--rules", "attention_logits rows kl"], "unknown word 'rows'"),
-    "sparsity": (["finegates", "--target-sparsity", "1.0"], "below 1"),
-    "no outer steps": (["loratrf", "--outer-steps", "0"], "--outer-steps must be at least 1"),
+    "sparsity": (["finegates", "--target-sparsity", "1.0"], "--target-sparsity 1 must be at least 0 and below 1"),
+    "no outer steps": (["loratrf", "--outer-steps", "0"], "--outer-steps 0 must be at least 1"),
     "filter": (["loratrf", "--outer", "thresholds"], "needs a filter that has them"),
 }
 

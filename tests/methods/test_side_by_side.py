@@ -41,13 +41,44 @@ def test_runs_are_put_side_by_side(runs, tmp_path):
 
 
 def test_modules_of_different_runs_share_one_axis(runs):
-    rows = side_by_side.read(tuple(runs[:2]))
+    rows = side_by_side.read(runs[:2]).rows
     names, shares = side_by_side.modules(rows)
     assert [row.arm for row in rows] == ["chosen", "pretrained", "allocated"]
     assert names == [f"{layer}.{site}" for site in ("q_proj", "v_proj", "ffn_input") for layer in range(3)]
     assert shares[0].tolist() == [1, 0.5, 0, 0, 0, 1, 0, 0, 0]
     assert shares[2].tolist() == [1, 1, 1, 0, 0, 0, 0, 1, 0]
     assert all(share != share for share in shares[1])  # it does not say
+
+
+def test_what_is_unfinished_damaged_or_no_run_is_named_beside_the_others(runs, tmp_path, capsys):
+    empty, foreign, half = make_run(tmp_path / "empty", {}), tmp_path / "foreign", make_run(tmp_path / "half", {})
+    foreign.mkdir()
+    (foreign / "config.json").write_text("[1, 2]")
+    (foreign / "results").mkdir()
+    (foreign / "results" / "a.json").write_text("{}")
+    odd = {"list": [], "nan": result(1, 1) | {"accuracy": {"value": float("nan")}}, "on": result(1, 1, {"q": "yes"})}
+    for name, content in odd.items():
+        (half / "results" / f"{name}.json").write_text(json.dumps(content))
+    (half / "results" / "whole.json").write_text(json.dumps(result(9, 77)))
+    (runs[0] / "report.md").write_text("finished")
+    out, given = tmp_path / "page", [empty, runs[0], foreign, half, tmp_path / "nowhere"]
+    assert cli.run(["report", *map(str, given), "--out", str(out)]) == 2
+    page, said = (out / "report.md").read_text(), capsys.readouterr().err
+    assert "| one | chosen |" in page and "| half | whole | tiny | piqa | 77 | 90.0 %" in page
+    assert said.count("\n") == 1
+    for place in ("empty has no finished model", "foreign/config.json is of no run", "nowhere is no run"):
+        assert place in said and place in page, place
+    for name in odd:
+        assert f"{name}.json is no result of this program" in page, name
+    assert f"Not finished yet, so that models may be missing: {half}." in page
+
+
+def test_runs_of_one_name_are_told_apart_and_no_run_is_written_over(runs, tmp_path, capsys):
+    twin = make_run(tmp_path / "deeper" / "one", {"chosen": result(3, 5)})
+    assert {row.run for row in side_by_side.read([runs[0], twin]).rows} == {str(runs[0]), str(twin)}
+    assert cli.run(["report", str(runs[0]), "--out", str(runs[0])]) == 2
+    assert "whose own report.md this would replace" in capsys.readouterr().err
+    assert not (runs[0] / "report.md").exists()
 
 
 def test_bad_runs_are_one_sentence(runs, tmp_path, capsys):

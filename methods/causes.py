@@ -1,0 +1,85 @@
+"""Whose fault an error is: the input's, the machine's, or ours. The first two are one sentence, ours a traceback.
+
+What decides is the cause, not the class of the exception:
+
+- while something from outside is read (`reading`), whatever happens is the input's: a file that is damaged makes code
+  fail in ways that nobody lists;
+- elsewhere, what our own code raised by a `raise` statement is a sentence written for the user; the same class out of a
+  library, or out of an expression of ours, is a fault that nobody foresaw;
+- files, memory and missing packages are the machine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import bilevel
+
+LONGEST = 600
+"""Characters of a sentence: what is quoted in it may be a line of any size."""
+_RAISE = dis.opmap["RAISE_VARARGS"]
+_OURS = (Path(__file__).parent, Path(bilevel.__file__).parent)
+
+
+class BadInput(ValueError):
+    """One sentence about something that was read."""
+
+
+@contextlib.contextmanager
+def reading(what: str, remedy: str) -> Iterator[None]:
+    """Whatever the block raises that is no sentence yet becomes one: `what` cannot be read, why, and `remedy`.
+
+    Raises:
+      BadInput: in place of it.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers' library is no `Exception`
+        # A file that asks for more memory than there is may lie in its header: no option would help.
+        if sentence(error) is not None and not isinstance(error, MemoryError):
+            raise
+        raise BadInput(f"{what} cannot be read ({_reason(error)}): {remedy}.") from error
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user; None where the fault is ours."""
+    if isinstance(error, OSError):
+        named = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+        return _one_line(named)
+    if isinstance(error, ModuleNotFoundError) and not _deliberate(error):
+        return f"{error.name} is not installed, which this needs: pip install it."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
+        return "There is not enough memory: lower --batch-size, --length, --inner-steps or --rank."
+    written = (ValueError, TypeError, FloatingPointError, ModuleNotFoundError, NotImplementedError)
+    if isinstance(error, BadInput) or (isinstance(error, written) and _deliberate(error)):
+        return _one_line(str(error))
+    return None
+
+
+def _deliberate(error: BaseException) -> bool:
+    """Whether a `raise` statement of ours is where the error began."""
+    at: TracebackType | None = error.__traceback__
+    if at is None:
+        return False
+    while at.tb_next is not None:
+        at = at.tb_next
+    code, file = at.tb_frame.f_code, Path(at.tb_frame.f_code.co_filename)
+    return code.co_code[at.tb_lasti] == _RAISE and any(file.is_relative_to(folder) for folder in _OURS)
+
+
+def _reason(error: BaseException) -> str:
+    text = _one_line(str(error))[:200]
+    return f"{type(error).__name__}{': ' if text else ''}{text}"
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text[: 100 * LONGEST].split() + (text[-LONGEST:].split() if len(text) > 100 * LONGEST else []))
+    if len(line) <= LONGEST:
+        return line
+    return f"{line[: 2 * LONGEST // 3]} [...] {line[-LONGEST // 3 :]}"

@@ -1,0 +1,139 @@
+"""Files that are whole or not there: written beside their place, synced to the disk, then renamed.
+
+Without the sync a machine that loses power can leave an empty file under the new name: a rename may reach the disk
+before the bytes that it names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+PART = ".part-"
+"""How the names of unfinished files begin."""
+PROBE = 1 << 16
+"""Bytes of a trial file: more than a full disk still gives."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; whole and on the disk, it takes the place of `path` when the block ends.
+
+    If the block fails it is removed, and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _beside(path)
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """As `replacing`, for a folder of files: what was in `folder` before goes when the new one is there.
+
+    Raises:
+      FileExistsError: if `folder` holds something that the new one does not, which would be lost.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = _beside(folder)
+    stale = fresh.with_name(fresh.name + "-old")
+    try:
+        fresh.mkdir()
+        yield fresh
+        written = {file.name for file in fresh.iterdir()} | {"README.md"}
+        strangers = sorted({entry.name for entry in folder.iterdir()} - written) if folder.is_dir() else []
+        if strangers or (folder.exists() and not folder.is_dir()):
+            what = f"holds {strangers[0]}" if strangers else "is a file"
+            raise FileExistsError(f"{folder} is not replaced, since it {what}.")
+        for file in fresh.iterdir():
+            sync(file)
+        sync(fresh)
+        if folder.exists():  # a folder with files in it cannot be renamed over
+            folder.rename(stale)
+        fresh.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        if stale.exists() and not folder.exists():
+            stale.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all; its folder is made if it is not there."""
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds to the end of a file, and syncs it. What is killed in between leaves a last line that is torn."""
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # not every file system syncs folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def check_writable(folder: Path, option: str = "--out") -> None:
+    """Tries to write where `folder` is or is to be, and leaves nothing behind.
+
+    Raises:
+      ValueError: if it cannot be written, with the reason.
+    """
+    try:
+        there = folder.absolute()
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        missing = folder.absolute().relative_to(there).parts
+        # What is to be made is tried too: a name may be too long, or a file system may refuse folders.
+        trial = _beside(there / (missing[0] if missing else "trial"))
+        if missing and len(os.fsencode(max(missing, key=len))) > 255:
+            raise OSError("the name is too long")
+        try:
+            trial.mkdir()
+            with (trial / "trial").open("wb") as file:
+                file.write(b"\0" * PROBE)
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{option} {folder} cannot be written ({reason}): name another folder.") from error
+
+
+def _beside(path: Path) -> Path:
+    # The ending stays, which is what a writer of figures goes by.
+    return path.with_name(f"{PART}{uuid.uuid4().hex[:8]}{path.suffix if len(path.suffix) < 16 else ''}")

@@ -1,0 +1,141 @@
+"""What values an option can have, declared beside its type and checked before anything is loaded.
+
+    rate: Annotated[float, Range(0, 1)] = 0.1
+
+A number of a settings class without a range fails a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+LARGEST = 2**31 - 1
+"""Of a count: steps, rows and seeds are int32 on the device."""
+SMALLEST_NORMAL, LARGEST_FLOAT = 2.0**-126, 2.0**127 * (2 - 2.0**-23)
+"""Of float32, in which options enter a computation: what is below is 0 there, what is above is infinite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of numbers.
+
+    Attributes:
+      low, high: its ends.
+      above, below: whether the lower, the upper end is no part of it.
+      empty: whether an option that takes several numbers may have none.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    empty: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        # Written so that NaN, which no comparison holds for, is outside.
+        low = value > self.low if self.above else value >= self.low
+        return bool(low and (value < self.high if self.below else value <= self.high))
+
+    def __str__(self) -> str:
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+        return f"{'above' if self.above else 'at least'} {low} and {'below' if self.below else 'at most'} {high}"
+
+
+Seed = Annotated[int, Range(0, LARGEST)]
+Count = Annotated[int, Range(1, LARGEST)]
+CountOrNone = Annotated[int, Range(0, LARGEST)]
+"""A count for which 0 means none, or all."""
+Kept = Annotated[int, Range(1, 100_000)]
+"""Steps whose states are kept to differentiate through them."""
+Repeats = Annotated[int, Range(1, 1_000)]
+RepeatsOrNone = Annotated[int, Range(0, 1_000)]
+Positive = Annotated[float, Range(0, LARGEST_FLOAT, above=True)]
+NotNegative = Annotated[float, Range(0, LARGEST_FLOAT)]
+Share = Annotated[float, Range(0, 1, above=True)]
+"""A share of a whole, some of which there must be."""
+
+
+def check(settings: Any) -> None:
+    """Every option of a settings dataclass.
+
+    Raises:
+      ValueError: for a number outside its range, or of another kind than its type says, and for a text that no file
+        can be called: an empty one, one with a NUL, or with bytes that were not UTF-8.
+    """
+    for name, hint in hints(type(settings)).items():
+        value, option = getattr(settings, name), f"--{name.replace('_', '-')}"
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, (str, Path)):
+                _check_text(option, str(text))
+        kind, allowed = numeric(hint), declared(hint)
+        if kind is None or allowed is None or value is None:
+            continue
+        if isinstance(value, (tuple, list)) and not value and not allowed.empty:
+            raise ValueError(f"{option} names no number: give one or more, {allowed}.")
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            _check_number(option, kind, allowed, number)
+
+
+def _check_number(option: str, kind: type, allowed: Range, given: Any) -> None:
+    of_kind = numbers.Integral if kind is int else numbers.Real
+    if isinstance(given, bool) or not isinstance(given, of_kind):
+        raise ValueError(f"{option} {given!r} must be {'an integer' if kind is int else 'a number'}.")
+    value: Any = given
+    shown = f"{value}" if kind is int and abs(value) < 10**30 else f"{value:g}" if kind is float else "of that size"
+    if value not in allowed:
+        raise ValueError(f"{option} {shown} must be {allowed}.")
+    if kind is float and value and not SMALLEST_NORMAL <= abs(value) <= LARGEST_FLOAT:
+        raise ValueError(f"{option} {shown} must be a number that float32 holds: at least {SMALLEST_NORMAL:.3g}.")
+
+
+def _check_text(option: str, text: str) -> None:
+    if not text:
+        raise ValueError(f"{option} is empty.")
+    if "\0" in text:
+        raise ValueError(f"{option} has a NUL character in it.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{option} {text!a} is not valid UTF-8.") from None
+
+
+def hints(settings: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, with what they are annotated with."""
+    found = typing.get_type_hints(settings, include_extras=True)
+    return {field.name: found[field.name] for field in dataclasses.fields(settings)}
+
+
+def numeric(hint: Any) -> type | None:
+    """`int` or `float` if an option of that type is a number, or several."""
+    kinds = [kind for kind in _leaves(hint) if kind in (int, float)]
+    return kinds[0] if kinds else None
+
+
+def declared(hint: Any) -> Range | None:
+    """The range that a type is annotated with."""
+    return next((leaf for leaf in _leaves(hint) if isinstance(leaf, Range)), None)
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """The types that a type is made of, and its annotations; what a Literal lists is no type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return
+    if typing.get_origin(hint) is Annotated:
+        yield from hint.__metadata__
+        hint = hint.__origin__
+    if parts := typing.get_args(hint):
+        for part in parts:
+            yield from _leaves(part)
+    else:
+        yield hint
+
+
+def finite(value: Any) -> bool:
+    """Whether something read from a file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

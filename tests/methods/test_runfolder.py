@@ -1,0 +1,318 @@
+"""Run folders: what they are of, what is written whole, and what a torn or a strange file is answered with."""
+
+import ast
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from methods import cli, experiment, files, fingerprint, runfolder
+from methods.runfolder import RunFolder
+from tests.methods.test_commands import arguments
+from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
+from tests.methods.test_training import tiny_glue  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A run's settings."""
+
+    seed: int = 0
+    out: str = ""
+
+
+ROWS = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    (folder / "README.md").write_text("read me")
+    return folder
+
+
+def opened(tmp_path, model, rows=ROWS, **settings):
+    return RunFolder(tmp_path / "run", Made(**settings), {"training rows": fingerprint.rows(rows)}, model)
+
+
+def test_a_run_of_the_same_goes_on(tmp_path, model):
+    folder = opened(tmp_path, model)
+    assert json.loads((folder.path / "config.json").read_text()) == {"seed": 0}
+    told = json.loads((folder.path / "fingerprint.json").read_text())
+    assert told["versions"]["jax"] == importlib.metadata.version("jax")
+    assert set(told["model files"]) == {"config.json", "model.safetensors"}
+    (model / "README.md").write_text("which nothing reads")
+    os.utime(model / "model.safetensors")
+    shutil.copy2(model / "config.json", model / "copy")  # the same bytes under the same name, another file
+    (model / "copy").replace(model / "config.json")
+    opened(tmp_path, model, [dict(reversed(row.items())) for row in ROWS])
+
+
+def change_rows(tmp_path, model, monkeypatch):
+    opened(tmp_path, model, [*ROWS[:1], {"text": "c", "label": 1}])
+
+
+def add_a_row(tmp_path, model, monkeypatch):
+    opened(tmp_path, model, [*ROWS, ROWS[0]])
+
+
+def change_seed(tmp_path, model, monkeypatch):
+    opened(tmp_path, model, seed=3)
+
+
+def change_weights(tmp_path, model, monkeypatch):
+    """Of the same size, and with the times set back."""
+    status = (model / "model.safetensors").stat()
+    (model / "model.safetensors").write_bytes(b"\1" * 100)
+    os.utime(model / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    opened(tmp_path, model)
+
+
+def add_a_file(tmp_path, model, monkeypatch):
+    (model / "tokenizer.json").write_text("{}")
+    opened(tmp_path, model)
+
+
+def take_a_file_away(tmp_path, model, monkeypatch):
+    (model / "config.json").unlink()
+    opened(tmp_path, model)
+
+
+def newer_version(tmp_path, model, monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9.9" if name == "bilevel" else real(name))
+    opened(tmp_path, model)
+
+
+def other_floats(tmp_path, model, monkeypatch):
+    import jax
+
+    with jax.enable_x64(False):
+        opened(tmp_path, model)
+
+
+def no_fingerprint(tmp_path, model, monkeypatch):
+    (tmp_path / "run" / "fingerprint.json").unlink()
+    opened(tmp_path, model)
+
+
+def damaged_fingerprint(tmp_path, model, monkeypatch):
+    (tmp_path / "run" / "fingerprint.json").write_text("[]")
+    opened(tmp_path, model)
+
+
+def damaged_config(tmp_path, model, monkeypatch):
+    (tmp_path / "run" / "config.json").write_bytes(b"\xff")
+    opened(tmp_path, model)
+
+
+def deep_config(tmp_path, model, monkeypatch):
+    (tmp_path / "run" / "config.json").write_text("[" * 100_000)
+    opened(tmp_path, model)
+
+
+def file_for_a_folder(tmp_path, model, monkeypatch):
+    (tmp_path / "run" / "results").write_text("x")
+    opened(tmp_path, model)
+
+
+CHANGES = {
+    change_rows: r"run of other rows: training rows was 2 rows, sha256 \w{16} and is 2 rows, sha256 \w{16}; put",
+    add_a_row: r"training rows was 2 rows, .* and is 3 rows",
+    change_seed: r"other settings \(seed\): seed was 0 and is 3; repeat them",
+    change_weights: r"other model files: model.safetensors was sha256 \w{16} and is sha256 \w{16}",
+    add_a_file: "tokenizer.json was not there and is sha256",
+    take_a_file_away: "config.json was sha256 .* and is not there",
+    newer_version: r"run of other versions: bilevel was [\d.]+ and is 9.9.9; continue it with those",
+    other_floats: "float was 64 and is 32",
+    no_fingerprint: "does not tell which data, model and versions it is of",
+    damaged_fingerprint: "fingerprint.json is damaged",
+    damaged_config: "config.json is damaged",
+    deep_config: "config.json is damaged",
+    file_for_a_folder: "results is a file where a run has a folder",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_of_something_else_is_refused_with_what_was_and_is(change, tmp_path, model, monkeypatch):
+    before = {file: file.read_bytes() for file in opened(tmp_path, model).path.iterdir()}
+    with pytest.raises(ValueError, match=CHANGES[change]):
+        change(tmp_path, model, monkeypatch)
+    if change not in (no_fingerprint, damaged_fingerprint, damaged_config, deep_config, file_for_a_folder):
+        assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_weights_are_read_once_as_long_as_nobody_touched_them(tmp_path, model, monkeypatch):
+    opened(tmp_path, model)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint.hashlib, "file_digest", lambda *_: pytest.fail("the weights were read again"))
+        opened(tmp_path, model)
+    before = fingerprint.model_files(model, {})
+    (model / "model.safetensors").write_bytes(b"\1" * 100)
+    assert fingerprint.difference(before, fingerprint.model_files(model, before)) is not None
+
+
+def test_arrays_are_told_apart_by_shape_type_and_content():
+    same, others = np.zeros((2, 3)), [np.zeros((3, 2)), np.zeros((2, 3), np.float32), np.eye(2, 3)]
+    assert fingerprint.arrays(same) == fingerprint.arrays(np.zeros((3, 2)).T.copy(order="F"))
+    for other in others:
+        assert fingerprint.arrays(same)["sha256"] != fingerprint.arrays(other)["sha256"]
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_a_command_refuses_its_folder_when_data_or_model_changed(tiny_model, tiny_glue, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "finetune", interrupted)
+    model, data = shutil.copytree(tiny_model, tmp_path / "model"), shutil.copytree(tiny_glue, tmp_path / "data")
+    words = ["lora", *arguments(model, data, tmp_path / "run", "--task", "rte")]
+    assert cli.run(words) == 130 and "the same command continues it" in capsys.readouterr().err
+    assert cli.run(words) == 130
+    capsys.readouterr()
+    told = json.loads((tmp_path / "run" / "fingerprint.json").read_text())
+    assert [len(shape) for shape in told["inputs"]["encoded training rows"]["shapes"]][:2] == [2, 2]
+
+    test = data / "glue_rte" / "validation.jsonl"
+    rows = test.read_text()
+    test.write_text(rows.replace("wash", "eat").replace("soap", "pot"))
+    assert cli.run(words) == 2
+    assert "other rows: published rte validation rows was 6 rows" in capsys.readouterr().err
+    test.write_text(rows)
+    assert cli.run(words) == 130
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    capsys.readouterr()
+    assert cli.run(words) == 2
+    assert "other model files: config.json was sha256" in capsys.readouterr().err
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def logged(folder, step, *values):
+    folder.log("search")(step, None, {"loss": np.asarray(values)})
+
+
+def test_metrics_are_appended_repeated_and_replaced(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path, Made())
+    logged(folder, 2, 1.0, 2.0)
+    file = tmp_path / "metrics.jsonl"
+    inode, before = file.stat().st_ino, file.read_bytes()
+    logged(folder, 3, 3.0)
+    assert file.stat().st_ino == inode and file.read_bytes().startswith(before)  # appended, not written anew
+    again = RunFolder(tmp_path, Made())
+    logged(again, 3, 2.0, 3.0)  # as a run does that resumes from before them
+    assert file.stat().st_ino == inode and len(again.rows("search")) == 3
+    logged(again, 3, 7.0)
+    assert [row["loss"] for row in again.rows("search")] == [1.0, 2.0, 7.0]
+    assert RunFolder(tmp_path, Made()).rows("other") == []
+
+
+def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path):
+    logged(RunFolder(tmp_path, Made()), 2, 1.0, 2.0)
+    file = tmp_path / "metrics.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    folder = RunFolder(tmp_path, Made())
+    assert [row["step"] for row in folder.rows("search")] == [1]
+    logged(folder, 2, 2.0)
+    assert file.read_bytes() == whole
+    for damage in (b"{}\n", b"[1]\n", b"\xff\n", b"x\n", b"[" * 100_000 + b"\n"):
+        file.write_bytes(damage + whole)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read \(.*\): delete it to have it made again"):
+            RunFolder(tmp_path, Made())
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    name = lambda handle: os.readlink(f"/proc/self/fd/{handle}")  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(name(handle)), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append((str(a), str(b))), replace(a, b)))
+    files.write_text(tmp_path / "x" / "a.txt", "text")
+    part, target = done[1]
+    assert done == [part, (part, target), str(tmp_path / "x")] and target == str(tmp_path / "x" / "a.txt")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "x" / "a.txt").stat().st_mode & 0o777 == 0o666 & ~umask  # readable by whom others are
+
+
+def test_what_fails_in_the_middle_leaves_what_was_there(tmp_path):
+    for name, writing in (("a.txt", files.replacing), ("b", files.replacing_folder)):
+        target = tmp_path / name
+        with writing(target) as part:
+            (part if name == "a.txt" else part / "inside").write_text("old")
+        with pytest.raises(RuntimeError):
+            with writing(target) as part:
+                (part if name == "a.txt" else part / "inside").write_text("new")
+                raise RuntimeError
+    assert (tmp_path / "a.txt").read_text() == (tmp_path / "b" / "inside").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
+    (tmp_path / "b" / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match=r"is not replaced, since it holds thesis\.tex\."):
+        with files.replacing_folder(tmp_path / "b") as part:
+            (part / "inside").write_text("new")
+    assert (tmp_path / "b" / "inside").read_text() == "old"
+
+
+def test_a_folder_killed_before_it_was_a_run_is_begun_anew(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "fingerprint.json").write_text("{")
+    (tmp_path / "run" / f"{files.PART}1234.json").write_text("{")
+    runfolder.check(tmp_path / "run", Made())
+    assert RunFolder(tmp_path / "run", Made()).rows("search") == []
+
+
+WRITERS = {"write_text", "write_bytes", "savefig", "save_file", "dump", "save_pretrained", "tofile", "savez", "save"}
+SAFE = {"files", "folder", "self", "slicing"}
+"""`files`, or what writes by it: a `RunFolder`, and the module of sliced models."""
+
+
+def writes(tree):
+    """Lines that write a file in place."""
+
+    def visit(node, inside):
+        if isinstance(node, ast.With):
+            names = {ast.unparse(item.context_expr).partition("(")[0].split(".")[-1] for item in node.items}
+            inside = inside or bool(names & {"replacing", "replacing_folder"})
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).split(".")
+            modes = [a.value for a in [*node.args, *(k.value for k in node.keywords)] if isinstance(a, ast.Constant)]
+            opens = name[-1] == "open" and any(m in ("w", "wb", "a", "ab", "x", "xb", "w+") for m in modes)
+            if not inside and (opens or (name[-1] in WRITERS and len(name) > 1 and name[-2] not in SAFE)):
+                yield node.lineno
+            if not inside and name in (["save_file"], ["save_pretrained"]):
+                yield node.lineno
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    return list(visit(tree, False))
+
+
+def test_the_scan_sees_what_it_looks_for():
+    for line in ("path.write_text('x')", "save_file(x, path)", "open(path, 'w')", "path.open('wb')", "fig.savefig(p)"):
+        assert writes(ast.parse(line)) == [1], line
+    safe = "with files.replacing(p) as part:\n    part.write_text('x')\nfiles.write_text(p, 'x')"
+    assert writes(ast.parse(safe)) == []
+
+
+def test_nothing_in_the_methods_writes_a_file_in_place():
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in sorted((ROOT / "methods").rglob("*.py"))
+        if path.name != "files.py" and (lines := writes(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert found == {}

