@@ -99,6 +99,8 @@ def load(name_or_path: str | Path, *, dtype: Any = jnp.float32, accumulate: Any 
         config = family.from_hf(settings, checkpoint.names)
     model = family.build(config, param_dtype=dtype, accumulate=accumulate)
     tokenizer = _tokenizer(checkpoint, path)
+    if tokenizer is not None and family is gemma.FAMILY:
+        gemma.begin_with_bos(tokenizer)
     if tokenizer is not None and max(tokenizer.get_vocab().values()) >= config.vocab_size:
         raise ValueError(
             f"the tokenizer of {checkpoint.where} has ids up to {max(tokenizer.get_vocab().values())}, but "
