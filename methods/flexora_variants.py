@@ -142,7 +142,8 @@ def cosine(rate: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
     """
 
     def at(step: Any) -> Any:
-        progress = (step * 1.0 - warmup) / max(1.0, steps - warmup)
+        step = jnp.asarray(step, jnp.result_type(float))
+        progress = (step - warmup) / max(1.0, steps - warmup)
         return jnp.where(step < warmup, 0.0, rate * jnp.maximum(0.0, 0.5 * (1.0 + jnp.cos(jnp.pi * progress))))
 
     return at
