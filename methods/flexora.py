@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -199,6 +200,9 @@ def used(settings: FlexoraSettings) -> Any:
     found: Any = Used(**given | options(settings), variant=RELEASED if settings.released else PAPER)
     if found.inner_steps < 1 or found.outer_steps < 1:
         raise ValueError("--inner-steps and --outer-steps must be at least 1: the search needs training to look at.")
+    for name in ("inner_lr", "outer_lr", "outer_decay"):
+        if not 0 <= (value := getattr(found, name)) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be a number from 0 on.")
     if found.searches < 1:
         raise ValueError(f"--searches {found.searches} must be at least 1.")
     if found.search_rows and not found.batch_size <= found.search_rows <= found.train_rows:

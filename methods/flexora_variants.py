@@ -69,6 +69,7 @@ RELEASED = Variant(
     final_warmup=0.1,
     final_batches="at random",
     left_out=(
+        "sizes: rows, steps, rank and --finetune-lr are as given; --preset released has the published ones",
         "chat template: prompts and answers are the task's own, without the template's marks and system text",
         "cutting: rows of more than --length tokens are left out; the released code cuts them at 1,024",
         "half precision: everything is computed in the weights' dtype, float32 unless asked otherwise",

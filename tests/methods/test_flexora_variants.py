@@ -100,10 +100,25 @@ def released_loop(params, train, outer, steps, size):
 
 
 @pytest.mark.usefixtures("float64_start")
-def test_the_released_search_is_the_authors_loop(tmp_path):
+def test_the_released_search_is_the_authors_loop_also_where_it_was_interrupted(tmp_path, monkeypatch):
     sizes = {"batch_size": TRAIN, "outer_batch_size": 3, "outer_steps": 6, "train_rows": TRAIN}
     settings = FlexoraSettings("m", released=True, **sizes)
-    found = flexora.search(settings, bench(), RunFolder(tmp_path / "run", settings))
+    log, folder = RunFolder.log, RunFolder(tmp_path / "run", settings)
+
+    def interrupting(self, stage):
+        def callback(step, state, metrics):
+            log(self, stage)(step, state, metrics)
+            raise KeyboardInterrupt
+
+        return callback
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            flexora.search(settings, bench(), folder)
+    done = len(folder.rows("search"))
+    assert 1 <= done < 6
+    found = flexora.search(settings, bench(), folder)
     wanted = released_loop(start(jax.random.key(3)), rows(0, TRAIN), rows(1, OUTER), 6, 3)
     np.testing.assert_array_equal(found[0], 0.0)  # the first rate is 0, so that B is 0 and no gate can matter
     assert np.abs(wanted[-1]).min() > 1e-4
@@ -185,6 +200,13 @@ def test_what_is_not_given_is_the_papers():
     assert set(flexora_variants.PAPER_OPTIONS) == set(flexora_variants.RELEASED_OPTIONS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["inner_lr", "outer_lr", "outer_decay"])
+def test_rates_are_numbers(name, value):
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value} must be a number from 0 on\."):
+        flexora.used(FlexoraSettings("m", **{name: value}))
+
+
 @pytest.mark.parametrize("preset", flexora.PRESETS)
 def test_every_preset_is_free_of_contradictions(preset):
     used = flexora.used(FlexoraSettings("m", **flexora.PRESETS[preset]))
@@ -245,7 +267,7 @@ def test_released_selects_what_is_positive_and_says_what_it_used(model_with_end,
     variant = config["variant"]
     assert variant["gate_power"] == 3 and variant["schedule"] == "cosine" and variant["outer_data"] == "cycled"
     assert variant["loss"] == "mean over rows of means" and variant["end_of_text"] is True
-    assert [text.partition(":")[0] for text in variant["left_out"]][:2] == ["chat template", "cutting"]
+    assert [text.partition(":")[0] for text in variant["left_out"]][:3] == ["sizes", "chat template", "cutting"]
     rows_ = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len([row for row in rows_ if row["stage"] == "search"]) == 3
 
