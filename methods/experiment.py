@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,20 @@ from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.adapters.peft import save_peft
 from methods.causes import reading
 from methods.models.loading import Pretrained, load, locate
-from methods.objective import Bound, Trainable, jitted_outputs, jitted_row_losses, mean_loss, write
+from methods.objective import (
+    Bound,
+    Trainable,
+    jitted_outputs,
+    jitted_row_losses,
+    mean_loss,
+    mean_of_row_means,
+    room,
+    write,
+)
 from methods.ranges import Count, CountOrNone, Positive, Range, Seed
 from methods.runfolder import RunFolder
-from methods.tasks.batches import by_length, cut
-from methods.tasks.loss import answer_log_likelihood, answer_width
+from methods.tasks.batches import POOL, by_length, cut
+from methods.tasks.loss import answer_width
 from methods.training import Recipe, train
 
 WRITTEN = 256
@@ -54,8 +64,8 @@ class Settings:
       batch_size: rows an inner or fine-tuning step.
       outer_batch_size: rows an outer loss.
       train_rows: rows the inner loss sees.
-      outer_rows: validation rows the outer loss sees.
-      test_rows: rows of the last evaluation; 0 takes all.
+      outer_rows: validation rows the outer loss sees; where texts are written, prompts, each with all its references.
+      test_rows: rows of the last evaluation, or prompts with all their references; 0 takes all.
       rank: LoRA's r.
       lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
       adapter: "rslora" scales by alpha / sqrt(r), "dora" trains the lengths of the adapted columns beside LoRA.
@@ -102,6 +112,7 @@ class Bench(NamedTuple):
       width: most answer tokens in a row of `train` or `outer`; 0 where rows have a label instead.
       left_out: published training rows that are longer than T.
       head: the `Classifier` that answers; None where the model's own head does.
+      row_means: whether a loss is the mean of the rows' own means, not that over all their answer tokens.
       inputs: what was read, as `RunFolder` compares it.
       files: the folder or file of the model.
     """
@@ -115,6 +126,7 @@ class Bench(NamedTuple):
     width: int
     left_out: int
     head: Any = None
+    row_means: bool = False
     inputs: Mapping[str, Any] = MappingProxyType({})
     files: Path | None = None
 
@@ -185,12 +197,17 @@ def check_rank(option: str, rank: int, shapes: Mapping[str, tuple[int, int]], si
         raise ValueError(f"{option} {rank} is more than the {most} of a whole matrix at {', '.join(sites)}: lower it.")
 
 
-def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
+def prepare(
+    settings: Settings, check_model: Check | None = None, *, end_of_text: bool = False, row_means: bool = False
+) -> Bench:
     """Everything that `settings` name, loaded and encoded.
 
     Args:
       settings: of the command.
       check_model: what a method asks of the model beside, before its weights are loaded.
+      end_of_text: an answer that is trained on ends with the tokenizer's mark of the end, which belongs to it, and not
+        with the text that ends answers of the task.
+      row_means: as of `Bench`.
 
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong with which setting.
@@ -220,7 +237,14 @@ def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
     if not settings.remat:
         model: Any = pretrained.model
         pretrained = dataclasses.replace(pretrained, model=dataclasses.replace(model, remat=False))
-    fitting = _fitting(task, published[0], pretrained.tokenizer, settings)
+    if isinstance(task, tasks.Generation):
+        room(pretrained, WRITTEN)  # or an error, before anything is trained
+    tokenizer: Any = pretrained.tokenizer
+    mark = tokenizer.eos_token_id
+    if end_of_text and not labelled and mark is None:
+        raise ValueError(f"The tokenizer of {settings.model} has no mark of a text's end, which is to be trained on.")
+    end: list[int] = [mark] if end_of_text and not labelled else []
+    fitting = _fitting(task, published[0], pretrained.tokenizer, settings, end)
     splits = tasks.split(
         task,
         fitting,
@@ -236,20 +260,13 @@ def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
         if isinstance(task, tasks.Classification):
             batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
         else:
-            batch = tasks.encode(tasks.training_pairs(task, rows), pretrained.tokenizer, settings.length).batch
+            pairs = tasks.training_pairs(task, rows, stopped=not end)
+            batch = tasks.encode(pairs, pretrained.tokenizer, settings.length, end).batch
         return jax.tree.map(jnp.asarray, batch)
 
-    if isinstance(task, tasks.Generation):
-        tokenizer: Any = pretrained.tokenizer
-        longest = max(map(len, tokenizer([task.pair(row).prompt for row in splits.test])["input_ids"]))
-        if longest + WRITTEN > positions:
-            raise ValueError(
-                f"A prompt of {task.name}'s test has {longest} tokens and its answer may have {WRITTEN}, which is more "
-                f"than the {positions} positions of {settings.model}."
-            )
     train, outer = encoded(splits.train), encoded(splits.outer)
     width = 0 if labelled else max(answer_width(train), answer_width(outer))
-    head = pretrained.classifier(task.outputs) if isinstance(task, tasks.Classification) else None
+    head = pretrained.classifier(task.outputs) if labelled else None
     inputs = {
         f"published {task.name} training rows": fingerprint.rows(published[0]),
         f"published {task.name} {task.test} rows": fingerprint.rows(published[1]),
@@ -257,7 +274,9 @@ def prepare(settings: Settings, check_model: Check | None = None) -> Bench:
         "encoded outer rows": fingerprint.arrays(outer),
     }
     left_out = len(published[0]) - len(fitting)
-    return Bench(pretrained, lora, task, splits, train, outer, width, left_out, head, inputs=inputs, files=files)
+    return Bench(
+        pretrained, lora, task, splits, train, outer, width, left_out, head, row_means, inputs=inputs, files=files
+    )
 
 
 def open_run(settings: Settings, bench: Bench) -> RunFolder:
@@ -266,23 +285,26 @@ def open_run(settings: Settings, bench: Bench) -> RunFolder:
 
 
 @reading(*ROWS)
-def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings) -> list[Any]:
-    """The rows whose text, with the right answer, fits into `length` tokens, looked for in a seeded order until
-    enough."""
+def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings, end: list[int]) -> list[Any]:
+    """The units whose texts, with the right answers and `end`, fit into `length` tokens, looked for in a seeded order
+    until enough: a prompt comes with all its references, or not at all."""
     wanted = 4 * (settings.train_rows + settings.outer_rows) + 64  # some share a subject with the test
-    order = np.random.default_rng(settings.seed).permutation(len(rows))[:wanted]
-    chosen = [rows[i] for i in order]
+    units = tasks.units(task, rows)
+    units = [units[i] for i in np.random.default_rng(settings.seed).permutation(len(units))[:wanted]]
+    chosen = [row for unit in units for row in unit]
     if isinstance(task, tasks.Classification):
         kept = tasks.fits(task, chosen, tokenizer, settings.length)
     else:
-        texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen)]
-        kept = [len(ids) <= settings.length for ids in tasks.tokenized(tokenizer, texts)["input_ids"]]
-    return [row for row, keep in zip(chosen, kept, strict=True) if keep]
+        texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen, stopped=not end)]
+        most = settings.length - len(end)
+        kept = [len(ids) <= most for ids in tasks.tokenized(tokenizer, texts)["input_ids"]]
+    fit = iter(kept)
+    return [row for unit in units if all([next(fit) for _ in unit]) for row in unit]
 
 
 def loss(bench: Bench) -> Any:
-    """`loss(weights, bound, batch)`, `objective.mean_loss` of this model and head."""
-    return partial(mean_loss, bench.pretrained.model, bench.head, bench.width)
+    """`loss(weights, bound, batch)`: `objective.mean_loss`, or `mean_of_row_means`, of this model and head."""
+    return partial(mean_of_row_means if bench.row_means else mean_loss, bench.pretrained.model, bench.head, bench.width)
 
 
 def answer_loss(bench: Bench) -> Any:
@@ -312,10 +334,13 @@ def recipe(settings: Settings) -> Recipe:
     return Recipe(settings.finetune_steps, settings.finetune_lr, *counts)
 
 
-def finetune(settings: Settings, bench: Bench, where: Where, name: str, folder: RunFolder) -> dict[str, Any]:
+def finetune(
+    settings: Settings, bench: Bench, where: Where, name: str, folder: RunFolder, plan: Recipe | None = None
+) -> dict[str, Any]:
     """Trains LoRA from scratch on `where` alone, and the head if there is one; returns what is trained.
 
-    The modules are a mask, an outer variable that does not move, so that every choice is the same compiled program.
+    By `plan`, or else by the settings' recipe. The modules are a mask, an outer variable that does not move, so that
+    every choice is the same compiled program.
     """
     mean, trainable = loss(bench), bench.trainable
 
@@ -326,7 +351,7 @@ def finetune(settings: Settings, bench: Bench, where: Where, name: str, folder: 
     mask = modules(bench, where)
     problem = bilevel.Problem(inner_loss, inner_loss, lambda key, mask: start(bench, key), lambda key: mask)
     validate = lambda params: validation_loss(bench, masked(bench, params, where))  # noqa: E731
-    return finetune_at(settings, bench, problem, mask, name, folder, validate)
+    return finetune_at(settings, bench, problem, mask, name, folder, validate, plan=plan)
 
 
 def finetune_at(
@@ -338,13 +363,18 @@ def finetune_at(
     folder: RunFolder,
     validate: Callable[[Any], float],
     optimizer: optax.GradientTransformation | None = None,
+    plan: Recipe | None = None,
 ) -> Any:
-    """Trains `problem` at a constant `outer` by the settings' recipe; the rest as in `methods.training.train`."""
+    """Trains `problem` at a constant `outer` by `plan`, or else by the settings' recipe.
+
+    The rest as in `methods.training.train`.
+    """
+    plan = recipe(settings) if plan is None else plan
     return train(
         problem,
         outer,
-        tasks.Buckets(bench.train, settings.batch_size, seed=settings.seed),
-        recipe(settings),
+        tasks.Buckets(bench.train, settings.batch_size, seed=settings.seed, pool=POOL if plan.by_length else 1),
+        plan,
         folder,
         name,
         key=jax.random.key(settings.seed + 1),
@@ -372,14 +402,22 @@ def validation_loss(bench: Bench, bound: Bound) -> float:
 
 
 def loss_over(bench: Bench, bound: Bound, rows: Any, batch_size: int = 16) -> float:
-    """The loss over all of `rows`, encoded as `bench.outer` is."""
+    """The loss over all of `rows`, encoded as `bench.outer` is.
+
+    Raises:
+      FloatingPointError: if it is not finite.
+    """
     weights, rows = bench.pretrained.weights, jax.tree.map(np.asarray, rows)
     total, count = 0.0, 0
     for index, length in by_length(rows.mask.sum(axis=1), batch_size, 32, rows.mask.shape[1]):
         batch = cut(rows, np.resize(index, batch_size), length)
         losses, counts = jitted_row_losses(bench.pretrained.model, bench.head, bench.width, weights, bound, batch)
-        total += float(np.asarray(losses)[: len(index)].sum())
-        count += int(np.asarray(counts)[: len(index)].sum())
+        losses, counts = np.asarray(losses)[: len(index)], np.asarray(counts)[: len(index)]
+        if bench.row_means:
+            losses, counts = losses / counts, np.ones_like(counts)
+        total, count = total + float(losses.sum()), count + int(counts.sum())
+    if not np.isfinite(total):
+        raise FloatingPointError(f"The loss over the {len(rows.mask)} validation rows of {bench.task.name} is {total}.")
     return total / count
 
 
@@ -392,21 +430,43 @@ def evaluate_with(bench: Bench, bound: Bound) -> tasks.Evaluation | tasks.Classi
     """The task's metrics on the test rows, of a hook and a head."""
     weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
     task: Any = bench.task
-    longest = min(512, bench.pretrained.config.max_positions)
+    longest = bench.pretrained.config.max_positions
     if bench.head is not None:
         answer = partial(jitted_outputs, bench.pretrained.model, bench.head, weights, bound)
-        return tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
-    if isinstance(task, tasks.Generation):
-        return tasks.evaluate_written(lambda p: write(bench.pretrained, bound.adapt, p, tokens=WRITTEN), task, rows)
-    score = partial(_score, bench.pretrained.model, weights, bound.adapt)
-    size = min(8, 2 * len(rows))
-    return tasks.evaluate(score, task, rows, tokenizer, batch_size=size, max_length=longest)
+        found: Any = tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
+    elif isinstance(task, tasks.Generation):
+        cut = 0
+
+        def written(prompts):
+            nonlocal cut
+            texts, cut = write(bench.pretrained, bound.adapt, prompts, tokens=WRITTEN)
+            return texts
+
+        found = tasks.evaluate_written(written, task, rows)
+        found = dataclasses.replace(found, cut=cut)
+        longest -= WRITTEN
+    else:
+        score = partial(_score, bench.pretrained.model, weights, bound.adapt)
+        size = min(8, 2 * len(rows))
+        found = tasks.evaluate(score, task, rows, tokenizer, batch_size=size, max_length=longest)
+    if found.cut:
+        warnings.warn(cut_sentence(task.name, found.cut, longest), stacklevel=2)
+    return found
 
 
-@partial(jax.jit, static_argnums=0)
+def cut_sentence(task: str, cut: int, longest: int) -> str:
+    """What is said of test texts that did not fit into the model."""
+    return (
+        f"{cut} texts of {task}'s test have more than the {longest} tokens that the model leaves for them, and were "
+        "cut: prompts at their beginning, texts to classify at their end."
+    )
+
+
 def _score(model, weights, adapt, tokens, mask, answer_mask):
-    logits = model.apply({"params": weights}, tokens, mask, adapt)
-    return answer_log_likelihood(logits, tasks.TokenBatch(tokens, mask, answer_mask))
+    width = -(-int(answer_mask.sum(axis=1).max()) // 32) * 32  # few widths, so few compilations
+    bound, batch = Bound(adapt, {}), tasks.TokenBatch(tokens, mask, answer_mask)
+    losses, _ = jitted_row_losses(model, None, width, weights, bound, batch)
+    return -losses
 
 
 def trainable_parameters(bench: Bench, where: Where) -> int:

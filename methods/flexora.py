@@ -12,9 +12,9 @@ At :math:`\alpha = 0` every gate is exactly 1: the search starts at plain LoRA. 
 then "above the mean" is "positive", as the paper selects. Adam does not keep the sum, hence the mean.
 
 Wei, Shu, He, Yu, "Flexora: Flexible Low-Rank Adaptation for Large Language Models", ACL 2025, arXiv 2408.10774.
-`released=True` reproduces what the authors' released code computes instead of the paper: gradients at fixed LoRA
-weights (first order), a gate that acts three times (on the inputs of dropout, A and B), an AdamW whose state is cleared
-after every step, Adam on alpha, selection of alpha > 0.
+`released=True` computes what the authors' released code does instead of the paper: gradients at fixed LoRA weights
+(first order), a gate that acts three times (on the inputs of dropout, A and B), an AdamW whose state is cleared after
+every step, Adam on alpha, selection of alpha > 0, and all that `methods.flexora_variants` tells.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import bilevel
-from methods import experiment, report
+from methods import experiment, ranges, report
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
+from methods.flexora_variants import (
+    PAPER,
+    RELEASED,
+    Variant,
+    final_recipe,
+    inner_optimizer,
+    options,
+    outer_optimizer,
+)
 from methods.objective import Trainable
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone
 from methods.runfolder import RunFolder
+from methods.tasks import Cycled
 
 
 def gate(alpha: jax.Array) -> jax.Array:
@@ -88,16 +97,6 @@ def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, floa
     }
 
 
-def cleared(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`optimizer`, its state thrown away after every step."""
-
-    def update(updates: Any, state: Any, params: Any = None):
-        updates, _ = optimizer.update(updates, optimizer.init(params), params)
-        return updates, state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def problem(
     loss: Any,
     weights: Any,
@@ -141,37 +140,85 @@ def problem(
 class FlexoraSettings(Settings):
     """Flexora: search by differentiating through training, select layers, train LoRA on them, evaluate.
 
+    What was not given (None) is what the paper's variant, or with `released` what the released code has; "by default"
+    below is the paper's.
+
     Attributes:
-      hypergradient: "unrolled" differentiates through the inner steps; "first-order" holds LoRA's weights fixed.
-      released: reproduce the authors' released code (see `methods.flexora`); sets everything but the step counts.
-      inner_steps: K, training steps between two outer steps.
+      hypergradient: "unrolled" differentiates through the inner steps; "first-order" holds LoRA's weights fixed; by
+        default unrolled.
+      released: compute what the authors' released code does (see `methods.flexora_variants`): it sets the options that
+        are None here, and an option that contradicts it is an error; sizes and step counts stay as given.
+      inner_steps: K, training steps between two outer steps; by default 4.
       outer_steps: T, updates of alpha.
-      inner_lr: learning rate of the search's Adam on LoRA.
-      outer_lr: learning rate of alpha.
-      outer_optimizer: "sgd" is the paper's gradient descent.
-      inner_start: "warm" goes on training LoRA across outer steps; "cold" starts anew for each.
-      per: "layer" gates all of a layer's modules together, "module" each by itself.
-      outer_decay: of the outer loss, towards equal gates.
+      inner_optimizer: of LoRA in the search; "sgd" is the paper's inner loop, "adam" what is used by default,
+        "cleared-adamw" forgets its moments after every step.
+      inner_lr: learning rate of the search's inner optimizer; by default 1e-3.
+      outer_lr: learning rate of alpha; by default 10.
+      outer_optimizer: "sgd" is the paper's gradient descent, and the default.
+      inner_start: "warm" goes on training LoRA across outer steps, the default; "cold" starts anew for each.
+      per: "layer" gates all of a layer's modules together, the default; "module" each by itself.
+      outer_decay: of the outer loss, towards equal gates; by default 0.
       search_rows: training rows that the search sees; 0 for all of them.
       searches: the search is repeated with as many seeds, the first of which selects; how much they agree is reported.
-      top_k: select this many layers (or modules) instead of those above the mean.
+      top_k: select this many layers (or modules) instead of those above the threshold.
       random_baselines: random choices of as many layers, trained and evaluated beside the selected ones.
     """
 
-    hypergradient: Literal["unrolled", "first-order"] = "unrolled"
+    hypergradient: Literal["unrolled", "first-order"] | None = None
     released: bool = False
-    inner_steps: Kept = 4
+    inner_steps: Kept | None = None
     outer_steps: Count = 10
-    inner_lr: Positive = 1e-3
-    outer_lr: Positive = 10.0
-    outer_optimizer: Literal["sgd", "adam"] = "sgd"
-    inner_start: Literal["warm", "cold"] = "warm"
-    per: Literal["layer", "module"] = "layer"
-    outer_decay: NotNegative = 0.0
+    inner_optimizer: Literal["adam", "sgd", "cleared-adamw"] | None = None
+    inner_lr: Positive | None = None
+    outer_lr: Positive | None = None
+    outer_optimizer: Literal["sgd", "adam"] | None = None
+    inner_start: Literal["warm", "cold"] | None = None
+    per: Literal["layer", "module"] | None = None
+    outer_decay: NotNegative | None = None
     search_rows: CountOrNone = 0
     searches: Repeats = 1
     top_k: Count | None = None
     random_baselines: RepeatsOrNone = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Used(FlexoraSettings):
+    """Settings of which nothing is left open: what `config.json` holds."""
+
+    variant: Variant = PAPER
+
+
+def used(settings: FlexoraSettings) -> Any:
+    """The values that a run uses.
+
+    Raises:
+      ValueError: for an option that contradicts `--released`, or is out of range.
+    """
+    if isinstance(settings, Used):
+        return settings
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(FlexoraSettings)}
+    found: Any = Used(**given | options(settings), variant=RELEASED if settings.released else PAPER)
+    ranges.check(found)
+    if found.search_rows and not found.batch_size <= found.search_rows <= found.train_rows:
+        raise ValueError(
+            f"--search-rows {found.search_rows} must be between --batch-size {found.batch_size} and "
+            f"--train-rows {found.train_rows}, or 0 for all of these."
+        )
+    final_recipe(found, found.variant)
+    return found
+
+
+def prepare(settings: FlexoraSettings) -> Bench:
+    """Model, task and rows, encoded as the settings' variant trains on them. Raises as `experiment.prepare`."""
+    setup = used(settings)
+
+    def check(config: Any, lora: LoRAConfig) -> None:
+        if setup.top_k is not None:
+            sites = lora.sites(config.site_shapes()) if setup.per == "module" else (None,)
+            select(np.zeros(config.num_layers * len(sites)), setup.top_k)
+
+    variant = setup.variant
+    return experiment.prepare(setup, check, end_of_text=variant.end_of_text, row_means=variant.row_means)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -190,7 +237,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "finetune_lr": 2e-4,
         "random_baselines": 3,
     },
-    # The paper: through the training, LoRA anew for each outer step. Its K and T are not known.
+    # The paper: through the training, LoRA anew for each outer step. Its K and T are not known, nor its rates: plain
+    # gradient descent on LoRA as the paper writes it is --inner-optimizer sgd.
     "paper": {
         "length": 96,
         "batch_size": 8,
@@ -206,7 +254,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "finetune_lr": 1e-4,
         "random_baselines": 3,
     },
-    # What the authors released, with its data sizes; the published length is 1024.
+    # What the authors released, with its data sizes; the published length is 1024, and 6,750 steps are 3 epochs of the
+    # 18,000 rows that its final training saw.
     "released": {
         "released": True,
         "length": 96,
@@ -216,7 +265,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "outer_rows": 200,
         "test_rows": 0,
         "outer_steps": 600,
-        "finetune_steps": 1800,
+        "finetune_steps": 6750,
         "finetune_lr": 1e-4,
         "random_baselines": 3,
     },
@@ -228,29 +277,31 @@ def solver(settings: FlexoraSettings, bench: Bench) -> bilevel.Nested:
     """The search as a solver.
 
     Raises:
-      ValueError: for settings out of range.
+      ValueError: for settings out of range, or a bench that was not prepared for them.
     """
-    steps = 1 if settings.released else settings.inner_steps
-    inner = optax.adam(settings.inner_lr)
-    outer = {"sgd": optax.sgd, "adam": optax.adam}[settings.outer_optimizer](settings.outer_lr)
-    if settings.released:
-        inner, outer = cleared(optax.adamw(1e-4, weight_decay=0.0)), optax.adam(1e-2)
-    first_order = settings.released or settings.hypergradient == "first-order"
-    estimator = bilevel.FirstOrder(inner, steps) if first_order else bilevel.Unrolled(inner, steps, checkpoint="step")
+    setup = used(settings)
+    if bench.row_means != setup.variant.row_means:
+        raise ValueError("The rows were prepared for another variant of the search: methods.flexora.prepare(settings).")
+    inner = inner_optimizer(setup, setup.variant)
     layers = problem(
         experiment.loss(bench),
         bench.pretrained.weights,
         bench.trainable,
         lambda key: experiment.start(bench, key),
         bench.num_layers,
-        power=3 if settings.released else 1,
-        sites=_sites(settings, bench),
-        decay=settings.outer_decay,
+        power=setup.variant.gate_power,
+        sites=_sites(setup, bench),
+        decay=setup.outer_decay,
     )
-    return bilevel.Nested(layers, estimator, outer, inner_start=settings.inner_start)
+    if setup.hypergradient == "first-order":
+        estimator: Any = bilevel.FirstOrder(inner, setup.inner_steps)
+    else:
+        estimator = bilevel.Unrolled(inner, setup.inner_steps, checkpoint="step")
+    outer = outer_optimizer(setup, setup.variant)
+    return bilevel.Nested(layers, estimator, outer, inner_start=setup.inner_start)
 
 
-def _sites(settings: FlexoraSettings, bench: Bench) -> tuple[str, ...] | None:
+def _sites(settings: Any, bench: Bench) -> tuple[str, ...] | None:
     return bench.lora.sites(bench.pretrained.config.site_shapes()) if settings.per == "module" else None
 
 
@@ -259,20 +310,23 @@ def search(settings: FlexoraSettings, bench: Bench, folder: RunFolder, number: i
 
     With a gate a module n is sites times layers, site by site. `number` is that of the repetition.
     """
+    setup = used(settings)
     name = f"search-{number}" if number else "search"
-    rows = jax.tree.map(lambda x: x[: settings.search_rows or None], bench.train)
+    cycled = setup.variant.outer_data == "cycled"
+    outer: Any = (Cycled if cycled else bilevel.Batches)(bench.outer, setup.outer_batch_size)
+    rows = jax.tree.map(lambda x: x[: setup.search_rows or None], bench.train)
     result = bilevel.run(
-        solver(settings, bench),
-        inner_data=bilevel.Batches(rows, settings.batch_size),
-        outer_data=bilevel.Batches(bench.outer, settings.outer_batch_size),
-        steps=settings.outer_steps,
-        key=jax.random.fold_in(jax.random.key(settings.seed), number) if number else jax.random.key(settings.seed),
+        solver(setup, bench),
+        inner_data=bilevel.Batches(rows, setup.batch_size),
+        outer_data=outer,
+        steps=setup.outer_steps,
+        key=jax.random.fold_in(jax.random.key(setup.seed), number) if number else jax.random.key(setup.seed),
         callbacks=[folder.log(name)],
         checkpoint_dir=folder.path / "checkpoints" / name,
         record=_alpha,
         title=name,
     )
-    return result.history["alpha"].reshape(settings.outer_steps, -1)
+    return result.history["alpha"].reshape(setup.outer_steps, -1)
 
 
 def _where(units: list[int], sites: Sequence[str] | None, num_layers: int) -> experiment.Where:
@@ -294,34 +348,24 @@ def main(settings: FlexoraSettings) -> None:
       ValueError, FileNotFoundError: one sentence on what is wrong.
       FloatingPointError: if training diverges; names step and leaf.
     """
-    if settings.search_rows and not settings.batch_size <= settings.search_rows <= settings.train_rows:
-        raise ValueError(
-            f"--search-rows {settings.search_rows} must be between --batch-size {settings.batch_size} and "
-            f"--train-rows {settings.train_rows}, or 0 for all of these."
-        )
-
-    def check(config: Any, lora: LoRAConfig) -> None:
-        if settings.top_k is not None:
-            sites = lora.sites(config.site_shapes()) if settings.per == "module" else (None,)
-            select(np.zeros(config.num_layers * len(sites)), settings.top_k)
-
-    bench = experiment.prepare(settings, check)
-    sites = _sites(settings, bench)
+    setup = used(settings)
+    bench = prepare(setup)
+    sites = _sites(setup, bench)
     count = bench.num_layers * (1 if sites is None else len(sites))
-    folder = experiment.open_run(settings, bench)
-    found = [search(settings, bench, folder, number) for number in range(settings.searches)]
-    alpha, threshold = found[0], 0.0 if settings.released else None
-    chosen = select(alpha[-1], settings.top_k, threshold=threshold)
-    rule = f"top {settings.top_k}" if settings.top_k else "alpha > 0" if settings.released else "alpha > mean(alpha)"
-    selection = {"rule": rule, settings.per + "s": chosen, "alpha": alpha[-1], "gate": np.asarray(gate(alpha[-1]))}
+    folder = experiment.open_run(setup, bench)
+    found = [search(setup, bench, folder, number) for number in range(setup.searches)]
+    alpha, threshold = found[0], 0.0 if setup.variant.selects == "zero" else None
+    chosen = select(alpha[-1], setup.top_k, threshold=threshold)
+    rule = f"top {setup.top_k}" if setup.top_k else "alpha > 0" if threshold is not None else "alpha > mean(alpha)"
+    selection = {"rule": rule, setup.per + "s": chosen, "alpha": alpha[-1], "gate": np.asarray(gate(alpha[-1]))}
     if len(found) > 1:
-        every = [select(a[-1], settings.top_k, threshold=threshold) for a in found]
+        every = [select(a[-1], setup.top_k, threshold=threshold) for a in found]
         selection |= {"searches": every, "stability": stability(every, count)}
     folder.write("selection", selection)
 
     arms: dict[str, list[int]] = {"flexora": chosen, "all-layers": list(range(count))}
-    for i in range(settings.random_baselines):
-        rng = np.random.default_rng((settings.seed, i))
+    for i in range(setup.random_baselines):
+        rng = np.random.default_rng((setup.seed, i))
         arms[f"random-{i}"] = sorted(int(j) for j in rng.choice(count, len(chosen), replace=False))
     fresh = experiment.start(bench, jax.random.key(0))
     folder.once("results/pretrained", lambda: report.arm(bench, [], experiment.evaluate(bench, fresh, [])))
@@ -329,10 +373,11 @@ def main(settings: FlexoraSettings) -> None:
 
         def trained(name=name, units=units):
             where = _where(units, sites, bench.num_layers)
-            params = experiment.finetune(settings, bench, where, name, folder)
+            plan = final_recipe(setup, setup.variant)
+            params = experiment.finetune(setup, bench, where, name, folder, plan)
             if name == "flexora":
                 experiment.save_adapter(folder.path / "adapter", bench, params, where)
             return report.arm(bench, where, experiment.evaluate(bench, params, where))
 
         folder.once(f"results/{name}", trained)
-    report.layer_selection(folder, settings, bench, alpha, chosen, rule, ["pretrained", *arms])
+    report.layer_selection(folder, setup, bench, alpha, chosen, rule, ["pretrained", *arms])

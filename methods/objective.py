@@ -15,7 +15,7 @@ from methods.adapters.lora import Linears, LoRAConfig, PerLayer
 from methods.models.hooks import Hook
 from methods.models.loading import Pretrained
 from methods.tasks.batches import by_length
-from methods.tasks.encode import marks
+from methods.tasks.encode import marks, opening, prefix
 from methods.tasks.loss import answer_log_likelihood_at, label_losses
 
 
@@ -42,6 +42,16 @@ def mean_loss(model: Any, head: Any, width: int, weights: Any, bound: Bound, bat
     """The mean of `row_losses` over answer tokens, or over labelled rows: a scalar."""
     losses, counts = row_losses(model, head, width, weights, bound, batch)
     return losses.sum() / counts.sum().astype(losses.dtype)
+
+
+def mean_of_row_means(model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any) -> jax.Array:
+    """The mean over rows of each row's own mean over its answer tokens: a scalar.
+
+    What batches of one row give whose gradients are accumulated. `mean_loss` weighs a row by its answer's length; the
+    two are equal where all answers have the same. Arguments as of `row_losses`.
+    """
+    losses, counts = row_losses(model, head, width, weights, bound, batch)
+    return (losses / counts.astype(losses.dtype)).mean()
 
 
 def row_losses(
@@ -81,20 +91,51 @@ def token_types(model: Any, batch: Any) -> dict[str, Any]:
     return {"token_types": batch.types} if getattr(model.config, "token_types", 0) else {}
 
 
-def write(
-    pretrained: Pretrained, adapt: Hook, prompts: Sequence[str], *, tokens: int, batch_size: int = 8
-) -> list[str]:
-    """What the model writes after each prompt, greedily, at most `tokens` tokens, up to its mark of the end.
+class Texts(NamedTuple):
+    """What was written, one text a prompt, and how many prompts were cut on the left to leave room for it."""
+
+    texts: list[str]
+    cut: int
+
+
+def room(pretrained: Pretrained, tokens: int) -> int:
+    """Most tokens of a prompt, marks included, that `tokens` more can be written after.
 
     Raises:
-      ValueError: as `methods.models.generate.greedy`.
+      ValueError: if that is none beside the mark in front.
+    """
+    positions = pretrained.config.max_positions
+    if positions - tokens <= len(marks(pretrained.tokenizer)[0]):
+        raise ValueError(
+            f"An answer may have {tokens} tokens, which leaves no room for a prompt in the {positions} positions of "
+            f"{pretrained.name}."
+        )
+    return positions - tokens
+
+
+def write(pretrained: Pretrained, adapt: Hook, prompts: Sequence[str], *, tokens: int, batch_size: int = 8) -> Texts:
+    """What the model writes after each prompt, greedily, at most `tokens` tokens, up to its mark of the end.
+
+    A prompt begins with the tokenizer's own first-token mark. One that leaves no room for `tokens` tokens behind it
+    loses its left end, the mark aside, as in the Language Model Evaluation Harness (which loses the mark too).
+
+    Raises:
+      ValueError: if the model has no room for a prompt at all; and as `methods.models.generate.greedy`.
     """
     from methods.models.generate import greedy
 
     tokenizer: Any = pretrained.tokenizer
     first, fill = marks(tokenizer)
-    sequences = [[*first, *ids] for ids in tokenizer(list(prompts), add_special_tokens=False)["input_ids"]]
+    space = room(pretrained, tokens)
     stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    sequences, cut = [], 0
+    for prompt, ids in zip(prompts, tokenizer(list(prompts), add_special_tokens=False)["input_ids"], strict=True):
+        ids = [*opening(first, ids), *ids] or prefix(tokenizer)
+        if not ids:
+            raise ValueError(f"The prompt {prompt!r} has no token to be continued.")
+        if len(ids) > space:
+            ids, cut = [*first, *ids[len(ids) - space + len(first) :]], cut + 1
+        sequences.append(ids)
     texts = [""] * len(sequences)
     lengths = [len(ids) for ids in sequences]
     for index, length in by_length(lengths, batch_size, 32, max(lengths)):
@@ -105,7 +146,7 @@ def write(
         found = greedy(pretrained, array, mask, tokens, stop, adapt)
         for row, i in enumerate(index):
             texts[i] = tokenizer.decode(found.tokens[row][found.mask[row]], skip_special_tokens=True)
-    return texts
+    return Texts(texts, cut)
 
 
 jitted_outputs = partial(jax.jit, static_argnums=(0, 1))(outputs)

@@ -11,7 +11,7 @@ import numpy as np
 from methods import experiment, files
 from methods.experiment import Bench, Where
 from methods.runfolder import RunFolder
-from methods.tasks import Accuracy, Classified, Evaluation, Written
+from methods.tasks import Accuracy, Classified, Evaluation, Written, units
 
 
 def arm(bench: Bench, where: Where, evaluation: Evaluation | Classified | Written) -> dict[str, Any]:
@@ -23,6 +23,7 @@ def arm(bench: Bench, where: Where, evaluation: Evaluation | Classified | Writte
         "parameters": experiment.trainable_parameters(bench, where),
         "predictions": evaluation.predictions,
         "right": None if evaluation.right is None else evaluation.right.astype(int),
+        "cut": evaluation.cut,
     }
     if not isinstance(evaluation, Evaluation):
         row["metrics"] = evaluation.metrics
@@ -139,7 +140,15 @@ def accuracy_table(results: dict[str, dict[str, Any]]) -> str:
             score = row["accuracy"]
             cells += [f"{100 * score['low']:.1f} to {100 * score['high']:.1f}", f"{score['correct']}/{score['total']}"]
         lines.append(f"| {' | '.join(cells)} |")
+    if cut := max(row.get("cut", 0) for row in results.values()):
+        lines.append(f"\n**{cut} test texts were longer than the model takes and were cut.**")
     return "\n".join(lines)
+
+
+def tested(bench: Bench) -> str:
+    """How much was tested, in words: rows, and where texts are written the prompts whose references they are."""
+    rows, prompts = len(bench.splits.test), len(units(bench.task, bench.splits.test))
+    return f"{prompts} prompts with {rows} references" if prompts < rows else f"{rows} rows"
 
 
 def paired_difference(first: Any, second: Any) -> tuple[int, int, float]:
@@ -176,7 +185,7 @@ def _page(folder: RunFolder, settings, bench: Bench, alpha, chosen, rule, result
 
 {accuracy_table(results)}
 
-Test rows: {len(bench.splits.test)} of the published {bench.task.test} set, which no search or training saw.
+Test: {tested(bench)} of the published {bench.task.test} set, which no search or training saw.
 {_compared(results)}
 
 ## How far to trust the selection
@@ -225,7 +234,7 @@ def _training_page(settings, bench: Bench, results) -> str:
 
 {accuracy_table(results)}
 
-Test rows: {len(bench.splits.test)} of the published {bench.task.test} set, which no training saw. Metrics in per cent;
+Test: {tested(bench)} of the published {bench.task.test} set, which no training saw. Metrics in per cent;
 intervals are Wilson's 95 % binomial intervals.
 
 ![loss](figures/training.png)

@@ -51,7 +51,7 @@ def page(
 
 {accuracy_table(results)}
 
-Test rows: {len(bench.splits.test)} of the published {bench.task.test} set, which no search or training saw. Intervals
+Test: {report.tested(bench)} of the published {bench.task.test} set, which no search or training saw. Intervals
 are Wilson's 95 % binomial intervals; smaller differences between two rows say nothing by themselves.
 
 ## How it was made

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ class Recipe:
       accumulate: batches whose mean gradient makes one optimizer step.
       validate_every: optimizer steps between two validations; 0: none, and the last parameters are the result.
       patience: validations in a row without a new best after which training stops; 0: never.
+      warmup: steps of the warm-up; None: a tenth of all, rounded down, at least 1.
+      clip: a gradient of a larger Euclidean norm, taken over all parameters, is shortened to it; 0: never.
+      by_length: batches hold rows of similar length; else they are drawn at random.
 
     Raises:
       ValueError: for a count below its least, or patience without validations.
@@ -41,6 +45,9 @@ class Recipe:
     accumulate: int = 1
     validate_every: int = 0
     patience: int = 0
+    warmup: int | None = None
+    clip: float = 0.0
+    by_length: bool = True
 
     def __post_init__(self):
         for name, least in (("steps", 1), ("accumulate", 1), ("validate_every", 0), ("patience", 0)):
@@ -48,6 +55,19 @@ class Recipe:
                 raise ValueError(f"Fine-tuning with {name}={getattr(self, name)}: it must be at least {least}.")
         if self.patience and not self.validate_every:
             raise ValueError(f"patience={self.patience} counts validations, of which there are none: validate_every=0.")
+        if not 0 <= self.warming < self.steps:
+            raise ValueError(
+                f"Fine-tuning with steps={self.steps}: {self.warming} of them are its warm-up, of which the first has "
+                f"rate 0; it must be at least {self.warming + 1}."
+            )
+        for name in ("learning_rate", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Fine-tuning with {name}={getattr(self, name)}: it must be a number from 0 on.")
+
+    @property
+    def warming(self) -> int:
+        """Steps of the warm-up."""
+        return max(1, self.steps // 10) if self.warmup is None else self.warmup
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of one batch a step; the same object for the same recipe."""
@@ -56,9 +76,10 @@ class Recipe:
 
 @functools.cache  # optimizers compare by identity: a new one would have the same training compiled again
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    warmup = max(1, recipe.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warmup, recipe.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warming, recipe.steps)
     adamw = optax.adamw(schedule, weight_decay=0.0)
+    if recipe.clip:
+        adamw = optax.chain(optax.clip_by_global_norm(recipe.clip), adamw)
     return optax.MultiSteps(adamw, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else adamw
 
 
@@ -90,7 +111,7 @@ def train(
 
     Raises:
       ValueError: if the recipe validates and there is no `validate`.
-      FloatingPointError: if training diverges; names step and leaf.
+      FloatingPointError: if training diverges, or a validation loss is not finite; names the step.
     """
     if recipe.validate_every and validate is None:
         raise ValueError("A recipe that validates needs a validation loss.")
@@ -144,6 +165,11 @@ class Validation:
             return False
         before = {at: loss for at, loss in self.losses.items() if at < step}
         loss = float(self._validate(state.inner.params))
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The validation loss after {number} steps of {self._name.removeprefix('validation/')} is {loss}: no "
+                "parameters are the best by it; lower the learning rate."
+            )
         if not before or loss < min(before.values()):
             self._folder.write_arrays(self._name, state.inner.params)
         self.losses = before | {step: loss}

@@ -47,7 +47,8 @@ def main() -> None:
     for name in options.tasks:
         task, start = tasks.get(name), time.perf_counter()
         rows = tasks.load(task, options.split)[: options.rows]
-        result = tasks.evaluate(score, task, rows, pretrained.tokenizer, batch_size=options.batch_size, multiple=16)
+        limits = {"max_length": pretrained.config.max_positions, "multiple": 16}
+        result = tasks.evaluate(score, task, rows, pretrained.tokenizer, batch_size=options.batch_size, **limits)
         figures = {"acc_norm": result.accuracy, "per_token": result.per_token, "acc": result.unnormalised}
         found[name] = {key: figure._asdict() for key, figure in figures.items()} | {
             "split": options.split,

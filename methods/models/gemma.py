@@ -70,6 +70,21 @@ def from_gguf(meta: Mapping[str, Any], names: frozenset[str], read: Callable[[st
     return settings
 
 
+def begin_with_bos(tokenizer: Any) -> None:
+    """Has every text begin with the first-token mark, whatever the tokenizer's files say.
+
+    Gemma was trained with it alone and writes nonsense without; files made by others often leave the rule out. A
+    tokenizer that does it, or has no such mark, stays as it is.
+    """
+    if (mark := tokenizer.bos_token) is None or tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return
+    from tokenizers import processors
+
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[mark, "$A"], pair=[mark, "$A", f"{mark}:1", "$B:1"], special_tokens=[(mark, tokenizer.bos_token_id)]
+    )
+
+
 FAMILY = Family(
     name="Gemma",
     model_types=("gemma", "gemma2", "gemma3_text"),

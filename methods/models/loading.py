@@ -108,6 +108,8 @@ def load(
     if check is not None:
         check(config, model)
     tokenizer = _tokenizer(checkpoint, path)
+    if tokenizer is not None and family is gemma.FAMILY:
+        gemma.begin_with_bos(tokenizer)
     if tokenizer is not None and max(tokenizer.get_vocab().values()) >= config.vocab_size:
         raise ValueError(
             f"the tokenizer of {checkpoint.where} has ids up to {max(tokenizer.get_vocab().values())}, but "

@@ -4,13 +4,13 @@ On the host all is numpy; `methods.tasks.loss` is what runs inside a model's los
 """
 
 from methods.tasks import arithmetic, e2e, glue, multiple_choice
-from methods.tasks.batches import Buckets
+from methods.tasks.batches import Buckets, Cycled
 from methods.tasks.classify import Classified, LabelledBatch, encode_labelled, evaluate_labelled, fits
 from methods.tasks.encode import Encoded, TokenBatch, encode
 from methods.tasks.generation import Written, check_metrics, evaluate_written
 from methods.tasks.metrics import METRICS
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
-from methods.tasks.splits import Splits, check_disjoint, load_splits, split
+from methods.tasks.splits import Splits, check_disjoint, load_splits, split, units
 from methods.tasks.task import (
     Classification,
     Generation,
@@ -46,6 +46,7 @@ __all__ = [
     "Buckets",
     "Classification",
     "Classified",
+    "Cycled",
     "Encoded",
     "Evaluation",
     "Generation",
@@ -71,5 +72,6 @@ __all__ = [
     "split",
     "tokenized",
     "training_pairs",
+    "units",
     "wilson",
 ]

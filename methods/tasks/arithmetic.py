@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from methods.tasks.generation import same
 from methods.tasks.task import Generation, Hub, Pair, Row
 
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
@@ -43,22 +44,37 @@ def _value(text: str) -> float:
     return float(text.replace(",", "").replace("$", ""))
 
 
+def _stored(value: Any) -> float:
+    """The number that a row holds, as one or as text. Raises ValueError or TypeError for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, str):
+        raise TypeError(f"the answer {value!r} is neither a number nor a text")
+    if _NUMBER.fullmatch(value.strip()) is None:  # float() also reads "nan", "1_000" and "infinity"
+        raise ValueError(f"the answer {value!r} is no number")
+    return _value(value)
+
+
 def _question(row: Row) -> str:
     return f"Question: {row['question'].strip()}\nAnswer:"
 
 
 def _gsm8k(row: Row) -> Pair:
     # Without the marks <<48/2=24>> that call a calculator, which nobody answers here.
-    return Pair(_question(row), " " + re.sub(r"<<.*?>>", "", row["answer"]).strip())
+    pair = Pair(_question(row), " " + re.sub(r"<<.*?>>", "", row["answer"]).strip())
+    if not same(number(pair.answer), [_stored(row["final"])]):  # what is trained on is what is compared with
+        raise ValueError(f"the answer ends in {number(pair.answer)}, but its final number is {row['final']!r}")
+    return pair
 
 
 def _short(row: Row) -> Pair:
-    return Pair(_question(row), f" {float(row['answer']):.10g}")
+    return Pair(_question(row), f" {_stored(row['answer']):.10g}")
 
 
 def _aqua(row: Row) -> Pair:
+    if len(row["choices"]) > len("ABCDEFGH"):
+        raise ValueError(f"{len(row['choices'])} choices are more than there are letters from A to H")
     choices = " ".join(f"({mark}) {choice}" for mark, choice in zip("ABCDEFGH", row["choices"], strict=False))
-    row["choices"][row["label"]]  # or an IndexError
     answer = f" {row['rationale'].strip()}\nThe answer is ({'ABCDEFGH'[row['label']]})."
     return Pair(f"Question: {row['question'].strip()}\nAnswer choices: {choices}\nAnswer:", answer)
 
@@ -68,7 +84,7 @@ def _field(name: str) -> Callable[[Row], Any]:
 
 
 def _answer(row: Row) -> float:
-    return _value(str(row["answer"]))
+    return _stored(row["answer"])
 
 
 def _gsm8k_record(record: dict[str, Any]) -> Row:
@@ -93,7 +109,7 @@ TASKS = (
         ("question", "answer", "final"),
         hub=Hub("openai/gsm8k", "main", _gsm8k_record),
         pair=_gsm8k,
-        target=lambda row: _value(row["final"]),
+        target=lambda row: _stored(row["final"]),
         **_NUMBERS,
     ),
     Generation(
@@ -116,5 +132,6 @@ TASKS = (
         metrics=("exact",),
         test="test",
         folder="aqua_rat",
+        choose=True,
     ),
 )

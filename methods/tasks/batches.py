@@ -13,7 +13,7 @@ POOL = 50
 class Buckets:
     """Endless training batches for `bilevel.run`, each cut to the length its longest row needs.
 
-    Epoch e is a permutation of the rows by (seed, e). Stretches of `POOL * size` of them are sorted by length and cut
+    Epoch e is a permutation of the rows by (seed, e). Stretches of `pool * size` of them are sorted by length and cut
     into batches, whose order is shuffled; `N mod size` rows wait for another epoch. A batch's length is the next
     multiple of `multiple`: as many shapes, and so many compilations. Batch number b is a function of (seed, b) alone,
     so that a run resumes exactly from its number.
@@ -23,17 +23,18 @@ class Buckets:
       size: rows a batch, `1 <= size <= N`.
       seed: of the order.
       multiple: of a batch's length.
+      pool: batches whose rows are sorted by length together; 1 sorts nothing into batches.
 
     Raises:
       ValueError: for a size that is not in `[1, N]`.
     """
 
-    def __init__(self, arrays: Any, size: int, *, seed: int = 0, multiple: int = 32):
+    def __init__(self, arrays: Any, size: int, *, seed: int = 0, multiple: int = 32, pool: int = POOL):
         self.arrays = type(arrays)(*(np.asarray(a) for a in arrays))
         self.lengths = self.arrays.mask.sum(axis=1)
         if not 1 <= size <= len(self.lengths):
             raise ValueError(f"Buckets of {size} rows: a batch must have between 1 and the {len(self.lengths)} rows.")
-        self.size, self.seed, self.multiple, self.number = size, seed, multiple, 0
+        self.size, self.seed, self.multiple, self.pool, self.number = size, seed, multiple, pool, 0
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty((0, size), int))
 
     def __iter__(self) -> Buckets:
@@ -63,9 +64,46 @@ class Buckets:
         rng = np.random.default_rng((self.seed, epoch))
         count = len(self.lengths) // self.size
         order = rng.permutation(len(self.lengths))[: count * self.size]
-        pools = np.split(order, range(POOL * self.size, len(order), POOL * self.size))
+        pools = np.split(order, range(self.pool * self.size, len(order), self.pool * self.size))
         alike = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")] for pool in pools])
         return alike.reshape(count, self.size)[rng.permutation(count)]
+
+
+class Cycled:
+    """Endless batches of `size` rows for `bilevel.run`, in the order of the rows and over again: no row is skipped.
+
+    Batch b has the rows b size, ..., b size + size - 1, each modulo N, so that a run resumes exactly from its number.
+
+    Args:
+      arrays: a batch of all rows (`TokenBatch`, `LabelledBatch`).
+      size: rows a batch.
+
+    Raises:
+      ValueError: for a size that is not in `[1, N]`.
+    """
+
+    def __init__(self, arrays: Any, size: int):
+        self.arrays = type(arrays)(*(np.asarray(a) for a in arrays))
+        self.count = len(self.arrays[0])
+        if not 1 <= size <= self.count:
+            raise ValueError(f"Cycled batches of {size} rows: a batch must have between 1 and the {self.count} rows.")
+        self.size, self.number = size, 0
+
+    def __iter__(self) -> Cycled:
+        return self
+
+    def __next__(self) -> Any:
+        rows = (self.number * self.size + np.arange(self.size)) % self.count
+        self.number += 1
+        return type(self.arrays)(*(a[rows] for a in self.arrays))
+
+    def get_state(self) -> int:
+        """The number of the next batch."""
+        return self.number
+
+    def set_state(self, number: int) -> None:
+        """Goes on with batch `number`."""
+        self.number = int(number)
 
 
 def by_length(lengths: Any, size: int, multiple: int, most: int) -> list[tuple[np.ndarray, int]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from methods.tasks.batches import by_length, cut
-from methods.tasks.metrics import METRICS
+from methods.tasks.metrics import METRICS, checked
 from methods.tasks.task import Classification, Row
 from methods.tasks.tokens import tokenized
 
@@ -41,6 +41,7 @@ class Classified:
       outputs: `[rows, outputs]`, the logits or the one number of each row.
       predictions: `[rows]`, the largest logit's class, or the number.
       labels: `[rows]`.
+      cut: how many rows were longer than the model takes and lost tokens from the end of their longer text.
     """
 
     task: str
@@ -48,6 +49,7 @@ class Classified:
     outputs: np.ndarray
     predictions: np.ndarray
     labels: np.ndarray
+    cut: int = 0
 
     @property
     def right(self) -> np.ndarray | None:
@@ -84,7 +86,7 @@ def encode_labelled(task: Classification, rows: Sequence[Row], tokenizer: Any, l
 
 def fits(task: Classification, rows: Sequence[Row], tokenizer: Any, length: int) -> list[bool]:
     """Whether each row has at most `length` tokens, special tokens included."""
-    return [len(ids) <= length for ids in _tokenize(task, rows, tokenizer, verbose=False)["input_ids"]]
+    return [count <= length for count in _lengths(task, rows, tokenizer)]
 
 
 def evaluate_labelled(
@@ -94,7 +96,7 @@ def evaluate_labelled(
     tokenizer: Any,
     *,
     batch_size: int = 32,
-    max_length: int = 128,
+    max_length: int | None = None,
     multiple: int = 32,
 ) -> Classified:
     """The task's metrics over `rows`.
@@ -108,12 +110,15 @@ def evaluate_labelled(
       rows: what to answer.
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       batch_size: rows a batch.
-      max_length: most tokens a row; longer ones lose their end.
+      max_length: most tokens a row, what the model takes; longer ones lose their end and are counted. None: no limit.
       multiple: of the length of a batch.
 
     Raises:
-      ValueError: for no rows, or an answer that has another shape or is not finite.
+      ValueError: for no rows, or an answer that has another shape or is not finite, or a metric that is not.
     """
+    lengths = _lengths(task, rows, tokenizer)
+    longest = -(-max(lengths, default=1) // multiple) * multiple
+    max_length = longest if max_length is None else min(max_length, longest)  # no array is longer than its texts
     whole = encode_labelled(task, rows, tokenizer, max_length)
     outputs = np.zeros((len(rows), task.outputs))
     for index, length in by_length(whole.mask.sum(axis=1), batch_size, multiple, max_length):
@@ -129,8 +134,14 @@ def evaluate_labelled(
         worst = int(np.argmin(np.isfinite(outputs).all(axis=1)))
         raise ValueError(f"The model's answer to {task.name} row {worst} is {outputs[worst].tolist()}.")
     predictions = outputs.argmax(axis=1) if task.classes else outputs[:, 0]
-    values = {name: METRICS[name](predictions, whole.labels) for name in task.metrics}
-    return Classified(task.name, values, outputs, predictions, whole.labels)
+    values = checked(task.name, {name: METRICS[name](predictions, whole.labels) for name in task.metrics})
+    shortened = sum(length > max_length for length in lengths)
+    return Classified(task.name, values, outputs, predictions, whole.labels, shortened)
+
+
+def _lengths(task: Classification, rows: Sequence[Row], tokenizer: Any) -> list[int]:
+    """Tokens of each row, special tokens included."""
+    return [len(ids) for ids in _tokenize(task, rows, tokenizer, verbose=False)["input_ids"]] if rows else []
 
 
 def _tokenize(task: Classification, rows: Sequence[Row], tokenizer: Any, **options: Any) -> Any:

@@ -40,27 +40,30 @@ class TokenSequence(NamedTuple):
     start: int
 
 
-def encode(pairs: Sequence[Pair], tokenizer: Any, length: int) -> Encoded:
+def encode(pairs: Sequence[Pair], tokenizer: Any, length: int, end: Sequence[int] = ()) -> Encoded:
     """Arrays of `length` tokens for each prompt and answer, tokenised as one text.
 
-    The special tokens that the tokenizer puts in front of a text stay (the first-token mark of many models),
-    those it puts behind do not: an answer is followed by nothing. What does not fit loses the left end of its
-    prompt, never a token of its answer.
+    Special tokens are those of the Language Model Evaluation Harness. What the tokenizer itself puts in front of a text
+    (the first-token mark of many models) stays, unless the text brings it; where neither it nor a prompt is there, the
+    tokenizer's first-token mark, or else its mark of the end, is what the answer is predicted from. What the tokenizer
+    puts behind a text does not stay: an answer is followed by `end` alone. What does not fit loses the left end of its
+    prompt, never a token of its answer nor the mark in front (which the harness cuts away with the rest).
 
     Args:
       pairs: prompts with their answers.
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       length: T.
+      end: tokens behind every answer, which belong to it.
 
     Raises:
       ValueError: for no pairs, an answer without tokens or longer than fits, or one that nothing comes
         before.
     """
-    return pad(tokenize(pairs, tokenizer), length, *marks(tokenizer))
+    return pad(tokenize(pairs, tokenizer, end), length, *marks(tokenizer))
 
 
-def tokenize(pairs: Sequence[Pair], tokenizer: Any) -> list[TokenSequence]:
-    """Each pair's tokens, at their natural lengths. Raises as `encode`."""
+def tokenize(pairs: Sequence[Pair], tokenizer: Any, end: Sequence[int] = ()) -> list[TokenSequence]:
+    """Each pair's tokens, at their natural lengths. Arguments and errors as of `encode`."""
     if not pairs:
         raise ValueError("There is nothing to encode: the list of prompts and answers is empty.")
     first, _ = marks(tokenizer)
@@ -74,10 +77,26 @@ def tokenize(pairs: Sequence[Pair], tokenizer: Any) -> list[TokenSequence]:
         start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
         if start >= len(whole):
             raise ValueError(f"The answer {pair.answer!r} to {pair.prompt[-60:]!r} has no token to score.")
-        if start + len(first) == 0:
-            raise ValueError(f"The answer {pair.answer[:60]!r} has no prompt to be predicted from.")
-        sequences.append(TokenSequence([*first, *whole], len(first) + start))
+        mark = opening(first, whole)
+        if start + len(mark) == 0:
+            mark = prefix(tokenizer)
+            if not mark:
+                raise ValueError(f"The answer {pair.answer[:60]!r} has no prompt to be predicted from.")
+            if mark == whole[:1] and len(whole) > 1:
+                mark, start = [], 1
+        sequences.append(TokenSequence([*mark, *whole, *end], len(mark) + start))
     return sequences
+
+
+def opening(first: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """The special tokens `first`, or none where `ids` begin with them: a mark that a text brings is not doubled."""
+    return [] if list(ids[: len(first)]) == list(first) else list(first)
+
+
+def prefix(tokenizer: Any) -> list[int]:
+    """What an answer without a prompt is predicted from: the first-token mark, else the mark of the end, else none."""
+    mark = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [] if mark is None else [mark]
 
 
 def pad(sequences: Sequence[TokenSequence], length: int, first: Sequence[int] = (), fill: int = 0) -> Encoded:
@@ -105,8 +124,17 @@ def pad(sequences: Sequence[TokenSequence], length: int, first: Sequence[int] = 
 
 
 def marks(tokenizer: Any) -> tuple[list[int], int]:
-    """The special tokens in front of a text, and the padding token (any will do, since it is masked)."""
+    """The special tokens in front of a text, and the padding token (any will do, since it is masked).
+
+    Raises:
+      ValueError: if the tokenizer writes a text differently between its special tokens, so that these are not known.
+    """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     marked = tokenizer("a", add_special_tokens=True)["input_ids"]
-    first = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), 0)
+    first = next((i for i in range(len(marked)) if marked[i : i + len(bare)] == bare), None)
+    if first is None:
+        raise ValueError(
+            f"The tokenizer {type(tokenizer).__name__} encodes 'a' as {bare} without special tokens and as {marked} "
+            "with them: which of them are special cannot be told."
+        )
     return list(marked[:first]), tokenizer.pad_token_id or 0

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from methods.tasks.metrics import checked
+from methods.tasks.splits import units
 from methods.tasks.task import Generation, Row
 
 Write = Callable[[Sequence[str]], Sequence[str]]
@@ -35,6 +37,7 @@ class Written:
       predictions: what `task.extract` read out of each.
       targets: what each was compared with: all the targets of the rows that share the prompt.
       right: which predictions are among their targets; None where that is no metric of the task.
+      cut: how many prompts were cut on the left to fit into the model; set by who wrote the texts.
     """
 
     task: str
@@ -43,28 +46,26 @@ class Written:
     predictions: list[Any]
     targets: list[list[Any]]
     right: np.ndarray | None
+    cut: int = 0
 
 
 def evaluate_written(write: Write, task: Generation, rows: Sequence[Row]) -> Written:
     """The task's metrics over `rows`, each prompt written to once; rows that share one are its references.
 
     Raises:
-      ValueError: for no rows, or if `write` gives another number of texts.
+      ValueError: for no rows, if `write` gives another number of texts, or for a metric that is not finite.
       ModuleNotFoundError: if a metric's package is not installed; says how to install it.
     """
     if not rows:
         raise ValueError(f"There are no rows of {task.name} to write to.")
-    prompts: dict[str, list[Row]] = {}
-    for row in rows:
-        prompts.setdefault(task.pair(row).prompt, []).append(row)
-    found = list(write(list(prompts)))
-    if len(found) != len(prompts):
-        raise ValueError(f"{len(found)} texts were written to the {len(prompts)} prompts of {task.name}.")
+    groups = units(task, rows)
+    found = list(write([task.pair(group[0]).prompt for group in groups]))
+    if len(found) != len(groups):
+        raise ValueError(f"{len(found)} texts were written to the {len(groups)} prompts of {task.name}.")
     texts = [truncate(text, task.stop) for text in found]
-    groups = list(prompts.values())
     predictions = [task.extract(text, group[0]) for text, group in zip(texts, groups, strict=True)]
     targets = [[task.target(row) for row in group] for group in groups]
-    metrics = {name: METRICS[name](predictions, targets) for name in task.metrics}
+    metrics = checked(task.name, {name: METRICS[name](predictions, targets) for name in task.metrics})
     right = None
     if "exact" in metrics:
         right = np.array([same(p, t) for p, t in zip(predictions, targets, strict=True)])

@@ -6,11 +6,23 @@ Accuracy, F1 and Matthews are counts, a line of numpy each; the correlations are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+def checked(task: str, values: Mapping[str, float]) -> dict[str, float]:
+    """`values` by the names of their metrics.
+
+    Raises:
+      ValueError: for one that is not finite, by name: an average with it would be none of anything.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"The metric {name} of {task} is {value}: the predictions or the labels are not finite.")
+    return dict(values)
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:

@@ -41,7 +41,7 @@ class Evaluation:
       accuracy: the primary one: the largest log p per character wins (`acc_norm` of the harness).
       per_token: the same, per token.
       unnormalised: the same, by log p itself (`acc`).
-      cut: how many prompts were cut on the left to fit.
+      cut: how many prompts, one a choice, were cut on the left to fit.
       predictions: `[rows]`, the choice taken per character.
       right: `[rows]`, whether that is the right one.
       log_likelihoods: for each row, log p of each choice, in nats.
@@ -64,7 +64,7 @@ def evaluate(
     tokenizer: Any,
     *,
     batch_size: int = 16,
-    max_length: int = 512,
+    max_length: int | None = None,
     multiple: int = 32,
 ) -> Evaluation:
     """Score every choice of every row, and compare the best with the label.
@@ -80,7 +80,8 @@ def evaluate(
       rows: what to score.
       tokenizer: a `transformers.PreTrainedTokenizerFast`.
       batch_size: B.
-      max_length: T at most.
+      max_length: T at most, what the model takes; what is longer loses the left end of its prompt and is counted.
+        None: no limit.
       multiple: of T, where it is less.
 
     Raises:
@@ -90,19 +91,22 @@ def evaluate(
     pairs = [pair for row in rows for pair in task.pairs(row)]
     if not 1 <= batch_size <= len(pairs):
         raise ValueError(f"A batch of {batch_size} is not within 1 and the {len(pairs)} choices there are to score.")
-    if multiple < 1 or max_length < 1:
+    if multiple < 1 or (max_length is not None and max_length < 1):
         raise ValueError(f"max_length={max_length} and multiple={multiple} must be at least 1.")
     sequences = tokenize(pairs, tokenizer)
     first, fill = marks(tokenizer)
     scores = np.zeros(len(pairs))
-    for index, length in by_length([len(ids) for ids, _ in sequences], batch_size, multiple, max_length):
+    lengths = [len(ids) for ids, _ in sequences]
+    if max_length is None:
+        max_length = -(-max(lengths) // multiple) * multiple
+    for index, length in by_length(lengths, batch_size, multiple, max_length):
         full = np.resize(index, batch_size)
         batch, _ = pad([sequences[i] for i in full], length, first, fill)
         values = np.asarray(score_fn(batch.tokens, batch.mask, batch.answer_mask))
         if values.shape != (batch_size,):
             raise ValueError(f"score_fn returned shape {values.shape} for {batch_size} sequences: one score each.")
         scores[index] = values[: len(index)]
-    cut = sum(len(ids) > max_length for ids, _ in sequences)
+    cut = sum(length > max_length for length in lengths)
     if not np.isfinite(scores).all():
         worst = int(np.flatnonzero(~np.isfinite(scores))[0])
         raise ValueError(f"The log-likelihood of choice {pairs[worst].answer[:60]!r} is {scores[worst]}.")

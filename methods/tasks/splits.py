@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from methods.tasks.task import Row, Task, load
+from methods.tasks.task import Generation, Row, Task, load
 
 
 class Splits(NamedTuple):
@@ -27,6 +27,21 @@ class Splits(NamedTuple):
     dropped: int
 
 
+def units(task: Task, rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in the units that are evaluated, in the order of their first rows.
+
+    What a model writes after a prompt is compared with all the answers that this prompt has, so that the rows of one
+    prompt are one unit. For every other task it is the row: a question with all its choices, a text with its label.
+    A sample is drawn of units; a sample of rows would tear references from their prompts.
+    """
+    if not isinstance(task, Generation):
+        return [[row] for row in rows]
+    prompts: dict[str, list[Row]] = {}
+    for row in rows:
+        prompts.setdefault(task.pair(row).prompt, []).append(row)
+    return list(prompts.values())
+
+
 def split(
     task: Task,
     train_rows: Sequence[Row],
@@ -40,43 +55,55 @@ def split(
     """Cut published rows into three splits, no two of which share a subject.
 
     A subject is `task.group(row)`, up to case and spaces. Training rows on a subject of `test_rows` are left out;
-    the rest is shuffled, subject by subject, by `seed`; the first `outer` rows are the outer validation, the next
-    `train` the training set (what the last outer subject has left over is in neither). The test rows do not depend
-    on the seed: runs are compared on the same ones.
+    the rest is shuffled, subject by subject, by `seed`; the first `outer` units are the outer validation, the next
+    `train` rows the training set (what the last outer subject has left over is in neither). The test does not depend
+    on the seed: runs are compared on the same rows. Outer validation and test are drawn in `units`: a prompt comes
+    with all its references.
 
     Args:
       task: whose rows these are.
       train_rows: the published training set.
       test_rows: the published set to test on.
-      outer: rows of the outer validation.
+      outer: units of the outer validation.
       train: rows of the training set; None takes all that is left.
-      test: rows of the test; None takes all, a number the first of one fixed shuffle.
+      test: units of the test; None takes all, a number the first of one fixed shuffle.
       seed: of the cut.
 
     Raises:
-      ValueError: if a size is below 1 or there are not so many rows.
+      ValueError: if a size is below 1 or there are not so many.
     """
-    available = len(train_rows), len(train_rows), len(test_rows)
+    tests = units(task, test_rows)
+    available = len(train_rows), len(units(task, train_rows)), len(tests)
     for name, size, most in zip(("train", "outer", "test"), (train, outer, test), available, strict=True):
         if size is not None and not 1 <= size <= most:
-            raise ValueError(f"{task.name} cannot give {name}={size} rows: it must be between 1 and {most}.")
+            unit = "prompts" if isinstance(task, Generation) and name != "train" else "rows"
+            raise ValueError(f"{task.name} cannot give {name}={size} {unit}: it must be between 1 and {most}.")
     tested = {_key(task, row) for row in test_rows}
     groups: dict[str, list[Row]] = {}
     for row in train_rows:
         if (key := _key(task, row)) not in tested:
             groups.setdefault(key, []).append(row)
     subjects, kept = list(groups.values()), sum(map(len, groups.values()))
-    outer_rows: list[Row] = []
+    outer_units: list[list[Row]] = []
     rest: list[Row] = []
     for i in np.random.default_rng(seed).permutation(len(subjects)):
-        (outer_rows if len(outer_rows) < outer else rest).extend(subjects[i])
-    if len(outer_rows) < outer or len(rest) < (train or 1):
+        if len(outer_units) < outer:
+            outer_units.extend(units(task, subjects[i]))
+        else:
+            rest.extend(subjects[i])
+    if len(outer_units) < outer or len(rest) < (train or 1):
+        unit = " prompts" if isinstance(task, Generation) else ""
         raise ValueError(
-            f"{task.name} cannot give {outer} outer and {train or 'any'} training rows: {kept} are left "
+            f"{task.name} cannot give {outer} outer{unit} and {train or 'any'} training rows: {kept} are left "
             "without those on subjects of the test, and rows on one subject stay together."
         )
-    chosen = np.sort(np.random.default_rng(0).permutation(len(test_rows))[:test])
-    result = Splits(rest[:train], outer_rows[:outer], [test_rows[i] for i in chosen], len(train_rows) - kept)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(tests))[:test])
+    result = Splits(
+        rest[:train],
+        [row for unit in outer_units[:outer] for row in unit],
+        [row for i in chosen for row in tests[i]],
+        len(train_rows) - kept,
+    )
     check_disjoint(task, result)
     return result
 

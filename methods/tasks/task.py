@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,10 @@ MOST_BYTES = 4_000_000
 """Of a row: no text that long fits any model."""
 ASSETS = Path("assets", "data")
 """What `scripts/fetch_demo.py` fills; the same layout as BILEVEL_DATA."""
+
+
+_UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
+"""What a task's own functions raise on a row that is not theirs."""
 
 
 class Pair(NamedTuple):
@@ -62,6 +67,7 @@ class Task:
         for field in self.fields:
             if not isinstance(row.get(field), str):
                 raise ValueError(f"{where} has no text {field!r}, which {self.name} needs.")
+            _check_encodable(row[field], field, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +82,7 @@ class MultipleChoice(Task):
 
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
-        choices, label = row.get("choices"), row.get("label")
-        if not isinstance(choices, list) or not _texts(choices) or len(choices) < 2:
-            raise ValueError(f"{where} has no 'choices', a list of at least two texts.")
-        _check_class(label, len(choices), where)
+        check_choices(row, where)
         try:
             self.pairs(row)
         except ValueError as error:
@@ -107,10 +110,11 @@ class Classification(Task):
 
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
-        label, (low, high) = row.get("label"), self.bounds
+        low, high = self.bounds
+        label: Any = row.get("label")
         if self.classes:
             _check_class(label, len(self.classes), where)
-        elif not isinstance(label, (int, float)) or isinstance(label, bool) or not low <= label <= high:
+        elif not _is_number(label) or not low <= label <= high:
             raise ValueError(f"{where} has label {label!r}, which is out of range: {low:g} to {high:g}.")
 
 
@@ -124,6 +128,7 @@ class Generation(Task):
       extract: the answer in a written text, None if there is none.
       metrics: names in `methods.tasks.generation.METRICS`; the first is the one that chooses the best model.
       stop: texts that end an answer; the first is what an answer is trained on with.
+      choose: whether an answer is one of the row's `choices`, whose index `label` is then checked.
     """
 
     pair: Callable[[Row], Pair]
@@ -131,20 +136,30 @@ class Generation(Task):
     extract: Callable[[str, Row], Any]
     metrics: tuple[str, ...]
     stop: tuple[str, ...] = dataclasses.field(default=("\n\n",), kw_only=True)
+    choose: bool = dataclasses.field(default=False, kw_only=True)
 
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
+        if self.choose:
+            check_choices(row, where)
         try:
-            self.pair(row)
-            self.target(row)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            pair, target = self.pair(row), self.target(row)
+        except _UNREADABLE as error:
             raise ValueError(f"{where} is no row of {self.name} ({type(error).__name__}: {error}).") from error
+        if not pair.answer.strip():
+            raise ValueError(f"{where} has an empty answer, which nothing can be trained on or compared with.")
+        if isinstance(target, float) and not math.isfinite(target):
+            raise ValueError(f"{where} has the answer {target}, which is no finite number.")
 
 
-def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row]) -> list[Pair]:
-    """Prompt and right answer of every row; behind a written answer the text that ends it, for the model to learn."""
+def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row], *, stopped: bool = True) -> list[Pair]:
+    """Prompt and right answer of every row.
+
+    Behind a written answer comes the text that ends it, for the model to learn; not so if not `stopped`, where a token
+    behind it says that.
+    """
     if isinstance(task, Generation):
-        return [Pair(prompt, answer + task.stop[0]) for prompt, answer in map(task.pair, rows)]
+        return [Pair(prompt, answer + task.stop[0] * stopped) for prompt, answer in map(task.pair, rows)]
     return [task.pairs(row)[row["label"]] for row in rows]
 
 
@@ -187,7 +202,12 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
     except Exception as error:  # whatever stops the hub, the remedy is the same
         tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
         raise _not_found(task, split, tried) from error
-    rows = list(records.map(task.hub.row, remove_columns=records.column_names))  # kept in the cache of `datasets`
+    try:
+        rows = list(records.map(task.hub.row, remove_columns=records.column_names))  # kept in the cache of `datasets`
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"A {split} record of the hub's {task.hub.path} is no row of {task.name} ({type(error).__name__}: {error})."
+        ) from error
     for i, row in enumerate(rows):
         task.check(row, f"{task.hub.path} {split} row {i}")
     return rows
@@ -213,9 +233,12 @@ def _files(folder: Path, split: str) -> list[Path]:
 
 
 def _read(task: Task, files: Sequence[Path]) -> list[Row]:
-    rows = [row for file in files for row in _lines(task, file)]
-    if not rows:
-        raise ValueError(f"{files[0]} is empty: {task.name} needs at least one row.")
+    rows = []
+    for file in files:
+        before = len(rows)
+        rows.extend(_lines(task, file))
+        if len(rows) == before:
+            raise ValueError(f"{file} is empty: {task.name} needs at least one row.")
     return rows
 
 
@@ -228,17 +251,29 @@ def _lines(task: Task, file: Path) -> Iterator[Row]:
                 raise ValueError(f"{where} is longer than a row can be, {MOST_BYTES / 1e6:.0f} MB.")
             try:
                 stored = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8, or brackets without end
+            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or brackets without end
                 raise ValueError(f"{where} is not a JSON row ({error}).") from error
             if not isinstance(stored, dict):
                 raise ValueError(f"{where} is not a JSON object but {type(stored).__name__}.")
             try:
                 rows = task.unfold(stored)
-            except (ValueError, KeyError, TypeError) as error:
+            except _UNREADABLE as error:
                 raise ValueError(f"{where} is no row of {task.name} ({type(error).__name__}: {error}).") from error
+            if not rows:
+                raise ValueError(f"{where} holds no question: {task.name} needs at least one.")
             for row in rows:
                 task.check(row, where)
                 yield row
+
+
+def check_choices(row: Row, where: str) -> None:
+    """Raises ValueError, with `where`, unless a row has `choices`, two texts or more, and the `label` of one."""
+    choices = row.get("choices")
+    if not isinstance(choices, list) or not _texts(choices) or len(choices) < 2:
+        raise ValueError(f"{where} has no 'choices', a list of at least two texts.")
+    for choice in choices:
+        _check_encodable(choice, "choices", where)
+    _check_class(row.get("label"), len(choices), where)
 
 
 def _check_class(label: Any, classes: int, where: str) -> None:
@@ -246,5 +281,17 @@ def _check_class(label: Any, classes: int, where: str) -> None:
         raise ValueError(f"{where} has label {label!r}, which is out of range: 0 to {classes - 1}.")
 
 
+def _check_encodable(text: str, field: str, where: str) -> None:
+    """JSON can write half of a character, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where} has a damaged character in {field!r} ({error.reason}).") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _texts(values: list[Any]) -> bool:
-    return all(isinstance(value, str) and value for value in values)
+    return all(isinstance(value, str) and value.strip() for value in values)

@@ -2,16 +2,19 @@
 
 import functools
 import math
+import sys
 
 import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from methods import tasks
+from methods.models import gemma
 from methods.tasks import Pair, encode, evaluate, tokens
 from methods.tasks.loss import (
     answer_log_likelihood,
@@ -21,6 +24,8 @@ from methods.tasks.loss import (
     answer_width,
 )
 from tests.methods.test_tasks import PIQA, question
+
+encode_module = sys.modules["methods.tasks.encode"]  # whose name in the package is that of its function
 
 
 def tokenizer(merges=(), ends=False):
@@ -82,13 +87,103 @@ def test_truncation_takes_from_the_left_of_the_prompt(ends):
     [
         ([], r"There is nothing to encode: the list of prompts and answers is empty\."),
         ([Pair("abc", "")], r"The answer '' to 'abc' has no token to score\."),
-        ([Pair("", " x")], r"The answer ' x' has no prompt to be predicted from\."),
         ([Pair("abc", " 3456789")], r"An answer of 8 tokens does not fit into 8: raise the length\."),
     ],
 )
 def test_encoding_errors_are_one_sentence(pairs, message):
     with pytest.raises(ValueError, match=message):
         encode(pairs, tokenizer(), 8)
+
+
+def test_an_answer_that_nothing_comes_before_is_refused():
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer().backend_tokenizer)
+    with pytest.raises(ValueError, match=r"The answer ' x' has no prompt to be predicted from\."):
+        encode([Pair("", " x")], bare, 8)
+
+
+def test_an_end_behind_the_answer_belongs_to_it():
+    tok = tokenizer(ends=True)
+    (ids, start), (long, _) = encode_module.tokenize([Pair("ab:", " x"), Pair("abcdefgh:", " x")], tok, [1])
+    assert ids[-1] == 1 and start == 4 and len(ids) == 7 and len(long) == 13
+    batch, cut = encode([Pair("ab:", " x"), Pair("abcdefgh:", " x")], tok, 8, [1])
+    assert cut == 1 and np.flatnonzero(batch.answer_mask[0]).tolist() == [3, 4, 5]
+    assert batch.tokens[1][-1] == 1 and batch.tokens[1][0] == 0 and batch.mask[1].all()
+
+
+# --- special tokens, as the harness has them ----------------------------------------------------------------------
+
+
+def as_the_harness(tok, prompt, answer):
+    """What the Language Model Evaluation Harness feeds a causal model: context and continuation."""
+
+    def ids(text):
+        prefix = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
+        doubled = text.startswith(tok.decode([prefix]))
+        return tok.encode(text, **({"add_special_tokens": False} if doubled else {}))
+
+    if prompt == "":
+        mark, answer = tok.bos_token_id or tok.eos_token_id, tok.encode(answer, add_special_tokens=False)
+        return ([mark], answer) if answer[0] != mark else (answer[:1], answer[1:])
+    spaces = len(prompt) - len(prompt.rstrip())
+    prompt, answer = (prompt[:-spaces], prompt[-spaces:] + answer) if spaces else (prompt, answer)
+    context = ids(prompt)
+    return context, ids(prompt + answer)[len(context) :]
+
+
+LETTERS = ["▁", *"abcdefghijklmnopqrstuvwxyz:<>/"]
+
+
+def sentencepiece_like(kind, marks, **options):
+    vocab = {token: i for i, token in enumerate([*marks, *LETTERS])}
+    return getattr(transformers, kind)(vocab=vocab, merges=[], **options)
+
+
+def byte_level_like(**options):
+    vocab = {token: i for i, token in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    return transformers.GPT2Tokenizer(vocab=vocab, merges=[], **options)
+
+
+TOKENIZERS = {
+    "llama": lambda: sentencepiece_like("LlamaTokenizer", ["<unk>", "<s>", "</s>"], add_bos_token=True),
+    "llama without": lambda: sentencepiece_like("LlamaTokenizer", ["<unk>", "<s>", "</s>"], add_bos_token=False),
+    "gemma": lambda: sentencepiece_like(
+        "GemmaTokenizer", ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], add_bos_token=True
+    ),
+    "gpt2": byte_level_like,
+    "gpt2 with": lambda: byte_level_like(add_bos_token=True),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_special_tokens_are_those_of_the_harness(name):
+    tok = TOKENIZERS[name]()
+    adds = name in ("llama", "gemma", "gpt2 with")
+    assert (tok("ab")["input_ids"][0] == tok.bos_token_id) == adds
+    mark = tok.bos_token
+    pairs = [Pair("ab:", " xy"), Pair("ab: ", "xy"), Pair(f"{mark}ab:", " xy"), Pair("", "xy"), Pair("", f"{mark}xy")]
+    for pair, (ids, start) in zip(pairs, encode_module.tokenize(pairs, tok), strict=True):
+        context, continuation = as_the_harness(tok, *pair)
+        assert (ids[:start], ids[start:]) == (context, continuation), pair
+        assert (ids[0] == tok.bos_token_id) == (adds or mark in pair.prompt or pair.prompt == "")
+        assert ids.count(tok.bos_token_id) == (ids[0] == tok.bos_token_id)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_gemma_always_begins_with_its_mark(adds):
+    marks = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tok = sentencepiece_like("GemmaTokenizer", marks, add_bos_token=adds)
+    gemma.begin_with_bos(tok)
+    assert tok("ab")["input_ids"] == [2, *tok("ab", add_special_tokens=False)["input_ids"]]
+    (sequence,) = encode_module.tokenize([Pair("ab", "c")], tok)
+    assert sequence.ids[0] == 2 and sequence.ids.count(2) == 1
+
+
+def test_a_tokenizer_whose_marks_cannot_be_told_is_refused():
+    def odd(text, add_special_tokens):
+        return {"input_ids": [1, 5] if add_special_tokens else [4]}
+
+    with pytest.raises(ValueError, match=r"encodes 'a' as \[4\] without special tokens and as \[1, 5\] with them"):
+        encode_module.marks(odd)
 
 
 @pytest.mark.parametrize("options", [{}, {"truncation": "longest_first", "max_length": 4}])
@@ -221,6 +316,16 @@ def test_scoring_finds_the_right_choice_and_pads_to_few_shapes():
     for row, scores in zip(rows, result.log_likelihoods, strict=True):
         assert scores.tolist() == [score(" " + choice) for choice in row["choices"]]
     assert {rows for rows, _ in shapes} == {8} and {length for _, length in shapes} <= {32, 64, 96, 128}
+
+
+def test_nothing_is_cut_unless_a_length_is_asked_for():
+    rows = [question("y" * 700, ("one", "two"))]
+    score = lambda answer: -float(len(answer))  # noqa: E731
+    shapes = []
+    assert evaluate(fake_score(tokenizer(), score, shapes), PIQA, rows, tokenizer(), batch_size=2).cut == 0
+    assert shapes == [(2, 736)]  # 700 letters, "Question: ", "\nAnswer:" and " one", to the next multiple of 32
+    asked = evaluate(fake_score(tokenizer(), score), PIQA, rows, tokenizer(), batch_size=2, max_length=512)
+    assert asked.cut == 2
 
 
 def test_the_three_normalisations():

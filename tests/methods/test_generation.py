@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from methods import tasks
+from methods.models import Decoder, DecoderConfig, HFNames, Pretrained, identity
+from methods.objective import write as write_texts
 from methods.tasks import evaluate_written, generation
 from methods.tasks.arithmetic import letter, number
 from tests.conftest import require
+from tests.methods import helpers
+from tests.methods.test_encoding import tokenizer
 from tests.methods.test_tasks import write
 
 MATHS = ("gsm8k", "svamp", "mawps", "aqua")
@@ -58,12 +62,10 @@ def test_numbers_are_right_up_to_one_in_ten_thousand():
 def test_labels_out_of_range_are_named_with_file_and_line(tmp_path):
     row = {"question": "q", "rationale": "r", "choices": ["1", "2"], "label": 2}
     write(tmp_path / "aqua_rat", [{**row, "label": 1}, row], "test.jsonl")
-    with pytest.raises(
-        ValueError, match=r"test\.jsonl line 2 is no row of aqua \(IndexError: list index out of range\)\."
-    ):
+    with pytest.raises(ValueError, match=r"test\.jsonl line 2 has label 2, which is out of range: 0 to 1\."):
         tasks.load(tasks.get("aqua"), "test", tmp_path)
     write(tmp_path / "gsm8k", [{"question": "q", "answer": "#### x", "final": "x"}], "test.jsonl")
-    with pytest.raises(ValueError, match=r"line 1 is no row of gsm8k \(ValueError: could not convert"):
+    with pytest.raises(ValueError, match=r"line 1 is no row of gsm8k \(ValueError: the answer 'x' is no number"):
         tasks.load(tasks.get("gsm8k"), "test", tmp_path)
 
 
@@ -107,6 +109,64 @@ def test_references_of_one_meaning_belong_together(data_dir):
     written = evaluate_written(lambda prompts: [" one\ntwo"] * len(prompts), known, few)
     assert written.texts == ["one"] * 3 and written.right is None
     assert sorted(text for group in written.targets for text in group) == sorted(row["ref"] for row in few)
+
+
+def test_a_human_text_is_as_good_on_a_sample_as_on_the_whole(data_dir):
+    require("sacrebleu")
+    task = tasks.get("e2e_nlg")
+    rows = tasks.load(task, "test", data_dir)
+
+    def human(rows):
+        groups = [group for group in tasks.units(task, rows) if len(group) > 1]
+        return generation.bleu([g[0]["ref"] for g in groups], [[row["ref"] for row in g[1:]] for g in groups])
+
+    sample = tasks.split(task, tasks.load(task, "validation", data_dir), rows, outer=1, test=100).test
+    assert len(sample) > 500 and len(tasks.units(task, sample)) == 100
+    assert abs(human(sample) - human(rows)) < 0.03  # as rows, of which most prompts keep one, it was half of it
+
+
+def test_a_metric_that_is_no_number_is_refused_by_name(monkeypatch):
+    task = tasks.get("svamp")
+    monkeypatch.setitem(generation.METRICS, "exact", lambda predictions, targets: float("nan"))
+    with pytest.raises(ValueError, match=r"The metric exact of svamp is nan: the predictions or the labels are not"):
+        evaluate_written(lambda prompts: ["1"], task, [{"question": "q", "answer": 1}])
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """A drawn decoder of 32 positions over the bytes."""
+    config = DecoderConfig(
+        vocab_size=300,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        max_positions=32,
+    )
+    model = Decoder(config)
+    return lambda tok: Pretrained("drawn", model, config, helpers.draw(model), tok, HFNames("drawn", {}))
+
+
+def test_a_prompt_without_room_behind_it_loses_its_left_end_and_is_counted(writer):
+    for ends in (False, True):
+        tok = tokenizer(ends=ends)
+        model, left = writer(tok), 24 - ends
+        text = "".join(chr(97 + i % 26) for i in range(40))
+        texts, cut = write_texts(model, identity, [text, text[:left], text[-left:]], tokens=8)
+        assert cut == 1 and texts[0] == texts[2] and texts[1] != texts[0]
+    with pytest.raises(ValueError, match=r"An answer may have 31 tokens, which leaves no room for a prompt in the 32"):
+        write_texts(model, identity, ["a"], tokens=31)
+
+
+def test_an_empty_prompt_begins_with_the_first_token_mark(writer):
+    model = writer(tokenizer())
+    texts, cut = write_texts(model, identity, ["", "<s>", "b"], tokens=4)
+    assert texts[0] == texts[1] and cut == 0
 
 
 def test_cider_of_a_reference_itself_is_ten_and_of_strangers_nothing():

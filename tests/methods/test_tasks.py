@@ -172,6 +172,79 @@ def test_an_empty_file_is_an_error(tmp_path):
     write(tmp_path / "piqa", [])
     with pytest.raises(ValueError, match=r"piqa/train\.jsonl is empty: piqa needs at least one row\."):
         tasks.load(PIQA, "train", tmp_path)
+    (tmp_path / "piqa" / "train.jsonl").unlink()
+    write(tmp_path / "piqa", [question("one")], "train-00-of-02.jsonl")
+    write(tmp_path / "piqa", [], "train-01-of-02.jsonl")  # a shard, too
+    with pytest.raises(ValueError, match=r"train-01-of-02\.jsonl is empty"):
+        tasks.load(PIQA, "train", tmp_path)
+
+
+ROWS = {
+    "rte": {"sentence1": "a", "sentence2": "b", "label": 0},
+    "stsb": {"sentence1": "a", "sentence2": "b", "label": 2.5},
+    "gsm8k": {"question": "q", "answer": "4 + 1\n#### 5", "final": "5"},
+    "svamp": {"question": "q", "answer": 3.0},
+    "aqua": {"question": "q", "rationale": "r", "choices": ["1", "2"], "label": 1},
+    "e2e_nlg": {"mr": "name[A]", "ref": "A is."},
+    "race_middle": {"article": "a", "questions": ["q"], "options": [["x", "y"]], "labels": [0]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("piqa", {"choices": ["a", "  "]}, r"has no 'choices', a list of at least two texts\."),
+        ("piqa", {"choices": "ab"}, r"has no 'choices', a list of at least two texts\."),
+        ("piqa", {"goal": "half \ud800"}, r"has a damaged character in 'goal' \(surrogates not allowed\)\."),
+        ("piqa", {"label": True}, r"has label True, which is out of range: 0 to 1\."),
+        ("rte", {"label": 1.0}, r"has label 1\.0, which is out of range: 0 to 1\."),
+        ("rte", {"label": None}, r"has label None, which is out of range: 0 to 1\."),
+        ("rte", {"sentence2": 3}, r"has no text 'sentence2', which rte needs\."),
+        ("stsb", {"label": float("nan")}, r"has label nan, which is out of range: 0 to 5\."),
+        ("stsb", {"label": 5.5}, r"has label 5\.5, which is out of range: 0 to 5\."),
+        ("gsm8k", {"final": "6"}, r"the answer ends in 5\.0, but its final number is '6'\)\."),
+        ("gsm8k", {"final": "nan"}, r"the answer 'nan' is no number\)\."),
+        ("gsm8k", {"final": "1_000"}, r"the answer '1_000' is no number\)\."),
+        ("gsm8k", {"answer": " "}, r"but its final number is '5'\)\."),
+        ("svamp", {"answer": True}, r"the answer True is neither a number nor a text\)\."),
+        ("svamp", {"answer": None}, r"the answer None is neither a number nor a text\)\."),
+        ("svamp", {"answer": float("inf")}, r"has the answer inf, which is no finite number\."),
+        ("svamp", {"answer": 10**400}, r"is no row of svamp \(OverflowError"),
+        ("aqua", {"label": -1}, r"has label -1, which is out of range: 0 to 1\."),
+        ("aqua", {"label": 2}, r"has label 2, which is out of range: 0 to 1\."),
+        ("aqua", {"choices": [1, 2]}, r"has no 'choices', a list of at least two texts\."),
+        ("aqua", {"choices": list("abcdefghi")}, r"9 choices are more than there are letters from A to H\)\."),
+        ("e2e_nlg", {"ref": " "}, r"has an empty answer, which nothing can be trained on or compared with\."),
+        ("race_middle", {"questions": []}, r"line 2 is no row of race_middle \(ValueError: zip\(\)"),
+        ("race_middle", {"questions": [], "options": [], "labels": []}, r"line 2 holds no question: race_middle needs"),
+        ("race_middle", {"questions": 5}, r"line 2 is no row of race_middle \(TypeError"),
+        ("race_middle", {"labels": [2]}, r"line 2 has label 2, which is out of range: 0 to 1\."),
+    ],
+)
+def test_a_damaged_field_is_named_with_file_and_line(tmp_path, name, change, message):
+    task, good = tasks.get(name), ROWS.get(name, question("ok"))
+    folder = tmp_path / (task.folder or name)
+    write(folder, [good, good | change])
+    with pytest.raises(ValueError, match=message) as caught:
+        tasks.load(task, "train", tmp_path)
+    assert "train.jsonl line 2" in str(caught.value) and "\n" not in str(caught.value)
+    write(folder, [good])
+    assert tasks.load(task, "train", tmp_path)
+
+
+def test_brackets_without_end_are_no_row(tmp_path):
+    write(tmp_path / "piqa", [b"[" * 100_000])
+    with pytest.raises(ValueError, match=r"train\.jsonl line 1 is not a JSON row"):
+        tasks.load(PIQA, "train", tmp_path)
+
+
+def test_a_record_of_another_form_on_the_hub_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BILEVEL_DATA", raising=False)
+    stored = datasets.Dataset.from_list([{"goal": "G", "first": "a"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config, split: stored)
+    with pytest.raises(ValueError, match=r"train record of the hub's baber/piqa is no row of piqa \(KeyError: 'sol1'"):
+        tasks.load(PIQA, "train")
 
 
 # --- splits -------------------------------------------------------------------------------------------------------
@@ -196,6 +269,33 @@ def test_splits_are_disjoint_and_exact():
     other = tasks.split(PIQA, train, test, outer=7, train=20, test=3, seed=1)
     assert again == splits and other.outer != splits.outer
     assert other.test == tasks.split(PIQA, train, test, outer=1, test=3, seed=2).test and len(other.test) == 3
+
+
+def meanings(prefix, count, references):
+    return [{"mr": f"{prefix}[{i}]", "ref": f"{i} is {j}."} for j in range(references) for i in range(count)]
+
+
+def test_a_sample_is_drawn_of_prompts_with_all_their_references():
+    task = tasks.get("e2e_nlg")
+    train, test = meanings("train", 9, 4), meanings("test", 7, 3)
+    splits = tasks.split(task, train, test, outer=2, train=10, test=3)
+    for rows, count, references in ((splits.outer, 2, 4), (splits.test, 3, 3)):
+        found = tasks.units(task, rows)
+        assert [len(unit) for unit in found] == [references] * count
+        assert all(len({row["mr"] for row in unit}) == 1 for unit in found)
+        assert len({row["ref"] for row in rows}) == references * count
+    assert len(splits.train) == 10
+    assert len(tasks.split(task, train, test, outer=2).test) == len(test)
+    with pytest.raises(ValueError, match=r"e2e_nlg cannot give test=8 prompts: it must be between 1 and 7\."):
+        tasks.split(task, train, test, outer=2, test=8)
+    with pytest.raises(ValueError, match=r"e2e_nlg cannot give 9 outer prompts and any training rows: 36 are left"):
+        tasks.split(task, train, test, outer=9)
+
+
+@pytest.mark.parametrize("name", ["piqa", "rte"])
+def test_elsewhere_a_unit_is_a_row_also_where_rows_are_alike(name):
+    task, row = tasks.get(name), ROWS.get(name, question("ok"))
+    assert tasks.units(task, [row, row]) == [[row], [row]]
 
 
 def test_splits_of_published_piqa(data_dir):

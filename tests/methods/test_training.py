@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy.stats import binomtest
 
 import bilevel
 from bilevel.run import _chunk
-from methods import cli
+from methods import cli, experiment, report
+from methods.baselines.lora import LoRASettings
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets, LabelledBatch, generation
 from methods.training import Recipe, train
@@ -69,6 +71,44 @@ def test_it_is_adamw_on_the_mean_gradient_of_the_accumulated_batches(tmp_path, a
     result = trained(tmp_path / "run", recipe)
     for name, value in params.items():
         np.testing.assert_allclose(result[name], value, rtol=1e-6)
+
+
+def test_clipping_and_a_given_warm_up_are_those_of_torch(tmp_path):
+    # As torch.nn.utils.clip_grad_norm_, torch's AdamW and transformers' schedule have it, by hand.
+    params, first, second = np.array([1.0, 0.0]), np.zeros(2), np.zeros(2)
+    batches, norms = stream(size=2), []
+    by_hand = jax.jit(jax.grad(lambda p, batch: loss({"w": p[0], "b": p[1]}, jnp.ones(()), batch, None)))
+    for step in range(8):
+        batch = next(batches)
+        grad = np.asarray(by_hand(params, batch))
+        norms.append(np.sqrt((grad**2).sum()))
+        grad = grad * min(1.0, 0.5 / (norms[-1] + 1e-6))
+        rate = 0.05 * (step / 3 if step < 3 else 0.5 * (1 + np.cos(np.pi * (step - 3) / 5)))
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2
+        root = np.sqrt(second / (1 - 0.999 ** (step + 1)))
+        params = params - rate * (first / (1 - 0.9 ** (step + 1))) / (root + 1e-8)
+    assert min(norms) < 0.5 < max(norms)
+    result = trained(tmp_path / "run", Recipe(8, 0.05, warmup=3, clip=0.5), size=2)
+    # torch divides by the norm and a millionth.
+    np.testing.assert_allclose([result["w"], result["b"]], params, rtol=5e-6)
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path):
+    losses = iter([3.0, float("nan"), 2.0])
+    with pytest.raises(FloatingPointError, match=r"The validation loss after 10 steps of x is nan: no parameters are"):
+        trained(tmp_path / "run", Recipe(20, 0.05, validate_every=5), lambda params: next(losses))
+    assert [row["loss"] for row in json.loads((tmp_path / "run" / "validation" / "x.json").read_text())] == [3.0]
+
+
+def test_random_batches_are_a_permutation_of_the_rows():
+    batches = Buckets(stream().arrays, 4, seed=3, pool=1)
+    rows = np.concatenate([batches.rows(number) for number in range(ROWS // 4)])
+    assert sorted(rows.tolist()) == list(range(ROWS))
+    lengths = batches.lengths[rows].reshape(-1, 4)
+    alike = stream()
+    sorted_lengths = alike.lengths[np.concatenate([alike.rows(number) for number in range(ROWS // 4)])].reshape(-1, 4)
+    spread = lambda x: (x.max(axis=1) - x.min(axis=1)).mean()  # noqa: E731
+    assert spread(sorted_lengths) < 15 < 25 < spread(lengths)
 
 
 def test_a_second_training_by_the_same_recipe_is_not_compiled_again(tmp_path):
@@ -134,6 +174,11 @@ def test_killed_and_continued_is_never_killed(tmp_path, monkeypatch):
     ("make", "message"),
     [
         (lambda: Recipe(0, 0.1), r"Fine-tuning with steps=0: it must be at least 1\."),
+        (lambda: Recipe(1, 0.1), r"steps=1: 1 of them are its warm-up, of which the first has rate 0; it must be at "),
+        (lambda: Recipe(5, 0.1, warmup=5), r"steps=5: 5 of them are its warm-up, .* it must be at least 6\."),
+        (lambda: Recipe(5, float("nan")), r"Fine-tuning with learning_rate=nan: it must be a number from 0 on\."),
+        (lambda: Recipe(5, -0.1), r"Fine-tuning with learning_rate=-0\.1: it must be a number from 0 on\."),
+        (lambda: Recipe(5, 0.1, clip=float("inf")), r"Fine-tuning with clip=inf: it must be a number from 0 on\."),
         (lambda: Recipe(5, 0.1, 0), r"Fine-tuning with accumulate=0: it must be at least 1\."),
         (lambda: Recipe(5, 0.1, patience=2), r"patience=2 counts validations, of which there are none: validate_ever"),
     ],
@@ -199,8 +244,37 @@ def test_flexora_with_a_head(tiny_model, tiny_glue, tmp_path, task):  # noqa: F8
     assert cli.run(["flexora", *words]) == 0
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["modules_to_save"] == ["score"]
-    # A regression is neither right nor wrong.
-    assert ("exact sign test" in (tmp_path / "run" / "report.md").read_text()) == (task == "rte")
+    page = (tmp_path / "run" / "report.md").read_text()
+    results = {
+        name: json.loads((tmp_path / "run" / "results" / f"{name}.json").read_text())["right"]
+        for name in ("flexora", "all-layers", "pretrained")
+    }
+    if task == "stsb":  # a regression is neither right nor wrong
+        assert results == dict.fromkeys(results) and "- against " not in page
+        return
+    for name in ("all-layers", "pretrained"):
+        pairs = list(zip(results["flexora"], results[name], strict=True))
+        wins, losses = pairs.count((1, 0)), pairs.count((0, 1))
+        p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        assert (
+            f"- against {name}: {wins} questions only flexora got right, {losses} only the other; p = {p:.2f} " in page
+        )
+
+
+def test_paired_difference_is_the_two_sided_exact_sign_test():
+    rng = np.random.default_rng(0)
+    for size, share in ((1, 0.5), (7, 0.5), (40, 0.8), (400, 0.6)):
+        first, second = rng.random(size) < share, rng.random(size) < 0.4
+        wins = sum(bool(a and not b) for a, b in zip(first, second, strict=True))
+        losses = sum(bool(b and not a) for a, b in zip(first, second, strict=True))
+        found = report.paired_difference(first.astype(int).tolist(), second)
+        assert found[:2] == (wins, losses)
+        wanted = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        np.testing.assert_allclose(found[2], wanted, rtol=1e-12)
+    # By hand: 5 heads of 5 are as rare as 5 tails; nothing in dispute says nothing; a draw says nothing either.
+    assert report.paired_difference([1] * 5 + [0], [0] * 5 + [0]) == (5, 0, 2 / 32)
+    assert report.paired_difference([1, 0], [1, 0]) == (0, 0, 1.0)
+    assert report.paired_difference([1, 0], [0, 1]) == (1, 1, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +307,38 @@ def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_writing, tmp_path, mo
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     report = (out / "report.md").read_text()
     assert cli.run(words) == 0 and (out / "report.md").read_text() == report
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("task", ["piqa", "rte", "gsm8k"])
+def test_what_the_model_does_not_take_is_counted_and_said(tiny_model, tmp_path, monkeypatch, task):  # noqa: F811
+    rows = {
+        "piqa": lambda text: {"goal": text, "choices": ["wash it", "eat it"], "label": 0},
+        "rte": lambda text: {"sentence1": text, "sentence2": "it", "label": 1},
+        "gsm8k": lambda text: {"question": text, "answer": "#### 3", "final": "3"},
+    }
+    folder = {"rte": "glue_rte"}.get(task, task)
+    (tmp_path / folder).mkdir()
+    for split, texts in (
+        ("train", [f"train {i} the pot" for i in range(8)]),
+        ("validation", ["the pot", "the " * 90]),
+        ("test", ["the pot", "the " * 90]),
+    ):
+        lines = [json.dumps(rows[task](text)) for text in texts]
+        (tmp_path / folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(experiment, "WRITTEN", 2)
+    sizes = {"train_rows": 4, "outer_rows": 2, "outer_batch_size": 2, "test_rows": 0, "length": 24}
+    bench = experiment.prepare(LoRASettings(str(tiny_model), task, str(tmp_path), **sizes))
+    cut = 2 if task == "piqa" else 1  # a question is read once a choice
+    longest = 62 if task == "gsm8k" else 64
+    with pytest.warns(UserWarning, match=f"{cut} texts of {task}'s test have more than the {longest} tokens"):
+        found = experiment.evaluate(bench, experiment.start(bench, jax.random.key(0)), [])
+    assert found.cut == cut
+    row = report.arm(bench, [], found)
+    assert row["cut"] == cut
+    said = f"**{cut} test texts were longer than the model takes and were cut.**"
+    assert said in report.accuracy_table({"pretrained": row})
+    assert said not in report.accuracy_table({"pretrained": row | {"cut": 0}})
 
 
 @pytest.fixture
@@ -270,7 +376,7 @@ def nothing(model, data):
         ("rte", other_tokenizer, "has ids up to 14, but the embedding has 14 rows: tokenizer and weights are of diff"),
         ("rte", cut_weights, "model.safetensors is truncated or no safetensors file: fetch it again"),
         ("rte", label_of_no_class, "train.jsonl line 1 has label 2, which is out of range: 0 to 1."),
-        ("gsm8k", nothing, "has 8 tokens and its answer may have 256, which is more than the 64 positions of"),
+        ("gsm8k", nothing, "An answer may have 256 tokens, which leaves no room for a prompt in the 64 positions of"),
         ("aqua", nothing, "aqua_rat/train.jsonl: is --data right?"),
         ("e2e_nlg", nothing, "sacrebleu is not installed, which this metric is of: pip install 'bilevel[nlg]'."),
     ],
