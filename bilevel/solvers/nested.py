@@ -14,7 +14,7 @@ from bilevel.hypergradients.base import Hypergradient, static
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, advance_keys, combine, global_norm, partition
+from bilevel.trees import PyTree, advance_keys, combine, distinct, global_norm, partition
 
 
 class NestedState(NamedTuple):
@@ -68,7 +68,7 @@ class Nested:
         inner = self.hypergradient.init(self.problem, outer, inner_key)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             opt_state = self._transform(outer).init(self.problem.free(partition(outer)[0]))
-        return NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key)
+        return distinct(NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key))
 
     def step(
         self, state: NestedState, inner_batches: PyTree, outer_batch: PyTree
