@@ -234,16 +234,16 @@ def _training(solver: Any, state: Any, data: Any) -> str | None:
         inner, _ = batches(solver, state, data)
         asked = solver.problem, state.inner, state.outer, inner, None, jax.random.split(state.key)[1]
     problem, inner_state, outer, inner_batches, outer_batch, key = asked
-    inner_state = estimator.resume(problem, inner_state, outer, key)
+    keys = schedule(key, estimator.steps)
+    inner_state = estimator.resume(problem, inner_state, outer, keys)
     xs, bind = slots(inner_batches, estimator.steps)
-    keys, last = schedule(key, estimator.steps)
     transform = optimizers.transformation(estimator.optimizer, outer)
     change = jax.jit(lambda *args: optimizers.update(transform, *args))
     params, opt_state = inner_state.params, inner_state.opt_state
     at_inner = lambda t: "" if alone else f" at inner step {t}"  # noqa: E731
     for t in range(estimator.steps):
         batch, seen = bind(jax.tree.map(lambda x: x[t], xs)), at_step(outer, t)  # noqa: B023
-        looked = _look("inner_loss", problem, params, seen, batch, keys[t], at_inner(t))
+        looked = _look("inner_loss", problem, params, seen, batch, keys.inner[t], at_inner(t))
         if looked.said:
             return looked.said
         moving, rest = problem.split(params)
@@ -256,11 +256,11 @@ def _training(solver: Any, state: Any, data: Any) -> str | None:
                 "finite."
             )
         if problem.mutable:
-            rest = rest | problem.inner_outcome(params, seen, batch, keys[t])[1]
+            rest = rest | problem.inner_outcome(params, seen, batch, keys.inner[t])[1]
         params = combine(moving, rest)
     if alone is not None:
         return None
-    return _look("outer_loss", problem, params, at_step(outer, estimator.steps), outer_batch, last).said
+    return _look("outer_loss", problem, params, at_step(outer, estimator.steps), outer_batch, keys.outer).said
 
 
 def _losses(solver: Any, state: Any, data: Any) -> str | None:
