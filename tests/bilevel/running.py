@@ -1,5 +1,7 @@
 """A problem with data, keys and dropout, run and killed: for the tests of the host loop."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +29,10 @@ PROBLEM = bilevel.Problem(
     inner_loss, outer_loss, lambda key, outer: jnp.zeros(3), lambda key: {"a": jnp.full(11, 0.1), "key": key, "n": 5}
 )
 SOLVER = Nested(PROBLEM, Unrolled(optax.adam(0.1), 3, checkpoint="none"), optax.adam(0.05))
-DATA = {"inner_data": Batches(TRAIN, 4), "outer_data": Batches(TEST, 2)}
+DATA: dict[str, Any] = {"inner_data": Batches(TRAIN, 4), "outer_data": Batches(TEST, 2)}
 
 
-def run(solver=SOLVER, steps=6, **settings):
+def run(solver: Any = SOLVER, steps: int = 6, **settings: Any) -> Any:
     return bilevel.run(solver, steps=steps, progress=False, **(settings or DATA))
 
 

@@ -125,7 +125,7 @@ def test_an_inner_update_that_diverges_in_the_last_step_is_told():
 
 
 def test_the_root_leaf_of_a_training_has_a_name():
-    problem = bilevel.Problem(lambda w, o, b, k: jnp.sum((w - o) ** 2), None, lambda k, o: jnp.ones(2), None)
+    problem = bilevel.Problem(lambda w, o, b, k: jnp.sum((w - o) ** 2), None, lambda k, o: jnp.ones(2), lambda k: 0.5)
     train = lambda steps, rate: bilevel.fit(problem, 0.5, optimizer=optax.sgd(rate), steps=steps, progress=False)  # noqa: E731
     with pytest.raises(FloatingPointError, match=r"^Training step 3: the inner optimizer made inner not finite, where"):
         train(4, until(3, 0.1))
@@ -149,7 +149,7 @@ def test_infinities_that_are_meant_are_left_alone():
         lambda w, o, b, k: jnp.sum((jax.nn.softmax(w["w"] + jax.lax.stop_gradient(w["mask"])) - o) ** 2),
         None,
         lambda k, o: {"w": jnp.ones(2), "mask": mask},
-        None,
+        lambda k: 0.5,
     )
     optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(accumulation_size=2))
     result = bilevel.fit(problem, 0.5, optimizer=optimizer, steps=3, progress=False)

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,7 @@ def test_an_interrupt_while_the_device_is_busy_keeps_what_is_done(tmp_path):
 def test_callbacks_are_called_at_the_same_steps_however_fast_the_machine_and_after_a_kill(tmp_path):
     module = importlib.import_module("bilevel.run")
 
-    def calls(seconds, steps=23, kill=None, **settings):
+    def calls(seconds: float, steps: int = 23, kill: int | None = None, **settings: Any) -> tuple[list[Any], Any]:
         seen = []
 
         def callback(step, state, rows):
