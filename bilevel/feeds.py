@@ -20,6 +20,8 @@ class Feed:
     def __init__(self, name: str, source: Any, key: jax.Array, is_iterator: bool):
         self.name, self.source, self.key, self.is_iterator = name, source, key, is_iterator
         self._last: tuple[Any, int, PyTree] | None = None
+        # Batches of an iterator may differ in shape: a loss is known by what it computes on the first.
+        self._shapes: list[Any] | None = None
 
     @classmethod
     def of(cls, name: str, data: Any, key: jax.Array) -> Feed:
@@ -48,6 +50,7 @@ class Feed:
         before = self.source.get_state() if self._can_move else None
         read = self._read(count, step)
         self._last = before, count, read
+        self._shapes = self._shapes or [jnp.shape(leaf) for leaf in jax.tree.leaves(read)]
         return read, self.key
 
     def _read(self, count: int, step: int) -> PyTree:
@@ -65,10 +68,13 @@ class Feed:
         """Where an iterator stands, and what it read last; to be given to `noted`."""
         if not (self.is_iterator and self._can_move and self._last):
             return None
-        return self.source.get_state(), *self._last
+        return self.source.get_state(), *self._last, self._shapes
 
     def resume(self, note: Any, count: int, step: int) -> tuple[Any, jax.Array]:
-        """Puts an iterator where `note`, made by `noted`, says; the `count` batches of the outer step before `step`.
+        """Puts an iterator where `note`, made by `noted`, says, and reads the `count` batches of the outer step before `step`.
+
+        Returns:
+          As `next`, for the first batches of the run; of an iterator, only their shapes and dtypes.
 
         Raises:
           ValueError: if it cannot be put there, or gives other batches than it gave.
@@ -89,7 +95,11 @@ class Feed:
             )
         self.source.set_state(note["after"])
         self._last = note["before"], count, read
-        return read, self.key
+        if count == note["count"]:
+            self._shapes = note["shapes"]
+        leaves = zip(self._shapes or map(jnp.shape, jax.tree.leaves(read)), jax.tree.leaves(read), strict=True)
+        first = [jax.ShapeDtypeStruct(tuple(shape), leaf.dtype) for shape, leaf in leaves]
+        return jax.tree.unflatten(jax.tree.structure(read), first), self.key
 
     def fingerprint(self) -> dict[str, str]:
         """What the data are, by name; of an iterator `resume` looks at the batches themselves."""
@@ -107,8 +117,8 @@ def noted(position: Any) -> Any:
     """A `Feed.position` as JSON, with a hash of the batches that were read last."""
     if position is None:
         return None
-    after, before, count, read = position
-    return {"after": after, "before": before, "count": count, "digest": digest(read)}
+    after, before, count, read, shapes = position
+    return {"after": after, "before": before, "count": count, "digest": digest(read), "shapes": shapes}
 
 
 def described(array: Any) -> str:

@@ -179,7 +179,7 @@ def run(
 
 
 def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:
-    """The batches to begin with, or those of the step before the checkpoint, to see that they are the same."""
+    """The batches to begin with; after an interruption, what they were like, with all feeds put where they stood."""
     wanted = wanted_batches(solver)
     if not note:
         return [feed.next(n, 0) for feed, n in zip(feeds, wanted, strict=True)]
