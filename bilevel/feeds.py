@@ -71,7 +71,7 @@ class Feed:
         return self.source.get_state(), *self._last, self._shapes
 
     def resume(self, note: Any, count: int, step: int) -> tuple[Any, jax.Array]:
-        """Puts an iterator where `note`, made by `noted`, says, and reads the `count` batches of the outer step before `step`.
+        """Puts an iterator where `note`, made by `noted`, says; its last batches before that are compared.
 
         Returns:
           As `next`, for the first batches of the run; of an iterator, only their shapes and dtypes.
