@@ -98,7 +98,7 @@ _RUN = {
     "key": optional(random_key),
     "progress": boolean,
     "callbacks": _callbacks,
-    "checkpoint": optional(instance((str, Path), "a folder")),
+    "callback_every": integer(1),
     "checkpoint_dir": optional(instance((str, Path), "a folder")),
     "checkpoint_every": real(low=0.0, infinite=True),
     "record": optional(function("state", result="{name: array}")),

@@ -28,7 +28,7 @@ class Row:
       name: its name in the comparison.
       value: outer loss at its trained point.
       norm: Euclidean norm of its gradient.
-      cosine: cosine of the angle to the reference's gradient; NaN where one of them is 0.
+      cosine: cosine of the angle to the reference's gradient; NaN where one of them is 0 or not finite.
       relative_error: |g - g_ref| / |g_ref|.
       variance: `Variance.relative`, over batches; None where it was not asked for.
       seconds: least time of an estimate, compiled and warm.

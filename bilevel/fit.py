@@ -17,7 +17,7 @@ from bilevel.problem import Problem
 from bilevel.progress import Callback
 from bilevel.refusals import TRAINING, explained, traced_losses
 from bilevel.run import Result, run
-from bilevel.trees import PyTree, advance_keys
+from bilevel.trees import PyTree, advance_keys, as_arrays, distinct
 
 
 class TrainingState(NamedTuple):
@@ -43,7 +43,7 @@ class _Training:
     def init(self, key: jax.Array) -> TrainingState:
         inner_key, key = jax.random.split(key)
         state = self.trained.init(self.problem, self.outer, inner_key)
-        return TrainingState(self.outer, state, state.step, key)
+        return distinct(TrainingState(as_arrays(self.outer), state, state.step, key))
 
     def step(self, state: TrainingState, inner_batches: PyTree, outer_batch: PyTree):
         next_key, key = jax.random.split(state.key)
@@ -66,6 +66,7 @@ def fit(
     key: jax.Array | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    callback_every: int = 1,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: float = 60.0,
     title: str = "training",
@@ -76,7 +77,7 @@ def fit(
       problem, outer: the problem, and the outer variable to train at.
       optimizer: as for `Unrolled`.
       data: as `inner_data` of `run`.
-      steps, key, progress, callbacks, checkpoint_dir, checkpoint_every, title: as for `run`.
+      steps, key, progress, callbacks, callback_every, checkpoint_dir, checkpoint_every, title: as for `run`.
 
     Returns:
       A `Result`; `result.inner.params` is the trained inner variable.
@@ -95,6 +96,7 @@ def fit(
         key=key,
         progress=progress,
         callbacks=callbacks,
+        callback_every=callback_every,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         title=title,

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from bilevel.calls import check_run
 from bilevel.checkpoints import Checkpoints
-from bilevel.data import Batches, FullBatch, Indexed, Shuffled, columns, rows, slots
-from bilevel.diagnosis import STEEP, describe_failure, steep_leaves
-from bilevel.guards import EXACTNESS, SteepUpdateWarning, warn_if_inexact
+from bilevel.chunks import History, batches, chunk, chunk_capacity, kinds, wanted_batches
+from bilevel.data import slots
+from bilevel.diagnosis import refuse_failed, refuse_start, warn_if_steep
+from bilevel.feeds import Feed
+from bilevel.fingerprint import fingerprint
+from bilevel.guards import EXACTNESS, warn_if_inexact
+from bilevel.interrupts import terminable
 from bilevel.progress import Callback, Progress
-from bilevel.refusals import refuse_captured, traced_losses
+from bilevel.refusals import TracedLoss, refuse_captured, traced_losses
 from bilevel.solvers.base import Solver, outer_batches
 from bilevel.trees import PyTree
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""
-CAPACITY = 512
-"""Most steps between two returns to the host."""
 
 
 class Result(NamedTuple):
@@ -55,6 +54,7 @@ def run(
     key: jax.Array | None = None,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    callback_every: int = 1,
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: float = 60.0,
     record: Callable[[Any], dict[str, Any]] | None = None,
@@ -62,8 +62,9 @@ def run(
 ) -> Result:
     """`steps` outer iterations of `solver`.
 
-    Steps run on the device in chunks of about a second; the compiled step is traced once. Batches are a function of the
-    step number, so that a run that was killed and resumed equals one that was not, bit for bit.
+    Steps run on the device in chunks of about a second; the compiled step is traced once. Batches, and the steps at
+    which callbacks are called, are functions of the step number, so that a run on a slow machine equals one on a fast
+    one, and a run that was killed and resumed equals one that was not, bit for bit.
 
     Args:
       solver: any `Solver`.
@@ -74,8 +75,14 @@ def run(
       steps: outer iterations in all, resumed ones included.
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
-      callbacks: called as `callback(step, state, metrics)` between chunks; a true return value stops the run.
-      checkpoint_dir: folder to save the state in, now and then and at the end, and to resume from.
+      callbacks: called as `callback(step, state, metrics)` after every `callback_every` steps and after the last, with
+        the rows of metrics since they were last called; a true return value stops the run. If a run was interrupted
+        before they had all returned, or stopped by one, it resumes by calling them again.
+      callback_every: steps between two calls. A call makes the device wait: where a step takes microseconds, 100.
+      checkpoint_dir: folder to save the state in, now and then and at the end, by Ctrl-C and SIGTERM too, and to
+        resume from. It holds two checkpoints, and `fingerprint.json`: settings, losses, optimizers, data, key and
+        versions, which a resumed run must share. Without this file (delete it where a difference is meant, such as a
+        newer JAX) a run is resumed unchecked, with a warning.
       checkpoint_every: least seconds between two checkpoints.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
@@ -84,160 +91,102 @@ def run(
       InexactHypergradientWarning: if an implicit estimator's last point was not trained or its system not solved.
       SteepUpdateWarning: if a hypergradient is enormous because an inner gradient that is exactly 0 depends on `outer`
         and the optimizer (Adam) divides it by its own size; names the leaf.
+      RuntimeWarning: if a checkpoint cannot be written, or is damaged and the one before it is taken.
 
     Raises:
-      ValueError: for steps < 1, a negative `checkpoint_every`, unusable data, or a loss that captured the outer
-        variable instead of reading it.
-      FloatingPointError: if a metric is not finite; names the step, and the inner step and leaf where it began.
+      ValueError: for steps < 1, a negative `checkpoint_every`, unusable data, a loss that captured the outer variable
+        instead of reading it, a folder that cannot be written, or checkpoints of another run: names what differs.
+      FloatingPointError: if a metric or the state is not finite; names the step, and the inner step and leaf where it
+        began.
     """
     check_run("run", **locals())
     key = jax.random.key(0) if key is None else key
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
-    feeds = _Feed.of("inner_data", inner_data, inner_key), _Feed.of("outer_data", outer_data, outer_key)
-    state = solver.init(solver_key)
-    history: list[dict[str, np.ndarray]] = []
+    feeds = Feed.of("inner_data", inner_data, inner_key), Feed.of("outer_data", outer_data, outer_key)
     store = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
-    if store and (latest := store.latest()) is not None:
-        state, history = _restore(store, latest, state, feeds)
-    saved = time.monotonic()
-    done, count, capacity = int(state.step), 1, min(CAPACITY, steps)
-    if any(feed.is_iterator for feed in feeds):
-        capacity = 1
-    positions, looked = [feed.position() for feed in feeds], False
-    try:
-        with Progress(title, steps, start=done, show=progress) as display:
-            while done < steps:
-                begun = time.monotonic()
-                count = min(count, steps - done, capacity)
-                data = [feed.next(n, done) for feed, n in zip(feeds, _wanted(solver), strict=True)]
-                if not history:
-                    _refuse_captured(solver, state, data)
-                new, buffer = _chunk(solver, record, capacity, state, data, count)
-                rows_ = {name: np.asarray(value)[:count] for name, value in buffer.items()}
-                _check_finite(solver, record, state, data, rows_, done)
-                looked = looked or _warn_if_steep(solver, record, capacity, state, data, rows_)
-                # All at once, after the device is done: an interrupt or a failure before leaves what was done before.
-                history.append(rows_)
-                state, done, positions = new, done + count, [feed.position() for feed in feeds]
-                elapsed = time.monotonic() - begun
-                count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
-                shown = {n: float(v[-1]) for n, v in rows_.items() if v.ndim == 1 and not _is_count(v)}
-                display.advance(done, shown)
-                stop = [bool(callback(done, state, rows_)) for callback in callbacks]
-                if store and time.monotonic() - saved >= checkpoint_every:
-                    _save(store, done, state, history, positions)
-                    saved = time.monotonic()
-                if any(stop):
-                    break
-    finally:
-        # An interrupt keeps what is done.
-        if store and history and store.latest() != done:
-            _save(store, done, state, history, positions)
-    if history:
-        warn_if_inexact({name: history[-1][name][-1] for name in EXACTNESS if name in history[-1]})
-    return Result(state.outer, state.inner, _concatenate(history), state)
+    note = store.note(steps) if store else None
+    state, done, history, due = solver.init(solver_key), 0, History(), False
+    data = _first(solver, feeds, note)
+    losses = _losses(solver, state, data)
+    refuse_captured(losses, state.outer)
+    recorded = kinds(jax.eval_shape(record, state)) if record else "none"
+    if store:
+        store.claim(fingerprint(solver, key, state, losses, feeds), recorded, note)
+        if note:
+            state, rows = store.restore(note["step"], state)
+            done, history, due = note["step"], History(rows), note["due"]
 
+    every = callback_every if callbacks else steps
+    capacity = 1 if any(feed.is_iterator for feed in feeds) else chunk_capacity(solver)
+    count, room, written, saved = 1, 1, done, time.monotonic()
+    positions, holes, looked, stop = [feed.position() for feed in feeds], None, False, False
 
-class _Feed:
-    """Where the batches of one loss come from."""
+    def call_back() -> bool:
+        rows = history.rows((done - 1) // every * every)
+        return any([callback(done, state, rows) for callback in callbacks])
 
-    def __init__(self, source: Any, key: jax.Array, is_iterator: bool):
-        self.source, self.key, self.is_iterator = source, key, is_iterator
+    def save() -> None:
+        nonlocal written
+        if not store or done == written:
+            return
+        # An interrupt may have come between the rows of a step and its state.
+        if store.save(done, state, history.rows(0, done), positions, due=due, record=recorded):
+            written = done
 
-    @classmethod
-    def of(cls, name: str, data: Any, key: jax.Array) -> _Feed:
-        if data is None or isinstance(data, (Batches, FullBatch)):
-            return cls(jax.tree.map(jnp.asarray, data), key, False)  # on the device once, not at each chunk
-        if isinstance(data, Iterator):
-            return cls(data, key, True)
+    with terminable() if store else contextlib.nullcontext():
         try:
-            arrays = jax.tree.map(jnp.asarray, columns(data))
-            rows(arrays)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{name} is a {type(data).__name__} that is neither Batches, arrays, an iterator nor None: {error}"
-            ) from None
-        return cls(FullBatch(arrays), key, False)
-
-    def position(self) -> Any:
-        """Where an iterator stands, if it can tell."""
-        return self.source.get_state() if self.is_iterator and hasattr(self.source, "get_state") else None
-
-    def move(self, position: Any) -> None:
-        """Puts an iterator where `position` says."""
-        if self.is_iterator:
-            self.source.set_state(position)
-
-    def next(self, count: int, step: int) -> tuple[Any, jax.Array]:
-        """`(source, key)` for a chunk that starts at outer step `step`; an iterator is read `count` times."""
-        if not self.is_iterator:
-            return self.source, self.key
-        batches = []
-        for _ in range(count):
-            try:
-                batches.append(next(self.source))
-            except StopIteration:
-                raise ValueError(
-                    f"The data iterator ended at outer step {step}: give one that repeats, or run fewer steps."
-                ) from None
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *batches), self.key
-
-
-@partial(jax.jit, static_argnums=(1, 2))
-def _chunk(solver, record, capacity, state, data, count):
-    """`count` steps on the device; rows of metrics in buffers of `capacity` rows."""
-    # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
-    data = [
-        (source.shuffle(key, state.step * wanted, capacity * wanted), key) if isinstance(source, Batches) else feed
-        for feed, (source, key), wanted in zip(data, data, _wanted(solver), strict=True)
-    ]
-
-    def one(state):
-        state, metrics = _step(solver, state, data)
-        return state, metrics | (record(state) if record else {})
-
-    # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
-    step, shapes = jax.make_jaxpr(one, return_shape=True)(state)
-    rows = jax.eval_shape(_packed, shapes[1])
-    buffer = jax.tree.map(lambda row: jnp.zeros((capacity, *row.shape), row.dtype), rows)
-
-    def body(i, carry):
-        state, buffer = carry
-        leaves = jaxpr_as_fun(step)(*jax.tree.leaves(state))
-        state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        write = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
-        return state, jax.tree.map(write, buffer, _packed(metrics))
-
-    state, buffer = jax.lax.fori_loop(0, count, body, (state, buffer))
-    return state, jax.vmap(partial(_unpacked, shapes[1]))(buffer)
+            # Interrupted before they had returned, or stopped by one: they are asked again.
+            if due and callbacks:
+                due = stop = call_back()
+            with Progress(title, steps, start=done, show=progress) as display:
+                while done < steps and not stop:
+                    begun = time.monotonic()
+                    # Chunks are as long as the machine is fast; callbacks see none of that.
+                    count = min(count, steps - done, room, every - done % every)
+                    if done or note:
+                        data = [feed.next(n, done) for feed, n in zip(feeds, wanted_batches(solver), strict=True)]
+                    if holes is None:  # no step: compiled, and what is not finite from the start
+                        holes = np.asarray(chunk(solver, record, capacity, state, data, 0)[2])
+                        refuse_start(solver, state, holes, done)
+                    new, buffer, new_holes = chunk(solver, record, capacity, state, data, count)
+                    rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
+                    refuse_failed(solver, record, capacity, state, data, done, rows, holes, np.asarray(new_holes))
+                    looked = looked or warn_if_steep(solver, record, capacity, state, data, rows)
+                    # All at once, after the device is done: an interrupt or a failure before leaves what was done.
+                    history.append(rows, count)
+                    state, done, positions = new, done + count, [feed.position() for feed in feeds]
+                    due = bool(callbacks) and (done % every == 0 or done == steps)
+                    elapsed = time.monotonic() - begun
+                    room = max((len(value) for value in buffer.values()), default=capacity)
+                    count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
+                    display.advance(done, {n: float(v[-1]) for n, v in rows.items() if v.ndim == 1 and _is_real(v)})
+                    if due:
+                        due = stop = call_back()
+                    if time.monotonic() - saved >= checkpoint_every:
+                        save()
+                        saved = time.monotonic()
+        finally:
+            # An interrupt keeps what is done.
+            save()
+    if len(history):
+        last = history.rows(len(history) - 1)
+        warn_if_inexact({name: last[name][-1] for name in EXACTNESS if name in last})
+    return Result(state.outer, state.inner, history.rows(), state)
 
 
-def _packed(metrics):
-    """One vector a dtype: to write each metric by itself takes as long as a gradient of a small problem."""
-    vectors: dict[str, list[jax.Array]] = {}
-    for leaf in jax.tree.leaves(metrics):
-        vectors.setdefault(str(leaf.dtype), []).append(leaf.ravel())
-    return {dtype: jnp.concatenate(parts) for dtype, parts in vectors.items()}
+def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:
+    """The batches to begin with; after an interruption, what they were like, with all feeds put where they stood."""
+    wanted = wanted_batches(solver)
+    if not note:
+        return [feed.next(n, 0) for feed, n in zip(feeds, wanted, strict=True)]
+    return [feed.resume(at, n, note["step"]) for feed, n, at in zip(feeds, wanted, note["feeds"], strict=True)]
 
 
-def _unpacked(like, vectors):
-    """The inverse of `_packed`, for metrics like `like`."""
-    ends = dict.fromkeys(vectors, 0)
+def _losses(solver: Solver, state: Any, data: Any) -> list[TracedLoss]:
+    """Both losses as they are called by a step on `data`."""
 
-    def take(leaf):
-        start, ends[str(leaf.dtype)] = ends[str(leaf.dtype)], ends[str(leaf.dtype)] + leaf.size
-        return vectors[str(leaf.dtype)][start : start + leaf.size].reshape(leaf.shape)
-
-    return jax.tree.map(take, like)
-
-
-def _step(solver, state, data):
-    return solver.step(state, *_batches(solver, state, data))
-
-
-def _refuse_captured(solver, state, data):
     def seen(state, data):
-        inner, outer = _batches(solver, state, data)
+        inner, outer = batches(solver, state, data)
         if (wanted := outer_batches(solver)) > 1:
             xs, bind = slots(outer, wanted, "outer calls")
             outer = bind(jax.tree.map(lambda x: x[0], xs))
@@ -245,82 +194,8 @@ def _refuse_captured(solver, state, data):
 
     inner, outer = jax.eval_shape(seen, state, data)
     params = getattr(state.inner, "params", None)
-    losses = traced_losses(solver.problem, params, state.outer, inner, outer, state.key, solver.inner_batches)
-    refuse_captured(losses, state.outer)
+    return traced_losses(solver.problem, params, state.outer, inner, outer, state.key, solver.inner_batches)
 
 
-def _wanted(solver):
-    """Batches an outer step, from the inner and from the outer data."""
-    return solver.inner_batches, outer_batches(solver)
-
-
-def _batches(solver, state, data):
-    found = []
-    for (source, key), wanted in zip(data, _wanted(solver), strict=True):
-        if isinstance(source, Batches):
-            source = source.shuffle(key, state.step * wanted, wanted)
-        found.append(source.take(state.step * wanted, wanted) if isinstance(source, Shuffled) else source)
-    inner, outer = found
-    single = outer_batches(solver) == 1
-    if single and isinstance(outer, Indexed):
-        outer = outer.batch(0)
-    elif single and outer is not None and not isinstance(outer, FullBatch):
-        outer = jax.tree.map(lambda x: x[0], outer)
-    return inner, outer
-
-
-def _is_count(values):
-    return np.issubdtype(values.dtype, np.integer)
-
-
-def _check_finite(solver, record, before, data, rows_, done):
-    numbers = {n: v for n, v in rows_.items() if np.issubdtype(v.dtype, np.inexact)}
-    bad = [
-        int(np.argmin(np.isfinite(v.reshape(len(v), -1)).all(1))) for v in numbers.values() if not np.isfinite(v).all()
-    ]
-    if not bad:
-        return
-    state, norms = before, ""
-    if min(bad):
-        state, _ = _chunk(solver, record, len(next(iter(rows_.values()))), before, data, min(bad))
-        norms = ", ".join(f"{n} was {v[min(bad) - 1]:.3g}" for n, v in numbers.items() if v.ndim == 1)
-    raise FloatingPointError(describe_failure(solver, state, partial(_step, data=data), done + min(bad), norms))
-
-
-def _warn_if_steep(solver, record, capacity, before, data, rows_) -> bool:
-    """Whether a hypergradient was so large that it was looked into; with a warning if it was for a steep update."""
-    norms = rows_.get("hypergradient_norm", np.zeros(1))
-    if not np.max(norms) > STEEP:
-        return False
-    at, state = int(np.argmax(norms > STEEP)), before
-    if at:
-        state, _ = _chunk(solver, record, capacity, before, data, at)
-    if names := steep_leaves(solver, state, partial(_step, data=data)):
-        warnings.warn(
-            f"The hypergradient has norm {norms[at]:.2g}: the inner gradient of {', '.join(names)} is exactly 0 at the "
-            "start but depends on outer, and there the optimizer's update has a slope of about 1 / eps; start training "
-            "elsewhere, or give the optimizer a larger eps (as in optax.adam(rate, eps=1e-3)).",
-            SteepUpdateWarning,
-            stacklevel=3,
-        )
-    return True
-
-
-def _concatenate(history):
-    return {name: np.concatenate([rows_[name] for rows_ in history]) for name in history[0]} if history else {}
-
-
-def _save(store, step, state, history, positions):
-    store.save(step, state, _concatenate(history), positions)
-
-
-def _restore(store, step, state, feeds):
-    state, history, positions = store.restore(step, state)
-    for feed, position in zip(feeds, positions, strict=True):
-        if feed.is_iterator and (position is None or not hasattr(feed.source, "set_state")):
-            raise ValueError(
-                "The run cannot be resumed exactly from a plain iterator: pass Batches(arrays, size), arrays, or an "
-                "iterator with get_state and set_state."
-            )
-        feed.move(position)
-    return state, [history]
+def _is_real(values: np.ndarray) -> bool:
+    return np.issubdtype(values.dtype, np.floating)

@@ -81,6 +81,11 @@ def too_wide(array: Any) -> str | None:
     return f"the number {beyond}, too large for {narrow} (set jax.config.update('jax_enable_x64', True), or rescale)"
 
 
+def distinct(tree: PyTree) -> PyTree:
+    """`tree` with an array of its own for every leaf: a compiled step may be given them all (`donate_argnums`)."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 def partition(tree: PyTree) -> tuple[PyTree, PyTree]:
     """`(moving, fixed)`: the inexact leaves and all others, with `None` in each other's places."""
     moving = jax.tree.map(lambda x: x if is_inexact(x) else None, tree)
@@ -139,10 +144,10 @@ def advance_keys(tree: PyTree) -> PyTree:
     return _map_keys(lambda key: jax.random.fold_in(key, np.uint32(2**32 - 1)), tree)
 
 
-def leaf_names(tree: PyTree) -> list[str]:
-    """A readable path for every leaf of `tree`, in flattening order; the root leaf is called `.`."""
+def leaf_names(tree: PyTree, root: str = "") -> list[str]:
+    """A readable path for every leaf of `tree`, in flattening order, from `root` on; without one the root is `.`."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path) or "." for path, _ in paths]
+    return [root + jax.tree_util.keystr(path) or "." for path, _ in paths]
 
 
 def global_norm(tree: PyTree) -> jax.Array:

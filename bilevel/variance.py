@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from bilevel.calls import check_point
 from bilevel.data import columns, draw, draw_one
+from bilevel.diagnosis import not_finite
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.problem import Problem
 from bilevel.settings import checked, integer
@@ -59,6 +60,7 @@ def variance(
 
     Raises:
       ValueError: for samples < 2.
+      FloatingPointError: if a hypergradient is not finite; names the outer leaf.
     """
     check_point("variance", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
     checked("variance", "hypergradient", hypergradient, is_hypergradient)
@@ -70,6 +72,11 @@ def variance(
     mean, spread = _moments(
         problem, hypergradient, outer, (inner, inner_key), (held_out, batch_key), start_key, samples
     )
+    if names := not_finite("outer", mean):
+        raise FloatingPointError(
+            f"The hypergradient is not finite at {', '.join(names)} on some of the {samples} batches: train at smaller "
+            "step sizes, or look for the NaN with run, which names where it begins."
+        )
     total = float(sum(jnp.sum(x) for x in jax.tree.leaves(widened(spread))))
     size = float(global_norm(mean)) ** 2
     return Variance(mean, spread, total, total / size if size else float("inf") if total else 0.0)

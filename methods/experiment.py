@@ -231,7 +231,6 @@ def prepare(
         published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
     with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
         files, pretrained = locate(settings.model), load(settings.model, check=check_config)
-    positions = pretrained.config.max_positions
     if pretrained.tokenizer is None:
         raise ValueError(f"The model {settings.model} brings no tokenizer, which a language task needs.")
     if not settings.remat:

@@ -149,7 +149,7 @@ class Validation:
     """A callback of `bilevel.run` that validates, keeps the best parameters and stops when they stay the best too long.
 
     What it knows is in two files: `validation/<name>.json`, the loss by step, and the best parameters. A run that
-    resumes from before some of these validations comes by them again, and finds the same.
+    resumes from before some of these validations comes by them again, and takes what it knows.
     """
 
     def __init__(self, validate: Callable[[Any], float], recipe: Recipe, folder: RunFolder, name: str):
@@ -163,6 +163,8 @@ class Validation:
         number, within = divmod(step, recipe.accumulate)
         if within or (number % recipe.validate_every and number != recipe.steps):
             return False
+        if step in self.losses:  # a run that resumes comes by it again
+            return (self.stopped_at() or step + 1) <= step
         before = {at: loss for at, loss in self.losses.items() if at < step}
         loss = float(self._validate(state.inner.params))
         if not math.isfinite(loss):

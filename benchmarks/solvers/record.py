@@ -22,7 +22,7 @@ from benchmark_utils.adapter import result
 from benchmark_utils.loading import Modules
 from benchmark_utils.runs import BUDGET, DATA, RUNS, SUBSET
 
-from bilevel.run import CAPACITY, _chunk
+from bilevel.chunks import CAPACITY, chunk
 from bilevel.solvers.stochastic import Calls
 
 HERE = Path(__file__).parent
@@ -117,7 +117,7 @@ class Group:
 
 @jax.jit
 def _alone(solver, sources, state, keys, count):
-    state, rows = _chunk(solver, None, CAPACITY, state, list(zip(sources, keys, strict=True)), count)
+    state, rows, _ = chunk(solver, None, CAPACITY, state, list(zip(sources, keys, strict=True)), count)
     live = jnp.arange(CAPACITY) < count
     return state, {n: jnp.sum(jnp.where(live, r, 0)) for n, r in rows.items() if jnp.issubdtype(r.dtype, jnp.integer)}
 

@@ -20,7 +20,7 @@ from benchmark_utils.loading import Modules
 from rich.console import Console
 from rich.table import Table
 
-from bilevel.run import _chunk
+from bilevel.chunks import chunk
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "speed.json"
@@ -118,7 +118,7 @@ def own(solver_class, data, settings, iterations):
 
     def turn():
         nonlocal state
-        state, _ = _chunk(solver.solver, None, iterations, state, feeds, iterations)
+        state, _, _ = chunk(solver.solver, None, iterations, state, feeds, iterations)
         return state
 
     return turn

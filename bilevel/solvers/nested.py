@@ -15,7 +15,7 @@ from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, child, instance, one_of, random_key, register, setting
-from bilevel.trees import PyTree, advance_keys, combine, global_norm, partition
+from bilevel.trees import PyTree, advance_keys, combine, distinct, global_norm, partition
 
 InnerStart = Literal["warm", "cold"]
 
@@ -72,7 +72,7 @@ class Nested:
         outer = self.problem.start_outer(outer_key)
         inner = self.hypergradient.init(self.problem, outer, inner_key)
         opt_state = optimizers.init(self.outer_optimizer, outer, self.problem.free(partition(outer)[0]))
-        return NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key)
+        return distinct(NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key))
 
     def step(
         self, state: NestedState, inner_batches: PyTree, outer_batch: PyTree

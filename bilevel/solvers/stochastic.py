@@ -20,7 +20,7 @@ from bilevel.inner import InnerState
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, child, instance, random_key, register, scalar, step_size
 from bilevel.solvers.oracles import Draws, Oracles, leading
-from bilevel.trees import PyTree, advance_keys, at_step, combine, global_norm, partition
+from bilevel.trees import PyTree, advance_keys, at_step, combine, distinct, global_norm, partition
 
 StepSize = float | jax.Array | Callable[[jax.Array], Any]
 """A constant, or a schedule `step -> size` such as those of optax; `step` counts outer iterations from 0."""
@@ -216,7 +216,7 @@ class Stochastic:
             refuse_complex(type(self).__name__, what, tree, remedy)
         memory = self.start(partition(inner)[0], partition(outer)[0])
         zero = jnp.zeros((), jnp.int32)
-        return State(outer, InnerState(inner, (), zero), memory, zero, key)
+        return distinct(State(outer, InnerState(inner, (), zero), memory, zero, key))
 
     def step(self, state: State, inner_batches: PyTree, outer_batch: PyTree) -> tuple[State, dict[str, jax.Array]]:
         """One outer iteration; batches in any of the forms that `bilevel.data` names.

@@ -11,31 +11,9 @@ import pytest
 
 import bilevel
 from bilevel import Batches, Nested, Unrolled
+from bilevel.chunks import History
 from tests.bilevel.helpers import KEY, LINE, LINE_SOLVER, assert_equal
-
-TRAIN = {"x": jax.random.normal(jax.random.key(1), (11, 3)), "id": jnp.arange(11), "key": jax.random.split(KEY, 11)}
-TEST = jax.random.normal(jax.random.key(2), (6, 3))
-
-
-def inner_loss(w, outer, batch, key):
-    noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(batch["key"])
-    mask = jax.random.bernoulli(outer["key"], 0.5, (3,))
-    return jnp.mean((jnp.where(mask, batch["x"] + 0.1 * noise, 0.0) @ w - outer["a"][batch["id"]]) ** 2)
-
-
-def outer_loss(w, outer, batch, key):
-    return jnp.mean((batch @ w - 1.0) ** 2) + 0.01 * jnp.sum(outer["a"] ** 2)
-
-
-PROBLEM = bilevel.Problem(
-    inner_loss, outer_loss, lambda key, outer: jnp.zeros(3), lambda key: {"a": jnp.full(11, 0.1), "key": key, "n": 5}
-)
-SOLVER = Nested(PROBLEM, Unrolled(optax.adam(0.1), 3, checkpoint="none"), optax.adam(0.05))
-DATA = {"inner_data": Batches(TRAIN, 4), "outer_data": Batches(TEST, 2)}
-
-
-def run(solver=SOLVER, steps=6, **settings):
-    return bilevel.run(solver, steps=steps, progress=False, **(settings or DATA))
+from tests.bilevel.running import DATA, PROBLEM, SOLVER, TEST, TRAIN, Counter, Killed, killer, run
 
 
 def test_the_loop_is_the_step_repeated():
@@ -105,81 +83,6 @@ def test_a_compiled_run_is_found_again():
     assert len(traces) == count
 
 
-class Killed(BaseException):
-    pass
-
-
-def killer(at):
-    def callback(step, state, metrics):
-        if step >= at:
-            raise Killed
-
-    return callback
-
-
-@pytest.mark.parametrize("data", ["batches", "arrays"])
-def test_killed_and_resumed_is_never_killed(tmp_path, data):
-    data = DATA if data == "batches" else {"inner_data": TRAIN, "outer_data": TEST}
-    whole = run(steps=7, **data)
-    for at in (1, 3):
-        with pytest.raises(Killed):
-            run(steps=7, **data, checkpoint_dir=tmp_path, callbacks=[killer(at)])
-    resumed = run(steps=7, **data, checkpoint_dir=tmp_path)
-    assert_equal(resumed.state, whole.state)
-    assert_equal(resumed.history, whole.history)
-    # and once more, with nothing left to do
-    again = run(steps=7, **data, checkpoint_dir=tmp_path)
-    assert_equal(again.state, whole.state)
-    assert_equal(again.history, whole.history)
-
-
-def test_a_finished_run_goes_on_where_it_ended(tmp_path):
-    run(steps=3, **DATA, checkpoint_dir=tmp_path)
-    longer = run(steps=6, **DATA, checkpoint_dir=tmp_path)
-    whole = run(steps=6, **DATA)
-    assert_equal(longer.state, whole.state)
-
-
-def test_a_resumed_run_traces_once(tmp_path):
-    traces = []
-
-    def counts(**settings):
-        def counting(w, outer, batch, key):
-            traces.append(1)
-            return jnp.sum((w - outer) ** 2)
-
-        traces.clear()
-        problem = bilevel.Problem(counting, LINE.outer_loss, LINE.init_inner, LINE.init_outer)
-        run(Nested(problem, Unrolled(optax.sgd(0.1), 3), optax.sgd(0.1)), 6, **settings)
-        return len(traces)
-
-    once = counts()
-    with pytest.raises(Killed):
-        counts(checkpoint_dir=tmp_path, callbacks=[killer(2)])
-    assert counts(checkpoint_dir=tmp_path) == once > 0
-
-
-class Counter:
-    """An iterator of batches that can be put back where it was."""
-
-    def __init__(self):
-        self.at = 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        self.at += 1
-        rows = (np.arange(4) + 4 * self.at) % 11
-        return jax.tree.map(lambda x: x[rows], TRAIN)
-
-    def get_state(self):
-        return {"at": self.at}
-
-    def set_state(self, state):
-        self.at = state["at"]
-
-
 def test_iterators_give_a_batch_for_each_inner_step():
     counter = Counter()
     by_iterator = run(steps=3, inner_data=counter, outer_data=TEST)
@@ -191,70 +94,10 @@ def test_iterators_give_a_batch_for_each_inner_step():
     np.testing.assert_allclose(by_iterator.outer["a"], state.outer["a"], rtol=1e-12)
 
 
-def test_iterators_resume_where_they_stood(tmp_path):
-    whole = run(steps=5, inner_data=Counter(), outer_data=TEST)
-    with pytest.raises(Killed):
-        run(steps=5, inner_data=Counter(), outer_data=TEST, checkpoint_dir=tmp_path, callbacks=[killer(2)])
-    resumed = run(steps=5, inner_data=Counter(), outer_data=TEST, checkpoint_dir=tmp_path)
-    assert_equal(resumed.state, whole.state)
-
-
-def test_a_plain_iterator_is_not_resumed(tmp_path):
-    run(steps=2, inner_data=iter(Counter()), outer_data=TEST, checkpoint_dir=tmp_path)
-    plain = (batch for batch in Counter())
-    with pytest.raises(ValueError, match="cannot be resumed exactly from a plain iterator"):
-        run(steps=4, inner_data=plain, outer_data=TEST, checkpoint_dir=tmp_path)
-
-
 def test_an_iterator_that_ends_is_an_error_that_says_when():
     few = itertools.islice(Counter(), 7)
     with pytest.raises(ValueError, match="ended at outer step 2"):
         run(steps=4, inner_data=few, outer_data=TEST)
-
-
-def test_an_interrupt_while_the_device_is_busy_keeps_what_is_done(tmp_path):
-    module = importlib.import_module("bilevel.run")
-    chunk, whole = module._chunk, run(steps=6, **DATA)
-
-    class Busy:
-        """Results that take their time: the interrupt comes while they are waited for."""
-
-        def __init__(self, value):
-            self.value = value
-
-        def __array__(self, *args, **kwargs):
-            raise KeyboardInterrupt
-
-    calls = []
-
-    def interrupted(*args):
-        calls.append(1)
-        state, rows = chunk(*args)
-        return (state, rows) if len(calls) < 3 else (state, jax.tree.map(Busy, rows))
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_chunk", interrupted)
-        run(steps=6, **DATA, checkpoint_dir=tmp_path)
-    steps = []
-    resumed = run(steps=6, **DATA, checkpoint_dir=tmp_path, callbacks=[lambda step, state, rows: steps.append(step)])
-    assert steps[0] > 1
-    assert_equal(resumed.state, whole.state)
-    assert_equal(resumed.history, whole.history)
-
-
-def test_a_checkpoint_of_another_problem_is_refused_in_a_sentence(tmp_path):
-    run(steps=1, **DATA, checkpoint_dir=tmp_path)
-    with pytest.raises(ValueError, match="Checkpoint 1 does not fit this solver or is damaged"):
-        run(LINE_SOLVER, 2, checkpoint_dir=tmp_path)
-
-
-def test_a_damaged_checkpoint_is_refused_in_a_sentence(tmp_path):
-    run(LINE_SOLVER, 2, checkpoint_dir=tmp_path)
-    for path in tmp_path.rglob("*"):
-        if path.is_file() and "metadata" not in path.name.lower():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match="Checkpoint 2 does not fit this solver or is damaged"):
-        run(LINE_SOLVER, 3, checkpoint_dir=tmp_path)
 
 
 def test_callbacks_see_new_rows_and_can_stop():
@@ -276,61 +119,6 @@ def test_what_is_recorded_is_in_the_history():
     np.testing.assert_array_equal(result.history["step"], np.arange(1, 6))
     assert result.history["outer"].shape == (5, 2)
     np.testing.assert_array_equal(result.history["outer"][-1], result.outer)
-
-
-def failing(where, at):
-    """A problem whose training, or evaluation, goes wrong once outer step `at` is reached."""
-    bad = lambda outer: jnp.where(outer["count"] < at - 0.5, 1.0, jnp.nan)  # noqa: E731
-
-    def inner_loss(w, outer, batch, key):
-        scale = bad(outer) if where == "inner" else 1.0
-        return jnp.sum((w["w"] - outer["a"]) ** 2 * jnp.where(batch == 2, scale, 1.0))
-
-    def outer_loss(w, outer, batch, key):
-        # the hypergradient of count is -1: descent with step 1 counts the outer steps
-        value = jnp.sum((w["w"] - 1.0) ** 2) - outer["count"]
-        if where == "outer":
-            value = value * bad(outer)
-        if where == "hypergradient":
-            value = value + jnp.sqrt(jnp.where(outer["count"] < at - 0.5, 1.0, 0.0) * jnp.sum(outer["a"] ** 2))
-        return value
-
-    problem = bilevel.Problem(
-        inner_loss, outer_loss, lambda k, o: {"w": jnp.zeros(2)}, lambda k: {"a": jnp.full(2, 0.3), "count": 0.0}
-    )
-    transform = optax.partition({"a": optax.sgd(0.01), "count": optax.sgd(1.0)}, {"a": "a", "count": "count"})
-    return Nested(problem, Unrolled(optax.sgd(0.1), 4), transform)
-
-
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("inner", r"inner_loss is nan at inner step 2 .*\['w'\]"),
-        ("outer", r"outer_loss is nan at a finite point"),
-        ("hypergradient", r"the hypergradient is not finite at outer leaf \['a'\]"),
-    ],
-)
-def test_a_nan_names_step_and_leaf(where, message, at):
-    batches = itertools.cycle([jnp.asarray(t) for t in range(4)])
-    with pytest.raises(FloatingPointError, match=rf"Outer step {at}: {message}"):
-        run(failing(where, at), 6, inner_data=batches)
-
-
-def test_a_nan_in_the_middle_of_a_chunk_names_its_step_and_keeps_what_was_done(tmp_path):
-    solver = failing("outer", 9)
-    with pytest.raises(FloatingPointError, match="Outer step 9: outer_loss is nan"):
-        run(solver, 40, inner_data=jnp.zeros(1), checkpoint_dir=tmp_path)
-    steps = []
-    with pytest.raises(FloatingPointError, match="Outer step 9"):
-        run(solver, 40, inner_data=jnp.zeros(1), checkpoint_dir=tmp_path, callbacks=[lambda step, *_: steps.append(step)])
-    assert not steps or steps[0] > 1
-
-
-def test_a_start_that_is_not_finite_is_told():
-    problem = bilevel.Problem(LINE.inner_loss, LINE.outer_loss, LINE.init_inner, lambda key: jnp.full(2, jnp.nan))
-    with pytest.raises(FloatingPointError, match=r"already not finite.*start values"):
-        run(Nested(problem, Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1)), 2, key=KEY)
 
 
 @pytest.mark.parametrize("steps", [0, -2, 1.5])
@@ -413,3 +201,29 @@ def test_a_dataset_may_come_as_an_iterator_of_batches():
     held_out = {"x": TRAIN["x"], "id": jnp.arange(11), "seed": jnp.arange(11)}
     result = run(solver, steps=3, inner_data=stream, outer_data=held_out)
     assert np.isfinite(result.history["outer_loss"]).all()
+
+
+def test_the_history_takes_the_memory_of_its_rows():
+    history, buffer = History(), np.zeros((512, 1000))
+    for i in range(60):
+        buffer[0] = i
+        history.append({"x": buffer, "n": np.full(512, i)}, 1)
+    rows = history.rows()
+    np.testing.assert_array_equal(rows["x"], np.broadcast_to(np.arange(60.0)[:, None], (60, 1000)))
+    np.testing.assert_array_equal(history.rows(57)["n"], [57, 58, 59])
+    assert rows["x"].base.nbytes <= 1.5 * rows["x"].nbytes + 8000 and not np.shares_memory(rows["x"], buffer)
+    with pytest.raises(ValueError, match=r"rows of metrics are x float64\[3\], but .* n int64\[\], x float64\[1000\]"):
+        history.append({"x": np.zeros((1, 3))}, 1)
+
+
+def test_rows_that_are_large_come_in_smaller_chunks(monkeypatch):
+    record = lambda state: {"outer": state.outer, "large": jnp.full(4, state.outer[0])}  # noqa: E731
+    whole = run(LINE_SOLVER, 30, record=record)
+    jax.clear_caches()
+    monkeypatch.setattr(importlib.import_module("bilevel.chunks"), "BUFFER_BYTES", 300)
+    monkeypatch.setattr(importlib.import_module("bilevel.run"), "CHUNK_SECONDS", 100.0)
+    counts = []
+    append = History.append
+    monkeypatch.setattr(History, "append", lambda self, rows, count: (counts.append(count), append(self, rows, count)))
+    assert_equal(run(LINE_SOLVER, 30, record=record).history, whole.history)
+    assert 1 < max(counts) <= 300 // (8 * 6) and sum(counts) == 30

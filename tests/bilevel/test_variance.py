@@ -67,3 +67,15 @@ def test_the_whole_data_has_none_and_smaller_batches_have_more():
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="samples=1"):
         bilevel.variance(case(), Unrolled(optax.sgd(RATE), STEPS), inner_data=ROWS, samples=1)
+
+
+def test_a_hypergradient_that_is_not_finite_is_told():
+    problem = Problem(
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - outer["a"]) ** 2),
+        lambda w, outer, batch, key: jnp.sum(jnp.sqrt(batch)) * jnp.sum(w),
+        lambda key, outer: jnp.zeros(2),
+        lambda key: {"a": jnp.ones(2)},
+    )
+    data = Batches(jnp.ones((8, 2)).at[3].set(-1.0), 2)
+    with pytest.raises(FloatingPointError, match=r"not finite at outer\['a'\] on some of the 8 batches"):
+        bilevel.variance(problem, Unrolled(optax.sgd(RATE), 2), outer_data=data, samples=8)

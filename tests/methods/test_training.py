@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import binomtest
 
 import bilevel
-from bilevel.run import _chunk
+from bilevel.chunks import chunk
 from methods import cli, experiment, report
 from methods.baselines.lora import LoRASettings
 from methods.runfolder import RunFolder
@@ -116,7 +116,7 @@ def test_a_second_training_by_the_same_recipe_is_not_compiled_again(tmp_path):
     for number, steps in enumerate((5, 5, 6)):
         folder, outer = RunFolder(tmp_path / str(number), Nothing()), jnp.full((), 1.0 + number)
         train(PROBLEM, outer, stream(), Recipe(steps, 0.07), folder, "x", key=jax.random.key(number))
-        compiled.append(_chunk._cache_size())
+        compiled.append(chunk._cache_size())
     assert compiled[0] == compiled[1] < compiled[2]  # a longer one has another schedule
 
 

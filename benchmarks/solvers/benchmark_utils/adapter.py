@@ -1,5 +1,7 @@
 """A `bilevel` solver as a benchopt solver."""
 
+import time
+
 import jax
 import numpy as np
 from benchopt import BaseSolver
@@ -9,6 +11,8 @@ from bilevel import Power
 from bilevel.solvers.stochastic import Calls
 
 ENDLESS = 2**31 - 1  # benchopt says when to stop
+RETURN_SECONDS = 0.1
+"""Between two returns to benchopt."""
 UNIT = 64
 """Rows that an oracle call is counted in, so that solvers with other batches, or full ones, can be compared."""
 
@@ -17,8 +21,7 @@ class BilevelSolver(BaseSolver):
     """Runs `make(problem)` by `bilevel.run`; subclasses give `make` and, where the solver does not count, `count`.
 
     `run` waits for the device before each return to benchopt, so that the clock sees the work, and everything is
-    compiled in `warm_up`, so that it sees nothing else. It returns after 1, 3, 7, ... iterations, and later about once
-    a second.
+    compiled in `warm_up`, so that it sees nothing else. It returns about ten times a second.
 
     Parameters of every solver: `step_size` of the inner variable; `outer_ratio`, by which the outer one is smaller;
     `batch_size`, a number or "full"; `seed`.
@@ -62,9 +65,15 @@ class BilevelSolver(BaseSolver):
         return np.array(Calls(inner, outer, inner, inner))
 
     def warm_up(self):
-        # Two returns: the second chunk of a run is the first that is not a single step.
-        returns = iter([False, True])
-        self._start([lambda *_: next(returns)])
+        # The third iteration is timed: the first compiles, the second may still wait for it.
+        times = []
+
+        def clock(*_):
+            times.append(time.perf_counter())
+            return len(times) == 3
+
+        self._start([clock], 1)
+        self.every = max(1, round(RETURN_SECONDS / (times[2] - times[1])))
 
     def run(self, callback):
         self.result = self.solver.init(start_key(self.seed))
@@ -77,14 +86,15 @@ class BilevelSolver(BaseSolver):
             return not callback()
 
         if callback():
-            self._start([between])
+            self._start([between], self.every)
 
     def get_result(self):
         return result(self.result.inner.params, self.result.outer, self.counts, int(self.result.step))
 
-    def _start(self, callbacks):
-        key = jax.random.key(self.seed)
-        bilevel.run(self.solver, **self.data, steps=ENDLESS, key=key, progress=False, callbacks=callbacks)
+    def _start(self, callbacks, every):
+        key, data = jax.random.key(self.seed), self.data
+        settings = {"steps": ENDLESS, "key": key, "progress": False, "callbacks": callbacks, "callback_every": every}
+        bilevel.run(self.solver, **data, **settings)
 
     def _batches(self, arrays):
         if self.batch_size == "full":

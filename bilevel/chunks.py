@@ -1,0 +1,175 @@
+"""Many outer steps on the device at once, and the metrics that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+from bilevel.data import Batches, FullBatch, Indexed, Shuffled
+from bilevel.solvers.base import Solver, outer_batches
+from bilevel.trees import is_inexact
+
+CAPACITY = 512
+"""Most steps between two returns to the host."""
+BUFFER_BYTES = 2**24
+"""Most device memory for the rows of metrics of these steps, unless one row alone is larger."""
+DRAWN = 8192
+"""Most batches of these steps, unless one step alone wants more: their shuffles are drawn at the start of a chunk."""
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def chunk(solver, record, capacity, state, data, count):
+    """`(state, rows, holes)` after `count` steps from `state`.
+
+    Args:
+      solver: the solver.
+      record: as for `run`.
+      capacity: most steps of a chunk; there are fewer, `len(rows[name])`, where rows are large.
+      state: of the solver.
+      data: `(source, key)` for the inner and the outer loss.
+      count: how many steps, traced.
+
+    Returns:
+      The state; name -> rows of metrics, of which the first `count` are meant; and for each inexact leaf of the state
+      how many of its entries are not finite.
+    """
+    # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
+    data = [
+        (source.shuffle(key, state.step * wanted, capacity * wanted), key) if isinstance(source, Batches) else feed
+        for feed, (source, key), wanted in zip(data, data, wanted_batches(solver), strict=True)
+    ]
+
+    def one(state):
+        state, metrics = step(solver, state, data)
+        return state, metrics | (record(state) if record else {})
+
+    # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
+    body_jaxpr, shapes = jax.make_jaxpr(one, return_shape=True)(state)
+    rows = jax.eval_shape(_packed, shapes[1])
+    row_bytes = sum(row.size * row.dtype.itemsize for row in rows.values())
+    capacity = max(1, min(capacity, BUFFER_BYTES // max(row_bytes, 1)))
+    buffer = jax.tree.map(lambda row: jnp.zeros((capacity, *row.shape), row.dtype), rows)
+
+    def body(i, carry):
+        state, buffer = carry
+        leaves = jaxpr_as_fun(body_jaxpr)(*jax.tree.leaves(state))
+        state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        write = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return state, jax.tree.map(write, buffer, _packed(metrics))
+
+    state, buffer = jax.lax.fori_loop(0, count, body, (state, buffer))
+    return state, jax.vmap(partial(_unpacked, shapes[1]))(buffer), _holes(state)
+
+
+def chunk_capacity(solver: Solver) -> int:
+    """`capacity` of a solver's chunks.
+
+    Nothing but the solver decides: programs that differ in it may differ in a last bit, and a run must not depend on
+    how far it goes at once, or on who looks.
+    """
+    return max(1, min(CAPACITY, DRAWN // max(1, *wanted_batches(solver))))
+
+
+def _holes(state):
+    leaves = [leaf for leaf in jax.tree.leaves(state) if is_inexact(leaf)]
+    return jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves] or [jnp.zeros((), jnp.int32)])
+
+
+def _packed(metrics):
+    """One vector a dtype: to write each metric by itself takes as long as a gradient of a small problem."""
+    vectors: dict[str, list[jax.Array]] = {}
+    for leaf in jax.tree.leaves(metrics):
+        vectors.setdefault(str(leaf.dtype), []).append(leaf.ravel())
+    return {dtype: jnp.concatenate(parts) for dtype, parts in vectors.items()}
+
+
+def _unpacked(like, vectors):
+    """The inverse of `_packed`, for metrics like `like`."""
+    ends = dict.fromkeys(vectors, 0)
+
+    def take(leaf):
+        start, ends[str(leaf.dtype)] = ends[str(leaf.dtype)], ends[str(leaf.dtype)] + leaf.size
+        return vectors[str(leaf.dtype)][start : start + leaf.size].reshape(leaf.shape)
+
+    return jax.tree.map(take, like)
+
+
+def step(solver, state, data):
+    """One step of `solver` on the batches of its number."""
+    return solver.step(state, *batches(solver, state, data))
+
+
+def wanted_batches(solver):
+    """Batches an outer step, from the inner and from the outer data."""
+    return solver.inner_batches, outer_batches(solver)
+
+
+def batches(solver, state, data):
+    """`(inner_batches, outer_batch)` of the step that `state` is before, as `Solver.step` takes them."""
+    found = []
+    for (source, key), wanted in zip(data, wanted_batches(solver), strict=True):
+        if isinstance(source, Batches):
+            source = source.shuffle(key, state.step * wanted, wanted)
+        found.append(source.take(state.step * wanted, wanted) if isinstance(source, Shuffled) else source)
+    inner, outer = found
+    single = outer_batches(solver) == 1
+    if single and isinstance(outer, Indexed):
+        outer = outer.batch(0)
+    elif single and outer is not None and not isinstance(outer, FullBatch):
+        outer = jax.tree.map(lambda x: x[0], outer)
+    return inner, outer
+
+
+class History:
+    """Rows of metrics on the host, in memory that grows with the rows there are."""
+
+    def __init__(self, rows: Mapping[str, np.ndarray] | None = None):
+        self._arrays: dict[str, np.ndarray] = dict(rows or {})
+        self._count = len(next(iter(self._arrays.values()))) if self._arrays else 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rows: Mapping[str, Any], count: int) -> None:
+        """Adds a copy of the first `count` of `rows`.
+
+        Raises:
+          ValueError: if they are not of the names, shapes and dtypes of those before.
+        """
+        new = {name: np.asarray(value)[:count] for name, value in rows.items()}
+        if not self._arrays:
+            self._arrays = {name: np.empty((0, *value.shape[1:]), value.dtype) for name, value in new.items()}
+        if (now := _rows_of(new)) != (before := _rows_of(self._arrays)):
+            raise ValueError(
+                f"The rows of metrics are {now}, but those of the checkpoint are {before}: use the solver and `record` "
+                "that it was written with, or another checkpoint_dir."
+            )
+        end = self._count + count
+        for name, value in new.items():
+            array = self._arrays[name]
+            if len(array) < end:
+                array = np.empty((max(end, len(array) * 3 // 2), *value.shape[1:]), value.dtype)
+                array[: self._count] = self._arrays[name][: self._count]
+                self._arrays[name] = array
+            array[self._count : end] = value
+        self._count = end
+
+    def rows(self, start: int = 0, stop: int | None = None) -> dict[str, np.ndarray]:
+        """The rows from number `start` to `stop - 1`, or to the last."""
+        stop = self._count if stop is None else stop
+        return {name: array[start:stop] for name, array in self._arrays.items()}
+
+
+def kinds(metrics: Mapping[str, Any]) -> str:
+    """Names, dtypes and shapes of the metrics of a step."""
+    return ", ".join(f"{n} {metrics[n].dtype}{list(metrics[n].shape)}" for n in sorted(metrics)) or "none"
+
+
+def _rows_of(rows: Mapping[str, np.ndarray]) -> str:
+    return kinds({name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in rows.items()})

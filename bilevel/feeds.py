@@ -1,0 +1,138 @@
+"""Where the batches of a run come from, and how they go on after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.data import Batches, FullBatch, columns, rows
+from bilevel.trees import PyTree, is_key, leaf_names
+
+
+class Feed:
+    """The batches of one loss: `source` as the compiled step takes it, or an iterator to read from."""
+
+    def __init__(self, name: str, source: Any, key: jax.Array, is_iterator: bool):
+        self.name, self.source, self.key, self.is_iterator = name, source, key, is_iterator
+        self._last: tuple[Any, int, PyTree] | None = None
+        # Batches of an iterator may differ in shape: a loss is known by what it computes on the first.
+        self._shapes: list[Any] | None = None
+
+    @classmethod
+    def of(cls, name: str, data: Any, key: jax.Array) -> Feed:
+        """A feed from the argument `name` of `run`."""
+        if data is None or isinstance(data, (Batches, FullBatch)):
+            return cls(name, jax.tree.map(jnp.asarray, data), key, False)  # on the device once, not at each chunk
+        if isinstance(data, Iterator):
+            return cls(name, data, key, True)
+        try:
+            arrays = jax.tree.map(jnp.asarray, columns(data))
+            rows(arrays)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is a {type(data).__name__} that is neither Batches, arrays, an iterator nor None: {error}"
+            ) from None
+        return cls(name, FullBatch(arrays), key, False)
+
+    @property
+    def _can_move(self) -> bool:
+        return hasattr(self.source, "get_state") and hasattr(self.source, "set_state")
+
+    def next(self, count: int, step: int) -> tuple[Any, jax.Array]:
+        """`(source, key)` for a chunk that starts at outer step `step`; an iterator is read `count` times."""
+        if not self.is_iterator:
+            return self.source, self.key
+        before = self.source.get_state() if self._can_move else None
+        read = self._read(count, step)
+        self._last = before, count, read
+        self._shapes = self._shapes or [jnp.shape(leaf) for leaf in jax.tree.leaves(read)]
+        return read, self.key
+
+    def _read(self, count: int, step: int) -> PyTree:
+        batches = []
+        for _ in range(count):
+            try:
+                batches.append(next(self.source))
+            except StopIteration:
+                raise ValueError(
+                    f"The data iterator ended at outer step {step}: give one that repeats, or run fewer steps."
+                ) from None
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+
+    def position(self) -> Any:
+        """Where an iterator stands, and what it read last; to be given to `noted`."""
+        if not (self.is_iterator and self._can_move and self._last):
+            return None
+        return self.source.get_state(), *self._last, self._shapes
+
+    def resume(self, note: Any, count: int, step: int) -> tuple[Any, jax.Array]:
+        """Puts an iterator where `note`, made by `noted`, says; its last batches before that are compared.
+
+        Returns:
+          As `next`, for the first batches of the run; of an iterator, only their shapes and dtypes.
+
+        Raises:
+          ValueError: if it cannot be put there, or gives other batches than it gave.
+        """
+        if not self.is_iterator:
+            return self.source, self.key
+        if note is None or not self._can_move:
+            raise ValueError(
+                f"{self.name}: the run cannot be resumed exactly from a plain iterator: pass Batches(arrays, size), "
+                "arrays, or an iterator with get_state and set_state."
+            )
+        self.source.set_state(note["before"])
+        read = self._read(count, step)
+        if count == note["count"] and digest(read) != note["digest"]:
+            raise ValueError(
+                f"{self.name}: the iterator gives other batches for the step before outer step {step} than it gave "
+                "when the checkpoint was written: resume with the same data, or use another checkpoint_dir."
+            )
+        self.source.set_state(note["after"])
+        self._last = note["before"], count, read
+        if count == note["count"]:
+            self._shapes = note["shapes"]
+        leaves = zip(self._shapes or map(jnp.shape, jax.tree.leaves(read)), jax.tree.leaves(read), strict=True)
+        first = [jax.ShapeDtypeStruct(tuple(shape), leaf.dtype) for shape, leaf in leaves]
+        return jax.tree.unflatten(jax.tree.structure(read), first), self.key
+
+    def fingerprint(self) -> dict[str, str]:
+        """What the data are, by name; of an iterator `resume` looks at the batches themselves."""
+        if self.is_iterator:
+            return {f"{self.name} is": "an iterator"}
+        kind = "None" if self.source is None else type(self.source).__name__
+        if isinstance(self.source, Batches):
+            kind += f"(size={self.source.size}, order={self.source.order!r})"
+        arrays = getattr(self.source, "arrays", None)
+        names, leaves = leaf_names(arrays, self.name), jax.tree.leaves(arrays)
+        return {f"{self.name} is": kind} | {n: described(x) for n, x in zip(names, leaves, strict=True)}
+
+
+def noted(position: Any) -> Any:
+    """A `Feed.position` as JSON, with a hash of the batches that were read last."""
+    if position is None:
+        return None
+    after, before, count, read, shapes = position
+    return {"after": after, "before": before, "count": count, "digest": digest(read), "shapes": shapes}
+
+
+def described(array: Any) -> str:
+    """Dtype, shape and a hash of an array; the number itself where it is one."""
+    if np.ndim(array) == 0 and not is_key(array):
+        return f"{np.asarray(array).item()!r} ({jnp.result_type(array)})"
+    return f"{array.dtype}{list(array.shape)} with hash {digest(array)}"
+
+
+def digest(tree: PyTree) -> str:
+    """A hash of the structure, dtypes, shapes and bits of the arrays in `tree`."""
+    found = hashlib.sha256(str(jax.tree.structure(tree)).encode())
+    for leaf in jax.tree.leaves(tree):
+        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
