@@ -28,7 +28,7 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.inner import InnerState
 from bilevel.problem import Problem
 from bilevel.schedules import Binomial, Checkpoint, Levels, StepBytes
-from bilevel.tracing import is_dropped, is_literal, jaxprs, scan_counts, without_unused
+from bilevel.tracing import is_literal, jaxprs, read, scan_counts, without_unused
 from bilevel.trees import PyTree, partition
 
 _SHORT = 4
@@ -202,11 +202,11 @@ def _kept(jaxpr: Any) -> int:
     for eqn in reversed(jaxpr.eqns):  # a report by another name is a result too
         if eqn.primitive.name in ("reshape", "stop_gradient") and results.intersection(eqn.outvars):
             results.update(eqn.invars)
-    stacked, inside = 0, 0
+    stacked, inside, used = 0, 0, read(jaxpr)
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "scan":
             stacks = eqn.outvars[scan_counts(eqn)[1] :]
-            stacked += sum(schedules.nbytes(v.aval) for v in stacks if v not in results and not is_dropped(v))
+            stacked += sum(schedules.nbytes(v.aval) for v in stacks if v not in results and v in used)
         inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])
     return stacked + inside
 

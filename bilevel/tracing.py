@@ -21,9 +21,10 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
 
-def is_dropped(variable: Any) -> bool:
-    """Whether `variable`, an output of an operation, is one that nobody reads."""
-    return isinstance(variable, jex.DropVar)
+def read(jaxpr: Any) -> set[Any]:
+    """The variables of `jaxpr` that an operation or an output of it reads; other outputs of operations are dropped."""
+    atoms = [*jaxpr.outvars, *(atom for eqn in jaxpr.eqns for atom in eqn.invars)]
+    return {atom for atom in atoms if not is_literal(atom)}
 
 
 def is_marked(leaf: Any) -> bool:
