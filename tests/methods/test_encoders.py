@@ -229,5 +229,5 @@ def test_what_the_loader_refuses(tmp_path):
         models.load(tmp_path)
     oracle.config.is_decoder = True
     oracle.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="used as a decoder"):
+    with pytest.raises(ValueError, match="is_decoder is True, but a BERT model here needs False"):
         models.load(tmp_path)
