@@ -139,7 +139,9 @@ def _shard(folder: Path, name: str) -> Path:
     pure = PurePosixPath(name)
     inside = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\\" not in name
     path = folder / pure if inside and "\0" not in name else None
-    if path is not None and path.is_file():
+    with explain(f"the index of {folder} names the shard {shown(name)}, which cannot be opened", OSError):
+        exists = path is not None and path.is_file()
+    if path is not None and exists:
         real, home = path.resolve(), folder.resolve()
         cached = home.parent.name == "snapshots" and real.is_relative_to(home.parent.parent / "blobs")
         inside = cached or real.is_relative_to(home)
@@ -148,7 +150,7 @@ def _shard(folder: Path, name: str) -> Path:
             f"the index of {folder} names the shard {shown(name)}, which is outside the folder and is not read: put "
             "the shards beside the index."
         )
-    if not path.is_file():
+    if not exists:
         raise FileNotFoundError(f"{folder} lacks the shard {name[:80]} that its index names: fetch it again.")
     return path
 
@@ -171,7 +173,7 @@ def _open_safetensors(
                 stored[name], home[name] = Stored(tuple(part.get_shape()), part.get_dtype()), (path, file)
     for name, path in (index or {}).items():
         if name not in home or home[name][0] != path:
-            raise ValueError(f"{path} cannot give the tensor {shown(name)}, that its index promises: fetch both again.")
+            raise ValueError(f"{path} cannot give the tensor {shown(name)} that its index promises: fetch both again.")
     if index is not None and (extra := sorted(home.keys() - index.keys())):
         path, _ = home[extra[0]]
         raise ValueError(f"{path} holds the tensor {shown(extra[0])}, which its index does not name: fetch both again.")

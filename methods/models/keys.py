@@ -29,6 +29,9 @@ class Key(NamedTuple):
     why: str = ""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+
 Table = Mapping[str, Key]
 """Keys by name, or by pattern, as "general.base_model.*"."""
 
@@ -124,7 +127,7 @@ def read(settings: Mapping[str, Any], table: Table, sizes: Sizes, where: str, mo
 
 def shown(value: Any) -> str:
     """`value` as a message shows it: short, and in one line, however large it is."""
-    return reprlib.repr(value)[:80]
+    return _SHORT.repr(value)[:100]
 
 
 COMMON: Table = {
@@ -144,16 +147,18 @@ COMMON: Table = {
     **inert("dropout of training", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
     **inert("dropout of training", "dropout", "activation_dropout", "layerdrop", "classifier_dropout"),
     **inert("dropout of training", "hidden_dropout_prob", "attention_probs_dropout_prob", "summary_first_dropout"),
-    **inert("what a tokenizer has", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id"),
-    **inert("what a tokenizer has", "mask_token_id", "cls_token_id", "pad_token", "prefix", "model_max_length"),
+    **inert("what a tokenizer has", "bos_token_id", "eos_token_id", "eos_token_ids", "pad_token_id", "sep_token_id"),
+    **inert("what a tokenizer has", "unk_token_id", "mask_token_id", "cls_token_id", "pad_token", "prefix"),
     **inert("what a tokenizer has", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"),
+    **inert("what texts were cut to in training", "model_max_length", "max_sequence_length"),
     **inert("how text is generated", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "top_k"),
     **inert("how text is generated", "num_beam_groups", "diversity_penalty", "temperature", "top_p", "typical_p"),
     **inert("how text is generated", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids"),
     **inert("how text is generated", "encoder_no_repeat_ngram_size", "num_return_sequences", "remove_invalid_values"),
     **inert("how text is generated", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
     **inert("which tool trained or packed it", "unsloth_version", "unsloth_fixed", "transformers.js_config"),
-    **inert("which tool trained or packed it", "neftune_noise_alpha", "use_flash_attention_2", "tf_legacy_loss"),
+    **inert("which tool trained or packed it", "neftune_noise_alpha", "tf_legacy_loss", "xla_device"),
+    "_num_labels": optional(SIZE)._replace(used=False),
     "num_labels": optional(SIZE)._replace(used=False),
     "is_encoder_decoder": only(False),
     "add_cross_attention": only(False),

@@ -59,8 +59,14 @@ def save_folder(path: Path, config, weights, kind="llama", **settings):
     return path
 
 
-def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=None, **settings):
-    """A GGUF file as llama.cpp's converter writes it: rotary pairs of llama side by side, Gemma's norms plus 1."""
+ADD = {str: "string", bool: "bool", int: "uint32", float: "float32"}
+
+
+def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=None, keys=None, **settings):
+    """A GGUF file as llama.cpp's converter writes it: rotary pairs of llama side by side, Gemma's norms plus 1.
+
+    keys: more of them, or others in the place of some; the architecture's own without its name.
+    """
     writer = gguf.GGUFWriter(path, kind)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
@@ -80,6 +86,10 @@ def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=Non
     else:
         writer.add_token_merges([])
     writer.add_bos_token_id(0)
+    for key, value in (keys or {}).items():
+        key = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{kind}.{key}"
+        writer.kv_data[0].pop(key, None)
+        getattr(writer, f"add_{ADD[type(value)]}")(key, value)
     if "window" in settings:
         writer.add_sliding_window(settings["window"])
     for tensor in llama.tensors(config):
