@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods.models import bert, gemma, gpt2, keys, llama, opt
+from methods.models import bert, gemma, gpt2, keys, llama, opt, phi3
 from methods.models.checkpoints import Checkpoint, explain, open_folder, open_gguf
 from methods.models.family import Family
 from methods.models.heads import Classifier
@@ -20,7 +20,14 @@ from methods.models.weights import read_weights, with_head
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma.FAMILY, gpt2.FAMILY, opt.FAMILY, *bert.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    phi3.FAMILY,
+    gemma.FAMILY,
+    gpt2.FAMILY,
+    opt.FAMILY,
+    *bert.FAMILIES,
+)
 """Every family that `load` knows. A new one is a new file and an entry here."""
 
 _HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")

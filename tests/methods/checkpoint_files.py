@@ -34,6 +34,7 @@ SETTINGS = {
     "mistral": _LLAMA | {"sliding_window": 3},
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | {"head_dim": 4},
+    "phi3": _LLAMA | {"num_key_value_heads": 4, "pad_token_id": 1},
     "gemma": _GEMMA,
     "gemma2": _GEMMA | {"sliding_window": 3, "query_pre_attn_scalar": 4},
     "gemma3_text": _GEMMA | {"sliding_window": 3, "query_pre_attn_scalar": 4},
