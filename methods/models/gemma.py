@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from methods.models import llama
+from methods.models import llama, rope
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.models.family import Family
 from methods.models.keys import COUNT, FLAG, POSITIVE, TEXT, Table, every, inert, only, optional
@@ -37,6 +37,7 @@ KEYS: Mapping[str, Table] = {
     "gemma3_text": {
         **_COMMON,
         **_LOCAL,
+        "rope_parameters": rope.EACH,
         "rope_local_base_freq": POSITIVE,
         "sliding_window_pattern": COUNT,
         **inert("written beside layer_types, which say it", "_sliding_window_pattern"),
@@ -53,15 +54,15 @@ GGUF_KEYS: Mapping[str, Table] = {
 
 def from_hf(settings: Mapping[str, Any], names: frozenset[str]) -> DecoderConfig:
     """The config behind transformers' settings. Raises ValueError on what the decoder does not do."""
-    kind, rope = settings["model_type"], settings["rope_parameters"]
+    kind, turns = settings["model_type"], settings["rope_parameters"]
     local_theta = 0.0
     if kind == "gemma3_text":
-        local, rope = rope["sliding_attention"], rope["full_attention"]
+        local, turns = turns["sliding_attention"], turns["full_attention"]
         if local.get("rope_type", "default") != "default":
             raise ValueError(f"rotary scaling {local['rope_type']!r} of local layers is not supported.")
         local_theta = float(local["rope_theta"])
     act = settings["hidden_act" if kind == "gemma" else "hidden_activation"]
-    config = llama.from_hf(dict(settings) | {"rope_parameters": rope, "hidden_act": act}, names)
+    config = llama.from_hf(dict(settings) | {"rope_parameters": turns, "hidden_act": act}, names)
     if local_theta and config.rope_scale != 1.0:
         raise ValueError("rotary scaling 'yarn' of global layers alone is not supported.")
     return dataclasses.replace(
@@ -79,7 +80,7 @@ def from_hf(settings: Mapping[str, Any], names: frozenset[str]) -> DecoderConfig
 def from_gguf(meta: Mapping[str, Any], names: frozenset[str], read: Callable[[str], np.ndarray]) -> dict[str, Any]:
     """The settings behind a GGUF file's metadata, named as in transformers. KeyError if one is missing."""
     settings = llama.from_gguf(meta, names, read)
-    kind, layers, rope = meta["general.architecture"], settings["num_hidden_layers"], settings["rope_parameters"]
+    kind, layers = meta["general.architecture"], settings["num_hidden_layers"]
     # What the file does not say is the same in all models of its kind, but for the largest one's query scale.
     every = {"gemma": 0, "gemma2": 2, "gemma3": 6}[kind]
     largest = layers == {"gemma2": 46, "gemma3": 62}.get(kind)
@@ -98,8 +99,8 @@ def from_gguf(meta: Mapping[str, Any], names: frozenset[str], read: Callable[[st
         settings["final_logit_softcapping"] = meta.get("gemma2.final_logit_softcapping", 30.0)
     if kind == "gemma3":
         local = {"rope_theta": meta.get("gemma3.rope.freq_base_swa", 10_000.0)}
-        rope = rope | {"rope_theta": meta.get("gemma3.rope.freq_base", 1e6)}
-        settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        turns = settings["rope_parameters"] | {"rope_theta": meta.get("gemma3.rope.freq_base", 1e6)}
+        settings["rope_parameters"] = {"full_attention": turns, "sliding_attention": local}
     return settings
 
 

@@ -85,9 +85,8 @@ def read_header(path: Path) -> GGUFFile:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     with path.open("rb") as file:
-        # an empty file cannot be mapped
-        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    cursor = _Cursor(memoryview(data))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # ValueError for an empty file
+    data, cursor = np.frombuffer(mapped, np.uint8), _Cursor(memoryview(mapped))
     if bytes(cursor.take(4)) != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     version = cursor.number("I")

@@ -58,18 +58,18 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _wanted_of_each(value: Any, sizes: Sizes) -> str:
+    """What `rope_parameters` should be where there are some for each kind of layer, "" if they are."""
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(value, dict) or not all(name in kinds and isinstance(one, dict) for name, one in value.items()):
+        return f"an object with {' and '.join(kinds)}, each with the keys of one"
+    return next(filter(None, (_wanted(one, sizes) for one in value.values())), "")
+
+
 def _wanted(value: Any, sizes: Sizes) -> str:
-    """What a config's `rope_scaling` or `rope_parameters` should be, "" if it is; one, or one per kind of layer."""
+    """What a config's `rope_scaling` or `rope_parameters` should be, "" if it is."""
     if not isinstance(value, dict):
         return DICT.wanted(value, sizes)
-    if value and all(isinstance(one, dict) for one in value.values()):
-        if unknown := sorted(set(value) - {"full_attention", "sliding_attention"}):
-            return f"no {shown(unknown[0])} in it"
-        return next(filter(None, (_wanted_of_one(one, sizes) for one in value.values())), "")
-    return _wanted_of_one(value, sizes)
-
-
-def _wanted_of_one(value: Mapping[str, Any], sizes: Sizes) -> str:
     kind = value.get("rope_type", value.get("type", "default"))
     if not isinstance(kind, str) or kind not in KINDS or value.get("type", kind) != kind:
         return f"a rope_type of {', '.join(KINDS)}"
@@ -84,7 +84,10 @@ def _wanted_of_one(value: Mapping[str, Any], sizes: Sizes) -> str:
 
 
 KEY = optional(Key(_wanted))
-"""`rope_scaling` and `rope_parameters`."""
+"""`rope_scaling` and `rope_parameters`, of all layers."""
+
+EACH = optional(Key(_wanted_of_each))
+"""`rope_parameters` for each kind of layer."""
 
 
 def from_hf(rope: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:

@@ -66,7 +66,8 @@ def read_weights(
     classifies = any(kind.endswith("ForSequenceClassification") for kind in _architectures(checkpoint))
     head_places = _places(checkpoint, family, config, family.head(config)) if classifies else []
     _check_labels(checkpoint, head_places)
-    _account_for_the_rest(checkpoint, family, config, {name for _, names in places + head_places for name in names})
+    read, of_head = ({name for _, names in some for name in names} for some in (places, head_places))
+    _account_for_the_rest(checkpoint, family, config, read, of_head)
     weights, head = {}, {}
     for tensor, names in places:
         shape = (config.num_layers, *tensor.shape) if tensor.stacked else tensor.shape
@@ -142,10 +143,13 @@ def _check_labels(checkpoint: Checkpoint, places: list[tuple[Tensor, list[str]]]
         )
 
 
-def _account_for_the_rest(checkpoint: Checkpoint, family: Family, config: Any, used: set[str]) -> None:
+def _account_for_the_rest(
+    checkpoint: Checkpoint, family: Family, config: Any, read: set[str], of_head: set[str]
+) -> None:
     """A tensor nobody read is a part of the network that the model would silently do without."""
     unread, unknown = [], []
-    for name in sorted(checkpoint.names - used):
+    half_read = {name.partition(".")[0] for name in of_head} - {family.base_prefix.rstrip(".")}
+    for name in sorted(checkpoint.names - read - of_head):
         check = next((family.buffers[rule] for rule in family.buffers if fnmatchcase(name, rule)), None)
         if check is not None:
             if not check(checkpoint.read(name), config):
@@ -153,7 +157,7 @@ def _account_for_the_rest(checkpoint: Checkpoint, family: Family, config: Any, u
                     f"the buffer {name!r} of {checkpoint.where} is not what a {family.name} model with this config "
                     "computes in its place: config and weights are of different models."
                 )
-        elif any(fnmatchcase(name, rule) for rule in family.heads):
+        elif name.partition(".")[0] not in half_read and any(fnmatchcase(name, rule) for rule in family.heads):
             unread.append(name)
         elif not (getattr(config, "tied", False) and name in ("lm_head.weight", "output.weight")):
             unknown.append(name)

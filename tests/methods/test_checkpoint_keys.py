@@ -57,6 +57,11 @@ ROPE = {"rope_type": "linear", "factor": 2.0}
         ("llama", {"rope_scaling": ROPE | {"type": "yarn"}}, "a rope_type of"),
         ("llama", {"rope_scaling": {"rope_type": "linear"}}, "a factor in it with rope_type 'linear'"),
         ("llama", {"rope_scaling": ROPE | {"factor": 0}}, "a number above 0, up to 1e[+]38 as its factor"),
+        ("llama", {"rope_parameters": {"full_attention": ROPE}}, "no 'full_attention' in it with rope_type 'default'"),
+        ("gemma3_text", {"rope_parameters": ROPE}, "an object with full_attention and sliding_attention"),
+        ("gemma3_text", {"rope_parameters": {"chunked_attention": ROPE}}, "an object with full_attention and"),
+        ("phi3", {"num_key_value_heads": 2}, "has shape|num_key_value_heads=2 is not supported"),
+        ("phi3", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is"),
         ("llama", {"rope_interleaved": True}, "rope_interleaved is True"),
         ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder is True"),
         ("llama", {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
@@ -283,6 +288,20 @@ def test_labels_are_as_many_as_the_head_has_rows(tmp_path):
                 models.load(folder)
 
 
+@pytest.mark.parametrize(("kind", "more"), [("llama", "score.bias"), ("roberta", "classifier.norm.weight")])
+def test_a_head_is_read_whole_or_not_at_all(kind, more, tmp_path):
+    folder = files.save(tmp_path, kind, architectures=["SomeForSequenceClassification"])
+    names = {"llama": ["score.weight"], "roberta": ["classifier.out_proj.weight", "classifier.out_proj.bias"]}[kind]
+    tensors = {name: np.ones((3, 16)[: 2 - name.endswith("bias")], np.float32) for name in names}
+    if kind == "roberta":
+        tensors |= {"classifier.dense.weight": np.ones((16, 16)), "classifier.dense.bias": np.ones(16)}
+    files.add(folder, **tensors)
+    assert models.load(folder).head is not None
+    files.add(folder, **{more: np.ones(3)})
+    with pytest.raises(ValueError, match=f"tensors that a .* model does not use, such as '{more}'"):
+        models.load(folder)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
 def test_an_untied_model_without_a_head_is_incomplete_or_headless(kind, tmp_path):
     folder = files.save(tmp_path, kind, tie_word_embeddings=False, architectures=["SomeForCausalLM"])
@@ -308,6 +327,13 @@ def test_weights_that_are_not_finite_are_named(dtype, value, tmp_path):
     for wanted in (jnp.float32, jnp.bfloat16, jnp.float16):
         with pytest.raises(ValueError, match=rf"tensor '{name}' of .* holds values that are not finite"):
             models.load(folder, dtype=wanted)
+
+
+def test_weights_of_gguf_that_are_not_finite_are_named(tmp_path):
+    weights = draw(PLAIN, dtype=jnp.float32)
+    weights["blocks"]["o_proj"]["kernel"][1, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"tensor 'blk\.1\.attn_output\.weight' of .*a\.gguf holds values"):
+        models.load(save_gguf(tmp_path / "a.gguf", PLAIN, weights))
 
 
 def test_weights_too_large_for_the_dtype_are_named(tmp_path):
