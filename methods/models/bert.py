@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
 from methods.models.encoder import Encoder, EncoderConfig
 from methods.models.family import Family, Tensor
+from methods.models.keys import LAYERS, REAL, SIZE, TEXT, WHOLE, Table, inert, only, optional
 from methods.models.layers import hf_activation
 
 _BERT = {
@@ -29,18 +32,45 @@ _MPNET = _BERT | {
     "attention_norm": "attention.LayerNorm",
 }
 _NORMS = ("attention_norm", "ffn_norm")
-# In order: MLM and next-sentence heads, a pooler that no head reads, buffers, and what is read as a head.
-_IGNORED = ("cls.*", "lm_head.*", "*pooler.dense.*", "*embeddings.position_ids", "classifier.*")
+# In order: heads for masked tokens and next sentences, a pooler that our head does not read, and all other heads.
+_HEADS = ("cls.*", "lm_head.*", "*pooler.dense.*", "classifier.*", "qa_outputs.*")
+
+_COMMON: Table = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), SIZE),
+    "num_hidden_layers": LAYERS,
+    "max_position_embeddings": SIZE,
+    "layer_norm_eps": REAL,
+    "hidden_act": TEXT,
+    "is_decoder": only(False),
+}
+_ROBERTA: Table = {
+    **_COMMON,
+    "type_vocab_size": SIZE,
+    "position_embedding_type": only("absolute"),
+    "pad_token_id": optional(WHOLE),  # positions begin behind it
+}
+KEYS: Mapping[str, Table] = {
+    "bert": {
+        **_COMMON,
+        "type_vocab_size": SIZE,
+        "position_embedding_type": only("absolute"),
+        **inert("of another pooler, which no model in PyTorch has", "directionality", "pooler_fc_size", "pooler_type"),
+        **inert("of another pooler", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
+    },
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "mpnet": {**_COMMON, "relative_attention_num_buckets": SIZE},
+}
 
 
 def from_hf(settings: Mapping[str, Any], names: frozenset[str]) -> EncoderConfig:
     """The config behind transformers' settings. Raises ValueError on what the encoder does not do."""
     kind = settings["model_type"]
-    if settings.get("is_decoder") or settings.get("add_cross_attention"):
-        raise ValueError("an encoder that is used as a decoder (is_decoder) is not supported.")
-    if settings.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type {settings['position_embedding_type']!r} is not supported.")
-    offset = 0 if kind == "bert" else (1 if settings["pad_token_id"] is None else settings["pad_token_id"]) + 1
+    pad = 1 if kind == "mpnet" else settings["pad_token_id"]
+    if pad is None:
+        raise ValueError("pad_token_id is null, but positions begin behind it.")
+    offset = 0 if kind == "bert" else pad + 1
     return EncoderConfig(
         vocab_size=settings["vocab_size"],
         hidden_size=settings["hidden_size"],
@@ -57,29 +87,34 @@ def from_hf(settings: Mapping[str, Any], names: frozenset[str]) -> EncoderConfig
     )
 
 
-def _family(name: str, prefix: str, layer: Mapping[str, str]) -> Family:
+def _family(name: str, kinds: tuple[str, ...], layer: Mapping[str, str]) -> Family:
+    prefix = kinds[0]
     stem = f"{prefix}.encoder.layer.{{layer}}."
     modules = {site: stem + module for site, module in layer.items() if site not in _NORMS}
 
     def tensors(config: EncoderConfig) -> tuple[Tensor, ...]:
-        embeddings = f"{prefix}.embeddings."
+        embeddings, shapes = f"{prefix}.embeddings.", config.site_shapes()
+        width, positions = config.hidden_size, config.position_offset + config.max_positions
         out = [
-            Tensor(("embed",), f"{embeddings}word_embeddings.weight"),
-            Tensor(("positions",), f"{embeddings}position_embeddings.weight"),
-            Tensor(("embed_norm", "scale"), f"{embeddings}LayerNorm.weight"),
-            Tensor(("embed_norm", "bias"), f"{embeddings}LayerNorm.bias"),
+            Tensor(("embed",), (config.vocab_size, width), f"{embeddings}word_embeddings.weight"),
+            Tensor(("positions",), (positions, width), f"{embeddings}position_embeddings.weight"),
+            Tensor(("embed_norm", "scale"), (width,), f"{embeddings}LayerNorm.weight"),
+            Tensor(("embed_norm", "bias"), (width,), f"{embeddings}LayerNorm.bias"),
         ]
         if config.token_types:
-            out.append(Tensor(("types",), f"{embeddings}token_type_embeddings.weight"))
+            out.append(Tensor(("types",), (config.token_types, width), f"{embeddings}token_type_embeddings.weight"))
         if config.relative_buckets:
-            out.append(Tensor(("relative",), f"{prefix}.encoder.relative_attention_bias.weight"))
+            bias = (config.relative_buckets, config.num_heads)
+            out.append(Tensor(("relative",), bias, f"{prefix}.encoder.relative_attention_bias.weight"))
         if config.pooler:
-            out.append(Tensor(("pooler_kernel",), f"{prefix}.pooler.dense.weight", transpose=True))
-            out.append(Tensor(("pooler_bias",), f"{prefix}.pooler.dense.bias"))
+            out.append(Tensor(("pooler_kernel",), (width, width), f"{prefix}.pooler.dense.weight", transpose=True))
+            out.append(Tensor(("pooler_bias",), (width,), f"{prefix}.pooler.dense.bias"))
         for ours, module in layer.items():
-            matrix = "scale" if ours in _NORMS else "kernel"
-            out.append(Tensor(("blocks", ours, matrix), f"{stem}{module}.weight", transpose=matrix == "kernel"))
-            out.append(Tensor(("blocks", ours, "bias"), f"{stem}{module}.bias"))
+            kernel = ours not in _NORMS
+            shape = shapes[ours] if kernel else (width,)
+            path = ("blocks", ours, "kernel" if kernel else "scale")
+            out.append(Tensor(path, shape, f"{stem}{module}.weight", transpose=kernel))
+            out.append(Tensor(("blocks", ours, "bias"), shape[-1:], f"{stem}{module}.bias"))
         return tuple(out)
 
     def head(config: EncoderConfig) -> tuple[Tensor, ...]:
@@ -87,12 +122,16 @@ def _family(name: str, prefix: str, layer: Mapping[str, str]) -> Family:
             names = {"out": "classifier"} | ({} if config.pooler else {"dense": "bert.pooler.dense"})
         else:
             names = {"dense": "classifier.dense", "out": "classifier.out_proj"}
-        kernels = [Tensor((ours, "kernel"), f"{module}.weight", transpose=True) for ours, module in names.items()]
-        return (*kernels, *(Tensor((ours, "bias"), f"{module}.bias") for ours, module in names.items()))
+        out, sizes = [], {"dense": config.hidden_size, "out": -1}
+        for ours, module in names.items():
+            shape = (config.hidden_size, sizes[ours])
+            out.append(Tensor((ours, "kernel"), shape, f"{module}.weight", transpose=True))
+            out.append(Tensor((ours, "bias"), shape[1:], f"{module}.bias"))
+        return tuple(out)
 
     return Family(
         name=name,
-        model_types=(prefix,),
+        keys={kind: KEYS[kind] for kind in kinds},
         from_hf=from_hf,
         tensors=tensors,
         head=head,
@@ -100,12 +139,19 @@ def _family(name: str, prefix: str, layer: Mapping[str, str]) -> Family:
         modules=MappingProxyType(modules),
         base_prefix=f"{prefix}.",
         renamed=(("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")),
-        ignored=_IGNORED,
+        buffers={"*embeddings.position_ids": _counted},
+        heads=_HEADS,
     )
 
 
+def _counted(array: np.ndarray, config: EncoderConfig) -> bool:
+    """The numbers 0, 1, ... of the table's rows: [1, n]."""
+    del config
+    return array.ndim == 2 and np.array_equal(array[0], np.arange(array.shape[1]))
+
+
 FAMILIES = (
-    _family("BERT", "bert", _BERT),
-    _family("RoBERTa", "roberta", _BERT),
-    _family("MPNet", "mpnet", _MPNET),
+    _family("BERT", ("bert",), _BERT),
+    _family("RoBERTa", ("roberta", "xlm-roberta", "camembert"), _BERT),
+    _family("MPNet", ("mpnet",), _MPNET),
 )

@@ -32,6 +32,7 @@ from methods.models.layers import (
     at_least_float32,
     attend,
     check_activation,
+    check_head,
     lookup,
     product,
     rotary_turns,
@@ -84,6 +85,8 @@ class DecoderConfig:
     """RMS norms over head_dim on q and k, before the rotary positions (Qwen3, Gemma 3)."""
     tied: bool = True
     """The head is the embedding."""
+    headless: bool = False
+    """There is no head (a base model or a classifier): no logits, only hidden states."""
     embed_scale: float = 1.0
 
     def __post_init__(self):
@@ -172,7 +175,7 @@ class Decoder(Causal):
         c = self.config
         init = nn.initializers.normal(0.02)
         self.embed = self.param("embed", init, (c.vocab_size, c.hidden_size), self.param_dtype)
-        if not c.tied:
+        if not c.tied and not c.headless:
             self.head_kernel = self.param("head", init, (c.vocab_size, c.hidden_size), self.param_dtype)
         precision = self.precision()
         self.blocks = stack(Block, c.num_layers, self.remat)(c, precision)
@@ -191,6 +194,7 @@ class Decoder(Causal):
         return self.norm(x)
 
     def head(self, hidden):
+        check_head(self.config.headless)
         kernel = self.embed if self.config.tied else self.head_kernel
         logits = product("...d,vd->...v", hidden, kernel, self.precision())
         cap = self.config.logit_cap

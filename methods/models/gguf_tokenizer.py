@@ -37,6 +37,8 @@ _WORDS = {
     "llama-bpe": _Words(words=_GPT4_WORDS % r"\p{N}{1,3}", ignore_merges=True, add_bos=True),
     "qwen2": _Words(words=_GPT4_WORDS % r"\p{N}", nfc=True),
 }
+_LONGEST_PIECE = 256
+"""Characters; every way to cut a piece in two is tried. The longest known have some 50."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -55,10 +57,11 @@ def build(meta: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
             f"{where} holds {f'a tokenizer of kind {kind!r}' if kind else 'no tokenizer'}, but only "
             "'gpt2' and 'llama' tokenizers are read: use the model's Hugging Face folder."
         )
+    named = _named(meta, tokens, where)
     if kind == "gpt2":
         tokenizer, add_bos = _byte_level(meta, tokens, where)
     else:
-        tokenizer, add_bos = _sentencepiece(meta, tokens), True
+        tokenizer, add_bos = _sentencepiece(meta, tokens, where), True
     types = meta.get("tokenizer.ggml.token_type", ())
     for special, kinds in ((True, (_UNKNOWN, _CONTROL)), (False, (_USER_DEFINED,))):
         added = [
@@ -67,9 +70,6 @@ def build(meta: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
             if kind in kinds
         ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-
-    named = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMES.items()}
-    named = {name: tokens[index] for name, index in named.items() if index is not None}
     _add_ends(tokenizer, meta, named, add_bos)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -78,6 +78,20 @@ def build(meta: Mapping[str, Any], where: str) -> "PreTrainedTokenizerFast":
         chat_template=meta.get("tokenizer.chat_template"),
         **named,
     )
+
+
+def _named(meta: Mapping[str, Any], tokens: list[str], where: str) -> dict[str, str]:
+    """The tokens that have a part of their own. Raises ValueError where the lists or ids do not fit the vocabulary."""
+    if len(set(tokens)) < len(tokens):
+        raise ValueError(f"{where} has a token twice in tokenizer.ggml.tokens: fetch the file again.")
+    for name in ("token_type", "scores"):
+        if len(found := meta.get(f"tokenizer.ggml.{name}", tokens)) != len(tokens):
+            raise ValueError(f"{where} has {len(tokens)} tokens, but {len(found)} entries in tokenizer.ggml.{name}.")
+    for key, index in meta.items():
+        if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and index >= len(tokens):
+            raise ValueError(f"{where}: {key} is {index}, but there are only {len(tokens)} tokens.")
+    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in _NAMES.items()}
+    return {name: tokens[index] for name, index in ids.items() if index is not None}
 
 
 def _byte_level(meta: Mapping[str, Any], tokens: list[str], where: str) -> tuple["Tokenizer", bool]:
@@ -89,6 +103,8 @@ def _byte_level(meta: Mapping[str, Any], tokens: list[str], where: str) -> tuple
             f"{where} cuts text by the rule {name!r}, which is not known ({', '.join(_WORDS)} are): "
             "use the model's Hugging Face folder."
         )
+    if meta.get("tokenizer.ggml.add_space_prefix", False):
+        raise ValueError(f"{where} puts a space before texts (tokenizer.ggml.add_space_prefix): that is not supported.")
     rule = _WORDS[name]
     vocab = {token: index for index, token in enumerate(tokens)}
     # The library raises bare Exceptions, for instance where a merge makes a token that is not in the vocabulary.
@@ -106,11 +122,14 @@ def _byte_level(meta: Mapping[str, Any], tokens: list[str], where: str) -> tuple
     return tokenizer, rule.add_bos
 
 
-def _sentencepiece(meta: Mapping[str, Any], tokens: list[str]) -> "Tokenizer":
+def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], where: str) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate(tokens)}
-    scores = meta["tokenizer.ggml.scores"]
+    if (scores := meta.get("tokenizer.ggml.scores")) is None:
+        raise ValueError(f"{where} has no tokenizer.ggml.scores, which a 'llama' tokenizer needs.")
+    if (longest := max(map(len, tokens))) > _LONGEST_PIECE:
+        raise ValueError(f"{where} has a token of {longest} characters, more than the {_LONGEST_PIECE} that are read.")
     # SentencePiece always joins the pair whose union scores highest. As a list of merges: every way to put a
     # piece together, best piece first; ties go to the parts that come first in the vocabulary.
     merges = []
@@ -124,7 +143,8 @@ def _sentencepiece(meta: Mapping[str, Any], tokens: list[str]) -> "Tokenizer":
     merges.sort(key=lambda merge: merge[:3])
     unknown = tokens[meta.get("tokenizer.ggml.unknown_token_id", 0)]
     pairs = [merge[3:] for merge in merges]
-    tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    with explain(f"the tokenizer of {where} contradicts itself: fetch the file again", Exception):
+        tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(meta.get("tokenizer.ggml.add_space_prefix", True))
     scheme = "first" if prefix else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)

@@ -13,28 +13,27 @@ import jax.numpy as jnp
 
 from methods.models.causal import Causal
 from methods.models.layernorm_block import LayerNormBlock, LayerNormConfig
-from methods.models.layers import LayerNorm, Precision, lookup, product, stack
+from methods.models.layers import LayerNorm, Precision, check_head, lookup, product, stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig(LayerNormConfig):
-    """What distinguishes one of these from another. The head is always the embedding."""
+    """What distinguishes one of these from another."""
 
     norm_first: bool = True
     final_norm: bool = True
     """A norm behind the last block."""
     embed_size: int = 0
     """Width of the embedding; 0 for the stream's."""
+    tied: bool = True
+    """The head is the embedding."""
+    headless: bool = False
+    """There is no head (a base model or a classifier): no logits, only hidden states."""
 
     @property
     def windows(self) -> tuple[int, ...]:
         """No layer has a window."""
         return ()
-
-    @property
-    def tied(self) -> bool:
-        """The head is the embedding."""
-        return True
 
 
 class GPT(Causal):
@@ -46,6 +45,8 @@ class GPT(Causal):
         c, init = self.config, nn.initializers.normal(0.02)
         width = c.embed_size or c.hidden_size
         self.embed = self.param("embed", init, (c.vocab_size, width), self.param_dtype)
+        if not c.tied and not c.headless:
+            self.head_kernel = self.param("head", init, (c.vocab_size, width), self.param_dtype)
         shape = (c.position_offset + c.max_positions, c.hidden_size)
         self.positions = self.param("positions", init, shape, self.param_dtype)
         if c.embed_size:
@@ -74,4 +75,6 @@ class GPT(Causal):
         return product("btd,de->bte", x, self.project_out, self.precision()) if self.config.embed_size else x
 
     def head(self, hidden):
-        return product("...d,vd->...v", hidden, self.embed, self.precision())
+        check_head(self.config.headless)
+        kernel = self.embed if self.config.tied else self.head_kernel
+        return product("...d,vd->...v", hidden, kernel, self.precision())

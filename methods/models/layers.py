@@ -39,6 +39,15 @@ def check_activation(name: str) -> None:
         raise ValueError(f"unknown activation {name!r}: choose from {', '.join(ACTIVATIONS)}.")
 
 
+def check_head(headless: bool) -> None:
+    """Raises ValueError for logits of a model without a head."""
+    if headless:
+        raise ValueError(
+            "this model has no language-model head (its checkpoint is of a base model or a classifier): it has no "
+            'logits; use method="hidden" or "features".'
+        )
+
+
 def hf_activation(name: str) -> str:
     """The key of `ACTIVATIONS` behind transformers' name. Raises ValueError."""
     if name not in HF_ACTIVATIONS:

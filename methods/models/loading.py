@@ -1,8 +1,7 @@
 """Pretrained models from a folder, a GGUF file or the hub, as a linen module and its stacked weights."""
 
+import copy
 import dataclasses
-import fnmatch
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods.models import bert, gemma, gpt2, llama, opt
+from methods.models import bert, gemma, gpt2, keys, llama, opt, phi3
 from methods.models.checkpoints import Checkpoint, explain, open_folder, open_gguf
-from methods.models.family import Family, Tensor
+from methods.models.family import Family
 from methods.models.heads import Classifier
+from methods.models.weights import read_weights, with_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, gemma.FAMILY, gpt2.FAMILY, opt.FAMILY, *bert.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    phi3.FAMILY,
+    gemma.FAMILY,
+    gpt2.FAMILY,
+    opt.FAMILY,
+    *bert.FAMILIES,
+)
 """Every family that `load` knows. A new one is a new file and an entry here."""
 
 _HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
@@ -92,18 +99,20 @@ def load(
     fit.
 
     Raises FileNotFoundError if there is no such file, folder or model, and ValueError if a file is damaged,
-    the architecture is not known, a tensor is missing, left over or of the wrong shape, the tokenizer has
-    more tokens than the embedding, or a dtype is not available.
+    the architecture is not known, a key of its config is not known or means another computation, a tensor is missing,
+    left over, of the wrong shape or not finite, the tokenizer has more tokens than the embedding, or a dtype is not
+    available. Warns of a head in the file that is not read.
     """
     dtype = _check_dtype(dtype)
     accumulate = None if accumulate is None else _check_dtype(accumulate)
     path = locate(str(name_or_path))
     checkpoint = open_folder(path) if path.is_dir() else open_gguf(path)
     family = _family(checkpoint)
+    used = _used_settings(checkpoint, family)
     message = f"{checkpoint.where} cannot be read as a {family.name} model"
-    with explain(message, ValueError, KeyError, TypeError, OSError):
-        settings = _settings(checkpoint, family, path)
-        config = family.from_hf(settings, checkpoint.names)
+    with explain(message, Exception):  # transformers' config classes raise errors of their own
+        config = family.from_hf(_settings(checkpoint, family, used), checkpoint.names)
+    config = with_head(checkpoint, family, config)
     model = family.build(config, param_dtype=dtype, accumulate=accumulate)
     if check is not None:
         check(config, model)
@@ -115,9 +124,9 @@ def load(
             f"the tokenizer of {checkpoint.where} has ids up to {max(tokenizer.get_vocab().values())}, but "
             f"the embedding has {config.vocab_size} rows: tokenizer and weights are of different models."
         )
+    weights, head_weights = read_weights(checkpoint, family, config, dtype)
     head = {tensor.path: tensor.hf for tensor in family.head(config)}
     conv1d = any(tensor.conv1d for tensor in family.tensors(config))
-    weights, head_weights = _weights(checkpoint, family, config, model, dtype)
     return Pretrained(
         name=str(name_or_path),
         model=model,
@@ -167,7 +176,7 @@ def locate(name: str) -> Path:
 
 
 def _family(checkpoint: Checkpoint) -> Family:
-    attribute = "model_types" if checkpoint.kind == "hf" else "gguf_architectures"
+    attribute = "keys" if checkpoint.kind == "hf" else "gguf_keys"
     for family in FAMILIES:
         if checkpoint.architecture in getattr(family, attribute):
             return family
@@ -177,12 +186,24 @@ def _family(checkpoint: Checkpoint) -> Family:
     )
 
 
-def _settings(checkpoint: Checkpoint, family: Family, path: Path) -> Mapping[str, Any]:
-    if checkpoint.kind == "gguf" and family.from_gguf is not None:
-        return family.from_gguf(checkpoint.settings, checkpoint.names, checkpoint.read)
-    from transformers import AutoConfig  # knows each architecture's defaults and old spellings
+def _used_settings(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
+    """What the model depends on, of all that the file says; the rest is known to change nothing."""
+    kind = checkpoint.architecture
+    if checkpoint.kind == "gguf":
+        own = {f"{kind}.{name}": key for name, key in family.gguf_keys[kind].items()}
+        table = {**keys.GGUF, **own}
+    else:
+        table = {**keys.COMMON, **family.keys[kind]}
+    return keys.read(checkpoint.settings, table, checkpoint.sizes, checkpoint.settings_file, family.name)
 
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict()
+
+def _settings(checkpoint: Checkpoint, family: Family, used: dict[str, Any]) -> Mapping[str, Any]:
+    if checkpoint.kind == "gguf" and family.from_gguf is not None:
+        return family.from_gguf(used, checkpoint.names, checkpoint.read)
+    from transformers import CONFIG_MAPPING  # knows each architecture's defaults and old spellings
+
+    # It changes what it is given.
+    return CONFIG_MAPPING[checkpoint.architecture](**copy.deepcopy(used)).to_dict()
 
 
 def _tokenizer(checkpoint: Checkpoint, path: Path) -> "PreTrainedTokenizerFast | None":
@@ -192,102 +213,12 @@ def _tokenizer(checkpoint: Checkpoint, path: Path) -> "PreTrainedTokenizerFast |
         return gguf_tokenizer.build(checkpoint.settings, checkpoint.where)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer
 
+    # Without it, transformers would read config.json again, all of it.
+    config = CONFIG_MAPPING[checkpoint.architecture]()
+    named = checkpoint.settings.get("tokenizer_class")
+    config.tokenizer_class = named if isinstance(named, str) else None
     message = f"the tokenizer of {path} cannot be read: fetch its files again"
-    with explain(message, OSError, ValueError, KeyError, TypeError, ImportError):
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
-def _weights(
-    checkpoint: Checkpoint, family: Family, config: Any, model: nn.Module, dtype: np.dtype
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The stacked weights and those of a classification head, one array at a time."""
-    wanted = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-    weights, head, used = {}, {}, set()
-    for tensor in family.tensors(config):
-        shape = wanted
-        for key in tensor.path:
-            shape = shape[key]
-        names = [_name(checkpoint, family, tensor, layer) for layer in range(config.num_layers)]
-        used.update(names)
-        _put(weights, tensor.path, _array(checkpoint, family, tensor, names, shape.shape, dtype))
-    classifies = any(
-        kind.endswith("ForSequenceClassification") for kind in checkpoint.settings.get("architectures") or ()
-    )
-    for tensor in family.head(config) if classifies else ():
-        name = _name(checkpoint, family, tensor, None)
-        array = _oriented(checkpoint.read(name), tensor, checkpoint, family)
-        used.add(name)
-        _put(head, tensor.path, jnp.asarray(np.ascontiguousarray(array, dtype)))
-    _refuse_leftovers(checkpoint, family, config, used)
-    return weights, head or None
-
-
-def _array(
-    checkpoint: Checkpoint, family: Family, tensor: Tensor, names: list[str], shape: tuple[int, ...], dtype: np.dtype
-) -> jax.Array:
-    """One array of the weights, read into its place layer by layer."""
-    out = _aligned(shape, dtype)
-    for name, place in zip(names, out if tensor.stacked else [out], strict=False):
-        array = _oriented(checkpoint.read(name), tensor, checkpoint, family)
-        if array.shape != place.shape:
-            raise ValueError(
-                f"tensor {name!r} of {checkpoint.where} has shape {array.shape} where the config asks "
-                f"for {place.shape}: config and weights are of different models."
-            )
-        place[...] = array
-    return jax.device_put(out)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An empty array that starts at a multiple of 64 bytes: such a one jax takes over as it is, without a copy."""
-    size = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(dtype).reshape(shape)
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
-def _name(checkpoint: Checkpoint, family: Family, tensor: Tensor, layer: int | None) -> str:
-    """What the checkpoint calls the tensor: by today's name, an older one, or either without the base's prefix."""
-    name = (tensor.hf if checkpoint.kind == "hf" else tensor.gguf).format(layer=layer)
-    older = [name.removesuffix(new) + old for new, old in family.renamed if name.endswith(new)]
-    for known in (name, *older):
-        for candidate in (known, known.removeprefix(family.base_prefix)):
-            if candidate in checkpoint.names:
-                return candidate
-    raise ValueError(
-        f"{checkpoint.where} lacks the tensor {name!r}: the download is incomplete, or config and weights "
-        "are of different models."
-    )
-
-
-def _oriented(array: np.ndarray, tensor: Tensor, checkpoint: Checkpoint, family: Family) -> np.ndarray:
-    """As the model wants it: rotary pairs half a head apart, [in, out], and only the tensor's part of it."""
-    if tensor.interleaved_heads and checkpoint.kind == "gguf" and checkpoint.architecture in family.gguf_interleaved:
-        heads = array.reshape(tensor.interleaved_heads, -1, 2, *array.shape[1:])
-        array = heads.swapaxes(1, 2).reshape(array.shape)
-    if tensor.transpose and not (tensor.conv1d and checkpoint.kind == "hf"):
-        array = array.T
-    index, count = tensor.part
-    size = array.shape[-1] // count
-    return array[..., index * size : (index + 1) * size] if count > 1 else array
-
-
-def _refuse_leftovers(checkpoint: Checkpoint, family: Family, config: Any, used: set[str]) -> None:
-    """A tensor nobody read is a part of the network that the model would silently do without."""
-    ignored = family.ignored + (("*lm_head.weight",) if getattr(config, "tied", False) else ())
-    left = sorted(
-        name for name in checkpoint.names - used if not any(fnmatch.fnmatchcase(name, rule) for rule in ignored)
-    )
-    if left:
-        raise ValueError(
-            f"{checkpoint.where} has {len(left)} tensors that a {family.name} model does not use, such as "
-            f"{left[0]!r}: it is of another architecture than it says."
-        )
+    with explain(message, Exception):  # the Rust library raises bare Exceptions
+        return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)

@@ -39,6 +39,8 @@ ORACLES = {
     "Bert": {"type_vocab_size": 2},
     "Roberta": {"type_vocab_size": 1, "hidden_act": "gelu_new"},
     "MPNet": {},
+    "XLMRoberta": {"type_vocab_size": 1, "pad_token_id": 0},
+    "Camembert": {"type_vocab_size": 1},
 }
 
 
@@ -53,9 +55,9 @@ def pretrained_and_oracle(kind, task, path):
 
 def run_oracle(oracle, mask, kind, tokens=TOKENS, **options):
     """transformers' output on TOKENS with padding; positions as `Encoder` counts them."""
-    torch = require("torch")
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) + (0 if kind == "Bert" else 2)
-    inputs = {"input_ids": np.where(mask, tokens, 1), "attention_mask": mask, "position_ids": positions} | options
+    torch, pad = require("torch"), oracle.config.pad_token_id
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0) + (0 if kind == "Bert" else pad + 1)
+    inputs = {"input_ids": np.where(mask, tokens, pad), "attention_mask": mask, "position_ids": positions} | options
     with torch.no_grad():
         return oracle(**{name: torch.tensor(value.astype(np.int64)) for name, value in inputs.items()})
 
@@ -229,5 +231,5 @@ def test_what_the_loader_refuses(tmp_path):
         models.load(tmp_path)
     oracle.config.is_decoder = True
     oracle.config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="used as a decoder"):
+    with pytest.raises(ValueError, match="is_decoder is True, but a BERT model here needs False"):
         models.load(tmp_path)

@@ -1,5 +1,7 @@
 """GPT-2 and OPT against transformers; classification heads behind decoders."""
 
+import warnings
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from methods import models
 from methods.models import GPT, GPTConfig, gpt2
 from tests.conftest import require
+from tests.methods import checkpoint_files as files
 from tests.methods import helpers
 from tests.methods.helpers import MASK, TOKENS, logits
 
@@ -33,16 +36,23 @@ LLAMA = {
     "num_attention_heads": 4,
     "tie_word_embeddings": True,
 }
+QWEN = LLAMA | {"num_key_value_heads": 4}
+UNTIED = LLAMA | {"tie_word_embeddings": False}
 ORACLES = {
     "gpt2": ("GPT2", GPT2),
     "opt": ("OPT", OPT),
+    "gpt2-untied": ("GPT2", GPT2 | {"tie_word_embeddings": False}),
+    "opt-untied": ("OPT", OPT | {"word_embed_proj_dim": 16, "tie_word_embeddings": False}),
     "opt-350m": ("OPT", OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False, "enable_bias": False}),
 }
 
 
+def config_of(kind, settings):
+    return getattr(require("transformers"), f"{kind}Config")(**settings, attn_implementation="eager")
+
+
 def pretrained_and_oracle(kind, settings, task, path):
-    transformers = require("transformers")
-    config = getattr(transformers, f"{kind}Config")(**settings, attn_implementation="eager")
+    config = config_of(kind, settings)
     oracle = helpers.random_oracle(f"{kind}{task}", config)
     oracle.save_pretrained(path)
     return models.load(path), oracle
@@ -60,7 +70,7 @@ def run_oracle(oracle, mask, **options):
 @pytest.mark.parametrize("name", ORACLES)
 def test_equals_transformers(name, tmp_path):
     pretrained, oracle = pretrained_and_oracle(
-        *ORACLES[name], "LMHeadModel" if name == "gpt2" else "ForCausalLM", tmp_path
+        *ORACLES[name], "LMHeadModel" if name.startswith("gpt2") else "ForCausalLM", tmp_path
     )
     assert set(oracle.state_dict()) >= {
         pretrained.hf_names.module(site, 2) + ".weight" for site in pretrained.config.site_shapes()
@@ -76,7 +86,7 @@ def test_equals_transformers(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(("kind", "settings"), [("GPT2", GPT2), ("OPT", OPT), ("Llama", LLAMA)])
+@pytest.mark.parametrize(("kind", "settings"), [("GPT2", GPT2), ("OPT", OPT), ("Llama", LLAMA), ("Llama", UNTIED)])
 def test_heads_equal_transformers(kind, settings, tmp_path):
     settings = settings | {"num_labels": 3, "pad_token_id": 1}
     pretrained, oracle = pretrained_and_oracle(kind, settings, "ForSequenceClassification", tmp_path)
@@ -88,6 +98,43 @@ def test_heads_equal_transformers(kind, settings, tmp_path):
     unmasked = logits(pretrained.model, pretrained.weights, TOKENS, method="features")
     np.testing.assert_allclose(whole, unmasked, rtol=1e-6)
     assert dict(pretrained.hf_names.head) == {("out", "kernel"): "score.weight"}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("kind", "settings"), [("Qwen2", QWEN), ("GPT2", GPT2), ("OPT", OPT)])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_counts(kind, settings, tmp_path):
+    torch = require("torch")
+    task = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    tied, oracle = pretrained_and_oracle(kind, settings, task, tmp_path)
+    embedding = oracle.get_input_embeddings().weight.detach().numpy()
+    files.add(tmp_path, **{"lm_head.weight": embedding})
+    same = models.load(tmp_path)
+    assert same.config.tied and same.config == tied.config and "head" not in same.weights
+    files.add(tmp_path, **{"lm_head.weight": embedding + 0.3 * np.random.default_rng(0).normal(size=embedding.shape)})
+    other = models.load(tmp_path)
+    oracle = type(oracle).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        wanted = oracle(torch.tensor(TOKENS.astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(logits(other.model, other.weights), wanted, rtol=0, atol=1e-4)
+    assert np.abs(logits(tied.model, tied.weights) - wanted).max() > 1 and not other.config.tied
+
+
+@pytest.mark.filterwarnings("default")
+def test_base_models_and_heads_of_other_tasks_give_hidden_states(tmp_path):
+    torch = require("torch")
+    for kind, task in (("Mistral", "Model"), ("Llama", "ForTokenClassification"), ("Llama", "ForQuestionAnswering")):
+        oracle = helpers.random_oracle(f"{kind}{task}", config_of(kind, UNTIED | {"num_key_value_heads": 4}))
+        oracle.save_pretrained(tmp_path / task)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pretrained = models.load(tmp_path / task)
+        body = oracle if task == "Model" else oracle.base_model
+        with torch.no_grad():
+            wanted = body(torch.tensor(TOKENS.astype(np.int64))).last_hidden_state.numpy()
+        hidden = logits(pretrained.model, pretrained.weights, method="hidden")
+        np.testing.assert_allclose(hidden, wanted, rtol=0, atol=1e-4)
+        heads = [str(one.message) for one in said if "holds a head that is not read" in str(one.message)]
+        assert len(heads) == (task != "Model") and pretrained.config.headless and pretrained.head is None
 
 
 def test_gguf_and_folder_give_the_same_gpt2(tmp_path):

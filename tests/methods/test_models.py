@@ -58,6 +58,8 @@ GEMMA3 = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [9.0] * 4}
+PHI3 = {"num_key_value_heads": 4, "pad_token_id": 1}
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 ORACLES = {
     "llama3": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -69,6 +71,8 @@ ORACLES = {
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 3, "query_pre_attn_scalar": 24}),
     "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 3, "layer_types": ALTERNATING, "rope_parameters": GEMMA3}),
     "yarn": ("Qwen2", {"rope_parameters": YARN, "max_position_embeddings": 128}),
+    "phi3": ("Phi3", PHI3 | {"sliding_window": 3}),
+    "longrope": ("Phi3", PHI3 | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
 }
 
