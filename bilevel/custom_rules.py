@@ -59,7 +59,7 @@ def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
     return None
 
 
-_PACKAGES = tuple(os.path.join(os.path.dirname(module.__file__), "") for module in (jax, optax))
+_PACKAGES = tuple(os.path.join(os.path.dirname(str(module.__file__)), "") for module in (jax, optax))
 """Their rules by `jax.custom_jvp` (relu, softmax, projections) are derivatives; not all by `jax.custom_vjp` are."""
 
 _OURS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")

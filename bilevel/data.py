@@ -39,7 +39,8 @@ class Indexed:
 
     def __post_init__(self):
         check_fields(self)
-        if not jnp.issubdtype(getattr(self.index, "dtype", None), jnp.integer):
+        kind = getattr(self.index, "dtype", None)
+        if kind is None or not jnp.issubdtype(kind, jnp.integer):
             raise ValueError(f"Indexed(index={shown(self.index)}): must be an array of integers, the rows.")
         if isinstance(self.index, Tracer) or not np.size(self.index):
             return

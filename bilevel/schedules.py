@@ -104,7 +104,7 @@ Checkpoint = Literal["auto", "none", "step", "sqrt"] | Levels | Binomial | Auto 
 _LEVELS = {"step": 1, "sqrt": 2}
 
 
-def is_schedule(value: Any) -> Checkpoint:
+def is_schedule(value: Any) -> Any:
     """The rule of a setting that is a `Checkpoint`."""
     named = isinstance(value, str) and value in ("auto", "none", *_LEVELS)
     if not named and not isinstance(value, Levels | Binomial | Auto | Probe):
@@ -261,7 +261,7 @@ def choose(checkpoint: Checkpoint, sizes: Callable[[], StepBytes], length: int) 
     if not isinstance(checkpoint, Auto):
         return checkpoint
     measured = sizes()
-    kept = {candidate: measured.kept(candidate, length) for candidate in _candidates(length)}
+    kept: dict[Checkpoint, int] = {candidate: measured.kept(candidate, length) for candidate in _candidates(length)}
     for candidate, size in kept.items():
         if size <= checkpoint.bytes:
             return candidate

@@ -175,7 +175,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def scalar(**bounds: float) -> Rule:
+def scalar(**bounds: Any) -> Rule:
     """A `real` number that may be an array of the program, and traced; where its value is known, it is checked."""
     number = real(**bounds)
 

@@ -66,6 +66,7 @@ def too_wide(array: Any) -> str | None:
     """
     if not isinstance(array, (np.ndarray, np.generic)):
         return None
+    array = np.asarray(array)
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow == array.dtype or not array.size:
         return None

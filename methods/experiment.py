@@ -265,7 +265,7 @@ def prepare(
 
     train, outer = encoded(splits.train), encoded(splits.outer)
     width = 0 if labelled else max(answer_width(train), answer_width(outer))
-    head = pretrained.classifier(task.outputs) if labelled else None
+    head = pretrained.classifier(task.outputs) if isinstance(task, tasks.Classification) else None
     inputs = {
         f"published {task.name} training rows": fingerprint.rows(published[0]),
         f"published {task.name} {task.test} rows": fingerprint.rows(published[1]),
