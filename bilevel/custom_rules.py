@@ -132,6 +132,7 @@ def _agree(function: Callable[..., Any], ruled: Callable[..., Any], point: list[
     pull_ruled = jax.vjp(of(ruled), at)[1]
     try:
         pull = jax.vjp(of(function), at)[1]
+        pull(images)
     except Exception:  # a loop or a callback, which is why it has a rule: differences along one direction, then
         direction = [_random(rng, x, 1.0) for x in at]
         slope = _differences(of(function), at, direction)
