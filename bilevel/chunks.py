@@ -47,7 +47,7 @@ def chunk(solver, record, capacity, state, data, count):
 
     def one(state):
         state, metrics = step(solver, state, data)
-        return state, metrics | (record(state) if record else {})
+        return state, metrics | (_recorded(record, state, metrics) if record else {})
 
     # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
     body_jaxpr, shapes = jax.make_jaxpr(one, return_shape=True)(state)
@@ -173,3 +173,13 @@ def kinds(metrics: Mapping[str, Any]) -> str:
 
 def _rows_of(rows: Mapping[str, np.ndarray]) -> str:
     return kinds({name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in rows.items()})
+
+
+def _recorded(record: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What `record` says of `state`; names that are its own."""
+    rows = record(state)
+    if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
+        raise ValueError(f"run(record=...): record returned a {type(rows).__name__}, but must return {{name: array}}.")
+    if taken := sorted(set(rows) & set(metrics)):
+        raise ValueError(f"run(record=...): {', '.join(taken)} is a metric of the solver: record it by another name.")
+    return rows

@@ -223,12 +223,23 @@ def unknowns(
     A leaf of the optimizer's state is moved if training changes it and a derivative can pass through it.
     """
     trained = problem.split(state.params)[0]
+    _refuse_turns(estimator, state.opt_state)
     transform = optimizers.transformation(optimizer, outer)
     division = divide(estimator, transform, trained, state.opt_state)
     handed_on = optimizers.carried(transform, trained, state.opt_state)
     leaves = jax.tree.leaves(state.opt_state)
     moves = tuple(is_inexact(x) and not same for x, same in zip(leaves, handed_on, strict=True))
     return division, moves, (division.split(trained)[0], [x for m, x in zip(moves, leaves, strict=True) if m])
+
+
+def _refuse_turns(estimator: str, opt_state: PyTree) -> None:
+    """Refuses optimizers that take turns: no single step of theirs has the trained point as its fixed point."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
+    if any(isinstance(node, optax.MultiStepsState) for node in nodes):
+        raise ValueError(
+            f"{estimator}: optax.MultiSteps moves parameters at some steps only, so one of its steps has no fixed "
+            "point to differentiate: give the optimizer inside it, and larger batches."
+        )
 
 
 def trained_part(

@@ -1,8 +1,9 @@
 """Which entries of the inner variable an optimizer never moves, decided from the trace of its update.
 
 `optax.set_to_zero` in a `partition` or `multi_transform`, `optax.transforms.freeze`, a multiplication by a mask: what
-is frozen so is no unknown of an implicit system. An entry counts as frozen if its update is 0 whatever the gradient,
-the state and the parameters are; a learning rate that happens to be 0 now (warm-up) freezes nothing.
+is frozen so is no unknown of an implicit system. An entry counts as frozen if its update is 0 whatever the gradient and
+the parameters are, and whatever the optimizer's state comes to be: what `init` sets to 0 and an update leaves at 0 (the
+momentum of a gradient that was masked) is 0 for ever; a learning rate that is 0 only now (warm-up) freezes nothing.
 """
 
 from __future__ import annotations
@@ -76,13 +77,25 @@ def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Div
       ValueError: if nothing is ever moved.
     """
 
-    def update(grads, state, params, value):
-        return transform.update(grads, state, params, value=value, grad=grads)[0]
+    def update(state, grads, params, value):
+        return transform.update(grads, state, params, value=value, grad=grads)
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        closed = jax.make_jaxpr(update)(params, state, params, jnp.zeros(()))
+        closed = jax.make_jaxpr(update)(state, params, params, jnp.zeros(()))
+        begun, start = jax.make_jaxpr(transform.init, return_shape=True)(params)
+    count, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
+    unknown = [None] * (len(closed.in_avals) - size)
+    own = jax.tree.structure(start) == jax.tree.structure(state)
+    assumed = _zeros(begun, [None] * len(begun.in_avals)) if own else [None] * size
+    # What is 0 at the start and is left at 0: taken away from what is assumed until an update keeps all of the rest.
+    while True:
+        zeros = _zeros(closed, [*assumed, *unknown])
+        kept = [_either_unknown(a, z) for a, z in zip(assumed, zeros[count:], strict=True)]
+        if all(_same(a, k) for a, k in zip(assumed, kept, strict=True)):
+            break
+        assumed = kept
     kinds, masks = [], []
-    for leaf, zero in zip(jax.tree.leaves(params), _zeros(closed, [None] * len(closed.in_avals)), strict=True):
+    for leaf, zero in zip(jax.tree.leaves(params), zeros[:count], strict=True):
         if zero is None or not np.any(zero):
             kinds.append("moving")
         elif np.all(zero):
@@ -96,6 +109,18 @@ def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Div
             "so there is no trained point to differentiate: leave out set_to_zero, or the mask, for what is trained."
         )
     return Division(tuple(kinds), masks)
+
+
+def _either_unknown(assumed: Any, found: Any) -> Any:
+    """Where both say 0; None where one says nothing."""
+    if assumed is None or found is None:
+        return None
+    both = np.logical_and(assumed, found)
+    return both if np.any(both) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (a is None) == (b is None) and (a is None or bool(np.all(a == b)))
 
 
 # An abstract value is a NumPy array or scalar that is known (`_Known`), a boolean array or scalar that says where the
@@ -154,19 +179,31 @@ def _outputs(eqn: Any, inputs: list[Any]) -> list[Any]:
         return [zeros[0]]
     if name in _RESHAPES:
         return [zeros[0] if zeros[0] is None or np.ndim(zeros[0]) == 0 else _reshaped(eqn, zeros[0])]
+    if name in ("reduce_sum", "dot_general"):
+        whole = [z is not None and bool(np.all(z)) for z in zeros]
+        return [np.bool_(True)] if any(whole) else unknown
+    if name == "integer_pow":
+        return [zeros[0] if eqn.params["y"] > 0 else None]
+    if name == "sub" and eqn.invars[0] is eqn.invars[1]:
+        return [np.bool_(True)]
+    if name == "concatenate" and any(z is not None for z in zeros):
+        known = [np.zeros((), bool) if z is None else z for z in zeros]
+        parts = [np.broadcast_to(z, atom.aval.shape) for z, atom in zip(known, eqn.invars, strict=True)]
+        return [np.concatenate(parts, eqn.params["dimension"])]
     if name == "mul":
         return [_either(zeros)]
-    if name in ("add", "sub", "add_any"):
+    if name in ("add", "sub", "add_any", "max", "min"):
         return [_both(zeros)]
     if name == "select_n":
         return [_selected(inputs[0], zeros[1:])]
     return unknown
 
 
-_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div")
+_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div", "sqrt")
+_KEEPS_ZERO += ("square", "cbrt", "tanh", "sin", "tan", "asinh", "atan", "expm1", "log1p", "floor", "ceil", "round")
 """Functions of their first argument that are 0 where it is."""
 
-_RESHAPES = ("reshape", "squeeze", "transpose", "expand_dims")
+_RESHAPES = ("reshape", "squeeze", "transpose", "expand_dims", "slice", "rev")
 
 
 def _is_random(eqn: Any) -> bool:

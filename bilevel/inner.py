@@ -14,7 +14,7 @@ from bilevel.gradients import Gradient, Point, mixed_gradient
 from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
 from bilevel.schedules import Checkpoint, scan
-from bilevel.trees import PyTree, at_step, combine, is_key, partition
+from bilevel.trees import PyTree, as_words, at_step, combine, is_key, partition
 
 
 class InnerState(NamedTuple):
@@ -69,13 +69,15 @@ def train(
     moving, fixed = problem.split(state.params)
     outer_moving, outer_fixed = partition(outer)
     transform = optimizers.transformation(optimizer, outer)
+    # A schedule may do a step more than once; keys of `outer` are folded anew each time, from their words.
+    outer_words, as_keys = as_words(outer_fixed)
     xs, bind = slots(batches, steps)
 
     def step(carry, x):
         params, carried, opt_state = carry
         t, slot, key = x
         rest = fixed | carried if carried else fixed
-        point = Point(params, outer_moving, rest, at_step(outer_fixed, t), problem, bind(slot), key)
+        point = Point(params, outer_moving, rest, at_step(as_keys(outer_words), t), problem, bind(slot), key)
         result = gradient(point)
         updates, new_opt_state = optimizers.update(transform, result.grad, opt_state, params, result.value)
         opt_state = jax.tree.map(_like, new_opt_state, opt_state)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import bijectors
-from bilevel.arguments import Contents, check_outer, refuse_modules
+from bilevel.arguments import Contents, refuse_modules
 from bilevel.data import resolve
 from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
 from bilevel.settings import as_pytree as as_pytree
@@ -80,12 +80,11 @@ class Problem:
         """`init_outer(key)`, its numbers made arrays.
 
         Raises:
-          ValueError: if it holds no floating-point number, a leaf is no array, or one is outside its domain.
+          ValueError: if a leaf is no array, or one is outside its domain.
         """
         outer = self.init_outer(key)
         refuse_modules("init_outer returned", outer)
         outer = as_arrays(outer, "init_outer returned")
-        check_outer("init_outer returned", outer)
         bijectors.check(self.domain, outer)
         return outer
 

@@ -68,7 +68,7 @@ def explained(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]]) -
         yield
     except _FAILURES as error:
         reason = _undifferentiable(losses, orders, str(error))
-        if reason is None and "custom_vjp" in str(error):
+        if reason is None and "custom_vjp" in str(error) and "forward-mode" in str(error).lower():
             reason = f"Training that forward mode is pushed through {_MIXED}."
         if reason is None:
             raise

@@ -23,7 +23,7 @@ from bilevel.interrupts import terminable
 from bilevel.progress import Callback, Progress
 from bilevel.refusals import TracedLoss, refuse_captured, traced_losses
 from bilevel.solvers.base import Solver, outer_batches
-from bilevel.trees import PyTree
+from bilevel.trees import PyTree, replayed
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""
@@ -146,7 +146,7 @@ def run(
                     if done or note:
                         data = [feed.next(n, done) for feed, n in zip(feeds, wanted_batches(solver), strict=True)]
                     if holes is None:  # no step: compiled, and what is not finite from the start
-                        holes = np.asarray(chunk(solver, record, capacity, state, data, 0)[2])
+                        holes = np.asarray(chunk(solver, record, capacity, *replayed((state, data)), 0)[2])
                         refuse_start(solver, state, holes, done)
                     new, buffer, new_holes = chunk(solver, record, capacity, state, data, count)
                     rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}

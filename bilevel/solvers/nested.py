@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import optimizers
+from bilevel.arguments import check_outer
 from bilevel.guards import EXACTNESS
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.inner import InnerState
@@ -70,6 +71,7 @@ class Nested:
         checked("Nested.init", "key", key, random_key)
         outer_key, inner_key, key = jax.random.split(key, 3)
         outer = self.problem.start_outer(outer_key)
+        check_outer("init_outer returned", outer)
         inner = self.hypergradient.init(self.problem, outer, inner_key)
         opt_state = optimizers.init(self.outer_optimizer, outer, self.problem.free(partition(outer)[0]))
         return distinct(NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key))

@@ -122,6 +122,10 @@ class Oracles:
             return jax.vjp(lambda w: self._gradient(w, lam, draw)[0], w)[1](v)[0]
         return jax.jvp(lambda w: jax.grad(self._inner)(w, lam, draw), (w,), (v,))[1]
 
+    def inner_value(self, w: PyTree, lam: PyTree, draw: Draw) -> jax.Array:
+        """f alone."""
+        return self._inner(w, lam, draw)
+
     def outer_value(self, w: PyTree, lam: PyTree, draw: Draw) -> jax.Array:
         """F alone."""
         return self._outer(w, lam, draw)

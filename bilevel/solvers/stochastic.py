@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel.arguments import check_outer
 from bilevel.calls import refuse_complex
 from bilevel.gradients import Point, own_rule, reverse_gradient
 from bilevel.guards import arrives, dependence, report
@@ -188,10 +189,15 @@ class Stochastic:
         if rule and self.commuting:
             raise ValueError(f"{name}: inner_loss has a derivative of its own (`{rule}`), {_REFUSED}.")
 
+        def cross(v):
+            if rule is None:  # forward over reverse, as the iteration takes it
+                by_outer = lambda w: jax.grad(lambda lam: at.inner_value(w, lam, draw))(at.lam)  # noqa: E731
+                return jax.jvp(by_outer, (at.w,), (v,))[1]
+            return jax.vjp(lambda lam: reverse_gradient(point._replace(outer=lam)).grad, at.lam)[1](v)[0]
+
         def direction(one, v):
             outside = jax.vjp(lambda lam: at.outer_value(at.w, lam, at.outer_draws[0]), at.lam)[1](one)[0]
-            inside = jax.vjp(lambda lam: reverse_gradient(point._replace(outer=lam)).grad, at.lam)[1](v)[0]
-            return list(zip(jax.tree.leaves(outside), jax.tree.leaves(inside), strict=True))
+            return list(zip(jax.tree.leaves(outside), jax.tree.leaves(cross(v)), strict=True))
 
         def start(lam):
             return partition(self.problem.start_inner(state.key, combine(lam, at.outer_fixed)))[0]
@@ -199,8 +205,11 @@ class Stochastic:
         def lost():
             return [_AT_START if starts else None for starts in arrives(start, at.lam)]
 
-        value = jax.eval_shape(lambda: at.outer_value(at.w, at.lam, at.outer_draws[0]))
-        rows = dependence(lambda both: direction(*both), (jnp.ones((), value.dtype), at.w))
+        try:
+            value = jax.eval_shape(lambda: at.outer_value(at.w, at.lam, at.outer_draws[0]))
+            rows = dependence(lambda both: direction(*both), (jnp.ones((), value.dtype), at.w))
+        except Exception:  # a loss without a second derivative: the iteration needs none, or will say so itself
+            return dataclasses.replace(at, commutes=rule is None)
         reached = [any(a) or any(b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
         report(reached, at.lam, name, None, [False] * len(reached), lost)
         return dataclasses.replace(at, commutes=rule is None)
@@ -210,6 +219,7 @@ class Stochastic:
         checked(f"{type(self).__name__}.init", "key", key, random_key)
         outer_key, inner_key, key = jax.random.split(key, 3)
         outer = self.problem.start_outer(outer_key)
+        check_outer("init_outer returned", outer)
         inner = self.problem.start_inner(inner_key, outer)
         for what, tree in (("inner", inner), ("outer", outer)):
             remedy = "use Nested with Unrolled, or write them in real and imaginary parts"

@@ -57,6 +57,7 @@ OPTIMIZERS = {
     "freeze": optax.chain(SGD, optax.transforms.freeze(MASK)),
     "masked": optax.chain(SGD, optax.masked(optax.set_to_zero(), MASK)),
     "clipped": optax.chain(optax.clip_by_global_norm(1e6), SGD, optax.transforms.freeze(MASK)),
+    "before momentum": optax.chain(optax.masked(optax.set_to_zero(), MASK), optax.sgd(0.1, 0.5)),
     "momentum": optax.chain(optax.sgd(0.1, 0.5), optax.transforms.freeze(MASK)),
 }
 BY_ENTRY = {
@@ -127,6 +128,20 @@ KINDS = {
         ("moving", "held"),
     ),
     "unless it is not finite": (optax.apply_if_finite(OPTIMIZERS["freeze"], 3), ("moving", "held")),
+    "adam behind a mask": (optax.chain(optax.masked(optax.set_to_zero(), MASK), optax.adam(0.1)), ("moving", "held")),
+    "momentum behind a mask": (
+        optax.chain(optax.masked(optax.set_to_zero(), MASK), optax.sgd(0.1, 0.5)),
+        ("moving", "held"),
+    ),
+    "an average of updates": (optax.chain(OPTIMIZERS["partition"], optax.ema(0.3)), ("moving", "held")),
+    "an injected rate of 0": (
+        optax.partition({"train": SGD, "freeze": optax.inject_hyperparams(optax.sgd)(learning_rate=0.0)}, LABELS),
+        ("moving", "held"),
+    ),
+    "an injected rate that starts at 0": (
+        optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.0, 0.1, 5)),
+        ("moving", "moving"),
+    ),
     "adam": (optax.chain(optax.adam(0.1), optax.transforms.freeze(MASK)), ("moving", "held")),
     "some entries": (
         optax.chain(SGD, optax.stateless(lambda u, p: {"u": u["u"] * jnp.asarray([1.0, 0.0, 1.0]), "z": u["z"]})),
