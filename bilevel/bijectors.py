@@ -163,7 +163,8 @@ def natural(domain: PyTree, free: PyTree) -> PyTree:
 
 
 def check(domain: PyTree, outer: PyTree) -> None:
-    """Raises ValueError, by name, if a leaf of `outer` is outside its domain; traced values are not looked at."""
+    """Raises ValueError, by name, if a leaf of `outer` is outside its domain, or on a border that no step leads away
+    from; traced values are not looked at."""
     if domain is None:
         return
     _map(domain, outer, _refuse_complex)
@@ -177,6 +178,24 @@ def check(domain: PyTree, outer: PyTree) -> None:
                 f"init_outer returned {np.array2string(x, precision=4, threshold=8)} in outer leaf {name}, which is "
                 "outside the domain that Problem(domain=...) gives it: start inside."
             )
+    still = _map(domain, outer, _is_stuck)
+    for name, x, is_stuck in zip(leaf_names(outer), jax.tree.leaves(outer), jax.tree.leaves(still), strict=True):
+        if is_stuck is True:
+            raise ValueError(
+                f"init_outer returned {np.array2string(np.asarray(x), precision=4, threshold=8)} in outer leaf {name}, "
+                "which is on the border of the domain that Problem(domain=...) gives it, from which no step leads away:"
+                " start inside, for example at 1e-3."
+            )
+
+
+def _is_stuck(bijector: Bijector, x: jax.Array) -> Any:
+    """Whether some entry of x hardly changes by whole steps of its free variable, to either side; x if it is traced."""
+    if isinstance(x, Tracer) or not x.size:
+        return x
+    u = bijector.inverse(x)
+    steps = (1 + jnp.arange(u.size, dtype=u.dtype) / u.size).reshape(u.shape)
+    moves = jnp.maximum(jnp.abs(bijector.forward(u + steps) - x), jnp.abs(bijector.forward(u - steps) - x))
+    return bool(jnp.any(moves < 1e-35))
 
 
 def _refuse_complex(bijector: Bijector, x: jax.Array) -> jax.Array:

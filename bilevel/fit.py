@@ -12,11 +12,12 @@ import jax
 from bilevel.calls import check_call, check_data
 from bilevel.hypergradients.base import Trained, schedule
 from bilevel.inner import InnerState
-from bilevel.optimizers import Optimizer
+from bilevel.optimizers import Optimizer, is_optimizer
 from bilevel.problem import Problem
 from bilevel.progress import Callback
 from bilevel.refusals import TRAINING, explained, traced_losses
 from bilevel.run import Result, run
+from bilevel.settings import checked
 from bilevel.trees import PyTree, advance_keys, as_arrays, distinct
 
 
@@ -86,7 +87,10 @@ def fit(
       As `run`; ValueError if `inner_loss` holds an operation without a gradient, by its name. One without a second
       derivative is fine.
     """
+    if isinstance(outer, Result):
+        raise ValueError("fit(outer=...): was given a Result, of which outer is one part: give result.outer.")
     check_call("fit", problem=problem, outer=outer)
+    checked("fit", "optimizer", optimizer, is_optimizer)
     check_data("data", data)
     training = _Training(problem, Trained(optimizer, 1), outer)
     return run(

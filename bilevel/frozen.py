@@ -199,8 +199,8 @@ def _outputs(eqn: Any, inputs: list[Any]) -> list[Any]:
     return unknown
 
 
-_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div", "sqrt")
-_KEEPS_ZERO += ("square", "cbrt", "tanh", "sin", "tan", "asinh", "atan", "expm1", "log1p", "floor", "ceil", "round")
+_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div")
+_KEEPS_ZERO += ("sqrt", "square", "cbrt", "tanh", "sin", "tan", "asinh", "atan", "expm1", "log1p", "floor", "ceil")
 """Functions of their first argument that are 0 where it is."""
 
 _RESHAPES = ("reshape", "squeeze", "transpose", "expand_dims", "slice", "rev")

@@ -38,7 +38,7 @@ class Problem:
 
     Args:
       inner_loss: `f(inner, outer, batch, key) -> scalar`, or `(scalar, aux)` with `has_aux`.
-      outer_loss: `F(inner, outer, batch, key)`, likewise.
+      outer_loss: `F(inner, outer, batch, key)`, likewise; None where there is nothing to find, for `fit` alone.
       init_inner: `init_inner(key, outer) -> inner`, any pytree. What it takes from `outer` is part of the
         hypergradient whenever an estimator is given `inner_state=None`.
       init_outer: `init_outer(key) -> outer`, any pytree. Inexact leaves get a hypergradient; typed random keys
@@ -61,7 +61,7 @@ class Problem:
     """
 
     inner_loss: Callable[..., Any] = dataclasses.field(metadata=child(_LOSS))
-    outer_loss: Callable[..., Any] = dataclasses.field(metadata=child(_LOSS))
+    outer_loss: Callable[..., Any] | None = dataclasses.field(metadata=child(optional(_LOSS)))
     init_inner: Callable[[jax.Array, PyTree], PyTree] = dataclasses.field(
         metadata=child(function("key", "outer", result="inner"))
     )
@@ -193,6 +193,8 @@ class Problem:
 
     def _value(self, name, is_pair, inner, outer, batch, key):
         batch, loss = resolve(batch), getattr(self, name)
+        if loss is None:
+            raise ValueError(f"Problem({name}=None): there is nothing to differentiate: give the loss.")
         arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
         before = {what: Contents.of(tree) for what, tree in arguments.items()}
         try:

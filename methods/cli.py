@@ -185,3 +185,7 @@ def _say(text: str, stream: Any = None) -> None:
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):  # nobody listens
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+if __name__ == "__main__":
+    main()

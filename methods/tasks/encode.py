@@ -114,7 +114,9 @@ def pad(sequences: Sequence[TokenSequence], length: int, first: Sequence[int] = 
         if excess > 0:
             if start - excess < max(len(first), 1):
                 raise ValueError(
-                    f"An answer of {len(ids) - start} tokens does not fit into {length}: raise the length."
+                    f"An answer of {len(ids) - start} tokens does not fit into {length}, which is --length where texts "
+                    "are trained on and the positions of the model where they are tested: leave its row out, or take a "
+                    "model with more positions."
                 )
             ids, start, cut = [*first, *ids[len(first) + excess :]], start - excess, cut + 1
         tokens[row, : len(ids)] = ids

@@ -153,3 +153,16 @@ def test_one_bijector_for_a_whole_tree():
     free = problem.free(problem.start_outer(KEY))
     np.testing.assert_allclose(free["a"]["b"], math.log(2.0))
     np.testing.assert_allclose(jax.tree.leaves(problem.natural(free)), [2.0, 0.5])
+
+
+@pytest.mark.parametrize("bijector", [bilevel.Positive(), bilevel.Softplus(), bilevel.Interval(0.0, 1.0)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_start_on_the_border_would_never_move_and_is_refused(bijector, dtype):
+    loss = lambda w, outer, batch, key: jnp.sum((w - outer) ** 2)  # noqa: E731
+
+    def starting(at):
+        return bilevel.Problem(loss, loss, lambda k, o: o, lambda k: jnp.asarray(at, dtype), domain=bijector)
+
+    with pytest.raises(ValueError, match=r"outer leaf .*domain.*start inside"):
+        starting(0.0).start_outer(KEY)
+    assert starting(1e-6).start_outer(KEY) == jnp.asarray(1e-6, dtype)

@@ -80,7 +80,7 @@ def test_a_nan_names_the_step():
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="steps"):
         fit(steps=0)
-    with pytest.raises(ValueError, match="inner_data is a str"):
+    with pytest.raises(ValueError, match="data is a str"):
         fit(steps=1, data="train.csv")
 
 
