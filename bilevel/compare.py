@@ -130,6 +130,8 @@ def compare(
       ValueError: if `reference` is not among `hypergradients`, for repeats < 1 or samples < 2, or for an argument of
         another kind.
     """
+    if isinstance(hypergradients, dict) and reference not in hypergradients:
+        raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
     check_point("compare", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
     if not isinstance(hypergradients, Mapping):
         raise ValueError(f"compare(hypergradients={shown(hypergradients)}): must be a dict, name -> estimator.")
@@ -137,8 +139,6 @@ def compare(
         checked("compare", f"hypergradients[{name!r}]", estimator, is_hypergradient)
     checked("compare", "repeats", repeats, integer(1))
     checked("compare", "samples", samples, optional(integer(2)))
-    if reference not in hypergradients:
-        raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
     key = jax.random.key(0) if key is None else key
     outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
     outer = problem.start_outer(outer_key) if outer is None else outer
