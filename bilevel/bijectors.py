@@ -216,7 +216,13 @@ def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
     try:
         jax.tree.map(lambda *_: None, domain, tree, is_leaf=is_entry)
     except ValueError as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(domain, dict) and isinstance(tree, dict) and domain.keys() != tree.keys():
+            missing = sorted(map(repr, tree.keys() - domain.keys()))
+            strange = sorted(map(repr, domain.keys() - tree.keys()))
+            reason = f"it has no entry for {', '.join(missing)}" if missing else f"outer has no {', '.join(strange)}"
         raise ValueError(
-            f"Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: {error}"
+            "Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: "
+            f"{reason}."
         ) from None
     return jax.tree.map(below, domain, tree, is_leaf=is_entry)

@@ -130,7 +130,7 @@ def compare(
       ValueError: if `reference` is not among `hypergradients`, for repeats < 1 or samples < 2, or for an argument of
         another kind.
     """
-    if isinstance(hypergradients, dict) and reference not in hypergradients:
+    if isinstance(hypergradients, Mapping) and reference not in hypergradients:
         raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
     check_point("compare", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
     if not isinstance(hypergradients, Mapping):

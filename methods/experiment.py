@@ -244,6 +244,10 @@ def prepare(
         raise ValueError(f"The tokenizer of {settings.model} has no mark of a text's end, which is to be trained on.")
     end: list[int] = [mark] if end_of_text and not labelled else []
     fitting = _fitting(task, published[0], pretrained.tokenizer, settings, end)
+    if not fitting:
+        raise ValueError(
+            f"None of the rows of {task.name} that were looked at fits into --length {settings.length}: raise it."
+        )
     splits = tasks.split(
         task,
         fitting,
