@@ -78,6 +78,9 @@ class Unrolled(Trained):
 
     takes_complex: ClassVar[bool] = True
 
+    takes_constants: ClassVar[bool] = True
+    """An outer variable without a floating-point leaf has no hypergradient: `grad` is None, and training is done."""
+
     def __post_init__(self):
         super().__post_init__()
         if self.mode == "forward" and self.checkpoint not in ("auto", "none"):

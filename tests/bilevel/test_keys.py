@@ -31,7 +31,8 @@ ESTIMATORS = {
     "sama": bilevel.SAMA(SGD, 3),
     "evolution": bilevel.EvolutionStrategies(SGD, 3, population=4),
     "persistent": bilevel.PersistentES(SGD, 3, population=4),
-    "per task": bilevel.PerTask(bilevel.Unrolled(SGD, 3)),
+    # Stored states would be enough, but under vmap the check takes the second pass over a loop's keys for a second use.
+    "per task": bilevel.PerTask(bilevel.Unrolled(SGD, 3, checkpoint="step")),
 }
 
 
@@ -88,7 +89,7 @@ SOLVERS = {
     "BOME": {},
     "PZOBO": {},
     "SABA": {"inner_blocks": 2, "outer_blocks": 2},
-    "SRBA": {},
+    "SRBA": {"period": 2},
     "VRBO": {"period": 2},
 }
 
