@@ -37,7 +37,8 @@ def start_inner(value):
 
 
 def start_outer(value):
-    return problem(init_outer=lambda key: value).start_outer(KEY)
+    """The start of a solver, which has something to learn."""
+    return dataclasses.replace(LINE_SOLVER, problem=problem(init_outer=lambda key: value)).init(KEY)
 
 
 def estimate(*args, using=IMPLICIT):
