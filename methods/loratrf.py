@@ -179,10 +179,11 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
     Raises:
       ValueError: if these are all of one class.
     """
-    shapes, layers = places(settings, bench.pretrained.config, bench.lora), bench.num_layers
+    layers = bench.num_layers
     if settings.filter not in WITH_VECTORS:
         return {}
     if settings.vectors == "random":
+        shapes = places(settings, bench.pretrained.config, bench.lora)
         keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
         return {site: jax.random.normal(key, (layers, shapes[site])) for site, key in zip(shapes, keys, strict=True)}
     batch = jax.tree.map(lambda rows: rows[:64], bench.train)
@@ -197,6 +198,7 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
                 "(--train-rows), or --vectors random."
             )
         marked = _share(first) - _share(batch.mask & ~first)
+    shapes = places(settings, bench.pretrained.config, bench.lora)
     variables = {"params": bench.pretrained.weights}
 
     def output(adapt) -> Any:

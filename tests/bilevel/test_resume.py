@@ -162,7 +162,7 @@ def test_a_period_of_callbacks_that_is_none_is_refused(every):
 
 @pytest.mark.parametrize("every", [-1.0, float("nan"), True, "60", None])
 def test_a_period_of_checkpoints_that_is_none_is_refused(every):
-    with pytest.raises(ValueError, match=r"checkpoint_every=.* must be a number of seconds >= 0"):
+    with pytest.raises(ValueError, match=r"checkpoint_every=.* must be a number"):
         run(LINE_SOLVER, 2, checkpoint_every=every)
 
 
