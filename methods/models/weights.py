@@ -52,6 +52,8 @@ def _is_language_model(checkpoint: Checkpoint, family: Family) -> bool:
 
 def _architectures(checkpoint: Checkpoint) -> list[str]:
     found = checkpoint.settings.get("architectures") or []
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"{checkpoint.where}: architectures {found!r} is not a list of names of classes.")
     return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
