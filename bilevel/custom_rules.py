@@ -69,9 +69,20 @@ _LIBRARIES = tuple(os.path.join(os.path.dirname(str(module.__file__)), "") for m
 """Their own rules by `jax.custom_jvp` (relu, softmax, projections) are derivatives; not all by `jax.custom_vjp` are."""
 
 
-def has_true_rule(eqn: Any) -> bool:
-    """Whether the rule that the operation `eqn`, one of `RULES`, carries is the derivative of its function."""
-    return _is_trusted(eqn) or _is_derivative(eqn)
+_ORDERS = 3
+"""How many derivatives are taken of a loss, at most: two, and a third by an optimizer that uses second derivatives.
+The rule of a function that is called inside a rule gives the next higher derivative. Beyond the last one nobody asks,
+which is where the rule of a function that calls itself (f' = f (1 - f)) ends too."""
+
+
+def has_true_rule(eqn: Any, order: int = 1) -> bool:
+    """Whether the rule that the operation `eqn`, one of `RULES`, carries is the derivative of its function.
+
+    Args:
+      eqn: an operation of a jaxpr.
+      order: 1 where `eqn` stands in a loss, 2 where it stands in the rule of a function of the loss, and so on.
+    """
+    return order > _ORDERS or _is_trusted(eqn) or _is_derivative(eqn, order)
 
 
 def _is_trusted(eqn: Any) -> bool:
@@ -105,27 +116,37 @@ _ANALYTIC = frozenset(
 everywhere; what chooses, rounds or clips by its values may differ where nobody looked."""
 
 
-def _is_derivative(eqn: Any) -> bool:
+def _is_derivative(eqn: Any, order: int) -> bool:
     """Whether the rule of `eqn` gives the derivative of its function; False too where that cannot be found out."""
     closed = eqn.params["call_jaxpr"]
     if any(isinstance(const, Tracer) for const in closed.consts):
         return False
-    plain = lambda *args: evaluate(detached(closed), *closed.consts, *args)  # noqa: E731
-    ruled = lambda *args: bind(eqn, *args)  # noqa: E731
+    moving = [jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars]
+
+    def plain(*args):
+        return [x for x in evaluate(detached(closed), *closed.consts, *args) if is_inexact(x)]
+
+    def ruled(*args):
+        return [x for x in bind(eqn, *args) if is_inexact(x)]
+
     # Arrays of the trace around do not take part, so all of this is computed at once.
     with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
-        verdicts = []
-        for seed in range(3):
-            rng = np.random.default_rng(seed)
-            point = [_random(rng, atom.aval, 0.5 + seed) for atom in eqn.invars]
-            try:
-                verdicts.append(_agree(plain, ruled, point, rng))
-            except Exception:  # whatever a function raises that is not made for such numbers
+        try:
+            at = [_random(np.random.default_rng(0), atom.aval, 1.0) for atom in eqn.invars]
+            traced, images = jax.make_jaxpr(plain, return_shape=True)(*at)
+            rule = jax.make_jaxpr(lambda at, cotangent: _pull(ruled, moving, at, cotangent))(at, images)
+            if _leaves(traced.jaxpr) or _leaves(rule.jaxpr):
+                return True
+            analytic = all(moving) and _is_analytic(traced.jaxpr, order) and _is_analytic(rule.jaxpr, order + 1)
+            if not analytic:
                 return False
+            verdicts = [_agree(plain, ruled, moving, eqn.invars, images, seed) for seed in range(3)]
+        except Exception:  # whatever a function raises that is not made for such numbers
+            return False
     return True in verdicts and False not in verdicts
 
 
-def _is_analytic(jaxpr: Any) -> bool:
+def _is_analytic(jaxpr: Any, order: int) -> bool:
     """Whether what `jaxpr` makes of its floating-point arguments is made by analytic operations alone."""
     reached = {var for var in jaxpr.invars if jnp.issubdtype(var.aval.dtype, jnp.inexact)}
     for eqn in jaxpr.eqns:
@@ -136,37 +157,39 @@ def _is_analytic(jaxpr: Any) -> bool:
         if not all(jnp.issubdtype(out.aval.dtype, jnp.inexact) for out in eqn.outvars):
             return False  # a number made an integer, or a truth: something is chosen by it
         if eqn.primitive.name in RULES:
-            if not has_true_rule(eqn):
+            if not has_true_rule(eqn, order):
                 return False
-        elif not all(_is_analytic(inner) for inner in jaxprs(eqn.params)):
+        elif not all(_is_analytic(inner, order) for inner in jaxprs(eqn.params)):
             return False
         reached.update(eqn.outvars)
     return True
 
 
-def _agree(function: Callable[..., Any], ruled: Callable[..., Any], point: list[Any], rng: Any) -> bool | None:
-    """Whether the rule's derivatives at `point` are those of `function`; None where they are not finite."""
-    moving = [i for i, x in enumerate(point) if is_inexact(x)]
+def _pull(function: Callable[..., Any], moving: Sequence[bool], at: Sequence[Any], cotangent: Any) -> list[Any]:
+    """The pull-back of `cotangent` through `function` at `at`, to the arguments that are floating-point numbers."""
 
-    def of(function):
-        def moved(leaves):
-            full = list(point)
-            for i, leaf in zip(moving, leaves, strict=True):
-                full[i] = leaf
-            return [x for x in function(*full) if is_inexact(x)]
+    def of(leaves):
+        leaves = iter(leaves)
+        return function(*(next(leaves) if moves else x for x, moves in zip(at, moving, strict=True)))
 
-        return moved
+    return jax.vjp(of, [x for x, moves in zip(at, moving, strict=True) if moves])[1](cotangent)[0]
 
-    at = [point[i] for i in moving]
-    plain, images = jax.make_jaxpr(of(function), return_shape=True)(at)
-    rule = jax.make_jaxpr(lambda at, ct: jax.vjp(of(ruled), at)[1](ct))(at, images)
-    if _leaves(plain.jaxpr) or _leaves(rule.jaxpr):
-        return True
-    if len(moving) < len(point) or not (_is_analytic(plain.jaxpr) and _is_analytic(rule.jaxpr)):
-        return False
+
+def _agree(
+    plain: Callable[..., Any],
+    ruled: Callable[..., Any],
+    moving: Sequence[bool],
+    atoms: Sequence[Any],
+    images: Any,
+    seed: int,
+) -> bool | None:
+    """Whether the rule's derivatives at a random point are those of the function; None where these are not finite."""
+    rng = np.random.default_rng(seed)
+    at = [_random(rng, atom.aval, 0.5 + seed) for atom in atoms]
     cotangent = [_random(rng, x, 1.0) for x in images]
-    found = [np.asarray(x, complex) for x in jax.vjp(of(ruled), at)[1](cotangent)[0]]
-    wanted = [np.asarray(x, complex) for x in jax.vjp(of(function), at)[1](cotangent)[0]]
+    found, wanted = (
+        [np.asarray(x, complex) for x in _pull(function, moving, at, cotangent)] for function in (ruled, plain)
+    )
     if not all(np.isfinite(x).all() for x in wanted):
         return None
     size = max((np.abs(x).max(initial=0.0) for x in (*wanted, *found)), default=0.0)

@@ -38,7 +38,53 @@ def straight_gradient(x):
     return jnp.round(x), lambda ct: ct
 
 
+@jax.custom_jvp
+def sigmoid(x):
+    return 1 / (1 + jnp.exp(-x))
+
+
+@sigmoid.defjvp
+def _(primals, tangents):
+    y = sigmoid(primals[0])  # its rule once more: the second derivative comes from it, and so does the third
+    return y, y * (1 - y) * tangents[0]
+
+
+@jax.custom_vjp
+def exponential(x):
+    return jnp.exp(x)
+
+
+exponential.defvjp(lambda x: (exponential(x), x), lambda x, ct: (exponential(x) * ct,))
+
+
+@jax.custom_jvp
+def exponential_but_half(x):
+    return jnp.exp(x)
+
+
+@exponential_but_half.defjvp
+def _(primals, tangents):
+    y = exponential_but_half(primals[0])
+    return y, 0.5 * y * tangents[0]
+
+
+@jax.custom_jvp
+def sine(x):
+    return jnp.sin(x)
+
+
+@jax.custom_jvp
+def cosine(x):
+    return jnp.cos(x)
+
+
+sine.defjvp(lambda primals, tangents: (sine(primals[0]), cosine(primals[0]) * tangents[0]))
+cosine.defjvp(lambda primals, tangents: (cosine(primals[0]), -0.3 * sine(primals[0]) * tangents[0]))
+
+
 OWN = {
+    "a rule that calls its own function, and is half of the derivative": exponential_but_half,
+    "a true rule that calls a function whose rule is not": sine,
     "straight through": ruled(jnp.round, lambda x, ct: ct),
     "straight through a sign": ruled(jnp.sign, lambda x, ct: jnp.where(jnp.abs(x) < 1, ct, 0.0)),
     "reversal": ruled(lambda x: x, lambda x, ct: -ct),
@@ -48,12 +94,12 @@ OWN = {
     "straight through, by custom_gradient": straight_gradient,
     "a rule of the user's for a function of the library": floor,
     "clipping far away": ruled(lambda x: jnp.clip(x, -200.0, 200.0), lambda x, ct: ct),
-    "a second derivative that is stopped": ruled(
-        lambda x: x**2, lambda x, ct: 2 * jax.lax.stop_gradient(x) * ct
-    ),
+    "a second derivative that is stopped": ruled(lambda x: x**2, lambda x, ct: 2 * jax.lax.stop_gradient(x) * ct),
     "optax's scale_gradient": lambda x: optax.scale_gradient(x, 2.0),
 }
 TRUE = {
+    "a rule that calls its own function": sigmoid,
+    "a rule that calls its own function, both ways": exponential,
     "a cube": ruled(lambda x: x**3, lambda x, ct: 3 * x**2 * ct),
     "relu": jax.nn.relu,
     "softmax": jax.nn.softmax,
