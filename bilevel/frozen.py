@@ -9,6 +9,7 @@ momentum of a gradient that was masked) is 0 for ever; a learning rate that is 0
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.tracing import bind, detached, is_literal
+from bilevel.tracing import bind, called, detached, is_literal
 from bilevel.trees import PyTree, leaf_names
 
 
@@ -89,7 +90,8 @@ def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Div
     assumed = _zeros(begun, [None] * len(begun.in_avals)) if own else [None] * size
     # What is 0 at the start and is left at 0: taken away from what is assumed until an update keeps all of the rest.
     while True:
-        zeros = _zeros(closed, [*assumed, *unknown])
+        lost: set[str] = set()
+        zeros = _zeros(closed, [*assumed, *unknown], lost)
         kept = [_either_unknown(a, z) for a, z in zip(assumed, zeros[count:], strict=True)]
         if all(_same(a, k) for a, k in zip(assumed, kept, strict=True)):
             break
@@ -103,12 +105,47 @@ def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Div
         else:
             kinds.append("mixed")
             masks.append(jnp.asarray(~np.broadcast_to(zero, np.shape(leaf))))
+    if lost:
+        _warn_if_still(estimator, transform, params, kinds, masks, lost)
     if kinds and set(kinds) == {"held"}:
         raise ValueError(
             f"{estimator}: the optimizer never moves any leaf of the inner variable ({', '.join(leaf_names(params))}), "
             "so there is no trained point to differentiate: leave out set_to_zero, or the mask, for what is trained."
         )
     return Division(tuple(kinds), masks)
+
+
+def _warn_if_still(
+    estimator: str, transform: Any, params: PyTree, kinds: list[str], masks: list[jax.Array], lost: set[str]
+) -> None:
+    """Warn of a leaf that counts as moving and does not, as far as three updates by random gradients can tell."""
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(0)
+    draw = lambda: structure.unflatten([jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves])  # noqa: E731
+    still = [np.ones(x.shape, bool) for x in leaves]
+    try:
+        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            at = draw()
+            state = transform.init(at)
+            for _ in range(3):
+                grads = draw()
+                updates, state = transform.update(grads, state, at, value=jnp.ones(()), grad=grads)
+                still = [s & (np.asarray(u) == 0) for s, u in zip(still, jax.tree.leaves(updates), strict=True)]
+    except Exception:  # an optimizer that cannot be tried out stays what its trace says
+        return
+    moving, found = iter(masks), []
+    for name, kind, entries in zip(leaf_names(params), kinds, still, strict=True):
+        entries = entries & np.asarray(next(moving)) if kind == "mixed" else entries
+        if kind != "held" and entries.any():
+            found.append(name)
+    if found:
+        warnings.warn(
+            f"{estimator}: the optimizer seems to leave {', '.join(found)} of the inner variable where it is (at least "
+            f"in part), but this cannot be read from its update, which uses {', '.join(sorted(lost))}. The system is "
+            "solved as if all of it moved, and the hypergradient is wrong if that is not so: freeze it by "
+            "optax.transforms.freeze, or by a product with a mask of zeros and ones.",
+            stacklevel=2,
+        )
 
 
 def _either_unknown(assumed: Any, found: Any) -> Any:
@@ -140,12 +177,15 @@ def _zero_of(value: Any) -> Any:
     return value
 
 
-def _zeros(closed: Any, inputs: list[Any]) -> list[Any]:
-    """Where the outputs of a closed jaxpr are known to be 0; None where nothing is known."""
-    return [_zero_of(value) for value in _interpret(closed, inputs)]
+def _zeros(closed: Any, inputs: list[Any], lost: set[str] | None = None) -> list[Any]:
+    """Where the outputs of a closed jaxpr are known to be 0; None where nothing is known.
+
+    The names of operations behind which a 0 may be lost, since nothing is known of them, are added to `lost`.
+    """
+    return [_zero_of(value) for value in _interpret(closed, inputs, set() if lost is None else lost)]
 
 
-def _interpret(closed: Any, inputs: list[Any]) -> list[Any]:
+def _interpret(closed: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
     jaxpr = detached(closed)
     known = [None if isinstance(c, Tracer) or not hasattr(c, "dtype") else _Known(c) for c in closed.consts]
     values: dict[Any, Any] = dict(zip(jaxpr.invars, [*known, *inputs], strict=True))
@@ -154,56 +194,86 @@ def _interpret(closed: Any, inputs: list[Any]) -> list[Any]:
         return _Known(atom.val) if is_literal(atom) else values[atom]
 
     for eqn in jaxpr.eqns:
-        outputs = _outputs(eqn, [read(atom) for atom in eqn.invars])
+        outputs = _outputs(eqn, [read(atom) for atom in eqn.invars], lost)
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _outputs(eqn: Any, inputs: list[Any]) -> list[Any]:
+def _outputs(eqn: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
     name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
     if name == "broadcast_in_dim":  # by hand: a constant of the size of the parameters is not made
         return [_broadcast(eqn, inputs[0])]
-    if inputs and all(isinstance(x, _Known) for x in inputs) and not _is_random(eqn):
+    if all(isinstance(x, _Known) for x in inputs) and (inputs or name == "iota") and not _is_random(eqn):
         try:
             with jax.ensure_compile_time_eval():
                 return [_Known(np.asarray(out)) for out in bind(eqn, *(jnp.asarray(x.value) for x in inputs))]
         except Exception:  # an operation that cannot be done now is an operation whose result is not known
             return unknown
-    if name in ("jit", "pjit"):
-        return _interpret(eqn.params["jaxpr"], inputs)
+    if name in _CALLS:
+        return _interpret(called(eqn), inputs, lost)
     if name == "cond":
-        branches = [_zeros(branch, inputs[1:]) for branch in eqn.params["branches"]]
+        branches = [_zeros(branch, inputs[1:], lost) for branch in eqn.params["branches"]]
         return [_both(list(zeros)) for zeros in zip(*branches, strict=True)]
     zeros = [_zero_of(x) for x in inputs]
     if name in _KEEPS_ZERO:
         return [zeros[0]]
-    if name in _RESHAPES:
-        return [zeros[0] if zeros[0] is None or np.ndim(zeros[0]) == 0 else _reshaped(eqn, zeros[0])]
-    if name in ("reduce_sum", "dot_general"):
-        whole = [z is not None and bool(np.all(z)) for z in zeros]
-        return [np.bool_(True)] if any(whole) else unknown
     if name == "integer_pow":
         return [zeros[0] if eqn.params["y"] > 0 else None]
     if name == "sub" and eqn.invars[0] is eqn.invars[1]:
         return [np.bool_(True)]
-    if name == "concatenate" and any(z is not None for z in zeros):
-        known = [np.zeros((), bool) if z is None else z for z in zeros]
-        parts = [np.broadcast_to(z, atom.aval.shape) for z, atom in zip(known, eqn.invars, strict=True)]
-        return [np.concatenate(parts, eqn.params["dimension"])]
     if name == "mul":
         return [_either(zeros)]
     if name in ("add", "sub", "add_any", "max", "min"):
         return [_both(zeros)]
     if name == "select_n":
         return [_selected(inputs[0], zeros[1:])]
+    if name in _SPREADS and any(z is not None and np.any(z) for z in zeros):
+        spread = _spread(eqn, inputs, zeros)
+        if spread is None:
+            lost.add(name)
+        return [spread]
+    if name not in _NEVER_ZERO and any(z is not None and np.any(z) for z in zeros):
+        lost.add(name)
     return unknown
 
 
+_CALLS = ("jit", "pjit", "remat2", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
+"""Operations that only evaluate the jaxpr which they hold."""
+
 _KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div")
 _KEEPS_ZERO += ("sqrt", "square", "cbrt", "tanh", "sin", "tan", "asinh", "atan", "expm1", "log1p", "floor", "ceil")
+_KEEPS_ZERO += ("round", "imag", "sinh", "asin", "atanh", "erf", "erf_inv", "reduce_precision", "optimization_barrier")
 """Functions of their first argument that are 0 where it is."""
 
-_RESHAPES = ("reshape", "squeeze", "transpose", "expand_dims", "slice", "rev")
+_SPREADS = ("reshape", "squeeze", "transpose", "expand_dims", "slice", "rev", "concatenate", "pad", "reduce_sum")
+_SPREADS += ("dot_general", "conv_general_dilated", "cumsum", "reduce_max", "cummax", "gather", "dynamic_slice")
+_SPREADS += ("scatter", "scatter-add", "dynamic_update_slice", "cumlogsumexp")
+"""Operations that move, choose or add up products of their floating-point inputs."""
+
+_NEVER_ZERO = ("exp", "exp2", "cos", "cosh", "logistic", "rsqrt", "log", "acos", "acosh", "eq", "ne", "lt", "le", "gt")
+_NEVER_ZERO += ("ge", "is_finite", "pow", "erfc", "lgamma", "digamma", "not", "and", "or")
+"""Operations whose result is no 0 because an input is one; truth values are looked at by what chooses with them."""
+
+
+def _spread(eqn: Any, inputs: list[Any], zeros: list[Any]) -> Any:
+    """Where an operation of `_SPREADS` is 0, found by doing it to what may not be 0: 1 there, and 0 elsewhere.
+
+    Nothing cancels in a sum of products of numbers that are 0 or 1, so that it is 0 only if each product is.
+    """
+    arguments = []
+    for value, zero, atom in zip(inputs, zeros, eqn.invars, strict=True):
+        if jnp.issubdtype(atom.aval.dtype, jnp.inexact):
+            maybe = np.broadcast_to(True if zero is None else np.logical_not(zero), atom.aval.shape)
+            arguments.append(maybe.astype(atom.aval.dtype))
+        elif isinstance(value, _Known):
+            arguments.append(value.value)
+        else:  # a place that is not known
+            return None
+    try:
+        with jax.ensure_compile_time_eval():
+            return np.asarray(bind(eqn, *map(jnp.asarray, arguments))[0]) == 0
+    except Exception:  # as for an operation on constants
+        return None
 
 
 def _is_random(eqn: Any) -> bool:
@@ -222,11 +292,6 @@ def _broadcast(eqn: Any, value: Any) -> Any:
     if value is None:
         return None
     return _Known(spread(np.asarray(value.value))) if isinstance(value, _Known) else spread(value)
-
-
-def _reshaped(eqn: Any, zero: Any) -> Any:
-    with jax.ensure_compile_time_eval():
-        return np.asarray(bind(eqn, jnp.asarray(np.broadcast_to(zero, eqn.invars[0].aval.shape)))[0])
 
 
 def _either(zeros: list[Any]) -> Any:

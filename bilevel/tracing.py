@@ -50,6 +50,12 @@ def jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
+def called(eqn: Any) -> Any:
+    """The closed jaxpr that an operation which only calls one (`jit`, `checkpoint`, `custom_jvp_call`) holds."""
+    held = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]
+    return held if hasattr(held, "consts") else jex.ClosedJaxpr(held, ())
+
+
 def scan_counts(eqn: Any) -> tuple[int, int]:
     """Of the operation `scan`: how many inputs are constants of its body, and how many, after these, are carried.
 

@@ -62,6 +62,18 @@ OPTIMIZERS = {
 }
 BY_ENTRY = {
     "a mask of entries": optax.chain(SGD, optax.stateless(lambda updates, params: updates * KEEP)),
+    "a product with a matrix": optax.chain(SGD, optax.stateless(lambda updates, params: jnp.diag(KEEP) @ updates)),
+    "entries that are set": optax.chain(SGD, optax.stateless(lambda updates, params: updates.at[M:].set(0.0))),
+    "entries that are taken and put back": optax.chain(
+        SGD, optax.stateless(lambda updates, params: jnp.zeros(N).at[jnp.arange(M)].add(updates[jnp.arange(M)]))
+    ),
+    "a slice that is written": optax.chain(
+        SGD, optax.stateless(lambda updates, params: jax.lax.dynamic_update_slice(updates, jnp.zeros(N - M), (M,)))
+    ),
+    "a pad": optax.chain(SGD, optax.stateless(lambda updates, params: jnp.pad(updates[:M], (0, N - M)))),
+    "a mask inside of a checkpoint": optax.chain(
+        SGD, optax.stateless(lambda updates, params: jax.checkpoint(lambda u: u * KEEP)(updates))
+    ),
     "a choice of entries": optax.chain(SGD, optax.stateless(lambda updates, params: jnp.where(KEEP > 0, updates, 0.0))),
 }
 IMPLICIT = {
@@ -159,6 +171,25 @@ def test_what_is_frozen_is_read_from_the_trace_of_an_update(name):
     assert division.kinds == kinds
     if "mixed" in kinds:
         np.testing.assert_array_equal(division.masks[0], [True, False, True])
+
+
+def test_what_cannot_be_read_but_stands_still_is_said():
+    sorts = optax.stateless(lambda updates, params: {"u": updates["u"], "z": jnp.sort(0.0 * updates["z"])})
+    scans = optax.stateless(
+        lambda updates, params: updates | {"z": jax.lax.scan(lambda c, x: (c, 0.0 * x), 0.0, updates["z"])[1]}
+    )
+    for frozen, operation in ((sorts, "sort"), (scans, "scan")):
+        with pytest.warns(UserWarning, match=rf"seems to leave \['z'\] of the inner variable .* uses .*{operation}"):
+            estimate(
+                problem(JOINT), bilevel.Implicit(optax.chain(SGD, frozen), 3), None, jnp.asarray(LAM), None, None, KEY
+            )
+    params = {"u": jnp.ones(M), "z": jnp.ones(M)}
+    moves = optax.with_extra_args_support(
+        optax.stateless(
+            lambda updates, params: {"u": updates["u"] * 0.0, "z": jnp.sort(updates["z"] * jnp.arange(3.0))}
+        )
+    )
+    assert divide("Implicit", moves, params, moves.init(params)).kinds == ("held", "moving")  # without a word
 
 
 def test_an_optimizer_that_moves_nothing_is_refused():
