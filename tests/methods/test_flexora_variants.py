@@ -203,7 +203,8 @@ def test_what_is_not_given_is_the_papers():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("name", ["inner_lr", "outer_lr", "outer_decay"])
 def test_rates_are_numbers(name, value):
-    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value} must be a number from 0 on\."):
+    lowest = "at least 0" if name == "outer_decay" else "above 0"
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value:g} must be {lowest} and at most 3\.4"):
         flexora.used(FlexoraSettings("m", **{name: value}))
 
 
