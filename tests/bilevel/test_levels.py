@@ -30,15 +30,19 @@ def start(key, outer):
     return jnp.array([0.2, -0.3])
 
 
+def first(key):
+    return jnp.array([0.2, -0.3])
+
+
 def trained_bottom(way, estimator, w, theta, key):
     """The bottom level trained at (w, theta); `theta` reaches it in one of three ways."""
     if way == "outer":
-        problem, outer = bilevel.Problem(bottom_in_outer, unused, start, start), {"w": w, "theta": theta}
+        problem, outer = bilevel.Problem(bottom_in_outer, unused, start, first), {"w": w, "theta": theta}
     elif way == "partial":
-        problem = bilevel.Problem(jax.tree_util.Partial(bottom_loss, theta), unused, start, start)
+        problem = bilevel.Problem(jax.tree_util.Partial(bottom_loss, theta), unused, start, first)
         outer = w
     else:
-        problem = bilevel.Problem(lambda *args: bottom_loss(theta, *args), unused, start, start)
+        problem = bilevel.Problem(lambda *args: bottom_loss(theta, *args), unused, start, first)
         outer = w
     return estimator.solve(problem, None, outer, None, key).params
 
@@ -84,7 +88,7 @@ def test_three_levels_of_adam():
 def test_middle_hypergradient_may_itself_be_an_inner_gradient():
     # grad of the middle problem's outer function, differentiated again: the middle loss is a hypergradient's value.
     def value(w, theta):
-        problem = bilevel.Problem(bottom_in_outer, unused, start, start)
+        problem = bilevel.Problem(bottom_in_outer, unused, start, first)
         outer = {"w": w, "theta": theta}
         return Unrolled(optax.sgd(0.1), 3).estimate(problem, None, outer, None, None, KEY)
 
