@@ -91,7 +91,7 @@ def test_batch_normalisation_equals_central_differences(mode, checkpoint, expect
 def test_statistics_are_those_of_a_training_by_hand():
     hypergradient, optimizer = Unrolled(optax.sgd(0.1), 3), optax.sgd(0.1)
     outer = ARGUMENTS[1]
-    variables = NORMALISED.start_inner(KEY, outer)
+    variables = NORMALISED.start_inner(jax.random.split(KEY, 5)[0], outer)
     result = estimate(NORMALISED, hypergradient, *ARGUMENTS)
     state = optimizer.init(variables["params"])
     for t in range(3):
