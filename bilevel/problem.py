@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import bijectors
-from bilevel.arguments import Contents, refuse_modules
+from bilevel.arguments import Contents, refuse_modules, telling
 from bilevel.data import resolve
 from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
 from bilevel.settings import as_pytree as as_pytree
-from bilevel.trees import PyTree, as_arrays, cast_like, leaf_names, partition
+from bilevel.trees import PyTree, as_arrays, cast_like, in_leaf, leaf_names, partition, shapes
 
 _LOSS = function("inner", "outer", "batch", "key", result="scalar")
 
@@ -82,11 +82,34 @@ class Problem:
         Raises:
           ValueError: if a leaf is no array, or one is outside its domain.
         """
-        outer = self.init_outer(key)
+        with telling(_tracing("init_outer(key)", self.init_outer)):
+            outer = self.init_outer(key)
         refuse_modules("init_outer returned", outer)
         outer = as_arrays(outer, "init_outer returned")
         bijectors.check(self.domain, outer)
         return outer
+
+    def unlike_start(self, outer: PyTree) -> str | None:
+        """How `outer` differs from what `init_outer` returns, of which nothing is computed; None if it does not.
+
+        Containers may be of other kinds (a list for a tuple), numbers of other widths.
+        """
+        try:
+            own = jax.eval_shape(self.init_outer, jax.random.key(0))
+        except Exception:  # it needs its values, or is called in vain where only `fit` is wanted
+            return None
+        wanted, found = _leaves(own), _leaves(outer)
+        if not wanted:
+            return None
+        for name, leaf in wanted.items():
+            place = in_leaf(name)
+            if name not in found:
+                return f"{shapes(leaf)} is expected{place}, and found is {shapes(outer, 12)}"
+            if jnp.shape(leaf) != jnp.shape(found[name]) or _kind(leaf) != _kind(found[name]):
+                return f"{shapes(leaf)} is expected{place}, and found is {shapes(found[name])}"
+        if extra := [name for name in found if name not in wanted]:
+            return f"nothing is expected{in_leaf(extra[0])}, and found is {shapes(found[extra[0]])}"
+        return None
 
     def free(self, outer: PyTree) -> PyTree:
         """`outer` in coordinates without bounds, in which solvers move: `outer` itself without `domain`."""
@@ -112,10 +135,11 @@ class Problem:
         """
         if self.project is None:
             return outer
-        found = self.project(outer)
-        if jax.tree.structure(found) != jax.tree.structure(outer) or _shapes(found) != _shapes(outer):
+        with telling(_tracing("project(outer)", self.project), outer=outer):
+            found = self.project(outer)
+        if jax.tree.structure(found) != jax.tree.structure(outer) or shapes(found) != shapes(outer):
             raise ValueError(
-                f"project returned {_shapes(found)} for an outer variable that is {_shapes(outer)}: it must be a tree "
+                f"project returned {shapes(found)} for an outer variable that is {shapes(outer)}: it must be a tree "
                 "like its argument, of the same shapes and dtypes."
             )
         return found
@@ -126,7 +150,8 @@ class Problem:
         Raises:
           ValueError: if it is not a dict with the `mutable` entries, holds nothing to train, or a leaf is no array.
         """
-        inner = self.init_inner(key, outer)
+        with telling(_tracing("init_inner(key, outer)", self.init_inner), outer=outer):
+            inner = self.init_inner(key, outer)
         refuse_modules("init_inner returned", inner, self.mutable)
         inner = as_arrays(inner, "init_inner returned")
         if self.mutable and not (isinstance(inner, dict) and inner.keys() >= set(self.mutable)):
@@ -138,7 +163,7 @@ class Problem:
             )
         if not any(np.size(x) for x in jax.tree.leaves(self.split(inner)[0])):
             raise ValueError(
-                f"init_inner returned nothing that can be trained ({_shapes(inner)}): inner needs a floating-point "
+                f"init_inner returned nothing that can be trained ({shapes(inner)}): inner needs a floating-point "
                 "leaf with at least one number, since integers, booleans and random keys are constants."
             )
         return inner
@@ -179,10 +204,10 @@ class Problem:
             )
         updates, aux = rest if self.has_aux else (rest, None)
         before = self.carried(inner)
-        if not isinstance(updates, dict) or _shapes(updates) != _shapes(before):
-            found = _shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
+        if not isinstance(updates, dict) or shapes(updates) != shapes(before):
+            found = shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
             raise ValueError(
-                f"inner_loss returned {found} for the mutable entries, which are {_shapes(before)}: it must return all "
+                f"inner_loss returned {found} for the mutable entries, which are {shapes(before)}: it must return all "
                 "of them, in a dict, of the same shapes and dtypes."
             )
         return value, updates, aux
@@ -197,19 +222,20 @@ class Problem:
             raise ValueError(f"Problem({name}=None): there is nothing to differentiate: give the loss.")
         arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
         before = {what: Contents.of(tree) for what, tree in arguments.items()}
-        try:
-            result = loss(inner, outer, batch, key)
-        except (TypeError, ValueError, AttributeError, LookupError) as error:
-            if batch is None and "NoneType" in str(error):
-                side = name.partition("_")[0]
-                raise ValueError(
-                    f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of run; "
-                    f"the {side} batches of estimate), or let it read none."
-                ) from error
-            read = (("inner", inner), ("outer", outer), ("batch", batch))
-            shapes = "; ".join(f"{what}: {_shapes(tree)}" for what, tree in read)
-            error.add_note(f"This happened in {name}, which was called with {shapes}. Do they fit together?")
-            raise
+        with telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
+            try:
+                result = loss(inner, outer, batch, key)
+            except (TypeError, ValueError, AttributeError, LookupError) as error:
+                if batch is None and "NoneType" in str(error):
+                    side = name.partition("_")[0]
+                    raise ValueError(
+                        f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of "
+                        f"run{', data= of fit' * (side == 'inner')}; the {side} batches of estimate), or let it read "
+                        "none."
+                    ) from error
+                if (unlike := self.unlike_start(outer)) is not None:
+                    error.add_note(f"Its argument outer is not what init_outer returns: {unlike}.")
+                raise
         for what, tree in arguments.items():
             if (leaf := before[what].changed(tree)) is not None:
                 raise ValueError(
@@ -242,9 +268,20 @@ def _is_loss(value: Any) -> bool:
     return array and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
-def _shapes(tree: PyTree) -> str:
-    named = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-    return ", ".join(f"{name} {jnp.result_type(x)}{list(jnp.shape(x))}" for name, x in named) or "None"
+def _tracing(call: str, function: Any) -> str:
+    """Words for the call of a user's function, with the name that it has."""
+    own = getattr(getattr(function, "func", function), "__name__", "<lambda>")
+    return f"tracing {call}" + f" (the function {own})" * (own not in ("<lambda>", call.partition("(")[0]))
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _kind(leaf: Any) -> Any:
+    """Of numbers: real, complex, integer, boolean or key."""
+    kinds = jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_
+    return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(leaf), kind)), jnp.result_type(leaf))
 
 
 def _describe(value: Any) -> str:
