@@ -20,7 +20,7 @@ class Feed:
 
     def __init__(self, name: str, source: Any, key: jax.Array, is_iterator: bool, steps: int = 0, title: str = ""):
         self.name, self.source, self.key, self.is_iterator, self.steps = name, source, key, is_iterator, steps
-        self.title = title or name
+        self.title, self.word = title or name, "step" if title else "outer step"
         self._last: tuple[Any, int, PyTree] | None = None
         # Batches of an iterator may differ in shape: a loss is known by what it computes on the first.
         self._shapes: list[Any] | None = None
@@ -64,8 +64,9 @@ class Feed:
                     batch = next(self.source)
             except StopIteration:
                 raise ValueError(
-                    f"{self.title}: the iterator ended after {_counted(number)}, at step {step}, but {self.steps} "
-                    f"steps need {self.steps * count}, {count} each: give an iterator that repeats, or run fewer steps."
+                    f"{self.title}: the iterator ended at {self.word} {step}, after {_counted(number)}, but "
+                    f"{self.steps} steps need {self.steps * count}, {count} each: give an iterator that repeats, or "
+                    "run fewer steps."
                 ) from None
             check_batch(f"{self.title}: batch {number} of the iterator", batch)
             batches.append(batch)

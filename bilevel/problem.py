@@ -15,7 +15,7 @@ from bilevel.arguments import Contents, refuse_modules, telling
 from bilevel.data import resolve
 from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
 from bilevel.settings import as_pytree as as_pytree
-from bilevel.trees import PyTree, as_arrays, cast_like, in_leaf, leaf_names, partition, shapes
+from bilevel.trees import PyTree, as_arrays, cast_like, in_leaf, leaf_names, partition, shape, shapes
 
 _LOSS = function("inner", "outer", "batch", "key", result="scalar")
 
@@ -104,11 +104,11 @@ class Problem:
         for name, leaf in wanted.items():
             place = in_leaf(name)
             if name not in found:
-                return f"{shapes(leaf)} is expected{place}, and found is {shapes(outer, 12)}"
+                return f"{shape(leaf)} is expected{place}, and found is {shapes(outer, 12)}"
             if jnp.shape(leaf) != jnp.shape(found[name]) or _kind(leaf) != _kind(found[name]):
-                return f"{shapes(leaf)} is expected{place}, and found is {shapes(found[name])}"
+                return f"{shape(leaf)} is expected{place}, and found is {shape(found[name])}"
         if extra := [name for name in found if name not in wanted]:
-            return f"nothing is expected{in_leaf(extra[0])}, and found is {shapes(found[extra[0]])}"
+            return f"nothing is expected{in_leaf(extra[0])}, and found is {shape(found[extra[0]])}"
         return None
 
     def free(self, outer: PyTree) -> PyTree:

@@ -104,7 +104,7 @@ def run(
     check_run("run", **locals())
     key = jax.random.key(0) if key is None else key
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
-    inner_title = getattr(solver, "data_title", "inner_data")
+    inner_title = getattr(solver, "data_title", "")
     feeds = (
         Feed.of("inner_data", inner_data, inner_key, steps, inner_title),
         Feed.of("outer_data", outer_data, outer_key, steps),

@@ -156,14 +156,17 @@ def leaf_names(tree: PyTree, root: str = "") -> list[str]:
     return [root + jax.tree_util.keystr(path) or "." for path, _ in paths]
 
 
+def shape(leaf: Any) -> str:
+    """Dtype and shape of a leaf."""
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
 def shapes(tree: PyTree, most: int | None = None) -> str:
     """Names, dtypes and shapes of the leaves of `tree`, of no more than `most`."""
-    named = [
-        f"{'' if name == '.' else name + ' '}{jnp.result_type(x)}{list(jnp.shape(x))}"
-        for name, x in list(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))[:most]
-    ]
-    left = jax.tree.structure(tree).num_leaves - len(named)
-    return ", ".join(named + [f"and {left} more leaves"] * bool(left)) or "None"
+    named = [f"{name} {shape(x)}" for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)]
+    if most is not None and len(named) > most:
+        named = [*named[:most], f"and {len(named) - most} more leaves"]
+    return ", ".join(named) or "None"
 
 
 def global_norm(tree: PyTree) -> jax.Array:
