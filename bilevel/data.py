@@ -273,11 +273,15 @@ class Batches:
     _hint = ", where arrays that belong together are one tree, Batches((x, y), size)"
 
     def __post_init__(self):
-        count_first = not hasattr(self.arrays, "shape") and isinstance(self.arrays, int)
-        if count_first or jnp.ndim(self.size) or isinstance(self.size, (tuple, list, dict)):
-            given = f"Batches({shown(self.arrays)}, {shown(self.size)})"
-            why = "the number of rows comes second" if count_first else "the second argument is the number of rows"
-            raise ValueError(f"{given}: {why}; it is {signature(Batches)}{self._hint}.")
+        if isinstance(self.arrays, int) and not hasattr(self.arrays, "shape"):
+            raise ValueError(
+                f"Batches({self.arrays}, ...): the number of rows comes second; it is {signature(Batches)}{self._hint}."
+            )
+        if getattr(self.size, "shape", ()) or isinstance(self.size, tuple | list | dict):
+            raise ValueError(
+                f"Batches(size={shown(self.size)}): must be an integer >= 1, the rows of a batch; it is "
+                f"{signature(Batches)}{self._hint}."
+            )
         object.__setattr__(self, "arrays", as_data("Batches", self.arrays))
         count = rows(self.arrays)
         check_fields(self)

@@ -7,6 +7,7 @@ the program. Two traces of the same loss show it, and cost no run of it.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from bilevel.refusals import TracedLoss
 
 
+_LOOKED_AT: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Traces that were compared with another of the same loss: a run that is repeated is not traced again."""
+
+
 def refuse_changing(losses: list[TracedLoss], again: Callable[[], list[TracedLoss]]) -> None:
     """Refuses losses that are another computation when they are traced anew.
 
@@ -33,11 +38,14 @@ def refuse_changing(losses: list[TracedLoss], again: Callable[[], list[TracedLos
     Raises:
       ValueError: names the loss, and what is different.
     """
-    if not (changed := _changed(losses, again())):
+    new = [loss for loss in losses if loss.closed.jaxpr not in _LOOKED_AT]
+    if not new:
+        return
+    if (changed := _changed(new, again())) is None:
+        _LOOKED_AT.update(loss.closed.jaxpr for loss in new)
         return
     name, what = changed
-    first, second = again(), again()
-    if _changed(first, second):
+    if _changed(again(), again()):
         raise ValueError(
             f"{name} is another function at each call ({what}), but JAX traces it once and repeats what it did then, "
             "so that what it draws with NumPy or Python, or counts, would stay as it was: draw with jax.random from "

@@ -17,6 +17,9 @@ from bilevel.settings import Unfit, boolean, check_fields, child, function, inst
 from bilevel.settings import as_pytree as as_pytree
 from bilevel.trees import PyTree, as_arrays, cast_like, in_leaf, leaf_names, partition, shape, shapes
 
+_MISFITS = (TypeError, ValueError, AttributeError, LookupError)
+"""What a function raises for arguments of another structure or shape."""
+
 _LOSS = function("inner", "outer", "batch", "key", result="scalar")
 
 
@@ -89,27 +92,34 @@ class Problem:
         bijectors.check(self.domain, outer)
         return outer
 
-    def unlike_start(self, outer: PyTree) -> str | None:
+    def unlike_start(self, outer: PyTree, *, whole: bool = False) -> str | None:
         """How `outer` differs from what `init_outer` returns, of which nothing is computed; None if it does not.
 
-        Containers may be of other kinds (a list for a tuple), numbers of other widths.
+        A leaf differs in its shape, or in being real, complex, an integer, a boolean or a key. Numbers may be of other
+        widths, containers of other kinds, and leaves may be missing, unless `whole`, or more.
         """
         try:
             own = jax.eval_shape(self.init_outer, jax.random.key(0))
-        except Exception:  # it needs its values, or is called in vain where only `fit` is wanted
+        except Exception:  # it needs its values, or is there in vain, where only `fit` is wanted
             return None
         wanted, found = _leaves(own), _leaves(outer)
-        if not wanted:
-            return None
         for name, leaf in wanted.items():
-            place = in_leaf(name)
-            if name not in found:
-                return f"{shape(leaf)} is expected{place}, and found is {shapes(outer, 12)}"
-            if jnp.shape(leaf) != jnp.shape(found[name]) or _kind(leaf) != _kind(found[name]):
-                return f"{shape(leaf)} is expected{place}, and found is {shape(found[name])}"
-        if extra := [name for name in found if name not in wanted]:
-            return f"nothing is expected{in_leaf(extra[0])}, and found is {shape(found[extra[0]])}"
+            if name in found:
+                alike = jnp.shape(leaf) == jnp.shape(found[name]) or np.size(leaf) == np.size(found[name]) == 1
+                if not alike or _kind(leaf) != _kind(found[name]):
+                    return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shape(found[name])}"
+            elif whole:
+                return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shapes(outer, 12)}"
         return None
+
+    def _refuse_unlike(self, name: str, outer: PyTree, error: Exception) -> None:
+        """Raises ValueError if a function has failed and lacks a leaf of `outer`."""
+        if (unlike := self.unlike_start(outer, whole=True)) is not None:
+            said = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{name} failed ({type(error).__name__}: {said}), and outer is not like what init_outer returns: "
+                f"{unlike}."
+            ) from error
 
     def free(self, outer: PyTree) -> PyTree:
         """`outer` in coordinates without bounds, in which solvers move: `outer` itself without `domain`."""
@@ -151,7 +161,11 @@ class Problem:
           ValueError: if it is not a dict with the `mutable` entries, holds nothing to train, or a leaf is no array.
         """
         with telling(_tracing("init_inner(key, outer)", self.init_inner), outer=outer):
-            inner = self.init_inner(key, outer)
+            try:
+                inner = self.init_inner(key, outer)
+            except _MISFITS as error:
+                self._refuse_unlike("init_inner", outer, error)
+                raise
         refuse_modules("init_inner returned", inner, self.mutable)
         inner = as_arrays(inner, "init_inner returned")
         if self.mutable and not (isinstance(inner, dict) and inner.keys() >= set(self.mutable)):
@@ -225,7 +239,7 @@ class Problem:
         with telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
             try:
                 result = loss(inner, outer, batch, key)
-            except (TypeError, ValueError, AttributeError, LookupError) as error:
+            except _MISFITS as error:
                 if batch is None and "NoneType" in str(error):
                     side = name.partition("_")[0]
                     raise ValueError(
@@ -233,8 +247,7 @@ class Problem:
                         f"run{', data= of fit' * (side == 'inner')}; the {side} batches of estimate), or let it read "
                         "none."
                     ) from error
-                if (unlike := self.unlike_start(outer)) is not None:
-                    error.add_note(f"Its argument outer is not what init_outer returns: {unlike}.")
+                self._refuse_unlike(name, outer, error)
                 raise
         for what, tree in arguments.items():
             if (leaf := before[what].changed(tree)) is not None:
