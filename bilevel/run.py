@@ -148,7 +148,10 @@ def run(
             # Interrupted before they had returned, or stopped by one: they are asked again.
             if due and callbacks:
                 due = stop = call_back()
-            with Progress(title, steps, start=done, show=progress) as display:
+            display = Progress(title, steps, start=done, show=progress)
+            if note and done == steps:
+                display.already_finished()
+            with display if done < steps else contextlib.nullcontext():
                 while done < steps and not stop:
                     begun = time.monotonic()
                     # Chunks are as long as the machine is fast; callbacks see none of that.
