@@ -85,7 +85,7 @@ def _same(one: Any, other: Any) -> bool:
         return True
     if is_key(one) and is_key(other):
         one, other = jax.random.key_data(one), jax.random.key_data(other)
-    return np.array_equal(np.asarray(one), np.asarray(other), equal_nan=bool(is_inexact(one)))
+    return bool(np.array_equal(np.asarray(one), np.asarray(other), equal_nan=bool(is_inexact(one))))
 
 
 def warn_if_misplaced(losses: list[TracedLoss], *, learned: bool = True) -> None:

@@ -221,11 +221,11 @@ def _asked_once(path: str) -> Iterator[None]:
 
     `datasets` would ask again for half a minute where there is no network.
     """
-    import datasets
     import huggingface_hub
+    from datasets import config
     from huggingface_hub import constants
 
-    flags = [(constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE")]
+    flags = [(constants, "HF_HUB_OFFLINE"), (config, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in flags]
     try:
         huggingface_hub.HfApi().dataset_info(path, timeout=10)

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,21 +50,16 @@ def fit(outer, data=DATA, of=None, steps=3):
 # --- how a class is called ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: Batches(2, DATA),
-        lambda: Batches(X, Y, 2),
-        lambda: Batches(X, Y),
-        lambda: Batches(DATA, DATA),
-        lambda: Batches(DATA),
-        lambda: Batches(DATA, batch_size=2),
-        lambda: Batches(DATA, 2, "blocks"),
-    ],
-)
-def test_batches_called_otherwise_say_the_signature(call):
+@pytest.mark.parametrize("given", [(2, DATA), (X, Y, 2), (X, Y), (DATA, DATA), (DATA,), (DATA, 2, "blocks")])
+def test_batches_called_otherwise_say_the_signature(given):
     with pytest.raises((TypeError, ValueError), match=r"it is Batches\(arrays, size, \*, order='rows'\), .*\(\(x, y\)"):
-        call()
+        Batches(*given)
+
+
+def test_an_unknown_argument_says_the_signature():
+    given: Any = {"batch_size": 2}
+    with pytest.raises(TypeError, match=r"^Batches\(\.\.\.\): .*; it is Batches\(arrays, size, \*, order='rows'\)"):
+        Batches(DATA, **given)
 
 
 def test_every_setting_of_the_engine_says_its_signature():
@@ -96,7 +92,7 @@ def test_numbers_of_an_iterator_that_do_not_fit_are_named(wide):
     of = problem(init_inner=lambda key, outer: jnp.zeros(3, jnp.float32))
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         for name, data in (("inner_data", {"inner": single()}), ("outer_data", {"outer": single()})):
-            given = {"inner": np.float32(X), "outer": np.float32(X)} | data
+            given: Any = {"inner": np.float32(X), "outer": np.float32(X)} | data
             sentence = rf"^{name}: batch 0 of the iterator holds the number .*too large .* in leaf \[1\]"
             with pytest.raises(ValueError, match=sentence):
                 run(of, **given)
@@ -161,9 +157,9 @@ def test_an_outer_that_fits_may_have_more_leaves_and_other_containers():
 
 
 def test_variance_looks_at_the_outer_it_is_given():
-    given = {"outer": jnp.zeros(2), "inner_data": DATA, "outer_data": DATA}
+    given: Any = {"outer": jnp.zeros(2), "inner_data": DATA, "outer_data": DATA}
     with pytest.raises(ValueError, match=r"variance\(outer=.* float64\[\] is expected, and found is float64\[2\]"):
-        bilevel.variance(problem(), {"u": Unrolled(optax.sgd(0.1), 2)}, **given)
+        bilevel.variance(problem(), Unrolled(optax.sgd(0.1), 2), **given)
 
 
 # --- errors of the user's functions -------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_save_peft_names_an_argument_that_is_something_else(name, value, tmp_pat
     ("layers", "sentence"),
     [
         (L - 1, rf"an adapter of layer {L - 1}, .* but num_layers={L - 1} has the layers 0 to {L - 2}: give"),
-        (L + 3, rf"has adapters up to layer {L - 1}, but .* num_layers={L + 3} has layers up to {L + 2}: give the layers"),
+        (L + 3, rf"has adapters up to layer {L - 1}, but .* num_layers={L + 3} has layers up to {L + 2}: give"),
     ],
 )
 def test_a_wrong_number_of_layers_is_told(layers, sentence, folder):
