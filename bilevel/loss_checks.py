@@ -112,6 +112,9 @@ def warn_if_misplaced(losses: list[TracedLoss], *, learned: bool = True) -> None
             )
 
 
+_CONSTANT = (optax.GradientTransformation, optax.MultiSteps)
+
+
 def warn_if_swapped(solver: Any, losses: list[TracedLoss], outer: PyTree, key: jax.Array) -> None:
     """Looks whether only the outer loss depends on `outer`, where the training should.
 
@@ -123,13 +126,18 @@ def warn_if_swapped(solver: Any, losses: list[TracedLoss], outer: PyTree, key: j
     found = {loss.name: loss for loss in losses}
     if len(found) < 2 or any(found["inner_loss"].reads()) or not any(found["outer_loss"].reads()):
         return
-    estimator = getattr(solver, "hypergradient", None)
-    if not isinstance(getattr(estimator, "optimizer", None), optax.GradientTransformation | optax.MultiSteps):
-        return
     problem = solver.problem
-    try:
-        starts = dependence(lambda outer: problem.start_inner(key, outer), outer)
-    except Exception:  # which the run itself will say
+    if hasattr(solver, "hypergradient"):
+        # Of the estimators those that train by one optimizer; of a function of outer it is what is learned.
+        if not isinstance(getattr(solver.hypergradient, "optimizer", None), _CONSTANT):
+            return
+        try:
+            starts = dependence(lambda outer: problem.start_inner(key, outer), outer)
+        except Exception:  # which the run itself will say
+            return
+    elif hasattr(solver, "outer_step"):
+        starts = []  # a stochastic solver goes on from where it is, in steps of its own
+    else:
         return
     if not any(map(any, starts)):
         warnings.warn(

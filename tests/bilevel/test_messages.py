@@ -267,6 +267,9 @@ def test_losses_that_do_not_depend_on_inner_are_told():
 def test_losses_in_each_others_places_are_told():
     with pytest.warns(StructuralZeroWarning, match="Only outer_loss depends on outer, and the training does not"):
         run(problem(test_loss, fit_loss))
+    with pytest.warns(StructuralZeroWarning, match="Only outer_loss depends on outer, and the training does not"):
+        solver = bilevel.SOBA(problem(test_loss, fit_loss), 0.01, 0.01)
+        bilevel.run(solver, inner_data=DATA, outer_data=DATA, steps=1, progress=False)
 
 
 def test_learned_rates_and_starts_are_not_taken_for_swapped_losses():
@@ -284,3 +287,7 @@ def test_a_run_that_is_done_says_so(tmp_path, capsys):
         capsys.readouterr()
         bilevel.run(solver, inner_data=DATA, outer_data=DATA, steps=2, checkpoint_dir=tmp_path, title="search")
     assert capsys.readouterr().err.splitlines()[-1] == "search 2/2  already finished"
+
+
+def test_the_final_training_needs_no_loss_that_reads_outer():
+    fit(0.5, of=problem(test_loss, lambda w, outer, batch, key: outer * jnp.sum(w)))
