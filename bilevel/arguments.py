@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from bilevel.trees import PyTree, is_inexact, leaf_names
+from bilevel.trees import PyTree, is_inexact, leaf_names, shapes
 
 
 class Contents(NamedTuple):
@@ -51,6 +53,39 @@ def check_outer(what: str, outer: PyTree) -> None:
     )
 
 
+_LEAVES = 12
+"""Most leaves of an argument that a note lists."""
+
+
+@contextlib.contextmanager
+def telling(when: str, **given: PyTree) -> Iterator[None]:
+    """Adds to whatever a function of the user's raises inside a note: `when` it did, and the shapes it was `given`.
+
+    Raises:
+      ValueError: for a flax nnx object that was captured from outside and changes: instead of flax's own error.
+    """
+    try:
+        yield
+    except StopIteration:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "TraceContextError" and type(error).__module__.startswith("flax"):
+            said = str(error).partition("\n")[0].rstrip(".")
+            raise ValueError(
+                f"While {when}, a flax nnx object captured from outside was to be changed (dropout counters, batch "
+                f"statistics), which would be lost: {_SPLIT}; or switch it off, model.eval(). ({said})"
+            ) from error
+        trees = "; ".join(f"{what}: {shapes(tree, _LEAVES)}" for what, tree in given.items())
+        error.add_note(f"This happened while {when}{', with ' * bool(trees)}{trees}.")
+        raise
+
+
+_SPLIT = (
+    "split it, graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, merge inside the loss, and "
+    "carry the rest as Problem(mutable=...) says"
+)
+
+
 def refuse_modules(what: str, tree: PyTree, mutable: tuple[str, ...] = ()) -> None:
     """Refuses objects of flax's nnx that a loss would change in place, which is lost: a tree is copied at every step.
 
@@ -70,9 +105,7 @@ def refuse_modules(what: str, tree: PyTree, mutable: tuple[str, ...] = ()) -> No
         if isinstance(x, modules):
             raise ValueError(
                 f"{what} a flax nnx object ({type(x).__name__}) in leaf {name}, and what it changes inside a loss "
-                "(dropout counters, batch statistics) would be lost: split it, graphdef, params, rest = "
-                "nnx.split(model, nnx.Param, ...), train params, merge inside the loss, and carry the rest as "
-                "Problem(mutable=...) says."
+                f"(dropout counters, batch statistics) would be lost: {_SPLIT}."
             )
         carried = path and str(getattr(path[0], "key", "")) in mutable
         if isinstance(x, nnx.Variable) and not isinstance(x, nnx.Param) and not carried:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.arguments import check_outer
-from bilevel.data import Batches, FullBatch, as_data, refuse_sources
+from bilevel.data import Batches, FullBatch, as_data, check_batch, refuse_sources
 from bilevel.problem import is_problem
 from bilevel.settings import (
     Unfit,
@@ -30,7 +30,7 @@ from bilevel.settings import (
     real,
     shown,
 )
-from bilevel.trees import PyTree, is_inexact, leaf_names, unlike_array
+from bilevel.trees import PyTree, in_leaf, is_inexact, leaf_names, unlike_array
 
 ORDER = "the arguments are (problem, inner_state, outer, inner_batches, outer_batch, key)"
 
@@ -51,7 +51,7 @@ def check_call(method: str, **given: Any) -> None:
     outer = given.get("outer")
     for name, x in zip(leaf_names(outer), jax.tree.leaves(outer), strict=True):
         if (reason := unlike_array(x)) is not None:
-            raise ValueError(f"{method}(outer=...) holds {reason}, in leaf {name}.")
+            raise ValueError(f"{method}(outer=...) holds {reason}{in_leaf(name)}.")
 
 
 def check_estimate(
@@ -66,8 +66,9 @@ def check_estimate(
     check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
     if not getattr(estimator, "takes_constants", False):
         check_outer(f"{method} was given", outer)
-    refuse_sources(f"{method}: the inner batches", inner_batches)
-    refuse_sources(f"{method}: the outer batch", outer_batch)
+    for name, batches in (("the inner batches", inner_batches), ("the outer batch", outer_batch)):
+        refuse_sources(f"{method}: {name}", batches)
+        check_batch(f"{method}: {name[4:]}", batches)
 
 
 def refuse_complex(who: str, what: str, tree: PyTree, remedy: str) -> None:
@@ -122,6 +123,16 @@ def check_run(what: str, *, inner_data: Any = None, outer_data: Any = None, **gi
     check_data("outer_data", outer_data)
 
 
+def check_start(what: str, problem: Any, outer: Any) -> None:
+    """Checks an outer variable that is to stand in for what `init_outer` returns.
+
+    Raises:
+      ValueError: names the leaf, what was expected and what was found.
+    """
+    if (unlike := problem.unlike_start(outer)) is not None:
+        raise ValueError(f"{what}(outer=...) is not like what init_outer of the problem returns: {unlike}.")
+
+
 def check_data(what: str, data: Any, *, iterators: bool = True) -> None:
     """Checks data as `run` takes them: a source of batches, arrays, or (with `iterators`) an iterator.
 
@@ -153,5 +164,6 @@ def check_point(what: str, *, problem: Any, outer: Any, key: Any, inner_data: An
     if outer is not None:
         check_call(what, outer=outer)
         check_outer(f"{what} was given", outer)
+        check_start(what, problem, outer)
     check_data("inner_data", inner_data, iterators=False)
     check_data("outer_data", outer_data, iterators=False)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
+from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled
 from bilevel.solvers.base import Solver, outer_batches
 from bilevel.trees import is_inexact
@@ -177,7 +178,8 @@ def _rows_of(rows: Mapping[str, np.ndarray]) -> str:
 
 def _recorded(record: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
     """What `record` says of `state`; names that are its own."""
-    rows = record(state)
+    with telling("tracing record(state)"):
+        rows = record(state)
     if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
         raise ValueError(f"run(record=...): record returned a {type(rows).__name__}, but must return {{name: array}}.")
     if taken := sorted(set(rows) & set(metrics)):

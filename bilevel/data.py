@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.settings import boolean, check_fields, integer, one_of, register, setting, shown
-from bilevel.trees import PyTree, leaf_names, unlike_array
+from bilevel.settings import boolean, check_fields, integer, one_of, register, setting, shown, signature
+from bilevel.trees import PyTree, in_leaf, leaf_names, unlike_array
 
 Order = Literal["rows", "blocks"]
 
@@ -61,6 +61,8 @@ class FullBatch:
     """The whole of `arrays`, or the columns of a `datasets.Dataset`, as the batch of every step."""
 
     arrays: PyTree
+
+    _hint = ", where arrays that belong together are one tree, FullBatch((x, y))"
 
     def __post_init__(self):
         object.__setattr__(self, "arrays", as_data("FullBatch", self.arrays))
@@ -161,9 +163,28 @@ def as_data(what: str, data: Any) -> PyTree:
         else:
             reason = unlike_array(x)
         if reason is not None:
-            raise ValueError(f"{what} was given {reason}, in leaf {name}.")
+            raise ValueError(f"{what} was given {reason}{in_leaf(name)}.")
     refuse_list(what, data)
     return data
+
+
+def check_batch(what: str, batch: PyTree) -> None:
+    """Checks one batch that did not come from checked arrays: of an iterator, or of the caller of an estimator.
+
+    Raises:
+      ValueError: in a sentence that `what` begins, for a leaf that is no array and no number, numbers that the enabled
+        types do not hold, or a list of numbers, each of which would be a leaf.
+    """
+    for name, x in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True):
+        if (reason := unlike_array(x)) is not None:
+            raise ValueError(f"{what} holds {reason}{in_leaf(name)}.")
+
+    def look(node):
+        if isinstance(node, list) and node and all(isinstance(x, (bool, int, float, complex)) for x in node):
+            raise ValueError(f"{what} holds a list of {len(node)} numbers, which is no array: make it np.asarray(...).")
+        return False
+
+    jax.tree.leaves(batch, is_leaf=look)
 
 
 def refuse_list(what: str, data: Any) -> None:
@@ -249,7 +270,18 @@ class Batches:
     size: int = dataclasses.field(metadata=setting(integer(1)))
     order: Order = dataclasses.field(default="rows", kw_only=True, metadata=setting(one_of(*get_args(Order))))
 
+    _hint = ", where arrays that belong together are one tree, Batches((x, y), size)"
+
     def __post_init__(self):
+        if isinstance(self.arrays, int) and not hasattr(self.arrays, "shape"):
+            raise ValueError(
+                f"Batches({self.arrays}, ...): the number of rows comes second; it is {signature(Batches)}{self._hint}."
+            )
+        if getattr(self.size, "shape", ()) or isinstance(self.size, tuple | list | dict):
+            raise ValueError(
+                f"Batches(size={shown(self.size)}): must be an integer >= 1, the rows of a batch; it is "
+                f"{signature(Batches)}{self._hint}."
+            )
         object.__setattr__(self, "arrays", as_data("Batches", self.arrays))
         count = rows(self.arrays)
         check_fields(self)

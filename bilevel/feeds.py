@@ -10,26 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.data import Batches, FullBatch, columns, rows
-from bilevel.trees import PyTree, is_key, leaf_names
+from bilevel.arguments import telling
+from bilevel.data import Batches, FullBatch, check_batch, columns, rows
+from bilevel.trees import PyTree, is_key, leaf_names, shapes
 
 
 class Feed:
     """The batches of one loss: `source` as the compiled step takes it, or an iterator to read from."""
 
-    def __init__(self, name: str, source: Any, key: jax.Array, is_iterator: bool):
-        self.name, self.source, self.key, self.is_iterator = name, source, key, is_iterator
+    def __init__(self, name: str, source: Any, key: jax.Array, is_iterator: bool, steps: int = 0, title: str = ""):
+        self.name, self.source, self.key, self.is_iterator, self.steps = name, source, key, is_iterator, steps
+        self.title, self.word = title or name, "step" if title else "outer step"
         self._last: tuple[Any, int, PyTree] | None = None
         # Batches of an iterator may differ in shape: a loss is known by what it computes on the first.
         self._shapes: list[Any] | None = None
 
     @classmethod
-    def of(cls, name: str, data: Any, key: jax.Array) -> Feed:
-        """A feed from the argument `name` of `run`."""
+    def of(cls, name: str, data: Any, key: jax.Array, steps: int = 0, title: str = "") -> Feed:
+        """A feed from the argument `name` of `run`, for so many outer steps; `title` is what messages call it."""
         if data is None or isinstance(data, (Batches, FullBatch)):
             return cls(name, jax.tree.map(jnp.asarray, data), key, False)  # on the device once, not at each chunk
         if isinstance(data, Iterator):
-            return cls(name, data, key, True)
+            return cls(name, data, key, True, steps, title)
         try:
             arrays = jax.tree.map(jnp.asarray, columns(data))
             rows(arrays)
@@ -56,12 +58,24 @@ class Feed:
     def _read(self, count: int, step: int) -> PyTree:
         batches = []
         for _ in range(count):
+            number = step * count + len(batches)
             try:
-                batches.append(next(self.source))
+                with telling(f"reading batch {number} of {self.title}"):
+                    batch = next(self.source)
             except StopIteration:
                 raise ValueError(
-                    f"The data iterator ended at outer step {step}: give one that repeats, or run fewer steps."
+                    f"{self.title}: the iterator ended at {self.word} {step}, after {_counted(number)}, but "
+                    f"{self.steps} steps need {self.steps * count}, {count} each: give an iterator that repeats, or "
+                    "run fewer steps."
                 ) from None
+            check_batch(f"{self.title}: batch {number} of the iterator", batch)
+            batches.append(batch)
+            new, old = _likes(batch, batches[0])
+            if new != old:
+                raise ValueError(
+                    f"{self.title}: batch {number} of the iterator is {new}, but the first of the same step is {old}: "
+                    "the batches of one step are stacked, so they must be of one structure, shape and dtype."
+                )
         return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
 
     def position(self) -> Any:
@@ -111,6 +125,16 @@ class Feed:
         arrays = getattr(self.source, "arrays", None)
         names, leaves = leaf_names(arrays, self.name), jax.tree.leaves(arrays)
         return {f"{self.name} is": kind} | {n: described(x) for n, x in zip(names, leaves, strict=True)}
+
+
+def _counted(batches: int) -> str:
+    return f"{batches} batch{'es' * (batches != 1)}"
+
+
+def _likes(*batches: PyTree) -> list[str]:
+    """What each of `batches` is, in words that differ where they cannot be stacked."""
+    found = [shapes(batch) for batch in batches]
+    return found if len(set(found)) > 1 else [str(jax.tree.structure(batch)) for batch in batches]
 
 
 def noted(position: Any) -> Any:

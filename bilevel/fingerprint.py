@@ -11,7 +11,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +21,10 @@ from jax.extend import core as jex
 from bilevel import optimizers
 from bilevel.feeds import Feed, described, digest
 from bilevel.problem import Problem
-from bilevel.refusals import TracedLoss
 from bilevel.trees import PyTree, is_key, leaf_names, partition
+
+if TYPE_CHECKING:
+    from bilevel.refusals import TracedLoss
 
 _CODE = ", code"
 """Ends the names of functions that are known by their byte code, which differs between versions of Python."""
@@ -151,14 +153,26 @@ def _trace(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
 
 def _computation(name: str, closed: Any, items: dict[str, str]) -> None:
     """Adds a jaxpr in three parts: operations, the numbers among them, and arrays captured from outside."""
-    lines: list[str] = []
-    numbers: list[str] = []
-    arrays: list[Any] = []
-    _walk(closed.jaxpr, lines, numbers, arrays)
-    _add_constants(closed.consts, numbers, arrays)
-    items[f"{name} computation"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-    items[f"{name} computation, numbers"] = json.dumps(numbers)
-    items[f"{name} computation, captured arrays"] = digest(arrays) if arrays else "none"
+    found = parts(closed)
+    items[f"{name} computation"] = hashlib.sha256("\n".join(found.operations).encode()).hexdigest()[:16]
+    items[f"{name} computation, numbers"] = json.dumps(found.numbers)
+    items[f"{name} computation, captured arrays"] = digest(found.arrays) if found.arrays else "none"
+
+
+class Parts(NamedTuple):
+    """A jaxpr in three parts: operations, as text without addresses, the numbers among them, and other constants."""
+
+    operations: list[str]
+    numbers: list[str]
+    arrays: list[Any]
+
+
+def parts(closed: Any) -> Parts:
+    """The parts of a jaxpr with its constants; equal for two traces of the same computation."""
+    found = Parts([], [], [])
+    _walk(closed.jaxpr, *found)
+    _add_constants(closed.consts, found.numbers, found.arrays)
+    return found
 
 
 def _add_constants(consts: list[Any], numbers: list[str], arrays: list[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bilevel.calls import check_call, check_data
+from bilevel.calls import check_call, check_data, check_start
 from bilevel.hypergradients.base import Trained, schedule
 from bilevel.inner import InnerState
 from bilevel.optimizers import Optimizer, is_optimizer
@@ -40,6 +40,8 @@ class _Training:
     outer: PyTree
 
     inner_batches = 1
+    data_title = "data"
+    learns_outer = False
 
     def init(self, key: jax.Array) -> TrainingState:
         inner_key, key = jax.random.split(key)
@@ -90,6 +92,7 @@ def fit(
     if isinstance(outer, Result):
         raise ValueError("fit(outer=...): was given a Result, of which outer is one part: give result.outer.")
     check_call("fit", problem=problem, outer=outer)
+    check_start("fit", problem, outer)
     checked("fit", "optimizer", optimizer, is_optimizer)
     check_data("data", data)
     training = _Training(problem, Trained(optimizer, 1), outer)

@@ -16,7 +16,8 @@ from bilevel.trees import PyTree, leaf_names
 
 
 class StructuralZeroWarning(UserWarning):
-    """An outer leaf has hypergradient exactly 0 because the estimator cannot see how it acts."""
+    """A derivative is exactly 0 by construction: the estimator cannot see how an outer leaf acts, or a loss does not
+    depend on what it is to be differentiated by."""
 
 
 def value_and_grad(

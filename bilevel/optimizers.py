@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel.arguments import telling
 from bilevel.guards import dependence
 from bilevel.settings import Unfit, misfit
 from bilevel.smooth import smooth
@@ -64,7 +65,8 @@ def transformation(optimizer: Optimizer, outer: PyTree) -> optax.GradientTransfo
       TypeError: if it is neither an optax transformation nor a function that returns one.
     """
     if not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer):
-        optimizer = optimizer(outer)
+        with telling("calling the optimizer, a function of outer", outer=outer):
+            optimizer = optimizer(outer)
     if isinstance(optimizer, optax.MultiSteps):  # not a transformation itself, though used like one
         optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):

@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import bijectors
-from bilevel.arguments import Contents, refuse_modules
+from bilevel.arguments import Contents, refuse_modules, telling
 from bilevel.data import resolve
 from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
 from bilevel.settings import as_pytree as as_pytree
-from bilevel.trees import PyTree, as_arrays, cast_like, leaf_names, partition
+from bilevel.trees import PyTree, as_arrays, cast_like, in_leaf, leaf_names, partition, shape, shapes
+
+_MISFITS = (TypeError, ValueError, AttributeError, LookupError)
+"""What a function raises for arguments of another structure or shape."""
 
 _LOSS = function("inner", "outer", "batch", "key", result="scalar")
 
@@ -82,11 +85,41 @@ class Problem:
         Raises:
           ValueError: if a leaf is no array, or one is outside its domain.
         """
-        outer = self.init_outer(key)
+        with telling(_tracing("init_outer(key)", self.init_outer)):
+            outer = self.init_outer(key)
         refuse_modules("init_outer returned", outer)
         outer = as_arrays(outer, "init_outer returned")
         bijectors.check(self.domain, outer)
         return outer
+
+    def unlike_start(self, outer: PyTree, *, whole: bool = False) -> str | None:
+        """How `outer` differs from what `init_outer` returns, of which nothing is computed; None if it does not.
+
+        A leaf differs in its shape, or in being real, complex, an integer, a boolean or a key. Numbers may be of other
+        widths, containers of other kinds, and leaves may be missing, unless `whole`, or more.
+        """
+        try:
+            own = jax.eval_shape(self.init_outer, jax.random.key(0))
+        except Exception:  # it needs its values, or is there in vain, where only `fit` is wanted
+            return None
+        wanted, found = _leaves(own), _leaves(outer)
+        for name, leaf in wanted.items():
+            if name in found:
+                alike = jnp.shape(leaf) == jnp.shape(found[name]) or np.size(leaf) == np.size(found[name]) == 1
+                if not alike or _kind(leaf) != _kind(found[name]):
+                    return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shape(found[name])}"
+            elif whole:
+                return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shapes(outer, 12)}"
+        return None
+
+    def _refuse_unlike(self, name: str, outer: PyTree, error: Exception) -> None:
+        """Raises ValueError if a function has failed and lacks a leaf of `outer`."""
+        if (unlike := self.unlike_start(outer, whole=True)) is not None:
+            said = str(error).partition("\n")[0]
+            raise ValueError(
+                f"{name} failed ({type(error).__name__}: {said}), and outer is not like what init_outer returns: "
+                f"{unlike}."
+            ) from error
 
     def free(self, outer: PyTree) -> PyTree:
         """`outer` in coordinates without bounds, in which solvers move: `outer` itself without `domain`."""
@@ -112,10 +145,11 @@ class Problem:
         """
         if self.project is None:
             return outer
-        found = self.project(outer)
-        if jax.tree.structure(found) != jax.tree.structure(outer) or _shapes(found) != _shapes(outer):
+        with telling(_tracing("project(outer)", self.project), outer=outer):
+            found = self.project(outer)
+        if jax.tree.structure(found) != jax.tree.structure(outer) or shapes(found) != shapes(outer):
             raise ValueError(
-                f"project returned {_shapes(found)} for an outer variable that is {_shapes(outer)}: it must be a tree "
+                f"project returned {shapes(found)} for an outer variable that is {shapes(outer)}: it must be a tree "
                 "like its argument, of the same shapes and dtypes."
             )
         return found
@@ -126,7 +160,12 @@ class Problem:
         Raises:
           ValueError: if it is not a dict with the `mutable` entries, holds nothing to train, or a leaf is no array.
         """
-        inner = self.init_inner(key, outer)
+        with telling(_tracing("init_inner(key, outer)", self.init_inner), outer=outer):
+            try:
+                inner = self.init_inner(key, outer)
+            except _MISFITS as error:
+                self._refuse_unlike("init_inner", outer, error)
+                raise
         refuse_modules("init_inner returned", inner, self.mutable)
         inner = as_arrays(inner, "init_inner returned")
         if self.mutable and not (isinstance(inner, dict) and inner.keys() >= set(self.mutable)):
@@ -138,7 +177,7 @@ class Problem:
             )
         if not any(np.size(x) for x in jax.tree.leaves(self.split(inner)[0])):
             raise ValueError(
-                f"init_inner returned nothing that can be trained ({_shapes(inner)}): inner needs a floating-point "
+                f"init_inner returned nothing that can be trained ({shapes(inner)}): inner needs a floating-point "
                 "leaf with at least one number, since integers, booleans and random keys are constants."
             )
         return inner
@@ -179,10 +218,10 @@ class Problem:
             )
         updates, aux = rest if self.has_aux else (rest, None)
         before = self.carried(inner)
-        if not isinstance(updates, dict) or _shapes(updates) != _shapes(before):
-            found = _shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
+        if not isinstance(updates, dict) or shapes(updates) != shapes(before):
+            found = shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
             raise ValueError(
-                f"inner_loss returned {found} for the mutable entries, which are {_shapes(before)}: it must return all "
+                f"inner_loss returned {found} for the mutable entries, which are {shapes(before)}: it must return all "
                 "of them, in a dict, of the same shapes and dtypes."
             )
         return value, updates, aux
@@ -197,19 +236,19 @@ class Problem:
             raise ValueError(f"Problem({name}=None): there is nothing to differentiate: give the loss.")
         arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
         before = {what: Contents.of(tree) for what, tree in arguments.items()}
-        try:
-            result = loss(inner, outer, batch, key)
-        except (TypeError, ValueError, AttributeError, LookupError) as error:
-            if batch is None and "NoneType" in str(error):
-                side = name.partition("_")[0]
-                raise ValueError(
-                    f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of run; "
-                    f"the {side} batches of estimate), or let it read none."
-                ) from error
-            read = (("inner", inner), ("outer", outer), ("batch", batch))
-            shapes = "; ".join(f"{what}: {_shapes(tree)}" for what, tree in read)
-            error.add_note(f"This happened in {name}, which was called with {shapes}. Do they fit together?")
-            raise
+        with telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
+            try:
+                result = loss(inner, outer, batch, key)
+            except _MISFITS as error:
+                if batch is None and "NoneType" in str(error):
+                    side = name.partition("_")[0]
+                    raise ValueError(
+                        f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of "
+                        f"run{', data= of fit' * (side == 'inner')}; the {side} batches of estimate), or let it read "
+                        "none."
+                    ) from error
+                self._refuse_unlike(name, outer, error)
+                raise
         for what, tree in arguments.items():
             if (leaf := before[what].changed(tree)) is not None:
                 raise ValueError(
@@ -242,9 +281,20 @@ def _is_loss(value: Any) -> bool:
     return array and jnp.shape(value) == () and jnp.issubdtype(jnp.result_type(value), jnp.floating)
 
 
-def _shapes(tree: PyTree) -> str:
-    named = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
-    return ", ".join(f"{name} {jnp.result_type(x)}{list(jnp.shape(x))}" for name, x in named) or "None"
+def _tracing(call: str, function: Any) -> str:
+    """Words for the call of a user's function, with the name that it has."""
+    own = getattr(getattr(function, "func", function), "__name__", "<lambda>")
+    return f"tracing {call}" + f" (the function {own})" * (own not in ("<lambda>", call.partition("(")[0]))
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _kind(leaf: Any) -> Any:
+    """Of numbers: real, complex, integer, boolean or key."""
+    kinds = jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_
+    return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(leaf), kind)), jnp.result_type(leaf))
 
 
 def _describe(value: Any) -> str:

@@ -61,6 +61,11 @@ class Progress:
                 self._last_line = now
                 print(f"{self._title} {done}/{self._total}  {text}  {self._left()}", file=sys.stderr, flush=True)
 
+    def already_finished(self) -> None:
+        """Says that there is nothing to do: all steps were done before."""
+        if self._mode != "none":
+            print(f"{self._title} {self._done}/{self._total}  already finished", file=sys.stderr, flush=True)
+
     def _left(self) -> str:
         gone, steps = time.monotonic() - self._begun, self._done - self._first
         seconds = round(gone / max(steps, 1) * (self._total - self._done))

@@ -22,6 +22,7 @@ from bilevel.custom_rules import custom_rule
 from bilevel.data import slots
 from bilevel.gradients import INNER_GRADIENT
 from bilevel.guards import refuse_reverse_rules
+from bilevel.loss_checks import warn_if_misplaced
 from bilevel.problem import Problem
 from bilevel.tracing import bind, is_literal, jaxprs, used
 from bilevel.trees import PyTree, at_step, is_inexact, leaf_names
@@ -48,6 +49,8 @@ def guarded(estimate: Callable[..., Any]) -> Callable[..., Any]:
         refuse_complex_variables(self, problem.split(params)[0], outer)
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
+        if not isinstance(key, Tracer):  # where it is traced, `run` has looked at them
+            warn_if_misplaced(losses)
         for loss in losses:
             if loss.name == "inner_loss" and hasattr(self, "meet_custom_rule") and (name := loss.custom_rule()):
                 self.meet_custom_rule(name)
@@ -95,6 +98,10 @@ class TracedLoss(NamedTuple):
         variables = self.inner + self.outer
         return custom_rule(self.closed.jaxpr, [i < variables for i in range(len(self.closed.in_avals))])
 
+    def value_reads(self) -> list[bool]:
+        """For each leaf of the arguments, whether the loss itself, its first output, is computed from it."""
+        return used(self.closed.jaxpr, [i == 0 for i in range(len(self.closed.jaxpr.outvars))])
+
     def reads(self) -> list[bool]:
         """For each leaf of `outer`, whether an output is computed from it."""
         read = used(self.closed.jaxpr, [True] * len(self.closed.jaxpr.outvars))
@@ -109,12 +116,15 @@ def traced_losses(
     outer_batch: PyTree,
     key: jax.Array,
     steps: int,
+    *,
+    anew: bool = False,
 ) -> list[TracedLoss]:
     """Both losses, on their first batch; without one that cannot be traced, which will say so itself.
 
     Args:
       params: the inner variable; None for what `init_inner` returns.
       steps: inner batches, as `Hypergradient.steps`.
+      anew: whether they are traced again, though JAX may remember their traces.
     """
 
     found = []
@@ -123,6 +133,7 @@ def traced_losses(
         try:
             inner = jax.eval_shape(problem.start_inner, key, outer) if params is None else params
             arguments = inner, outer, batch, problem, key
+            loss = _forgotten(loss) if anew else loss
             closed = loss.trace(*arguments, steps).jaxpr
             if len(closed.in_avals) != len(jax.tree.leaves(arguments)):
                 # A captured value of a trace became an argument.
@@ -133,10 +144,17 @@ def traced_losses(
     return found
 
 
+def _forgotten(loss: Any) -> Any:
+    """`loss` as a compiled function of which JAX remembers no trace."""
+    return jax.jit(functools.wraps(loss.__wrapped__)(lambda *args: loss.__wrapped__(*args)), **_STATIC)
+
+
+_STATIC: dict[str, Any] = {"static_argnums": 5, "keep_unused": True}
+
 # Compiled functions of the module, though they are never compiled: JAX then remembers their traces.
 
 
-@functools.partial(jax.jit, static_argnums=5, keep_unused=True)
+@functools.partial(jax.jit, **_STATIC)
 def _inner_loss(inner, outer, batches, problem, key, steps):
     xs, bind = slots(batches, steps)
     batch = bind(jax.tree.map(lambda x: x[0], xs))
@@ -144,7 +162,7 @@ def _inner_loss(inner, outer, batches, problem, key, steps):
     return value, updates
 
 
-@functools.partial(jax.jit, static_argnums=5, keep_unused=True)
+@functools.partial(jax.jit, **_STATIC)
 def _outer_loss(inner, outer, batch, problem, key, steps):
     return problem.outer_value(inner, at_step(outer, steps), batch, key)[0]
 

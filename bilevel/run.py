@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bilevel.arguments import telling
 from bilevel.calls import check_run
 from bilevel.checkpoints import Checkpoints
 from bilevel.chunks import History, batches, chunk, chunk_capacity, kinds, wanted_batches
@@ -20,6 +21,7 @@ from bilevel.feeds import Feed
 from bilevel.fingerprint import fingerprint
 from bilevel.guards import EXACTNESS, warn_if_inexact
 from bilevel.interrupts import terminable
+from bilevel.loss_checks import refuse_changing, warn_if_misplaced, warn_if_swapped
 from bilevel.progress import Callback, Progress
 from bilevel.refusals import TracedLoss, refuse_captured, traced_losses
 from bilevel.solvers.base import Solver, outer_batches
@@ -102,14 +104,22 @@ def run(
     check_run("run", **locals())
     key = jax.random.key(0) if key is None else key
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
-    feeds = Feed.of("inner_data", inner_data, inner_key), Feed.of("outer_data", outer_data, outer_key)
+    inner_title = getattr(solver, "data_title", "")
+    feeds = (
+        Feed.of("inner_data", inner_data, inner_key, steps, inner_title),
+        Feed.of("outer_data", outer_data, outer_key, steps),
+    )
     store = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
     note = store.note(steps) if store else None
     state, done, history, due = solver.init(solver_key), 0, History(), False
     data = _first(solver, feeds, note)
     losses = _losses(solver, state, data)
     refuse_captured(losses, state.outer)
-    recorded = kinds(jax.eval_shape(record, state)) if record else "none"
+    refuse_changing(losses, lambda: _losses(solver, state, data, anew=True))
+    warn_if_misplaced(losses, learned=getattr(solver, "learns_outer", True))
+    warn_if_swapped(solver, losses, state.outer, replayed(state.key))
+    with telling("tracing record(state)"):
+        recorded = kinds(jax.eval_shape(record, state)) if record else "none"
     if store:
         store.claim(fingerprint(solver, key, state, losses, feeds), recorded, note)
         if note:
@@ -138,7 +148,10 @@ def run(
             # Interrupted before they had returned, or stopped by one: they are asked again.
             if due and callbacks:
                 due = stop = call_back()
-            with Progress(title, steps, start=done, show=progress) as display:
+            display = Progress(title, steps, start=done, show=progress)
+            if note and done == steps:
+                display.already_finished()
+            with display if done < steps else contextlib.nullcontext():
                 while done < steps and not stop:
                     begun = time.monotonic()
                     # Chunks are as long as the machine is fast; callbacks see none of that.
@@ -182,7 +195,7 @@ def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:
     return [feed.resume(at, n, note["step"]) for feed, n, at in zip(feeds, wanted, note["feeds"], strict=True)]
 
 
-def _losses(solver: Solver, state: Any, data: Any) -> list[TracedLoss]:
+def _losses(solver: Solver, state: Any, data: Any, *, anew: bool = False) -> list[TracedLoss]:
     """Both losses as they are called by a step on `data`."""
 
     def seen(state, data):
@@ -194,7 +207,8 @@ def _losses(solver: Solver, state: Any, data: Any) -> list[TracedLoss]:
 
     inner, outer = jax.eval_shape(seen, state, data)
     params = getattr(state.inner, "params", None)
-    return traced_losses(solver.problem, params, state.outer, inner, outer, state.key, solver.inner_batches)
+    arguments = params, state.outer, inner, outer, state.key, solver.inner_batches
+    return traced_losses(solver.problem, *arguments, anew=anew)
 
 
 def _is_real(values: np.ndarray) -> bool:

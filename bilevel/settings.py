@@ -8,6 +8,7 @@ sentence of that, with the class, the field and the value. Booleans are never nu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import reprlib
@@ -53,7 +54,44 @@ def register(cls: Class) -> Class:
         return new
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    if "__init__" in vars(cls):
+        cls.__init__ = _with_signature(cls, cls.__init__)
     return cls
+
+
+def _with_signature(cls: type, init: Callable[..., None]) -> Callable[..., None]:
+    """`init`, whose error for arguments that are missing, unknown or too many says how to call it.
+
+    A class may add to the sentence by `_hint`.
+    """
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is None or error.__traceback__.tb_next is not None:  # from inside it
+                raise
+            said, hint = _unbound(cls, args, kwargs), getattr(cls, "_hint", "")
+            raise TypeError(f"{cls.__name__}(...): {said}; it is {signature(cls)}{hint}.") from None
+
+    return __init__
+
+
+def _unbound(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why arguments are not those of a class."""
+    try:
+        inspect.signature(cls).bind(*args, **kwargs)
+    except TypeError as error:
+        return str(error)
+    return "the arguments do not fit"
+
+
+def signature(cls: type) -> str:
+    """How a class is called: its name, its arguments and their defaults."""
+    parameters = inspect.signature(cls).parameters.values()
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+    return f"{cls.__name__}{inspect.Signature(bare)}"
 
 
 def setting(rule: Rule | None = None) -> dict[str, Any]:

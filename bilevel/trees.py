@@ -37,8 +37,13 @@ def as_arrays(tree: PyTree, what: str = "The tree holds") -> PyTree:
     """
     for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
         if (reason := unlike_array(x)) is not None:
-            raise ValueError(f"{what} {reason} in leaf {name}.")
+            raise ValueError(f"{what} {reason}{in_leaf(name)}.")
     return jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)
+
+
+def in_leaf(name: str) -> str:
+    """Where a leaf is, to end a sentence with; nothing for a tree that is one leaf."""
+    return "" if name == "." else f" in leaf {name}"
 
 
 def unlike_array(leaf: Any) -> str | None:
@@ -149,6 +154,19 @@ def leaf_names(tree: PyTree, root: str = "") -> list[str]:
     """A readable path for every leaf of `tree`, in flattening order, from `root` on; without one the root is `.`."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [root + jax.tree_util.keystr(path) or "." for path, _ in paths]
+
+
+def shape(leaf: Any) -> str:
+    """Dtype and shape of a leaf."""
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def shapes(tree: PyTree, most: int | None = None) -> str:
+    """Names, dtypes and shapes of the leaves of `tree`, of no more than `most`."""
+    named = [f"{name} {shape(x)}" for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)]
+    if most is not None and len(named) > most:
+        named = [*named[:most], f"and {len(named) - most} more leaves"]
+    return ", ".join(named) or "None"
 
 
 def global_norm(tree: PyTree) -> jax.Array:

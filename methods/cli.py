@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -142,13 +143,26 @@ def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> An
     except SystemExit as exit:
         if not exit.code:
             return None
-        raise BadInput(f"{_unboxed(said.getvalue())} (bilevel {name} --help lists the options)") from None
+        told = _unknown(rest, cls) or _unboxed(said.getvalue())
+        raise BadInput(f"{told} (bilevel {name} --help lists the options)") from None
     ranges.check(settings)
     without = module.unused(settings) if hasattr(module, "unused") else {}
     for field, reason in without.items():
         if getattr(settings, field) != getattr(default, field):
             raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")
     return settings
+
+
+def _unknown(arguments: list[str], cls: type) -> str | None:
+    """A sentence on the first option that `cls` does not have, with the one it looks like most; None if it has all."""
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(cls)]
+    known = [*(f"--{name}" for name in names), *(f"--no-{name}" for name in names), "--preset", "--help"]
+    for word in arguments:
+        option = word.partition("=")[0].replace("_", "-")
+        if option.startswith("--") and len(option) > 2 and option not in known:
+            near = difflib.get_close_matches(option, known, 1, 0.5)
+            return f"Unrecognized options: {option[:100]!a}{f': did you mean {near[0]}?' if near else '.'}"
+    return None
 
 
 def _unboxed(text: str) -> str:

@@ -160,7 +160,7 @@ def check(settings: Settings) -> None:
     recipe(settings)
     if settings.finetune_steps * settings.accumulate > ranges.LARGEST:
         raise ValueError(
-            f"--finetune-steps {settings.finetune_steps} of --accumulate {settings.accumulate} batches are more than "
+            f"--finetune-steps {settings.finetune_steps} times --accumulate {settings.accumulate} is more than "
             f"the {ranges.LARGEST:,} that a training can have."
         )
     for size, rows in (("batch_size", "train_rows"), ("outer_batch_size", "outer_rows")):
@@ -243,20 +243,12 @@ def prepare(
     if end_of_text and not labelled and mark is None:
         raise ValueError(f"The tokenizer of {settings.model} has no mark of a text's end, which is to be trained on.")
     end: list[int] = [mark] if end_of_text and not labelled else []
-    fitting = _fitting(task, published[0], pretrained.tokenizer, settings, end)
+    fitting, looked_at = _fitting(task, published[0], pretrained.tokenizer, settings, end)
     if not fitting:
         raise ValueError(
             f"None of the rows of {task.name} that were looked at fits into --length {settings.length}: raise it."
         )
-    splits = tasks.split(
-        task,
-        fitting,
-        published[1],
-        outer=settings.outer_rows,
-        train=settings.train_rows,
-        test=settings.test_rows or None,
-        seed=settings.seed,
-    )
+    splits = _split(task, fitting, looked_at, published[1], settings)
 
     @reading(*ROWS)
     def encoded(rows):
@@ -282,15 +274,32 @@ def prepare(
     )
 
 
+def _split(task: Any, fitting: list[Any], looked_at: int, test_rows: list[Any], settings: Settings) -> tasks.Splits:
+    """`tasks.split` by the settings. Raises ValueError, with the options in it that say how many rows are wanted."""
+    sizes = {"outer": settings.outer_rows, "train": settings.train_rows, "test": settings.test_rows or None}
+    try:
+        return tasks.split(task, fitting, test_rows, **sizes, seed=settings.seed)
+    except tasks.TooFew as error:
+        said = re.sub(r"\b(train|outer|test)=(\d+) (rows|prompts)", r"--\1-rows \2", str(error).rstrip("."))
+        if error.test:
+            raise ValueError(f"{said}.") from error
+        raise ValueError(
+            f"{said}; {len(fitting)} of the {looked_at} training rows that were looked at fit into --length "
+            f"{settings.length}: raise --length, or lower --train-rows and --outer-rows."
+        ) from error
+
+
 def open_run(settings: Settings, bench: Bench) -> RunFolder:
     """The run folder of `settings` on what `bench` has read. Raises ValueError."""
     return RunFolder(settings.out, settings, bench.inputs, bench.files)
 
 
 @reading(*ROWS)
-def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings, end: list[int]) -> list[Any]:
+def _fitting(
+    task: Any, rows: list[Any], tokenizer: Any, settings: Settings, end: list[int]
+) -> tuple[list[Any], int]:
     """The units whose texts, with the right answers and `end`, fit into `length` tokens, looked for in a seeded order
-    until enough: a prompt comes with all its references, or not at all."""
+    until enough: a prompt comes with all its references, or not at all. And how many rows were looked at."""
     wanted = 4 * (settings.train_rows + settings.outer_rows) + 64  # some share a subject with the test
     units = tasks.units(task, rows)
     units = [units[i] for i in np.random.default_rng(settings.seed).permutation(len(units))[:wanted]]
@@ -302,7 +311,7 @@ def _fitting(task: Any, rows: list[Any], tokenizer: Any, settings: Settings, end
         most = settings.length - len(end)
         kept = [len(ids) <= most for ids in tasks.tokenized(tokenizer, texts)["input_ids"]]
     fit = iter(kept)
-    return [row for unit in units if all([next(fit) for _ in unit]) for row in unit]
+    return [row for unit in units if all([next(fit) for _ in unit]) for row in unit], len(chosen)
 
 
 def loss(bench: Bench) -> Any:

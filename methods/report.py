@@ -245,10 +245,14 @@ Trained on {len(bench.splits.train)} rows, validated on {len(bench.splits.outer)
 set ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or beyond what was asked
 for; {bench.splits.dropped} share a subject with the test). {settings.adapter}, rank {settings.rank}, alpha
 {settings.lora_alpha:g}, on {", ".join(bench.lora.sites(bench.pretrained.config.site_shapes()))} of all
-{bench.num_layers} layers; {settings.finetune_steps} steps of AdamW, {settings.accumulate} batches of
+{bench.num_layers} layers; {settings.finetune_steps} steps of AdamW, {_batches(settings.accumulate)} of
 {settings.batch_size} rows each, peak learning rate {settings.finetune_lr:g}; {chosen} is what was tested.
 The adapter is in `adapter/`, in PEFT's format. All settings: `config.json`; every step: `metrics.jsonl`.
 """
+
+
+def _batches(count: int) -> str:
+    return f"{count} batch{'es' * (count != 1)}"
 
 
 def _halves(alpha: np.ndarray) -> str:

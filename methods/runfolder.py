@@ -141,6 +141,8 @@ class RunFolder:
         """`name.json`, made by `make()` if it is not there yet."""
         if not (self.path / f"{name}.json").is_file():
             self.write(name, make())
+        else:
+            print(f"{name}: already finished, in {self.path}", flush=True)
         return self.read(name)
 
     def log(self, stage: str) -> Callable[[int, Any, Mapping[str, Any]], None]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods.adapters import peft_folder
+from methods.adapters import peft_arguments, peft_folder
 from methods.adapters.filters import FILTERS, Edit, init, scalars
 from methods.adapters.hook import Params
 from methods.adapters.lora import LoRAConfig
@@ -64,9 +64,11 @@ def save_edit(
       head: parameters of a `Classifier`.
 
     Raises:
+      TypeError: for an argument that is something else; names it.
       ValueError: for DoRA.
       FileExistsError: if the folder holds something else.
     """
+    peft_arguments.check("save_edit", folder=folder, config=config, params=params, names=names, head=head)
     if config.dora:
         raise ValueError("An edit stands beside LoRA or rsLoRA; DoRA would turn it with the weights.")
     config.bind(params)  # refuses what does not fit
@@ -98,9 +100,11 @@ def load_edit(folder: str | os.PathLike[str], shapes: Mapping[str, tuple[int, in
       num_layers: L.
 
     Raises:
+      TypeError: for an argument that is something else; names it.
       FileNotFoundError: if one of the files is missing.
       ValueError: if one is damaged, or something in it is not understood or does not fit this model; names it.
     """
+    peft_arguments.check("load_edit", folder=folder, shapes=shapes, num_layers=num_layers)
     path, file = Path(folder) / SETTINGS, Path(folder) / WEIGHTS
     settings = _understood(
         peft_folder.read_json(path, f"a LoRATRF adapter is a folder with {SETTINGS} and {WEIGHTS}"), path

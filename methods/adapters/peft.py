@@ -27,6 +27,7 @@ import numpy as np
 from methods.adapters import peft_folder
 from methods.adapters.hook import Params
 from methods.adapters.lora import LoRAConfig, PerLayer
+from methods.adapters.peft_arguments import check
 from methods.adapters.peft_folder import PREFIX, Module
 
 if TYPE_CHECKING:
@@ -64,9 +65,11 @@ def save_peft(
       The folder's path.
 
     Raises:
+      TypeError: for an argument that is something else; names it.
       ValueError: if nothing is left to write, the head is not of this model, or as `config.bind`.
       FileExistsError: if the folder holds something else than an adapter.
     """
+    check("save_peft", folder=folder, config=config, params=params, names=names, head=head)
     modules = _modules(config, params, gate, mask)
     if not modules:
         raise ValueError("There is no adapter to export: every layer is masked or has a gate of exactly 0.")

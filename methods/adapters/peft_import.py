@@ -17,6 +17,7 @@ from methods.adapters import peft_folder
 from methods.adapters.hook import Params
 from methods.adapters.lora import Linears, LoRAConfig
 from methods.adapters.patterns import shortened
+from methods.adapters.peft_arguments import check
 from methods.adapters.peft_fields import CONVERT, MERGE, Fields
 from methods.adapters.peft_folder import PREFIX, SETTINGS, WEIGHTS, Module
 from methods.adapters.peft_start import subtracted
@@ -66,9 +67,16 @@ def load_peft(
         LoRA of twice the rank (`methods.adapters.peft_start`).
 
     Raises:
+      TypeError: for an argument that is something else; names it.
       FileNotFoundError: if one of the files is missing.
       ValueError: if one is damaged, or something in it is not understood or does not fit this model; names it.
     """
+    check("load_peft", folder=folder, names=names, shapes=shapes, num_layers=num_layers, base=base)
+    if missing := sorted(set(names.modules) - set(shapes)):
+        raise ValueError(
+            f"load_peft(shapes=...) has no {missing[0]}, a linear of the model that names is of: give names and shapes "
+            "of one model, pretrained.hf_names and pretrained.config.site_shapes()."
+        )
     folder = Path(folder)
     settings, tensors = peft_folder.read_settings(folder / SETTINGS), peft_folder.read_tensors(folder / WEIGHTS)
     modules, head = _read_modules(folder / WEIGHTS, settings, tensors, names, shapes, num_layers, base)
@@ -137,11 +145,23 @@ def _read_modules(
         elif name.removeprefix(PREFIX) in names.head.values():
             whole[name.removeprefix(PREFIX)] = tensor
         else:
+            if match is not None and (layer := _layer(match[1], names)) is not None and layer >= num_layers:
+                raise ValueError(
+                    f"{path} has an adapter of layer {layer}, {match[1]}, but num_layers={num_layers} has the layers 0 "
+                    f"to {num_layers - 1}: give {_LAYERS}, or this adapter is of a deeper model."
+                )
             raise ValueError(_stranger(path, settings, name, tensor, names))
     head = _head(path, settings, whole, names)
     modules = {}
+    deepest = max((layer for name in found for _, layer in places[name]), default=num_layers)
     for name, sites in places.items():
         if (name in found) != settings.adapts(name):
+            if name not in found and sites[0][1] > deepest:
+                raise ValueError(
+                    f"{path} has adapters up to layer {deepest}, but {SETTINGS} adapts every layer, and "
+                    f"num_layers={num_layers} has layers up to {num_layers - 1}: give {_LAYERS}, or this adapter is of "
+                    "a model of fewer layers."
+                )
             what = "no adapter for" if name not in found else "an adapter for"
             how = "name" if name not in found else "do not name"
             raise ValueError(
@@ -166,6 +186,19 @@ def _read_modules(
     if not modules:
         raise ValueError(f"{path} holds no adapter, only a head.")
     return modules, head
+
+
+_LAYERS = "the layers that the base model has, pretrained.config.num_layers"
+
+
+def _layer(name: str, names: HFNames) -> int | None:
+    """The layer of the module that a Hugging Face name means, in whatever depth; None if it is none of the model's."""
+    for module in names.modules.values():
+        head, _, tail = module.partition("{layer}")
+        middle = name.removeprefix(head).removesuffix(tail)
+        if name == f"{head}{middle}{tail}" and middle.isdecimal() and len(middle) < 10:
+            return int(middle)
+    return None
 
 
 def _about(tensors: Mapping[str, np.ndarray], places: Mapping[str, Any]) -> bool:

@@ -38,9 +38,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 class HFNames:
     """What the model is called in Hugging Face's world: all that writing a PEFT adapter needs.
 
-    base_model: for `base_model_name_or_path`. modules: site -> module name with "{layer}". head: path in a
-    `Classifier`'s parameters, ("out", "kernel") -> tensor name; kernels are stored transposed, [out, in]. conv1d: its
-    linears are of the class Conv1D, which PEFT is to be told.
+    base_model: for `base_model_name_or_path`: an absolute path, or a name on the hub. modules: site -> module name with
+    "{layer}". head: path in a `Classifier`'s parameters, ("out", "kernel") -> tensor name; kernels are stored
+    transposed, [out, in]. conv1d: its linears are of the class Conv1D, which PEFT is to be told.
     """
 
     base_model: str
@@ -133,9 +133,15 @@ def load(
         config=config,
         weights=weights,
         tokenizer=tokenizer,
-        hf_names=HFNames(str(name_or_path), family.modules, head, conv1d),
+        hf_names=HFNames(_base_model(str(name_or_path)), family.modules, head, conv1d),
         head=head_weights,
     )
+
+
+def _base_model(name: str) -> str:
+    """What lies here by its absolute path, which holds wherever the process goes on; a name on the hub as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _check_dtype(dtype: Any) -> np.dtype:

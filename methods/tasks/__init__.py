@@ -10,7 +10,7 @@ from methods.tasks.encode import Encoded, TokenBatch, encode
 from methods.tasks.generation import Written, check_metrics, evaluate_written
 from methods.tasks.metrics import METRICS
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
-from methods.tasks.splits import Splits, check_disjoint, load_splits, split, units
+from methods.tasks.splits import Splits, TooFew, check_disjoint, load_splits, split, units
 from methods.tasks.task import (
     Classification,
     Generation,
@@ -57,6 +57,7 @@ __all__ = [
     "Splits",
     "Task",
     "TokenBatch",
+    "TooFew",
     "Written",
     "check_disjoint",
     "check_metrics",

@@ -11,6 +11,14 @@ import numpy as np
 from methods.tasks.task import Generation, Row, Task, load
 
 
+class TooFew(ValueError):
+    """A split wants more rows, or prompts, than there are; `test`: whether it is that of the test."""
+
+    def __init__(self, sentence: str, *, test: bool = False):
+        super().__init__(sentence)
+        self.test = test
+
+
 class Splits(NamedTuple):
     """Rows of the inner loss, of the outer loss, and of the test.
 
@@ -70,14 +78,15 @@ def split(
       seed: of the cut.
 
     Raises:
-      ValueError: if a size is below 1 or there are not so many.
+      TooFew: if a size is below 1 or there are not so many.
     """
     tests = units(task, test_rows)
     available = len(train_rows), len(units(task, train_rows)), len(tests)
     for name, size, most in zip(("train", "outer", "test"), (train, outer, test), available, strict=True):
         if size is not None and not 1 <= size <= most:
             unit = "prompts" if isinstance(task, Generation) and name != "train" else "rows"
-            raise ValueError(f"{task.name} cannot give {name}={size} {unit}: it must be between 1 and {most}.")
+            sentence = f"{task.name} cannot give {name}={size} {unit}: it must be between 1 and {most}."
+            raise TooFew(sentence, test=name == "test")
     tested = {_key(task, row) for row in test_rows}
     groups: dict[str, list[Row]] = {}
     for row in train_rows:
@@ -93,7 +102,7 @@ def split(
             rest.extend(subjects[i])
     if len(outer_units) < outer or len(rest) < (train or 1):
         unit = " prompts" if isinstance(task, Generation) else ""
-        raise ValueError(
+        raise TooFew(
             f"{task.name} cannot give {outer} outer{unit} and {train or 'any'} training rows: {kept} are left "
             "without those on subjects of the test, and rows on one subject stay together."
         )

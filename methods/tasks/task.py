@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -198,7 +199,8 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
     try:
         import datasets  # half a second, and of no use with local files
 
-        records: Any = datasets.load_dataset(task.hub.path, task.hub.name, split=split)
+        with _asked_once(task.hub.path):
+            records: Any = datasets.load_dataset(task.hub.path, task.hub.name, split=split)
     except Exception as error:  # whatever stops the hub, the remedy is the same
         tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
         raise _not_found(task, split, tried) from error
@@ -211,6 +213,30 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
     for i, row in enumerate(rows):
         task.check(row, f"{task.hub.path} {split} row {i}")
     return rows
+
+
+@contextlib.contextmanager
+def _asked_once(path: str) -> Iterator[None]:
+    """Where the hub does not answer one question about a data set, only what is in the cache is loaded inside.
+
+    `datasets` would ask again for half a minute where there is no network.
+    """
+    import huggingface_hub
+    from datasets import config
+    from huggingface_hub import constants
+
+    flags = [(constants, "HF_HUB_OFFLINE"), (config, "HF_HUB_OFFLINE")]
+    before = [getattr(module, name) for module, name in flags]
+    try:
+        huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except Exception:  # whatever stops the hub
+        for module, name in flags:
+            setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(flags, before, strict=True):
+            setattr(module, name, value)
 
 
 def _not_found(task: Task, split: str, tried: list[str]) -> FileNotFoundError:

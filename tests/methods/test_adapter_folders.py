@@ -33,11 +33,12 @@ def test_the_base_model_is_found_from_another_folder(tiny_llama, tmp_path, monke
     folder, _ = tiny_llama
     monkeypatch.chdir(folder.parent)
     ours = models.load(folder.name)  # a relative path
+    assert ours.hf_names.base_model == str(folder.resolve())
+    monkeypatch.chdir(tmp_path)  # from where the path would mean another folder, or none
     config = LoRAConfig(rank=4, targets=["q_proj", "down_proj"])
     params = moved(config, ours)
     save_peft(tmp_path / "adapter", config, params, ours.hf_names)
     assert test_peft.settings_of(tmp_path / "adapter")["base_model_name_or_path"] == str(folder.resolve())
-    monkeypatch.chdir(tmp_path)
     model, tokens = peft.AutoPeftModelForCausalLM.from_pretrained("adapter").eval(), np.arange(12)[None]
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()

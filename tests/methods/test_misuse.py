@@ -338,3 +338,40 @@ def test_nobody_reading_the_output_is_no_traceback():
 def test_help_is_code_0(capsys):
     assert cli.run(["lora", "--help"]) == 0
     assert "--finetune-lr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--lenght", "'--lenght': did you mean --length?"),
+        ("--learning_rate=3", "'--learning-rate'"),
+        ("--train-row", "did you mean --train-rows?"),
+        ("--trainrows=3", "did you mean --train-rows?"),
+        ("--adaptor", "did you mean --adapter?"),
+        ("--preste", "did you mean --preset?"),
+        ("--no-ramat", "did you mean --no-remat?"),
+        ("--qqqqqqqq", "'--qqqqqqqq'. (bilevel lora --help lists"),
+    ],
+)
+def test_an_unknown_option_suggests_the_nearest(option, sentence, tmp_path, capsys):
+    said = refused(["lora", *arguments("./m", "./d", tmp_path / "run"), option, "8"], capsys, tmp_path / "run")
+    assert "Unrecognized options: " in said and sentence in said
+
+
+def test_a_model_that_is_misspelt_as_an_option_is_found(tmp_path, capsys):
+    said = refused(["lora", "--modle", "m", "--out", str(tmp_path / "run")], capsys, tmp_path / "run")
+    assert "did you mean --model?" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--train-rows", "--train-rows 41: it must be between 1 and 40; 40 of the 40 training rows"),
+        ("--outer-rows", "--outer-rows 41: it must be between 1 and 40; 40 of the 40 training rows"),
+        ("--test-rows", "--test-rows 41: it must be between 1 and 6."),
+    ],
+)
+def test_more_rows_than_there_are_name_option_and_length(option, sentence, tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+    words = [*arguments(tiny_model, tiny_data, tmp_path / "run"), option, "41"]
+    said = refused(["lora", *words], capsys, tmp_path / "run")
+    assert sentence in said and ("fit into --length 24: raise --length" in said) == (option != "--test-rows")

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import datasets
+import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from methods import tasks
 from methods.tasks import Pair
@@ -105,6 +107,30 @@ def test_no_source_at_all(tmp_path, monkeypatch):
     )
     with pytest.raises(FileNotFoundError, match=expected):
         tasks.load(PIQA, "train")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch):
+    """`datasets` alone would try again for half a minute; what it has in its cache is loaded all the same."""
+    asked = []
+
+    def dataset_info(self, path, timeout):
+        asked.append(path)
+        raise ConnectionError("no route")
+
+    def load_dataset(path, name, split):
+        assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BILEVEL_DATA", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FileNotFoundError, match=r"the hub's baber/piqa \(ConnectionError\)"):
+        tasks.load(PIQA, "train")
+    assert asked == ["baber/piqa"]
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE  # as it was
 
 
 HUB = {

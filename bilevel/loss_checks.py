@@ -1,0 +1,148 @@
+"""Losses that are not what was meant, told from their traces: they change between calls, or stand in the wrong place.
+
+JAX traces a loss and from then on repeats what it computed: a random number of NumPy's, or a counter, is a constant of
+the program. Two traces of the same loss show it, and cost no run of it.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from bilevel.fingerprint import parts
+from bilevel.guards import StructuralZeroWarning, dependence
+from bilevel.trees import PyTree, is_inexact, is_key
+
+if TYPE_CHECKING:
+    from bilevel.refusals import TracedLoss
+
+
+_LOOKED_AT: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Traces that were compared with another of the same loss: a run that is repeated is not traced again."""
+
+
+def refuse_changing(losses: list[TracedLoss], again: Callable[[], list[TracedLoss]]) -> None:
+    """Refuses losses that are another computation when they are traced anew.
+
+    Args:
+      losses: as JAX remembers them.
+      again: traces them anew.
+
+    Raises:
+      ValueError: names the loss, and what is different.
+    """
+    new = [loss for loss in losses if loss.closed.jaxpr not in _LOOKED_AT]
+    if not new:
+        return
+    if (changed := _changed(new, again())) is None:
+        _LOOKED_AT.update(loss.closed.jaxpr for loss in new)
+        return
+    name, what = changed
+    if _changed(again(), again()):
+        raise ValueError(
+            f"{name} is another function at each call ({what}), but JAX traces it once and repeats what it did then, "
+            "so that what it draws with NumPy or Python, or counts, would stay as it was: draw with jax.random from "
+            "its argument key, and carry what changes as Problem(mutable=...) says."
+        )
+    raise ValueError(
+        f"{name} has changed since JAX traced it in this process ({what}), and the old one would be run: pass what "
+        "changes as an argument (jax.tree_util.Partial(loss, value)), define the loss anew, or jax.clear_caches()."
+    )
+
+
+def _changed(before: list[TracedLoss], now: list[TracedLoss]) -> tuple[str, str] | None:
+    """The name of a loss that differs and what does; None if none does."""
+    new = {loss.name: loss for loss in now}
+    for loss in before:
+        if loss.name in new and (what := _difference(parts(loss.closed), parts(new[loss.name].closed))):
+            return loss.name, what
+    return None
+
+
+def _difference(old: Any, new: Any) -> str | None:
+    if old.operations != new.operations or len(old.numbers) != len(new.numbers):
+        return "its operations differ"
+    for one, other in zip(old.numbers, new.numbers, strict=True):
+        if one != other:
+            return f"the number {one} in it is now {other}"
+    if len(old.arrays) != len(new.arrays):
+        return "its constant arrays differ"
+    for one, other in zip(old.arrays, new.arrays, strict=True):
+        if not _same(one, other):
+            return f"a constant array {list(np.shape(one))} in it has other values"
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other or isinstance(one, Tracer) or isinstance(other, Tracer):
+        return True
+    if is_key(one) and is_key(other):
+        one, other = jax.random.key_data(one), jax.random.key_data(other)
+    return bool(np.array_equal(np.asarray(one), np.asarray(other), equal_nan=bool(is_inexact(one))))
+
+
+def warn_if_misplaced(losses: list[TracedLoss], *, learned: bool = True) -> None:
+    """Looks at what the values of the losses are computed from.
+
+    Args:
+      losses: those that could be traced.
+      learned: whether the outer variable is learned, so that the outer loss matters.
+
+    Warns:
+      StructuralZeroWarning: for an inner or an outer loss that does not depend on inner.
+    """
+    why = {
+        "inner_loss": "training moves nothing by its gradient, which is exactly 0",
+        "outer_loss": "nothing that training does can change it",
+    }
+    for loss in losses:
+        if (learned or loss.name == "inner_loss") and loss.inner and not any(loss.value_reads()[: loss.inner]):
+            warnings.warn(
+                f"{loss.name} does not depend on inner: {why[loss.name]}; are its arguments (inner, outer, batch, key) "
+                "in this order?",
+                StructuralZeroWarning,
+                stacklevel=3,
+            )
+
+
+_CONSTANT = (optax.GradientTransformation, optax.MultiSteps)
+
+
+def warn_if_swapped(solver: Any, losses: list[TracedLoss], outer: PyTree, key: jax.Array) -> None:
+    """Looks whether only the outer loss depends on `outer`, where the training should.
+
+    A learned starting point or learning rate acts on the training too, and is none of this.
+
+    Warns:
+      StructuralZeroWarning: if the training does not.
+    """
+    found = {loss.name: loss for loss in losses}
+    if len(found) < 2 or any(found["inner_loss"].reads()) or not any(found["outer_loss"].reads()):
+        return
+    problem = solver.problem
+    if hasattr(solver, "hypergradient"):
+        # Of the estimators those that train by one optimizer; of a function of outer it is what is learned.
+        if not isinstance(getattr(solver.hypergradient, "optimizer", None), _CONSTANT):
+            return
+        try:
+            starts = dependence(lambda outer: problem.start_inner(key, outer), outer)
+        except Exception:  # which the run itself will say
+            return
+    elif hasattr(solver, "outer_step"):
+        starts = []  # a stochastic solver goes on from where it is, in steps of its own
+    else:
+        return
+    if not any(map(any, starts)):
+        warnings.warn(
+            "Only outer_loss depends on outer, and the training does not: are inner_loss and outer_loss in each "
+            "other's places?",
+            StructuralZeroWarning,
+            stacklevel=3,
+        )
