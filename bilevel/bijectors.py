@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bilevel.settings import check_fields, child, having, real, register, setting
-from bilevel.trees import PyTree, is_inexact, leaf_names
+from bilevel.trees import PyTree, is_inexact, leaf_names, named
 
 is_bijector = having("a bijector, such as bilevel.Positive()", "forward", "inverse")
 """The rule of a setting that is a `Bijector`."""
@@ -175,16 +175,16 @@ def check(domain: PyTree, outer: PyTree) -> None:
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         if not np.allclose(x, y, rtol=1e-2, atol=0.0):
             raise ValueError(
-                f"init_outer returned {np.array2string(x, precision=4, threshold=8)} in outer leaf {name}, which is "
-                "outside the domain that Problem(domain=...) gives it: start inside."
+                f"init_outer returned {np.array2string(x, precision=4, threshold=8)} in {named('outer', name)}, which "
+                "is outside the domain that Problem(domain=...) gives it: start inside."
             )
     still = _map(domain, outer, _is_stuck)
     for name, x, is_stuck in zip(leaf_names(outer), jax.tree.leaves(outer), jax.tree.leaves(still), strict=True):
         if is_stuck is True:
             raise ValueError(
-                f"init_outer returned {np.array2string(np.asarray(x), precision=4, threshold=8)} in outer leaf {name}, "
-                "which is on the border of the domain that Problem(domain=...) gives it, from which no step leads away:"
-                " start inside, for example at 1e-3."
+                f"init_outer returned {np.array2string(np.asarray(x), precision=4, threshold=8)} in "
+                f"{named('outer', name)}, which is on the border of the domain that Problem(domain=...) gives it, from "
+                "which no step leads away: start inside, for example at 1e-3."
             )
 
 

@@ -34,6 +34,7 @@ from bilevel.trees import (
     is_inexact,
     is_key,
     leaf_names,
+    named,
     partition,
     replayed,
     widened,
@@ -273,7 +274,7 @@ def require_constant_held(
     names = [name for name, *column in zip(leaf_names(moving), *rows, strict=True) if any(column)]
     if names:
         raise ValueError(
-            f"{estimator}: init_inner makes leaves of the inner variable from outer leaf {', '.join(names)} that the "
+            f"{estimator}: init_inner makes leaves of the inner variable from {named('outer', *names)} that the "
             "optimizer never moves, and an implicit derivative does not see how training starts: read that leaf from "
             "`outer` in the losses, or use Unrolled."
         )

@@ -20,7 +20,7 @@ from bilevel.hypergradients.base import Trained, schedule
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, at_step, combine, is_inexact, leaf_names, partition
+from bilevel.trees import PyTree, at_step, combine, is_inexact, leaf_names, named, partition
 
 STEEP = 1e3
 """Norm from which a hypergradient is looked into; growth of a perturbation from which an update counts as steep."""
@@ -290,10 +290,9 @@ def _estimate(estimate: Any) -> str | None:
     if not np.isfinite(estimate.value):
         return f"outer_loss is {estimate.value} at a finite point; check outer_loss and its data."
     if names := not_finite("", estimate.grad):
-        leaves = ", ".join("outer" if name == "." else f"outer leaf {name}" for name in names)
         return (
-            f"the hypergradient is not finite at {leaves} while both losses and the inner gradients are "
-            f"finite; {_AT_ZERO} in a loss."
+            f"the hypergradient is not finite at {named('outer', *names)} while both losses and the inner gradients "
+            f"are finite; {_AT_ZERO} in a loss."
         )
     return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from bilevel.tracing import jaxprs, used
-from bilevel.trees import PyTree, leaf_names
+from bilevel.trees import PyTree, leaf_names, named
 
 
 class StructuralZeroWarning(UserWarning):
@@ -123,16 +123,15 @@ def report(
     if all(reached):
         return
     reasons = lost() if lost else [None] * len(reached)
-    names = ["outer" if name == "." else name for name in leaf_names(moving)]
-    rows = list(zip(names, reached, acts, reasons, strict=True))
+    rows = list(zip(leaf_names(moving), reached, acts, reasons, strict=True))
     dead = [(name, reason) for name, is_reached, does_act, reason in rows if not is_reached and not does_act]
     if dead and len(dead) == len(rows):
-        if known := [f"{name} ({reason})" for name, reason in dead if reason]:
+        if known := [f"{'outer' if name == '.' else name} ({reason})" for name, reason in dead if reason]:
             raise ValueError(
                 f"{estimator}: the hypergradient of every outer leaf is exactly 0 by construction: {'; '.join(known)}."
             )
         raise ValueError(
-            f"Neither loss depends on outer ({', '.join(name for name, _ in dead)}) by a way that has a derivative, so "
+            f"Neither loss depends on outer{_listed(name for name, _ in dead)} by a way that has a derivative, so "
             "its hypergradient would be 0: use the `outer` argument inside inner_loss or outer_loss, not a value "
             "captured from outside, and no operation without a derivative in between (sign, round, stop_gradient)."
         )
@@ -143,10 +142,16 @@ def report(
             groups.setdefault(why, []).append(name)
     for why, names in groups.items():
         warnings.warn(
-            f"{estimator}: the hypergradient of outer leaf {', '.join(names)} is exactly 0 by construction: {why}.",
+            f"{estimator}: the hypergradient of {named('outer', *names)} is exactly 0 by construction: {why}.",
             StructuralZeroWarning,
             stacklevel=6,
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names of leaves in brackets; nothing where the tree is an array itself."""
+    names = [name for name in names if name != "."]
+    return f" ({', '.join(names)})" if names else ""
 
 
 def arrives(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[bool]:

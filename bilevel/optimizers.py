@@ -15,7 +15,7 @@ from bilevel.arguments import telling
 from bilevel.guards import dependence
 from bilevel.settings import Unfit, misfit
 from bilevel.smooth import smooth
-from bilevel.trees import PyTree, combine, leaf_names, partition
+from bilevel.trees import PyTree, combine, leaf_names, named, partition
 
 Optimizer = Any
 """An `optax.GradientTransformation`, or `outer -> optax.GradientTransformation`."""
@@ -188,8 +188,8 @@ def refresh(optimizer: Optimizer, outer: PyTree, params: PyTree, state: PyTree) 
     for name, is_derived, is_carried in zip(leaf_names(state), derived, handed_on, strict=True):
         if is_derived and not is_carried:
             raise ValueError(
-                f"Optimizer state leaf {name} starts from outer and then changes at every step, so a warm start would "
-                "lose its derivative: start it from a constant, or use inner_start='cold' (inner_state=None)."
+                f"{named('Optimizer state', name)} starts from outer and then changes at every step, so a warm start "
+                "would lose its derivative: start it from a constant, or use inner_start='cold' (inner_state=None)."
             )
     leaves = [n if d else o for n, o, d in zip(new, old, derived, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)

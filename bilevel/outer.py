@@ -13,7 +13,7 @@ import optax
 from jax.core import Tracer
 
 from bilevel.settings import checked, random_key, real, scalar
-from bilevel.trees import PyTree, leaf_names
+from bilevel.trees import PyTree, in_leaf, leaf_names
 
 
 class AllocateState(NamedTuple):
@@ -135,9 +135,9 @@ def _check_gates(what: str, tree: PyTree) -> None:
     for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
         if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
             kind = jnp.result_type(x)
-            raise ValueError(f"allocate: the {what} in leaf {name} are {kind}, but must be floating point (0.0, 1.0).")
+            raise ValueError(f"allocate: the {what}{in_leaf(name)} are {kind}, but must be floating point (0.0, 1.0).")
         if not isinstance(x, Tracer) and np.isnan(np.asarray(x, np.float64)).any():
-            raise ValueError(f"allocate: the {what} in leaf {name} hold a NaN, which has no place in an order.")
+            raise ValueError(f"allocate: the {what}{in_leaf(name)} hold a NaN, which has no place in an order.")
 
 
 def _whole(costs: PyTree, budget: float, params: PyTree) -> tuple[np.ndarray, int]:

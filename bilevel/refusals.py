@@ -25,7 +25,7 @@ from bilevel.guards import refuse_reverse_rules
 from bilevel.loss_checks import warn_if_misplaced
 from bilevel.problem import Problem
 from bilevel.tracing import bind, is_literal, jaxprs, used
-from bilevel.trees import PyTree, at_step, is_inexact, leaf_names
+from bilevel.trees import PyTree, at_step, is_inexact, leaf_names, named
 
 _FAILURES = (TypeError, ValueError, NotImplementedError)
 """What JAX raises where it cannot differentiate; a loss may raise them for reasons of its own."""
@@ -184,8 +184,9 @@ def refuse_captured(losses: list[TracedLoss], outer: PyTree) -> None:
             held = any(c is leaf or (unread and _is_copy(c, leaf)) for c in _constants(loss.closed))
             if held and not row[i]:
                 raise ValueError(
-                    f"{loss.name} holds outer leaf {name} as a constant captured from outside, which its hypergradient "
-                    "would miss: use the `outer` argument (or capture a copy of the leaf, if a constant is meant)."
+                    f"{loss.name} holds {named('outer', name)} as a constant captured from outside, which its "
+                    "hypergradient would miss: use the `outer` argument (or capture a copy of the leaf, if a constant is "
+                    "meant)."
                 )
 
 

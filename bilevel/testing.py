@@ -343,8 +343,9 @@ def check_hypergradient(
             rows.append([np.sqrt(weight) * values for values in (projected, true, uncertainty)])
     whole = [np.concatenate(column) for column in zip(*rows, strict=True)]
     floor = tolerance * np.linalg.norm(whole[1])  # a leaf that hardly matters is not measured by its own size
+    names = ["outer" if name == "." else name for name in leaf_names(moving)]
     leaves = tuple(
-        Agreement(name, *_compare(row, tolerance, floor)) for name, row in zip(leaf_names(moving), rows, strict=True)
+        Agreement(name, *_compare(row, tolerance, floor)) for name, row in zip(names, rows, strict=True)
     )
     return HypergradientCheck(type(hypergradient).__name__, *_compare(whole, tolerance, floor), leaves)
 

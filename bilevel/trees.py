@@ -163,10 +163,24 @@ def shape(leaf: Any) -> str:
 
 def shapes(tree: PyTree, most: int | None = None) -> str:
     """Names, dtypes and shapes of the leaves of `tree`, of no more than `most`."""
-    named = [f"{name} {shape(x)}" for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)]
-    if most is not None and len(named) > most:
-        named = [*named[:most], f"and {len(named) - most} more leaves"]
-    return ", ".join(named) or "None"
+    leaves = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+    told = [shape(x) if name == "." else f"{name} {shape(x)}" for name, x in leaves]
+    if most is not None and len(told) > most:
+        told = [*told[:most], f"and {len(told) - most} more leaves"]
+    return ", ".join(told) or "None"
+
+
+def named(what: str, *names: str) -> str:
+    """Leaves of the tree `what` in a sentence: "outer leaf ['a'], ['b']", or "outer" where it is an array itself.
+
+    `names` are some of `leaf_names`.
+    """
+    return what if names == (".",) else f"{what} leaf {', '.join(names)}"
+
+
+def in_leaf(name: str) -> str:
+    """Where in a tree, at the end of a phrase about it: " in leaf ['a']", or nothing where it is an array itself."""
+    return "" if name == "." else f" in leaf {name}"
 
 
 def global_norm(tree: PyTree) -> jax.Array:
