@@ -65,7 +65,8 @@ def forward_value_and_grad(
         pairs = zip(grads, any_reached, strict=True)
         return structure.unflatten([ct.astype(g.dtype) * g if r else jnp.zeros_like(g) for g, r in pairs]), None
 
-    grad, _ = pull(pullback, value, moving, estimator=estimator, remedy=None, lost=lost)
+    direct = lambda moving: function(moving)[0]  # noqa: E731
+    grad, _ = pull(pullback, value, moving, estimator=estimator, remedy=None, lost=lost, direct=direct)
     return (value, aux), grad
 
 

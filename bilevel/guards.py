@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from bilevel.flat import PASSES, Mark, marks
+from bilevel.flat import reason as flatness
 from bilevel.tracing import jaxprs, used
 from bilevel.trees import PyTree, leaf_names, named
 
@@ -45,7 +47,9 @@ def value_and_grad(
     value, pullback, aux = jax.vjp(function, moving, has_aux=True)
     remedy = None if training is None else INSIDE_TRAINING
     whole = lambda ct: (pullback(ct)[0], None)  # noqa: E731
-    grad, _ = pull(whole, value, moving, estimator=estimator, remedy=remedy, training=training, lost=lost)
+    direct = lambda moving: function(moving)[0]  # noqa: E731
+    options = {"remedy": remedy, "training": training, "lost": lost, "direct": direct}
+    grad, _ = pull(whole, value, moving, estimator=estimator, **options)
     return (value, aux), grad
 
 
@@ -65,6 +69,7 @@ def pull(
     remedy: str | None,
     training: Callable[[PyTree], PyTree] | None = None,
     lost: Lost | None = None,
+    direct: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`pullback(1)`, with a warning for every leaf of the gradient that the 1 does not reach.
 
@@ -75,6 +80,7 @@ def pull(
       remedy: what the estimator does not see, and what to use instead; None if it sees all there is, so that no
         influence at all is an error.
       training, lost: as for `value_and_grad`; traced only if a leaf is not reached.
+      direct: what is differentiated, as a function of `moving`; traced likewise, to find operations without a slope.
 
     Warns, Raises:
       As `value_and_grad`.
@@ -85,10 +91,12 @@ def pull(
     refuse_reverse_rules(closed.jaxpr)
     count = len(jax.tree.leaves(moving))
     reached = [row[0] for row in _rows(closed.jaxpr, count)]
-    acts = [remedy is not None] * count
-    if training is not None and not all(reached):
-        acts = [any(column) for column in zip(*dependence(training, moving), strict=True)]
-    report(reached, moving, estimator, remedy, acts, lost)
+    inside, flat = [None if remedy is None else PASSES] * count, [None] * count
+    if not all(reached):
+        inside = inside if training is None else _replayed_marks(training, moving)
+        flat = flat if direct is None else _replayed_marks(direct, moving)
+    acts = [mark == PASSES for mark in inside]
+    report(reached, moving, estimator, remedy, acts, lost, [a or b for a, b in zip(inside, flat, strict=True)])
     leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
     return jax.tree.unflatten(jax.tree.structure(shape), leaves)
 
@@ -114,8 +122,11 @@ def report(
     remedy: str | None,
     acts: list[bool],
     lost: Lost | None = None,
+    flat: Sequence[Mark] = (),
 ) -> None:
     """Tells of leaves that are not `reached`: `remedy` for those that have an influence all the same (`acts`).
+
+    `flat`: for each leaf the operation without a slope that its influence ends in, as `bilevel.flat` marks it.
 
     Warns, Raises:
       As `value_and_grad`.
@@ -123,6 +134,7 @@ def report(
     if all(reached):
         return
     reasons = lost() if lost else [None] * len(reached)
+    reasons = [why or (f and flatness(f)) for why, f in zip(reasons, flat or [None] * len(reached), strict=True)]
     rows = list(zip(leaf_names(moving), reached, acts, reasons, strict=True))
     dead = [(name, reason) for name, is_reached, does_act, reason in rows if not is_reached and not does_act]
     if dead and len(dead) == len(rows):
@@ -146,6 +158,13 @@ def report(
             StructuralZeroWarning,
             stacklevel=6,
         )
+
+
+def _replayed_marks(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[Mark]:
+    """`marks`, without what the function warns of: it has been called before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return marks(function, moving)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -185,8 +185,8 @@ def refuse_captured(losses: list[TracedLoss], outer: PyTree) -> None:
             if held and not row[i]:
                 raise ValueError(
                     f"{loss.name} holds {named('outer', name)} as a constant captured from outside, which its "
-                    "hypergradient would miss: use the `outer` argument (or capture a copy of the leaf, if a constant is "
-                    "meant)."
+                    "hypergradient would miss: use the `outer` argument (or capture a copy of the leaf, if a "
+                    "constant is meant)."
                 )
 
 

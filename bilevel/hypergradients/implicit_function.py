@@ -199,9 +199,9 @@ def estimate(
         }
         return jax.tree.map(jnp.subtract, direct, cross), (adjoint, info)
 
-    grad, (adjoint, info) = pull(
-        pullback, value, moving, estimator=estimator, remedy=_BLIND, training=training, lost=lost
-    )
+    direct = lambda moving: evaluate(z, moving)[0]  # noqa: E731
+    told = {"estimator": estimator, "remedy": _BLIND, "training": training, "lost": lost, "direct": direct}
+    grad, (adjoint, info) = pull(pullback, value, moving, **told)
     new_state = state._replace(extra=adjoint if warm_start else None)
     return Estimate(value, grad, new_state, Aux(trace.aux, aux, {"inner_loss": trace.value} | info))
 

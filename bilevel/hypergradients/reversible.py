@@ -149,7 +149,10 @@ class Reversible:
             return jax.tree.map(lambda g: jnp.where(is_reversed, g, jnp.nan), grad), is_reversed
 
         lost = self._trained.lost(problem, inner_state, outer, inner_batches, keys)
-        grad, is_reversed = pull(pullback, value, moving, estimator="Reversible", remedy=None, lost=lost)
+        trained = self._trained.training(problem, inner_state, outer, inner_batches, keys)
+        direct = lambda moving: (trained(moving), outer_loss(params, moving)[0])  # noqa: E731
+        told = {"estimator": "Reversible", "remedy": None, "lost": lost, "direct": direct}
+        grad, is_reversed = pull(pullback, value, moving, **told)
         products = jnp.asarray(self.steps, jnp.int32)
         info = {"inner_loss": trace.value, "hvps": products, "reversed": is_reversed}
         return Estimate(value, grad, state, Aux(trace.aux, aux, info))

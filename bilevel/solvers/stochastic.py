@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bilevel.arguments import check_outer
 from bilevel.calls import refuse_complex
+from bilevel.flat import marks
 from bilevel.gradients import Point, own_rule, reverse_gradient
 from bilevel.guards import arrives, dependence, report
 from bilevel.inner import InnerState
@@ -211,7 +212,12 @@ class Stochastic:
         except Exception:  # a loss without a second derivative: the iteration needs none, or will say so itself
             return dataclasses.replace(at, commutes=rule is None)
         reached = [any(a) or any(b) for a, b in zip(rows[::2], rows[1::2], strict=True)]
-        report(reached, at.lam, name, None, [False] * len(reached), lost)
+        if not all(reached):
+            seen = lambda lam: (  # noqa: E731
+                reverse_gradient(point._replace(outer=lam)).grad,
+                at.outer_value(at.w, lam, at.outer_draws[0]),
+            )
+            report(reached, at.lam, name, None, [False] * len(reached), lost, marks(seen, at.lam))
         return dataclasses.replace(at, commutes=rule is None)
 
     def init(self, key: jax.Array) -> State:

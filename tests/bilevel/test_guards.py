@@ -1,5 +1,6 @@
 """Hypergradients that are zero by construction are told, with the leaf's name, and no others."""
 
+import re
 import warnings
 
 import jax
@@ -227,3 +228,83 @@ def test_a_stochastic_solver_of_nothing_is_refused():
     solver = bilevel.SOBA(case, 0.1, 0.1)
     with pytest.raises(ValueError, match=r"Neither loss depends on outer \(\['a'\]\)"):
         solver.step(solver.init(KEY), None, None)
+
+
+# Where a way into the losses ends in an operation without a slope, the operation is named.
+
+FLAT = {
+    "round": (jnp.round, "`round`"),
+    "floor": (jnp.floor, "`floor`"),
+    "sign": (jnp.sign, "`sign`"),
+    "argmax": (lambda o: jnp.argmax(o).astype(float) * jnp.ones(2), "`argmax`"),
+    "an integer": (lambda o: o.astype(int).astype(float), "a conversion to int64"),
+    "a comparison": (lambda o: jnp.where(o > 0.1, 1.0, 2.0), r"a comparison \(`gt`\)"),
+    "stop_gradient": (jax.lax.stop_gradient, "`stop_gradient`"),
+    "in a loop": (lambda o: jax.lax.scan(lambda c, x: (c + jnp.round(o), x), jnp.zeros(2), None, 3)[0], "`round`"),
+    "in a branch": (lambda o: jax.lax.cond(o[0] > 0.1, lambda: jnp.ones(2), lambda: jnp.zeros(2)), "a comparison"),
+}
+ESTIMATE = {
+    "Unrolled": Unrolled(optax.sgd(0.1), 2),
+    "forward": Unrolled(optax.sgd(0.1), 2, mode="forward"),
+    "Implicit": bilevel.Implicit(optax.sgd(0.1), 2),
+    "FirstOrder": FirstOrder(optax.sgd(0.1), 2),
+    "OneStep": bilevel.OneStep(optax.sgd(0.1), 2),
+    "FiniteDifference": bilevel.FiniteDifference(optax.sgd(0.1), 2),
+    "Reversible": bilevel.Reversible(0.1, 0.5, 2),
+}
+
+
+def flattened(flat, by):
+    """What is said of a problem whose outer leaf `f` acts through `flat` alone, beside a leaf `a` that acts freely."""
+    both = FIRST | {"f": jnp.full(2, 0.3)}
+    case = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - o["a"] - flat(o["f"])) ** 2),
+        lambda w, o, b, k: jnp.sum((w - 1.0) ** 2) + jnp.sum(o["a"] ** 2),
+        lambda k, o: jnp.zeros(2),
+        lambda k: both,
+    )
+    if by in ("SOBA", "MRBO"):
+        solver = getattr(bilevel, by)(case, 0.1, 0.1)
+        return messages(lambda: solver.step(solver.init(KEY), None, None))
+    return messages(lambda: ESTIMATE[by].estimate(case, None, both, None, None, KEY))
+
+
+@pytest.mark.parametrize("name", FLAT)
+@pytest.mark.parametrize("by", ["Implicit", "SOBA"])
+def test_an_operation_without_a_slope_is_named(name, by):
+    flat, words = FLAT[name]
+    (said,) = flattened(flat, by)
+    assert re.search(rf"outer leaf \['f'\] is exactly 0 .*: its way into .* runs through {words}", said)
+    assert "EvolutionStrategies" in said and "how it was found" not in said and "nothing that" not in said
+
+
+@pytest.mark.parametrize("by", sorted({"MRBO", *ESTIMATE} - {"Implicit"}))
+def test_every_estimator_names_an_operation_without_a_slope(by):
+    told = [said for said in flattened(jnp.round, by) if "['f']" in said]
+    assert len(told) == 1 and "runs through `round`" in told[0] and "Unrolled or Implicit" not in told[0]
+
+
+def test_a_slope_that_is_lost_in_the_gradient_of_the_loss_is_named():
+    case = problem(inner=lambda w, o, b, k: jnp.sum(jnp.abs(w - o["f"]) + (w - o["a"]) ** 2))
+    said = messages(lambda: ESTIMATE["Implicit"].estimate(case, None, FIRST | {"f": jnp.ones(2)}, None, None, KEY))
+    assert len(said) == 1 and "['f']" in said[0] and "runs through a comparison" in said[0]
+
+
+def test_a_way_with_a_slope_beside_one_without_is_told_as_before():
+    case = problem(inner=lambda w, o, b, k: inner(w, o, b, k) * (1.0 + jnp.round(o["x"]) + o["x"]))
+    said = messages(lambda: ESTIMATE["FirstOrder"].estimate(case, None, FIRST | {"x": 0.2}, None, None, KEY))
+    assert len(said) == 1 and "['a'], ['x']" in said[0] and "use Unrolled or Implicit" in said[0]
+
+
+@pytest.mark.parametrize("by", ["Unrolled", "Implicit", "SOBA"])
+def test_where_nothing_else_acts_it_is_an_error_that_names_it(by):
+    outer = jnp.full(2, 0.3)
+    case = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - jnp.round(o)) ** 2), outer_loss, lambda k, o: jnp.zeros(2), lambda k: outer
+    )
+    solver = bilevel.SOBA(case, 0.1, 0.1)
+    with pytest.raises(ValueError, match=r"every outer leaf is exactly 0 by construction: outer \(.* through `round`"):
+        if by == "SOBA":
+            solver.step(solver.init(KEY), None, None)
+        else:
+            ESTIMATE[by].estimate(case, None, outer, None, None, KEY)
