@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
 import re
 import sys
-import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.extend import core as jex
 
 from bilevel import optimizers
-from bilevel.feeds import Feed, described, digest
+from bilevel.code import code_hash
+from bilevel.custom_rules import RULES
+from bilevel.feeds import Feed, described, digest, shortest
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, is_key, leaf_names, partition
+from bilevel.tracing import jaxprs
+from bilevel.trees import PyTree, is_inexact, is_key, leaf_names, partition
 
 if TYPE_CHECKING:
     from bilevel.refusals import TracedLoss
@@ -38,7 +38,8 @@ def fingerprint(
 
     Args:
       solver: the solver. Its settings and arrays are looked at by name; losses, optimizers, start and projection as
-        what they compute (their jaxpr), so that the learning rate in an optimizer is seen; other functions as code.
+        what they compute (their jaxpr, and that of their derivatives where a function has a rule of its own), so that
+        the learning rate in an optimizer is seen; other functions as code, with what they hold.
         The rematerialisation schedule changes no number and is left out.
       key: of the run.
       state: what `solver.init` returned.
@@ -100,7 +101,7 @@ def _settings(name: str, value: Any, items: dict[str, str], state: Any) -> None:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items[name] = type(value).__qualname__
         if not type(value).__module__.startswith("bilevel."):
-            items[f"{name}{_CODE}"] = _code_hash(type(value))
+            items[f"{name}{_CODE}"] = code_hash(type(value))
         for field in dataclasses.fields(value):
             if field.name == "checkpoint":
                 continue
@@ -115,10 +116,10 @@ def _settings(name: str, value: Any, items: dict[str, str], state: Any) -> None:
         for at, inside in value.items() if isinstance(value, dict) else enumerate(value):
             _settings(f"{name}[{at!r}]", inside, items, state)
     elif callable(value):
-        items[f"{name}{_CODE}"] = _code_hash(value)
+        items[f"{name}{_CODE}"] = code_hash(value)
     else:
         items[name] = type(value).__qualname__
-        items[f"{name}{_CODE}"] = _code_hash(type(value))
+        items[f"{name}{_CODE}"] = code_hash(value)
 
 
 def _problem(problem: Problem, items: dict[str, str], state: Any) -> None:
@@ -146,13 +147,53 @@ def _trace(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], 
     try:
         closed = jax.make_jaxpr(function)(*arguments)
     except Exception:  # whatever a function of the user's may raise where it is traced; the run will say so, or not
-        items[f"{name}{_CODE}"] = _code_hash(function)
+        items[f"{name}{_CODE}"] = code_hash(function)
         return
     _computation(name, closed, items)
 
 
 def _computation(name: str, closed: Any, items: dict[str, str]) -> None:
-    """Adds a jaxpr in three parts: operations, the numbers among them, and arrays captured from outside."""
+    """Adds a jaxpr in three parts: operations, the numbers among them, and arrays captured from outside.
+
+    What a `custom_jvp` or `custom_vjp` does is seen in the derivatives alone, which are then added likewise.
+    """
+    _add(name, closed, items)
+    for order in ("first", "second"):
+        if not _has_rules(closed.jaxpr):
+            return
+        try:
+            closed = jax.make_jaxpr(_derivative(closed))(*_arguments(closed))
+        except Exception:  # what has no derivative is not differentiated by the run either, which will say so
+            return
+        _add(f"{name} {order} derivative", closed, items)
+
+
+def _has_rules(jaxpr: Any) -> bool:
+    return any(eqn.primitive.name in RULES or any(map(_has_rules, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
+
+
+def _arguments(closed: Any) -> list[Any]:
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+
+
+def _derivative(closed: Any) -> Callable[..., Any]:
+    """The gradient of the sum of what `closed` returns, by its inexact arguments."""
+
+    def function(*arguments):
+        moving = [i for i, x in enumerate(arguments) if is_inexact(x)]
+
+        def total(leaves):
+            given = dict(zip(moving, leaves, strict=True))
+            outputs = jex.jaxpr_as_fun(closed)(*(given.get(i, x) for i, x in enumerate(arguments)))
+            return sum(jax.numpy.sum(jax.numpy.real(x)) for x in outputs if is_inexact(x))
+
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.grad(total)([arguments[i] for i in moving])
+
+    return function
+
+
+def _add(name: str, closed: Any, items: dict[str, str]) -> None:
     found = parts(closed)
     items[f"{name} computation"] = hashlib.sha256("\n".join(found.operations).encode()).hexdigest()[:16]
     items[f"{name} computation, numbers"] = json.dumps(found.numbers)
@@ -178,7 +219,7 @@ def parts(closed: Any) -> Parts:
 def _add_constants(consts: list[Any], numbers: list[str], arrays: list[Any]) -> None:
     for value in consts:
         if np.ndim(value) == 0 and not is_key(value):
-            numbers.append(repr(np.asarray(value).item()))
+            numbers.append(shortest(value))
         else:
             arrays.append(value)
 
@@ -196,7 +237,9 @@ def _walk(jaxpr: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -
     for eqn in jaxpr.eqns:
         lines.append(f"{eqn.primitive.name} {[name(v) for v in eqn.invars]} {[name(v) for v in eqn.outvars]}")
         for at in sorted(eqn.params):
-            if at != "name":
+            if at == "callback":  # a function of the host's
+                lines.append(code_hash(eqn.params[at]))
+            elif at != "name":
                 lines.append(f"{at}=")
                 _walk_parameter(eqn.params[at], lines, numbers, arrays)
     lines.append(f"out {[name(v) for v in jaxpr.outvars]}")
@@ -227,47 +270,3 @@ def _walk_parameter(value: Any, lines: list[str], numbers: list[str], arrays: li
 
 def _structure(tree: PyTree) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree)))
-
-
-def _code_hash(value: Any) -> str:
-    found: list[str] = []
-    _code(value, found, set())
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]
-
-
-def _code(value: Any, found: list[str], seen: set[int]) -> None:
-    """Adds what a function is made of: its code, defaults, what it closed over, and functions of its module."""
-    if id(value) in seen:
-        return
-    if isinstance(value, types.FunctionType | types.MethodType | functools.partial | type):
-        seen.add(id(value))
-    if isinstance(value, types.MethodType):
-        _code(value.__func__, found, seen)
-    elif isinstance(value, functools.partial):  # jax.tree_util.Partial too, whose arrays come apart
-        _code(value.func, found, seen)
-    elif isinstance(value, types.FunctionType):
-        _code(value.__code__, found, seen)
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        used = [value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__]
-        own = value.__module__
-        near = [x for x in used if getattr(x, "__module__", None) == own or isinstance(x, bool | int | float)]
-        for inside in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells, *near):
-            _code(inside, found, seen)
-    elif isinstance(value, types.CodeType):
-        found.append(f"{value.co_code.hex()} {value.co_names}")
-        for constant in value.co_consts:
-            _code(constant, found, seen)
-    elif isinstance(value, type):
-        for at, inside in sorted(vars(value).items()):
-            if isinstance(inside, types.FunctionType):
-                found.append(at)
-                _code(inside, found, seen)
-    elif isinstance(value, optax.GradientTransformation | tuple | list):
-        for inside in value:
-            _code(inside, found, seen)
-    elif isinstance(value, np.ndarray | jax.Array):
-        found.append(described(value))
-    elif value is None or isinstance(value, bool | int | float | complex | str | bytes | frozenset):
-        found.append(str(sorted(map(str, value))) if isinstance(value, frozenset) else repr(value))
-    else:
-        found.append(type(value).__qualname__)

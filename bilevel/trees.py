@@ -178,11 +178,6 @@ def named(what: str, *names: str) -> str:
     return what if names == (".",) else f"{what} leaf {', '.join(names)}"
 
 
-def in_leaf(name: str) -> str:
-    """Where in a tree, at the end of a phrase about it: " in leaf ['a']", or nothing where it is an array itself."""
-    return "" if name == "." else f" in leaf {name}"
-
-
 def global_norm(tree: PyTree) -> jax.Array:
     """Euclidean norm of all leaves together, in the widest of their dtypes."""
     leaves = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in jax.tree.leaves(widened(tree))]

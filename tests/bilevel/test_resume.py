@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -389,3 +390,88 @@ def test_stochastic_solvers_resume_and_know_their_step_sizes(tmp_path, name):
     with pytest.raises(ValueError, match=r"solver\.outer_step, code: .*solver\.inner_step\.value: 0\.1 .* -> 0\.2"):
         run(solver(0.2), 6, **data, checkpoint_dir=tmp_path)
     assert_equal(run(solver(0.1), 6, **data, checkpoint_dir=tmp_path).state, run(solver(0.1), 6, **data).state)
+
+
+def with_rule(slope, kind="vjp"):
+    """A problem whose inner loss holds a function with a rule that gives it this slope."""
+
+    def forward(x):
+        return x, None
+
+    if kind == "vjp":
+        passed = jax.custom_vjp(lambda x: x)
+        passed.defvjp(forward, lambda _, ct: (slope * ct,))
+    else:
+        passed = jax.custom_jvp(lambda x: x)
+        passed.defjvp(lambda primals, tangents: (primals[0], slope * tangents[0]))
+    return bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - passed(o)) ** 2), LINE.outer_loss, LINE.init_inner, LINE.init_outer
+    )
+
+
+def called_back(scale):
+    """A problem whose outer loss is scaled on the host, without a derivative of its own."""
+    settings = {"scale": scale}
+    host = lambda x: np.asarray(settings["scale"] * np.asarray(x), x.dtype)  # noqa: E731
+
+    def outer_loss(w, o, b, k):
+        scaled = jax.pure_callback(host, jax.ShapeDtypeStruct((), w.dtype), jax.lax.stop_gradient(w[0]))
+        return jnp.sum((w - 1.0) ** 2) + scaled
+
+    return bilevel.Problem(LINE.inner_loss, outer_loss, LINE.init_inner, LINE.init_outer)
+
+
+def minimising(settings):
+    def minimise(problem, outer, batch, key):
+        return settings["shrink"] * outer
+
+    return Nested(LINE, bilevel.ImplicitSolve(minimise), optax.sgd(0.1))
+
+
+def nested(problem):
+    return Nested(problem, Unrolled(optax.sgd(0.1), 2, mode="reverse"), optax.sgd(0.1))
+
+
+HELD = {
+    "a rule by custom_vjp": (
+        lambda x: nested(with_rule(x)),
+        r"inner_loss first derivative computation, numbers: .*0\.5 ->",
+    ),
+    "a rule by custom_jvp": (lambda x: nested(with_rule(x, "jvp")), r"inner_loss first derivative .*, numbers"),
+    "a function of the host": (lambda x: nested(called_back(x)), "outer_loss computation: "),
+    "a dict of a schedule": (
+        lambda x: bilevel.SOBA(LINE, closed_schedule({"rate": {"value": x}}), 0.1),
+        r"solver\.inner_step, code: ",
+    ),
+    "a dict of a solver": (lambda x: minimising({"shrink": x}), r"solver\.hypergradient\.minimise, code: "),
+}
+
+
+def closed_schedule(settings):
+    return lambda step: 0.1 * settings["rate"]["value"]
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.filterwarnings("ignore::bilevel.InexactHypergradientWarning")
+def test_what_is_held_out_of_sight_of_a_trace_is_named(tmp_path, name):
+    make, message = HELD[name]
+    run(make(0.5), 1, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(make(0.75), 2, checkpoint_dir=tmp_path)
+    run(make(0.5), 2, checkpoint_dir=tmp_path)
+
+
+def test_numbers_are_told_as_they_were_written(tmp_path):
+    make = lambda rate: bilevel.Nested(  # noqa: E731
+        bilevel.Problem(
+            lambda w, o, b, k: jnp.sum((w - o) ** 2 * jnp.float32(rate)),
+            lambda w, o, b, k: jnp.sum((w - 1) ** 2),
+            lambda k, o: jnp.zeros(2, jnp.float32),
+            lambda k: jnp.ones(2, jnp.float32),
+        ),
+        Unrolled(optax.sgd(0.1), 2),
+        optax.sgd(0.1),
+    )
+    run(make(0.01), 1, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"inner_loss computation, numbers: 0\.01 -> 0\.02[;:]"):
+        run(make(0.02), 2, checkpoint_dir=tmp_path)
