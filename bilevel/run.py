@@ -16,7 +16,7 @@ from bilevel.calls import check_run
 from bilevel.checkpoints import Checkpoints
 from bilevel.chunks import History, batches, chunk, chunk_capacity, kinds, wanted_batches
 from bilevel.data import slots
-from bilevel.diagnosis import refuse_failed, refuse_start, warn_if_steep
+from bilevel.diagnosis import refuse_failed, refuse_start
 from bilevel.feeds import Feed
 from bilevel.fingerprint import fingerprint
 from bilevel.guards import EXACTNESS, warn_if_inexact
@@ -25,6 +25,7 @@ from bilevel.loss_checks import refuse_changing, warn_if_misplaced, warn_if_swap
 from bilevel.progress import Callback, Progress
 from bilevel.refusals import TracedLoss, refuse_captured, traced_losses
 from bilevel.solvers.base import Solver, outer_batches
+from bilevel.steep import warn_if_steep
 from bilevel.trees import PyTree, replayed
 
 CHUNK_SECONDS = 1.0
@@ -129,7 +130,7 @@ def run(
     every = callback_every if callbacks else steps
     capacity = 1 if any(feed.is_iterator for feed in feeds) else chunk_capacity(solver)
     count, room, written, saved = 1, 1, done, time.monotonic()
-    positions, holes, looked, stop = [feed.position() for feed in feeds], None, False, False
+    positions, holes, looked, stop, earlier = [feed.position() for feed in feeds], None, False, False, None
 
     def call_back() -> bool:
         rows = history.rows((done - 1) // every * every)
@@ -163,10 +164,12 @@ def run(
                         refuse_start(solver, state, holes, done)
                     new, buffer, new_holes = chunk(solver, record, capacity, state, data, count)
                     rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
-                    refuse_failed(solver, record, capacity, state, data, done, rows, holes, np.asarray(new_holes))
+                    left = holes, np.asarray(new_holes)
+                    refuse_failed(solver, record, capacity, state, data, done, rows, *left, earlier)
                     looked = looked or warn_if_steep(solver, record, capacity, state, data, rows)
                     # All at once, after the device is done: an interrupt or a failure before leaves what was done.
                     history.append(rows, count)
+                    earlier = state.outer
                     state, done, positions = new, done + count, [feed.position() for feed in feeds]
                     due = bool(callbacks) and (done % every == 0 or done == steps)
                     elapsed = time.monotonic() - begun

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bilevel.calls import check_point
 from bilevel.data import columns, draw, draw_one
-from bilevel.diagnosis import not_finite
+from bilevel.failures import not_finite
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.problem import Problem
 from bilevel.settings import checked, integer

@@ -253,3 +253,172 @@ def test_nothing_done_before_is_lost(tmp_path):
         with pytest.raises(FloatingPointError, match="Outer step 6: the gradient of inner_loss"):
             run(solver, 9, checkpoint_dir=tmp_path, callbacks=[lambda *_: None])
     assert [path.name for path in tmp_path.iterdir() if path.name.isdecimal()] == ["6"]
+
+
+def poisoned(at, where="mu"):
+    """Gradient descent whose state holds a NaN after its update number `at`, and moves nothing by it."""
+    init = lambda params: {"count": jnp.zeros((), jnp.int32), where: jnp.zeros(2)}  # noqa: E731
+
+    def update(grads, state, params=None):
+        bad = jnp.where(state["count"] == at, jnp.nan, 0.0)
+        new = {"count": state["count"] + 1, where: state[where] + bad}
+        return jax.tree.map(lambda g: -0.1 * g, grads), new
+
+    return optax.GradientTransformation(init, update)
+
+
+def test_a_nan_in_the_state_of_the_inner_optimizer_alone_is_its_own():
+    solver = Nested(counting(), Unrolled(poisoned(7), 3), moving())
+    message = r"Outer step 2: the update made state\.inner\.opt_state\['mu'\] of the inner optimizer .* at inner step 1"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        run(solver, 5)
+    assert "outer optimizer" not in str(caught.value)
+
+
+def test_a_nan_in_the_state_of_the_outer_optimizer_alone_is_its_own():
+    solver = Nested(LINE, Unrolled(optax.sgd(0.1), 2), poisoned(2))
+    with pytest.raises(FloatingPointError, match=r"Outer step 2: the outer optimizer made state\.opt_state\['mu'\]"):
+        run(solver, 5)
+
+
+def test_a_nan_in_a_mutable_entry_is_of_the_loss():
+    def inner_loss(w, outer, batch, key):
+        seen = w["seen"] + 1.0
+        return jnp.sum((w["w"] - outer) ** 2), {"seen": jnp.where(seen == 5, jnp.nan, seen)}
+
+    start = lambda key, outer: {"w": jnp.zeros(2), "seen": jnp.zeros(())}  # noqa: E731
+    outer_loss = lambda w, o, b, k: jnp.sum((w["w"] - 1) ** 2)  # noqa: E731
+    problem = bilevel.Problem(inner_loss, outer_loss, start, lambda key: jnp.ones(2), mutable=["seen"])
+    message = r"Outer step 1: inner_loss returned the mutable inner\['seen'\] not finite at inner step 1"
+    with pytest.raises(FloatingPointError, match=message):
+        run(Nested(problem, Unrolled(optax.sgd(0.1), 3), optax.sgd(0.1)), 4)
+
+
+@pytest.mark.parametrize("how", ["Nested", "SOBA"])
+def test_a_nan_that_record_makes_is_of_record(how):
+    nested = Nested(LINE, Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1))
+    solver = bilevel.SOBA(LINE, 0.1, 0.1) if how == "SOBA" else nested
+    record = lambda state: {"size": jnp.sum(state.outer), "root": jnp.sqrt(2.5 - state.step.astype(float))}  # noqa: E731
+    message = r"Outer step 2: record returned root not finite, while .* in record"
+    with pytest.raises(FloatingPointError, match=message) as told:
+        run(solver, 6, record=record)
+    assert "size" not in str(told.value) and "optimizer" not in str(told.value)
+
+
+def test_aux_is_handed_on_as_it_is():
+    """Nothing is computed from what the losses return beside their values; NaN there may be meant, as in jax."""
+    problem = bilevel.Problem(
+        lambda w, o, b, k: (jnp.sum((w - o) ** 2), {"share": jnp.nan}),
+        lambda w, o, b, k: (jnp.sum((w - 1) ** 2), jnp.inf),
+        lambda k, o: jnp.zeros(2),
+        lambda k: jnp.ones(2),
+        has_aux=True,
+    )
+    solver = Nested(problem, Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1))
+    assert np.isfinite(run(solver, 2).outer).all()
+    aux = solver.hypergradient.estimate(problem, None, jnp.ones(2), None, None, KEY).aux
+    assert np.isnan(aux.inner["share"]).all() and np.isinf(aux.outer)
+
+
+RATE = {"lr": jnp.asarray(0.1), "shift": jnp.full(2, 0.3)}
+
+
+def learned_rate(rate, by="optimizer"):
+    """A learned inner learning rate that an outer step of size `rate` puts out of its range."""
+    optimizer = (lambda outer: optax.sgd(outer["lr"])) if by == "optimizer" else optax.sgd(0.1)
+    factor = (lambda o: 1.0) if by == "optimizer" else (lambda o: jnp.log(jax.lax.stop_gradient(o["lr"])))
+    problem = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - o["shift"]) ** 4 - 5 * factor(o) * w),
+        lambda w, o, b, k: jnp.sum((w - 1.0) ** 2) + (5.0 * o["lr"] if by == "loss" else -5.0 * o["lr"]),
+        lambda k, o: jnp.full(2, 0.5),
+        lambda k: RATE,
+    )
+    moves = optax.partition({"lr": optax.sgd(rate), "shift": optax.sgd(1e-3)}, {"lr": "lr", "shift": "shift"})
+    return Nested(problem, Unrolled(optimizer, 8), moves, inner_start="cold")
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.SteepUpdateWarning")
+@pytest.mark.parametrize("seconds", [1e-9, 9.0])
+@pytest.mark.parametrize("by", ["optimizer", "loss"])
+def test_an_outer_step_out_of_range_is_named_with_its_leaf(by, seconds, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("bilevel.run"), "CHUNK_SECONDS", seconds)
+    message = r"Outer step \d+: .*The move of outer\['lr'\] from \S+ to \S+ in"
+    with pytest.raises(FloatingPointError, match=message) as told:
+        run(learned_rate(1.0 if by == "optimizer" else 0.03, by), 9)
+    assert "outer['shift']" not in str(told.value) and "Problem(domain=...)" in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["SOBA"])
+def test_an_outer_step_out_of_range_under_a_stochastic_solver(kind):
+    problem = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum(w**2) * jnp.log(jax.lax.stop_gradient(o["scale"])) ** 2 + jnp.sum(o["free"] * w),
+        lambda w, o, b, k: jnp.sum(w**2) + 5.0 * o["scale"] + jnp.sum(o["free"] ** 2),
+        lambda k, o: jnp.full(2, 0.5),
+        lambda k: {"scale": 2.0, "free": jnp.ones(2)},
+    )
+    message = r"inner_loss is nan .*The move of outer\['scale'\] from \S+ to -\S+ in"
+    with pytest.raises(FloatingPointError, match=message):
+        run(getattr(bilevel, kind)(problem, 0.01, 0.15), 9)
+
+
+def test_data_that_are_not_finite_are_not_blamed_on_the_move():
+    rows = jnp.ones(8).at[5].set(jnp.nan)
+    problem = counting(lambda w, o, b, k: jnp.mean((w["w"] - o["a"] - jnp.mean(b)) ** 2))
+    with pytest.raises(FloatingPointError, match="check the data") as caught:
+        run(Nested(problem, ESTIMATORS["Unrolled"](0.1), moving()), 20, inner_data=Batches(rows, 1))
+    assert "The move" not in str(caught.value)
+
+
+# Steep updates, and half precision.
+
+ZEROS = bilevel.Problem(
+    lambda w, o, b, k: jnp.sum((w["w"] - o) ** 2) + jnp.sum((w["b"] - 1.0) ** 2),
+    lambda w, o, b, k: jnp.sum((w["w"] - 1.0) ** 2),
+    lambda key, outer: {"w": jnp.zeros(3, outer.dtype), "b": jnp.zeros(2, outer.dtype)},
+    lambda key: jnp.array([0.0, 0.5, 1.0]),
+)
+
+
+@pytest.mark.parametrize("name", ["adopt", "acprop", "ademamix", "cocob", "adan", "rmsprop", "adam"])
+def test_a_steep_update_is_named_whatever_the_optimizer(name):
+    optimizer = getattr(optax.contrib, name, None) or getattr(optax, name)
+    optimizer = optimizer() if name == "cocob" else optimizer(0.1)
+    message = r"norm .* of inner\['w'\] is exactly 0 .* larger eps"
+    with pytest.warns(bilevel.SteepUpdateWarning, match=message) as caught:
+        run(Nested(ZEROS, Unrolled(optimizer, 3), optax.sgd(0.0)), 1)
+    assert len(caught) == 1 and "inner['b']" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1, momentum=0.9), optax.adagrad(0.1), optax.adam(0.1, eps=0.1)])
+def test_a_hypergradient_that_is_large_for_another_reason_is_left_alone(optimizer):
+    big = bilevel.Problem(
+        ZEROS.inner_loss, lambda w, o, b, k: 1e6 * ZEROS.outer_loss(w, o, b, k), ZEROS.init_inner, ZEROS.init_outer
+    )
+    run(Nested(big, Unrolled(optimizer, 3), optax.sgd(0.0)), 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_adam_whose_slope_is_beyond_half_precision_is_told_by_the_cause(dtype):
+    problem = bilevel.Problem(
+        ZEROS.inner_loss, ZEROS.outer_loss, ZEROS.init_inner, lambda key: jnp.array([0.0, 0.5, 1.0], dtype)
+    )
+    message = r"Outer step 0: the hypergradient .*inner\['w'\] is exactly 0 .* slope of about 1 / eps.*larger eps"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        run(Nested(problem, Unrolled(optax.adam(0.1), 3 if dtype == jnp.float16 else 6), optax.sgd(0.1)), 1)
+    assert "in a loss" not in str(caught.value)
+    if dtype == jnp.float16:
+        assert "65504, the largest number of its type" in str(caught.value) and "float32" in str(caught.value)
+    mended = Nested(problem, Unrolled(optax.adam(0.1, eps=0.1), 3), optax.sgd(0.1))
+    assert np.isfinite(run(mended, 1).outer).all()
+
+
+def test_a_loss_beyond_half_precision_is_told_by_the_cause():
+    problem = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum(w * jnp.float16(400)) * jnp.float16(400) * o,
+        None,
+        lambda k, o: jnp.ones(2, jnp.float16),
+        lambda k: jnp.ones((), jnp.float16),
+    )
+    message = r"inner_loss is inf .*\(float16 holds no number above 65504: compute in"
+    with pytest.raises(FloatingPointError, match=message):
+        bilevel.fit(problem, jnp.ones((), jnp.float16), optimizer=optax.adam(0.1), steps=1, progress=False)
