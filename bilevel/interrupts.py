@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 
 
-class _Terminated(BaseException):
+class Terminated(BaseException):
     """SIGTERM has come."""
 
 
@@ -25,12 +25,12 @@ def terminable() -> Iterator[None]:
         return
 
     def handler(number, frame):
-        raise _Terminated
+        raise Terminated
 
     signal.signal(signal.SIGTERM, handler)
     try:
         yield
-    except _Terminated:
+    except Terminated:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
         raise SystemExit(128 + signal.SIGTERM) from None  # where the signal takes its time

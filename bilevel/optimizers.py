@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import typing
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import optax
 
 from bilevel.arguments import telling
 from bilevel.guards import dependence
-from bilevel.settings import Unfit, misfit
+from bilevel.settings import Unfit, misfit, shown
 from bilevel.smooth import smooth
 from bilevel.trees import PyTree, combine, leaf_names, named, partition
 
@@ -34,20 +35,56 @@ def is_optimizer(value: Any) -> Optimizer:
     if isinstance(value, optax.MultiSteps):
         return value
     wanted = "must be an optax.GradientTransformation or a function outer -> optax.GradientTransformation"
-    if isinstance(value, type) or not callable(value):
+    if isinstance(value, type) or not callable(value) or typing.get_origin(value) is not None:
         raise Unfit(wanted)
+    if (said := _of_optax(value)) is not None:
+        raise Unfit(said)
     if name := _maker(value):
-        raise Unfit(f"is not an optimizer but makes one: call it, {name}(...), or write lambda outer: {name}(...)")
+        raise Unfit(
+            f"must be an optimizer, and not what makes one: call it, {name}(...), or write lambda outer: {name}(...)"
+        )
     if (taken := misfit(value, 1)) is not None:
         raise Unfit(f"{wanted}, but takes {taken}")
     return value
 
 
-def _maker(function: Any) -> str | None:
-    """The name of a function that makes optimizers of settings; None for a function of `outer`."""
+_SCHEDULED = "to an optimizer as its learning rate, as in optax.adam({})"
+
+
+def _of_optax(function: Any) -> str | None:
+    """What to do instead, for a function of optax that makes no optimizers; None for all others."""
+    whole = _whole(function)
+    module, name = getattr(whole, "__module__", None) or "", getattr(whole, "__qualname__", "")
+    if module.partition(".")[0] != "optax" or "GradientTransformation" in str(_returns(whole)):
+        return None
+    if not module.startswith("optax.schedules"):
+        return f"must be an optimizer: call {name}(...) of optax if it makes one, or take another"
+    if "<locals>" in name:  # what a maker of schedules has returned
+        return f"must be an optimizer, and not a schedule step -> number: give it {_SCHEDULED.format('schedule')}"
+    return (
+        "must be an optimizer, and not what makes a schedule: give what it makes "
+        + _SCHEDULED.format(f"optax.{name}(...)")
+    )
+
+
+def _whole(function: Any) -> Any:
+    """The function that others were made from by `functools.wraps` and `functools.partial`."""
     whole = inspect.unwrap(function)
     while isinstance(whole, functools.partial):
         whole = inspect.unwrap(whole.func)
+    return whole
+
+
+def _returns(function: Any) -> Any:
+    try:
+        return inspect.signature(function).return_annotation
+    except (TypeError, ValueError):
+        return None
+
+
+def _maker(function: Any) -> str | None:
+    """The name of a function that makes optimizers of settings; None for a function of `outer`."""
+    whole = _whole(function)
     name, module = getattr(whole, "__name__", "optimizer"), getattr(whole, "__module__", None) or ""
     if module.partition(".")[0] == "optax":
         return f"optax.{name}"
@@ -56,6 +93,12 @@ def _maker(function: Any) -> str | None:
     except (TypeError, ValueError):
         return None
     return name if len(names) > 1 and names[0] == "learning_rate" else None
+
+
+_FUNCTION = (
+    "what a function as an optimizer makes of the outer variable must be an optax.GradientTransformation (a schedule "
+    "step -> number goes into an optimizer, as in optax.adam(schedule))."
+)
 
 
 def transformation(optimizer: Optimizer, outer: PyTree) -> optax.GradientTransformationExtraArgs:
@@ -67,6 +110,8 @@ def transformation(optimizer: Optimizer, outer: PyTree) -> optax.GradientTransfo
     if not isinstance(optimizer, optax.GradientTransformation) and callable(optimizer):
         with telling("calling the optimizer, a function of outer", outer=outer):
             optimizer = optimizer(outer)
+        if not isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+            raise TypeError(f"The optimizer is a function that returned {shown(optimizer)}, but {_FUNCTION}")
     if isinstance(optimizer, optax.MultiSteps):  # not a transformation itself, though used like one
         optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):

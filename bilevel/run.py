@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,10 +20,11 @@ from bilevel.diagnosis import refuse_failed, refuse_start
 from bilevel.feeds import Feed
 from bilevel.fingerprint import fingerprint
 from bilevel.guards import EXACTNESS, warn_if_inexact
-from bilevel.interrupts import terminable
+from bilevel.interrupts import Terminated, terminable
 from bilevel.loss_checks import refuse_changing, warn_if_misplaced, warn_if_swapped
 from bilevel.progress import Callback, Progress
 from bilevel.refusals import TracedLoss, refuse_captured, traced_losses
+from bilevel.settings import check_schedules
 from bilevel.solvers.base import Solver, outer_batches
 from bilevel.steep import warn_if_steep
 from bilevel.trees import PyTree, replayed
@@ -126,6 +127,7 @@ def run(
         if note:
             state, rows = store.restore(note["step"], state)
             done, history, due = note["step"], History(rows), note["due"]
+    check_schedules(solver, done, steps)
 
     every = callback_every if callbacks else steps
     capacity = 1 if any(feed.is_iterator for feed in feeds) else chunk_capacity(solver)
@@ -133,7 +135,8 @@ def run(
     positions, holes, looked, stop, earlier = [feed.position() for feed in feeds], None, False, False, None
 
     def call_back() -> bool:
-        rows = history.rows((done - 1) // every * every)
+        # Copies: what a callback writes into them is its own.
+        rows = {name: rows.copy() for name, rows in history.rows((done - 1) // every * every).items()}
         return any([callback(done, state, rows) for callback in callbacks])
 
     def save() -> None:
@@ -144,7 +147,8 @@ def run(
         if store.save(done, state, history.rows(0, done), positions, due=due, record=recorded):
             written = done
 
-    with terminable() if store else contextlib.nullcontext():
+    with terminable():
+        interrupted = False
         try:
             # Interrupted before they had returned, or stopped by one: they are asked again.
             if due and callbacks:
@@ -181,13 +185,27 @@ def run(
                     if time.monotonic() - saved >= checkpoint_every:
                         save()
                         saved = time.monotonic()
+        except (KeyboardInterrupt, Terminated):
+            interrupted = True
+            raise
         finally:
             # An interrupt keeps what is done.
             save()
+            if interrupted:
+                kept = f"are saved in {checkpoint_dir}" if written == done else f"are lost after step {written}"
+                print(_farewell(title, done, steps, kept if store else None), file=sys.stderr, flush=True)
     if len(history):
         last = history.rows(len(history) - 1)
         warn_if_inexact({name: last[name][-1] for name in EXACTNESS if name in last})
     return Result(state.outer, state.inner, history.rows(), state)
+
+
+def _farewell(title: str, done: int, steps: int, kept: str | None) -> str:
+    """What an interrupted run says last: what there is of it, and how to go on. `kept`: in its folder; None without."""
+    stopped = f"{title}: interrupted after {done} of {steps}, which "
+    if kept is None:
+        return stopped + "are not saved: give checkpoint_dir=, and the same call goes on where it was interrupted."
+    return stopped + kept + ": the same call goes on from there."
 
 
 def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:

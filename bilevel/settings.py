@@ -246,7 +246,32 @@ def step_size(**bounds: float) -> Rule:
         except Unfit as reason:
             raise Unfit(f"{reason}, or a schedule step -> number") from None
 
+    rule.number = number
     return rule
+
+
+def check_schedules(settings: Any, first: int, last: int) -> None:
+    """Checks what the schedules among the fields of a dataclass give for the steps from `first` to `last` - 1.
+
+    Raises:
+      ValueError: names the field, the step and the value.
+    """
+    for field in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+        number, schedule = getattr(field.metadata.get("check"), "number", None), getattr(settings, field.name)
+        if number is None or not callable(schedule) or first >= last:
+            continue
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # a schedule is the user's
+            steps = jnp.arange(first, last, dtype=jnp.int32)
+            values = np.asarray(jax.lax.map(lambda step: jnp.asarray(schedule(step), float), steps))  # noqa: B023
+        for at, value in sorted(zip(*np.unique(values, return_index=True)[::-1], strict=True)):
+            try:
+                number(float(value))
+            except Unfit as reason:
+                what = shown(getattr(schedule, "func", schedule))
+                raise ValueError(
+                    f"{type(settings).__name__}({field.name}={what}): the schedule gives {value:g} for step "
+                    f"{first + at}, but a value {reason}."
+                ) from None
 
 
 def _not_a_number(schedule: Callable[..., Any]) -> str | None:
@@ -292,6 +317,7 @@ def optional(rule: Rule) -> Rule:
         except Unfit as reason:
             raise Unfit(f"{reason}, or None") from None
 
+    either.number = getattr(rule, "number", None)
     return either
 
 

@@ -39,7 +39,8 @@ class Unrolled(Trained):
     Exact for the training that was run (its optimizer, its batches, its random keys). It is not the gradient of the
     converged inner problem: that is `Implicit`, or the limit K to infinity. A warm start `inner_state` is a constant;
     with `inner_state=None` the derivative includes that of `init_inner`. The update is differentiated as its values
-    say, without the `stop_gradient`s an optimizer may hold; where the inner loss has a derivative of its own
+    say, without the `stop_gradient`s an optimizer may hold (one inside a loss is the loss's own, and honoured as JAX
+    does: what it holds back has no derivative); where the inner loss has a derivative of its own
     (`jax.custom_vjp`), steps are differentiated in reverse, since second derivatives need not commute there.
 
     With `truncate=T` only the last T steps are differentiated (and the direct term): biased, by what earlier steps

@@ -108,3 +108,50 @@ def test_a_run_in_another_thread_leaves_signals_alone(tmp_path):
     thread.start()
     thread.join()
     assert len(found) == 1 and (tmp_path / "2").is_dir()
+
+
+def interrupting(number):
+    return lambda step, *_: os.kill(os.getpid(), number) if step == 3 else None
+
+
+def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        run(LINE_SOLVER, 9, checkpoint_dir=tmp_path, callbacks=[interrupting(signal.SIGINT)])
+    said = capfd.readouterr().err
+    saved = f"outer steps: interrupted after 3 of 9, which are saved in {tmp_path}: "
+    assert said == f"{saved}the same call goes on from there.\n"
+    assert (tmp_path / "3").is_dir()
+
+
+def test_an_interrupted_run_without_a_folder_says_that_nothing_is_saved(capfd):
+    with pytest.raises(KeyboardInterrupt):
+        run(LINE_SOLVER, 9, callbacks=[interrupting(signal.SIGINT)])
+    said = capfd.readouterr().err
+    assert said.startswith("outer steps: interrupted after 3 of 9, which are not saved: give checkpoint_dir=")
+    assert said.count("\n") == 1
+
+
+def test_an_interrupted_run_that_could_not_be_saved_says_so(tmp_path, capfd, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def full(self, step, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    run(LINE_SOLVER, 2, checkpoint_dir=tmp_path)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="No space left"):
+        run(LINE_SOLVER, 9, checkpoint_dir=tmp_path, callbacks=[interrupting(signal.SIGINT)])
+    assert "interrupted after 3 of 9, which are lost after step 2: the same call" in capfd.readouterr().err
+
+
+def test_a_run_without_a_folder_that_is_terminated_says_so_and_ends_as_it_would_have():
+    program = """
+    import os, signal
+    from tests.bilevel.helpers import LINE_SOLVER
+    from tests.bilevel.running import run
+    run(LINE_SOLVER, 9, callbacks=[lambda step, *_: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None])
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == -signal.SIGTERM
+    assert ended.stderr.startswith("outer steps: interrupted after 3 of 9, which are not saved")
+    assert "Traceback" not in ended.stderr

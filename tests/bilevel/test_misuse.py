@@ -104,10 +104,38 @@ MISUSE = {
         lambda: estimate(problem(inner_loss=writes, init_inner=lambda k, o: {"a": o * 0.0})),
         "inner_loss changed inner in place",
     ),
+    "a single array outside": (
+        lambda: problem(domain=bilevel.Positive(), init_outer=lambda key: -jnp.ones(2)).start_outer(KEY),
+        "in outer, which is outside",
+    ),
+    "a single array that was captured": (
+        lambda: estimate(problem(inner_loss=lambda w, o, b, k: jnp.sum((w - OUTER) ** 2))),
+        "inner_loss holds outer as a constant",
+    ),
+    "a single array of texts": (lambda: start_outer(np.asarray(["a"])), r"returned values of type <U1, .* numbers\.$"),
+    "an array for a dict": (
+        lambda: problem(project=lambda o: {"a": o}).projected(OUTER),
+        r"project returned \['a'\] float64\[2\] for an outer variable that is float64\[2\]: ",
+    ),
+    "gates that are one array": (
+        lambda: bilevel.allocate(1, key=KEY).init(jnp.ones(2, int)),
+        "the gates are int64, but must be floating",
+    ),
     # Optimizers
     "adam without parentheses": (lambda: Unrolled(optax.adam, 2), r"optimizer=the function adam.*optax.adam\(...\)"),
     "a partial of adam": (lambda: Unrolled(functools.partial(optax.adam, b1=0.5), 2), "makes one"),
     "injected adam": (lambda: Unrolled(optax.inject_hyperparams(optax.adam), 2), "makes one"),
+    "a schedule as optimizer": (
+        lambda: Unrolled(optax.cosine_decay_schedule(0.1, 5), 2),
+        r"must be an optimizer, and not a schedule step -> number: .* as in optax.adam\(schedule\)",
+    ),
+    "a maker of schedules": (
+        lambda: Unrolled(optax.linear_schedule, 2),
+        r"what makes a schedule: .* as in optax.adam\(optax.linear_schedule\(...\)\)",
+    ),
+    "a loss of optax": (lambda: Unrolled(optax.l2_loss, 2), r"must be an optimizer: call l2_loss\(...\) .*if"),
+    "a type of optax": (lambda: Unrolled(optax.OptState, 2), "must be an optax.GradientTransformation or a function"),
+    "a maker, in words": (lambda: Unrolled(optax.adam, 2), r"adam\): must be an optimizer, and not what makes one"),
     "an outer optimizer's class": (
         lambda: bilevel.Nested(LINE, IMPLICIT, optax.MultiSteps),
         "outer_optimizer=the class",

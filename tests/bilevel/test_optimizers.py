@@ -215,6 +215,12 @@ def test_what_is_no_optimizer_is_refused(optimizer):
         Unrolled(optimizer, 2).estimate(LINE, None, jnp.ones(2), None, None, KEY)
 
 
+def test_a_schedule_in_the_place_of_an_optimizer_is_told_where_it_goes():
+    for schedule in (lambda step: 0.1 * step, bilevel.Power(0.1, 0.5)):
+        with pytest.raises(TypeError, match=r"returned float64\[2\], but .* goes into an optimizer, as in optax\.adam"):
+            Unrolled(schedule, 2).init(LINE, jnp.ones(2), KEY)
+
+
 def test_value_and_grad_reach_the_optimizer():
     seen = {}
 

@@ -227,3 +227,38 @@ def test_rows_that_are_large_come_in_smaller_chunks(monkeypatch):
     monkeypatch.setattr(History, "append", lambda self, rows, count: (counts.append(count), append(self, rows, count)))
     assert_equal(run(LINE_SOLVER, 30, record=record).history, whole.history)
     assert 1 < max(counts) <= 300 // (8 * 6) and sum(counts) == 30
+
+
+def test_what_a_callback_writes_into_its_rows_is_its_own():
+    def spoil(step, state, rows):
+        for values in rows.values():
+            values[...] = -1
+
+    spoiled = run(LINE_SOLVER, 5, callbacks=[spoil], callback_every=2)
+    assert_equal(spoiled.history, run(LINE_SOLVER, 5).history)
+
+
+SCHEDULES = {
+    "negative": (lambda step: 0.1 - 0.04 * step, "-0.02 for step 3"),
+    "nan": (lambda step: jnp.where(step < 2, 0.1, jnp.nan), "nan for step 2"),
+    "infinite": (lambda step: 0.1 / jnp.maximum(3.0 - step, 0.0), "inf for step 3"),
+    "of optax": (optax.linear_schedule(0.1, -0.1, 6), r"-0\.0333333 for step 4"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("field", ["inner_step", "outer_step", "linear_step"])
+def test_a_schedule_that_leaves_its_range_is_refused_before_the_first_step(name, field):
+    schedule, message = SCHEDULES[name]
+    worked = []
+    solver = bilevel.SOBA(LINE, **({"inner_step": 0.1, "outer_step": 0.1} | {field: schedule}))
+    with pytest.raises(ValueError, match=rf"SOBA\({field}=.*the schedule gives {message}, but a value must be .* >= 0"):
+        run(solver, 5, callbacks=[lambda *_: worked.append(1)])
+    assert not worked
+    assert len(run(solver, 2).history["outer_loss"]) == 2
+
+
+def test_a_share_that_leaves_its_range_is_refused(tmp_path):
+    solver = bilevel.MASOBA(LINE, 0.1, 0.1, average=lambda step: 0.5 + 0.2 * step)
+    with pytest.raises(ValueError, match=r"MASOBA\(average=.*gives 1\.1 for step 3, but a value must be .* <= 1"):
+        run(solver, 5)
