@@ -77,12 +77,12 @@ def describe_failure(
         if said := _estimate(estimate, steep_leaves(solver, state, data)):
             return where + said.sentence(moved)
     names = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
-    recorded = [name for name in metrics_at_fault if name not in metrics]
+    by_record = [name for name in metrics_at_fault if name not in metrics]
     leaves = not_finite("outer", new.outer) + not_finite("inner", inner_of(new)) or _newly("state", state, new)
     before = f"; before it {norms}" if norms else ""
-    if recorded and not names and not leaves:
+    if by_record and not names and not leaves:
         return where + (
-            f"record returned {', '.join(recorded)} not finite, while the state it was given and all metrics are "
+            f"record returned {', '.join(by_record)} not finite, while the state it was given and all metrics are "
             "finite: look for a root, logarithm or division at 0 in record."
         )
     if not names:

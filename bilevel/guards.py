@@ -197,24 +197,48 @@ EXACTNESS = ("stationarity_relative", "linear_residual")
 """Entries of `Estimate.aux.info` that are 0 where an implicit hypergradient is exact."""
 
 
-def warn_if_inexact(info: dict[str, Any], *, stationarity: float = 0.1, linear: float = 0.01) -> None:
+def warn_if_inexact(
+    info: dict[str, Any],
+    *,
+    stationarity: float = 0.1,
+    linear: float = 0.01,
+    undetermined: Callable[[], list[str]] | None = None,
+) -> None:
     """Looks at the `info` of implicit estimators, on the host: call it where the numbers have arrived, not in a trace.
 
     Args:
       info: `Estimate.aux.info`; entries it does not have, and numbers of more than one estimate, are fine.
       stationarity, linear: largest `stationarity_relative` and `linear_residual` that go without a warning.
+      undetermined: names of what the equations of a singular system do not determine, none if it is regular or nobody
+        knows; asked only where `linear_residual` is too large.
 
     Warns:
       InexactHypergradientWarning: once for each, with the largest value and the remedy.
     """
     limits = {
         "stationarity_relative": (stationarity, "the inner problem is not solved", "train more steps, or use Unrolled"),
-        "linear_residual": (linear, "the linear system is not solved", "allow more iterations, or raise damping"),
+        "linear_residual": (linear, "the linear system is not solved", _UNSOLVED),
     }
     for name, (limit, problem, remedy) in limits.items():
         worst = float(np.max(np.asarray(info.get(name, 0.0))))
         if not worst <= limit:
+            if name == "linear_residual" and undetermined is not None and (names := undetermined()):
+                problem, remedy = f"the linear system is singular, {_singular(names)}", _REGULAR
             warnings.warn(f"{name} is {worst:.2g}: {problem}; {remedy}.", InexactHypergradientWarning, stacklevel=2)
+
+
+_UNSOLVED = "allow more iterations; where they do not help, it is singular or nearly so: raise damping, or use Unrolled"
+_REGULAR = (
+    "more iterations do not help: take that direction out of inner (or penalise it in inner_loss), raise damping, or "
+    "use Unrolled"
+)
+
+
+def _singular(names: list[str]) -> str:
+    return (
+        f"so no derivative of its solution is defined: along {', '.join(names)} there is a direction in which every "
+        "point solves the inner problem as well"
+    )
 
 
 def refuse_reverse_rules(jaxpr: Any) -> None:

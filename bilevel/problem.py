@@ -46,7 +46,8 @@ class Problem:
         hypergradient whenever an estimator is given `inner_state=None`.
       init_outer: `init_outer(key) -> outer`, any pytree. Inexact leaves get a hypergradient; typed random keys
         are constant within an outer iteration and advanced after it; all other leaves are constants.
-      has_aux: whether both losses return `(scalar, aux)`.
+      has_aux: whether both losses return `(scalar, aux)`. Nothing is computed from aux: it is handed on as it is
+        (`Estimate.aux`), numbers that are not finite included, and `run`, which reads none of it, leaves it out.
       project: `project(outer) -> outer`, applied after each outer update.
       domain: bijectors (`Positive`, `Interval`, `Simplex`, ...) in a tree like the top of `outer`, None where a leaf is
         free. Solvers take their steps in free coordinates; everything else, `Result.outer` included, is natural.

@@ -25,6 +25,7 @@ from bilevel.loss_checks import refuse_changing, warn_if_misplaced, warn_if_swap
 from bilevel.progress import Callback, Progress
 from bilevel.refusals import TracedLoss, refuse_captured, traced_losses
 from bilevel.settings import check_schedules
+from bilevel.singular import undetermined
 from bilevel.solvers.base import Solver, outer_batches
 from bilevel.steep import warn_if_steep
 from bilevel.trees import PyTree, replayed
@@ -80,13 +81,13 @@ def run(
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
       callbacks: called as `callback(step, state, metrics)` after every `callback_every` steps and after the last, with
-        the rows of metrics since they were last called; a true return value stops the run. If a run was interrupted
-        before they had all returned, or stopped by one, it resumes by calling them again.
+        copies of the rows of metrics since they were last called; a true return value stops the run. If a run was
+        interrupted before they had all returned, or stopped by one, it resumes by calling them again.
       callback_every: steps between two calls. A call makes the device wait: where a step takes microseconds, 100.
       checkpoint_dir: folder to save the state in, now and then and at the end, by Ctrl-C and SIGTERM too, and to
         resume from. It holds two checkpoints, and `fingerprint.json`: settings, losses, optimizers, data, key and
-        versions, which a resumed run must share. Without this file (delete it where a difference is meant, such as a
-        newer JAX) a run is resumed unchecked, with a warning.
+        versions, which a resumed run must share (callbacks, which look on, may be others). Without this file (delete it
+        where a difference is meant, such as a newer JAX) a run is resumed unchecked, with a warning.
       checkpoint_every: least seconds between two checkpoints.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
@@ -98,10 +99,12 @@ def run(
       RuntimeWarning: if a checkpoint cannot be written, or is damaged and the one before it is taken.
 
     Raises:
-      ValueError: for steps < 1, a negative `checkpoint_every`, unusable data, a loss that captured the outer variable
-        instead of reading it, a folder that cannot be written, or checkpoints of another run: names what differs.
-      FloatingPointError: if a metric or the state is not finite; names the step, and the inner step and leaf where it
-        began.
+      ValueError: for steps < 1, a negative `checkpoint_every`, a schedule of the solver that leaves its range within
+        `steps` (names the step and the value), unusable data, a loss that captured the outer variable instead of
+        reading it, a folder that cannot be written, or checkpoints of another run: names what differs.
+      FloatingPointError: if a metric, a number of `record` or the state is not finite; names the step, the inner step
+        and leaf where it began, and the leaf of outer whose last move did it.
+      KeyboardInterrupt: by Ctrl-C, after a line on stderr on what is saved and how to go on; so does SIGTERM.
     """
     check_run("run", **locals())
     key = jax.random.key(0) if key is None else key
@@ -196,7 +199,8 @@ def run(
                 print(_farewell(title, done, steps, kept if store else None), file=sys.stderr, flush=True)
     if len(history):
         last = history.rows(len(history) - 1)
-        warn_if_inexact({name: last[name][-1] for name in EXACTNESS if name in last})
+        exactness = {name: last[name][-1] for name in EXACTNESS if name in last}
+        warn_if_inexact(exactness, undetermined=lambda: undetermined(solver, *replayed((state, data))))
     return Result(state.outer, state.inner, history.rows(), state)
 
 

@@ -302,3 +302,32 @@ def test_injected_learning_rate_is_a_function_of_outer():
         for optimizer in (inject, plain)
     )
     assert error(found, wanted) < 1e-12
+
+
+FLAT = bilevel.Problem(
+    lambda w, o, b, k: jnp.sum((w["a"] - o) ** 2) + 0.0 * jnp.sum(w["free"]),
+    lambda w, o, b, k: jnp.sum((w["a"] - 1) ** 2) + jnp.sum(w["free"]),
+    lambda k, o: {"a": jnp.zeros(2), "free": jnp.ones(2)},
+    lambda k: jnp.full(2, 0.3),
+)
+ROUND = bilevel.Problem(  # regular, but nothing that two terms of a series solve
+    lambda w, o, b, k: jnp.sum(jnp.array([1.0, 1e-2]) * (w - o) ** 2),
+    lambda w, o, b, k: jnp.sum((w - 1) ** 2),
+    lambda k, o: jnp.full(2, 0.3),
+    lambda k: jnp.full(2, 0.3),
+)
+
+
+@pytest.mark.parametrize("make", [bilevel.FixedPoint, bilevel.Implicit])
+def test_a_singular_system_is_told_from_one_that_is_not_solved(make):
+    def said(problem, linear_solver):
+        solver = bilevel.Nested(problem, make(optax.sgd(0.1), 40, linear_solver=linear_solver), optax.sgd(0.0))
+        with pytest.warns(bilevel.InexactHypergradientWarning) as caught:
+            bilevel.run(solver, steps=1, progress=False)
+        (message,) = [str(w.message) for w in caught]
+        return message
+
+    singular = said(FLAT, bilevel.Dense())
+    assert "is singular" in singular and "inner['free']" in singular and "inner['a']" not in singular
+    assert "more iterations do not help" in singular
+    assert "allow more iterations" in said(ROUND, bilevel.Neumann(2, 1.0))
