@@ -205,5 +205,5 @@ def test_a_frozen_part_that_starts_from_outer_is_refused(kind):
         lambda key, o: {"u": jnp.zeros(2), "z": o},
         lambda key: jnp.ones(2),
     )
-    with pytest.raises(ValueError, match="init_inner makes leaves of the inner variable from outer leaf"):
+    with pytest.raises(ValueError, match="init_inner makes leaves of the inner variable from outer"):
         kind(OPTIMIZERS["partition"], 3).estimate(case, None, jnp.ones(2), None, None, KEY)
