@@ -163,6 +163,6 @@ def test_a_start_on_the_border_would_never_move_and_is_refused(bijector, dtype):
     def starting(at):
         return bilevel.Problem(loss, loss, lambda k, o: o, lambda k: jnp.asarray(at, dtype), domain=bijector)
 
-    with pytest.raises(ValueError, match=r"outer leaf .*domain.*start inside"):
+    with pytest.raises(ValueError, match=r"in outer, which .*domain.*start inside"):
         starting(0.0).start_outer(KEY)
     assert starting(1e-6).start_outer(KEY) == jnp.asarray(1e-6, dtype)
