@@ -10,8 +10,8 @@ PYTEST_ARGS ?= -n auto --dist worksteal
 
 # What runs on every Python that is supported: all estimators and solvers against closed forms, linear solvers, traced
 # programs, `run` with its checkpoints, a model against its formulas, the command line. Nothing here needs torch or data.
-SUBSET := tests/bilevel/test_estimators.py tests/bilevel/test_solver_steps.py tests/bilevel/test_linear_solvers.py \
-  tests/bilevel/test_tracing.py tests/bilevel/test_smooth.py tests/bilevel/test_data.py tests/bilevel/test_run.py \
+SUBSET := tests/bilevel/hypergradients/test_estimators.py tests/bilevel/solvers/test_solver_steps.py tests/bilevel/linear_solvers/test_linear_solvers.py \
+  tests/bilevel/differentiation/test_tracing.py tests/bilevel/differentiation/test_smooth.py tests/bilevel/test_data.py tests/bilevel/running/test_run.py \
   tests/methods/test_llama_by_hand.py tests/test_versions.py \
   tests/methods/test_commands.py::test_static_heterolora_without_shortcuts_is_an_adapter_of_peft \
   tests/methods/test_commands.py::test_bad_options_are_one_sentence

@@ -16,12 +16,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from bilevel.fingerprint import parts
-from bilevel.guards import StructuralZeroWarning, dependence
+from bilevel.differentiation.influence import StructuralZeroWarning, dependence
+from bilevel.running.fingerprint import parts
 from bilevel.trees import PyTree, is_inexact, is_key
 
 if TYPE_CHECKING:
-    from bilevel.refusals import TracedLoss
+    from bilevel.differentiation.loss_checks import TracedLoss
 
 
 _LOOKED_AT: weakref.WeakSet[Any] = weakref.WeakSet()

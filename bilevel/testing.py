@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.arguments import check_outer
-from bilevel.calls import check_call, refuse_complex
-from bilevel.guards import StructuralZeroWarning
+from bilevel.differentiation.influence import StructuralZeroWarning
+from bilevel.hypergradients.arguments import check_call, refuse_complex
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient, outer_value, schedule
 from bilevel.hypergradients.per_task import PerTask
-from bilevel.inner import InnerState
+from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_arguments, integer, real
 from bilevel.trees import PyTree, combine, is_inexact, leaf_names, partition

@@ -9,7 +9,7 @@ For each seed, on one split into training, validation and test rows:
 
 All final trainings have the same length, hard masks, and the same random numbers. Told are the test loss, its excess
 over the grid's choice (paired over seeds, with a 95 % interval of the mean) and the inner gradients spent: operations
-of training and search, counted (`bilevel.flops`), over those of one gradient of the training loss. What validation
+of training and search, counted (`flops`), over those of one gradient of the training loss. What validation
 costs the grid is left out.
 
     python -m benchmarks.lora.dropout --task rte        # resumable
@@ -29,7 +29,7 @@ import tyro
 
 import bilevel
 from benchmarks.lora import low_data
-from bilevel.flops import flops, gradient_flops
+from bilevel.measuring.flops import flops, gradient_flops
 from methods import experiment, hiddenkey, inside
 from methods.hiddenkey import HiddenKeySettings
 from methods.runfolder import RunFolder

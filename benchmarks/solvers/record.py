@@ -22,7 +22,7 @@ from benchmark_utils.adapter import result
 from benchmark_utils.loading import Modules
 from benchmark_utils.runs import BUDGET, DATA, RUNS, SUBSET
 
-from bilevel.chunks import CAPACITY, chunk
+from bilevel.running.chunks import CAPACITY, chunk
 from bilevel.solvers.stochastic import Calls
 
 HERE = Path(__file__).parent

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from bilevel import inner, optimizers
-from bilevel.calls import check_call
 from bilevel.data import slots
-from bilevel.gradients import Point, reverse_gradient
-from bilevel.guards import Lost, arrives
-from bilevel.inner import InnerState
-from bilevel.optimizers import Optimizer
+from bilevel.differentiation import optimizers
+from bilevel.differentiation.gradients import Point, reverse_gradient
+from bilevel.differentiation.influence import Lost, arrives
+from bilevel.differentiation.optimizers import Optimizer
+from bilevel.hypergradients.arguments import check_call
+from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, having, integer, register, setting
 from bilevel.trees import PyTree, at_step, combine, partition
@@ -143,7 +143,7 @@ class Trained:
     def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
         """The inner problem before its first step: `init_inner(key, outer)` and a fresh optimizer state."""
         check_call(f"{type(self).__name__}.init", problem=problem, outer=outer, key=key)
-        return inner.start(problem, self.optimizer, outer, key)
+        return begin(problem, self.optimizer, outer, key)
 
     def solve(
         self, problem: Problem, inner_state: InnerState | None, outer: PyTree, inner_batches: PyTree, key: jax.Array
@@ -158,10 +158,10 @@ class Trained:
 
     def trajectory(
         self, problem, inner_state, outer, inner_batches, keys: Keys, **options
-    ) -> tuple[InnerState, inner.Trace]:
-        """`solve`, with what the steps reported. `options` go to `bilevel.inner.train`."""
+    ) -> tuple[InnerState, Trace]:
+        """`solve`, with what the steps reported. `options` go to `bilevel.hypergradients.training.train`."""
         state = self.resume(problem, inner_state, outer, keys)
-        return inner.train(problem, self.optimizer, state, outer, inner_batches, keys.inner, **options)
+        return train(problem, self.optimizer, state, outer, inner_batches, keys.inner, **options)
 
     def training(self, problem: Problem, inner_state, outer, inner_batches, keys: Keys) -> Callable[[PyTree], PyTree]:
         """The trained variable as a function of the inexact leaves of `outer`, for guards to see what it depends on."""
@@ -175,7 +175,7 @@ class Trained:
         return trained
 
     def lost(self, problem: Problem, inner_state, outer, inner_batches, keys: Keys) -> Lost:
-        """Where the influence of a leaf of `outer` may be lost; see `bilevel.guards.Lost`."""
+        """Where the influence of a leaf of `outer` may be lost; see `bilevel.differentiation.influence.Lost`."""
         moving, fixed = partition(outer)
 
         def start(moving):

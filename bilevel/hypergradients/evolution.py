@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.gradients import reverse_gradient
-from bilevel.guards import traced
+from bilevel.differentiation.gradients import reverse_gradient
+from bilevel.differentiation.influence import traced
+from bilevel.differentiation.loss_checks import guarded
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.problem import Problem
-from bilevel.refusals import guarded
 from bilevel.settings import Unfit, integer, real, register, setting
 from bilevel.trees import PyTree, combine, partition, replayed, widened
 

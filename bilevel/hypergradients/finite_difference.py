@@ -7,12 +7,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel import inner, optimizers
 from bilevel.data import narrow, slots
-from bilevel.guards import dependence, pull
+from bilevel.differentiation import optimizers
+from bilevel.differentiation.influence import dependence, pull
+from bilevel.differentiation.loss_checks import guarded
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
-from bilevel.inner import InnerState, Trace
-from bilevel.refusals import guarded
+from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import real, register, setting
 from bilevel.trees import at_step, cast_like, combine, global_norm, partition, replayed, widened
 
@@ -80,10 +80,10 @@ class FiniteDifference(_Differences):
         traces = []
         if last:
             first = narrow(batches, 0, last)
-            before, trace = inner.train(problem, self.optimizer, before, outer, first, keys.inner[:last])
+            before, trace = train(problem, self.optimizer, before, outer, first, keys.inner[:last])
             traces.append(trace)
         final = narrow(batches, last, last + 1)
-        after, trace = inner.train(problem, self.optimizer, before, outer, final, keys.inner[last:], first=last)
+        after, trace = train(problem, self.optimizer, before, outer, final, keys.inner[last:], first=last)
         return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from bilevel.guards import value_and_grad
+from bilevel.differentiation.influence import value_and_grad
+from bilevel.differentiation.loss_checks import guarded
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
-from bilevel.refusals import guarded
 from bilevel.settings import register
 from bilevel.trees import combine, partition
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.conditions import fixed_point_of, mean_loss, require_constant_held, unknowns
 from bilevel.hypergradients.base import schedule
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
-from bilevel.inner import InnerState
+from bilevel.hypergradients.optimality import fixed_point_of, mean_loss, require_constant_held, unknowns
+from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.neumann import Neumann
 from bilevel.settings import child, register

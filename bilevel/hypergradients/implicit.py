@@ -7,10 +7,16 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.conditions import mean_loss, require_constant_held, require_stationary_limit, stationary, trained_part
 from bilevel.hypergradients.base import schedule
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, refuse_symmetric, with_adjoint
-from bilevel.inner import InnerState
+from bilevel.hypergradients.optimality import (
+    mean_loss,
+    require_constant_held,
+    require_stationary_limit,
+    stationary,
+    trained_part,
+)
+from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
 from bilevel.settings import child, register

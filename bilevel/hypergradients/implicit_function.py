@@ -19,16 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from bilevel.calls import refuse_complex
-from bilevel.conditions import FixedPointOf, MeanLoss, Stationary
-from bilevel.gradients import mixed_gradient, reverse_gradient
-from bilevel.guards import Lost, pull
+from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
+from bilevel.differentiation.influence import Lost, pull
+from bilevel.differentiation.loss_checks import guarded
+from bilevel.differentiation.tracing import detached, evaluate
+from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
-from bilevel.inner import InnerState, Trace
+from bilevel.hypergradients.optimality import FixedPointOf, MeanLoss, Stationary
+from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
-from bilevel.refusals import guarded
 from bilevel.settings import boolean, child, real, register, setting
-from bilevel.tracing import detached, evaluate
 from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
 
 Condition = Stationary | FixedPointOf
@@ -157,7 +157,7 @@ def estimate(
       state, trace: the inner problem at z, and how it came there.
       warm_start: whether the solve starts from the adjoint in `state.extra` (where that is a tree like z: the state may
         come from another estimator), and leaves its own there.
-      training, lost: how z came to be, as for `bilevel.guards.value_and_grad`.
+      training, lost: how z came to be, as for `bilevel.differentiation.influence.value_and_grad`.
 
     `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
     loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products

@@ -9,19 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel import optimizers
-from bilevel.conditions import fixed_point_of, mean_loss, stationary, unknowns
 from bilevel.data import resolve, slots
-from bilevel.frozen import whole
+from bilevel.differentiation import optimizers
+from bilevel.differentiation.frozen import whole
+from bilevel.differentiation.loss_checks import guarded
+from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients import implicit_function
 from bilevel.hypergradients.base import Estimate, outer_value, schedule
 from bilevel.hypergradients.implicit_function import Backward, attach, refuse_symmetric, with_adjoint
-from bilevel.inner import InnerState, Trace
+from bilevel.hypergradients.optimality import fixed_point_of, mean_loss, stationary, unknowns
+from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
-from bilevel.optimizers import Optimizer
 from bilevel.problem import Problem
-from bilevel.refusals import guarded
 from bilevel.settings import boolean, check_fields, child, function, optional, real, register, setting
 from bilevel.trees import PyTree, as_arrays, at_step, combine, partition, replayed
 

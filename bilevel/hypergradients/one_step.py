@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from bilevel.hypergradients.base import Estimate, Trained
+from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.inner import InnerState
 from bilevel.settings import register
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import FullBatch, resolve, slots
-from bilevel.guards import EXACTNESS
+from bilevel.differentiation.influence import EXACTNESS
 from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
-from bilevel.inner import InnerState
+from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem
 from bilevel.settings import check_fields, child, register
 from bilevel.trees import PyTree

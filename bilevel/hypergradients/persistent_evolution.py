@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel.gradients import reverse_gradient
-from bilevel.guards import traced
+from bilevel.differentiation.gradients import reverse_gradient
+from bilevel.differentiation.influence import traced
+from bilevel.differentiation.loss_checks import guarded
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
 from bilevel.hypergradients.evolution import coordinates, even, mirrored, perturbations, weighted
-from bilevel.inner import InnerState
-from bilevel.refusals import guarded
+from bilevel.hypergradients.training import InnerState
 from bilevel.settings import integer, optional, real, register, setting
 from bilevel.trees import PyTree, partition, replayed
 

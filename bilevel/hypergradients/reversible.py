@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.data import slots
-from bilevel.gradients import Point, mixed_gradient
-from bilevel.guards import pull
+from bilevel.differentiation.gradients import Point, mixed_gradient
+from bilevel.differentiation.influence import pull
+from bilevel.differentiation.loss_checks import guarded
 from bilevel.hypergradients.base import Aux, Estimate, Trained, outer_value, schedule
-from bilevel.inner import InnerState, Trace
+from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.problem import Problem
-from bilevel.refusals import guarded
 from bilevel.settings import Unfit, check_fields, function, integer, real, register, setting
 from bilevel.trees import PyTree, at_step, cast_like, combine, partition, replayed
 

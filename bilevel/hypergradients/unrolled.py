@@ -9,16 +9,15 @@ from typing import Any, ClassVar, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from bilevel import inner, schedules
-from bilevel.custom_rules import CustomDerivativeWarning
 from bilevel.data import narrow, slots
-from bilevel.forward import forward_value_and_grad
-from bilevel.gradients import mixed_gradient, reverse_gradient
-from bilevel.guards import Lost, arrives, value_and_grad
+from bilevel.differentiation.checkpointing import Checkpoint, is_schedule
+from bilevel.differentiation.custom_rules import CustomDerivativeWarning
+from bilevel.differentiation.forward import forward_value_and_grad
+from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
+from bilevel.differentiation.influence import Lost, arrives, value_and_grad
+from bilevel.differentiation.loss_checks import guarded
 from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
-from bilevel.inner import InnerState, Trace
-from bilevel.refusals import guarded
-from bilevel.schedules import Checkpoint
+from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import integer, one_of, optional, register, setting
 from bilevel.trees import combine, partition
 
@@ -56,7 +55,7 @@ class Unrolled(Trained):
       steps: K, inner steps an outer iteration.
       mode: `"mixed"` (forward over reverse: keeps the point of a step, not its graph), `"reverse"` or `"forward"`.
       checkpoint: which steps keep their state: `"auto"`, `"none"`, `"step"`, `"sqrt"`, `Levels(n)`, `Binomial(c)`,
-        `Auto(bytes)` (`bilevel.schedules`; `bilevel.plan` tells what each costs). Forward mode keeps none.
+        `Auto(bytes)` (`bilevel.plan` tells what each costs). Forward mode keeps none.
       truncate: T, or None for all steps.
       chunk: in forward mode, how many outer numbers are differentiated at once: memory is that of `chunk` trainings.
 
@@ -73,7 +72,7 @@ class Unrolled(Trained):
     """
 
     mode: Mode = dataclasses.field(default="mixed", kw_only=True, metadata=setting(one_of(*get_args(Mode))))
-    checkpoint: Checkpoint = dataclasses.field(default="auto", kw_only=True, metadata=setting(schedules.is_schedule))
+    checkpoint: Checkpoint = dataclasses.field(default="auto", kw_only=True, metadata=setting(is_schedule))
     truncate: int | None = dataclasses.field(default=None, kw_only=True, metadata=setting(optional(integer(1))))
     chunk: int = dataclasses.field(default=8, kw_only=True, metadata=setting(integer(1)))
 
@@ -140,7 +139,7 @@ class Unrolled(Trained):
         frozen = jax.lax.stop_gradient
         state = frozen(self.resume(problem, inner_state, outer, keys))
         batches = narrow(inner_batches, 0, self._split)
-        state, trace = inner.train(problem, self.optimizer, state, frozen(outer), batches, keys.inner[: self._split])
+        state, trace = train(problem, self.optimizer, state, frozen(outer), batches, keys.inner[: self._split])
         return frozen(state), trace
 
     def _moving_part(self, problem, state, head, outer, inner_batches, keys, **options) -> tuple[InnerState, Trace]:
@@ -150,7 +149,7 @@ class Unrolled(Trained):
         options = {"gradient": _GRADIENTS[self.mode], "checkpoint": checkpoint, "first": self._split, **options}
         state = self.resume(problem, state, outer, keys)
         batches = narrow(inner_batches, self._split, self.steps) if self._split else inner_batches
-        state, tail = inner.train(problem, self.optimizer, state, outer, batches, keys.inner[self._split :], **options)
+        state, tail = train(problem, self.optimizer, state, outer, batches, keys.inner[self._split :], **options)
         if head is None:
             return state, tail
         return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)

@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from bilevel import optimizers
 from bilevel.arguments import check_outer
-from bilevel.guards import EXACTNESS
+from bilevel.differentiation import optimizers
+from bilevel.differentiation.influence import EXACTNESS
+from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
-from bilevel.inner import InnerState
-from bilevel.optimizers import Optimizer
+from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, child, instance, one_of, random_key, register, setting
 from bilevel.trees import PyTree, advance_keys, combine, distinct, global_norm, partition

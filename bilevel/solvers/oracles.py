@@ -87,7 +87,7 @@ class Products(NamedTuple):
 class Oracles:
     """Both losses as functions of the moving leaves `w` of inner and `lam` of outer, and of a `Draw`.
 
-    `commutes`: whether second derivatives of the inner loss do (`bilevel.custom_rules`).
+    `commutes`: whether second derivatives of the inner loss do (`bilevel.differentiation.custom_rules`).
     """
 
     problem: Problem

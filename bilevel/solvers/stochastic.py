@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.arguments import check_outer
-from bilevel.calls import refuse_complex
-from bilevel.flat import marks
-from bilevel.gradients import Point, own_rule, reverse_gradient
-from bilevel.guards import arrives, dependence, report
-from bilevel.inner import InnerState
+from bilevel.differentiation.flat import marks
+from bilevel.differentiation.gradients import Point, own_rule, reverse_gradient
+from bilevel.differentiation.influence import arrives, dependence, report
+from bilevel.hypergradients.arguments import refuse_complex
+from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, child, instance, random_key, register, scalar, step_size
 from bilevel.solvers.oracles import Draws, Oracles, leading

@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import binomtest
 
 import bilevel
-from bilevel.chunks import chunk
+from bilevel.running.chunks import chunk
 from methods import cli, experiment, report
 from methods.baselines.lora import LoRASettings
 from methods.runfolder import RunFolder

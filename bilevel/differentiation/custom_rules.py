@@ -1,0 +1,212 @@
+"""Losses with a derivative of their own: where second derivatives need not commute.
+
+A function under `jax.custom_vjp` or `jax.custom_jvp` has the derivative that its author gave it: a straight-through
+estimator passes gradients through a rounding, gradient reversal changes their sign, others clip them. What `jax.grad`
+returns for a loss that holds such a function is a vector field g(w, lambda) which need not be the gradient of anything,
+so that
+
+    (dg/dw)^T v  =  d/de g(w + e v, lambda)        and        (dg/dlambda)^T v  =  d/de grad_lambda f(w + e v, lambda)
+
+need not hold. Forward-over-reverse second derivatives rest on both; whoever uses them asks `custom_rule` first.
+
+Most rules are what they seem to be: the derivative, in a form that is faster or more stable. A rule counts as true if
+its function and itself are made of analytic operations alone and agree at random points, since they then agree
+everywhere. What rounds, clips, compares, stops a gradient or chooses by an integer is not decided by points, and counts
+as a rule of its own: reverse mode is right either way.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from bilevel.differentiation.tracing import bind, detached, evaluate, is_literal, jaxprs
+from bilevel.trees import is_inexact, is_key
+
+RULES = ("custom_vjp_call", "custom_jvp_call")
+"""Operations that carry a derivative of their own."""
+
+
+class CustomDerivativeWarning(UserWarning):
+    """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more."""
+
+
+def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
+    """The name of a function in `jaxpr` whose rule is not its derivative, applied to what depends on a moving argument.
+
+    Args:
+      jaxpr: of a loss.
+      moving: for each of its arguments, whether it is differentiated.
+    """
+    reached = {var for var, moves in zip(jaxpr.invars, moving, strict=True) if moves}
+    for eqn in jaxpr.eqns:
+        if reached.isdisjoint(atom for atom in eqn.invars if not is_literal(atom)):
+            continue
+        reached.update(eqn.outvars)
+        if eqn.primitive.name in RULES:
+            if not has_true_rule(eqn):
+                return _source(eqn)[0]
+            continue
+        for inner in jaxprs(eqn.params):
+            # Which of its arguments move is not followed any further: too many is safe.
+            if name := custom_rule(inner, [True] * len(inner.invars)):
+                return name
+    return None
+
+
+_OURS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+"""The rules of this package are exact, or say in their estimator's docstring what they leave out (a third level)."""
+
+_LIBRARIES = tuple(os.path.join(os.path.dirname(str(module.__file__)), "") for module in (jax, optax))
+"""Their own rules by `jax.custom_jvp` (relu, softmax, projections) are derivatives; not all by `jax.custom_vjp` are."""
+
+
+_ORDERS = 3
+"""How many derivatives are taken of a loss, at most: two, and a third by an optimizer that uses second derivatives.
+The rule of a function that is called inside a rule gives the next higher derivative. Beyond the last one nobody asks,
+which is where the rule of a function that calls itself (f' = f (1 - f)) ends too."""
+
+
+def has_true_rule(eqn: Any, order: int = 1) -> bool:
+    """Whether the rule that the operation `eqn`, one of `RULES`, carries is the derivative of its function.
+
+    Args:
+      eqn: an operation of a jaxpr.
+      order: 1 where `eqn` stands in a loss, 2 where it stands in the rule of a function of the loss, and so on.
+    """
+    return order > _ORDERS or _is_trusted(eqn) or _is_derivative(eqn, order)
+
+
+def _is_trusted(eqn: Any) -> bool:
+    name, file = _source(eqn)
+    if file.startswith(_OURS):
+        return True
+    if eqn.primitive.name != "custom_jvp_call" or not file.startswith(_LIBRARIES):
+        return False
+    # A user may have given a function of the library a rule: only what carries one there is the library's.
+    modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
+    return any(isinstance(getattr(module, name, None), jax.custom_jvp) for module in modules)
+
+
+def _source(eqn: Any) -> tuple[str, str]:
+    """Name and file of the function that an operation with its own derivative was made from."""
+    info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
+    return getattr(info, "func_name", None) or "a function", getattr(info, "func_filename", None) or ""
+
+
+_CALLBACKS = ("pure_callback", "io_callback", "debug_callback")
+"""Operations that leave JAX. Nothing of the user's is called with made-up numbers: such a rule is taken at its word."""
+
+_ANALYTIC = frozenset(
+    "add add_any sub mul div neg exp exp2 log log1p expm1 sin cos tan tanh sinh cosh asinh atan logistic erf erfc "
+    "lgamma digamma sqrt rsqrt pow integer_pow square real imag conj complex convert_element_type copy copy_p "
+    "dot_general conv_general_dilated reduce_sum cumsum broadcast_in_dim reshape squeeze transpose expand_dims slice "
+    "concatenate pad rev dynamic_slice dynamic_update_slice gather scatter scatter-add scan jit pjit remat2 checkpoint "
+    "closed_call custom_jvp_call custom_vjp_call cholesky triangular_solve lu eigh svd fft".split()
+)
+"""Operations that are analytic in their floating-point inputs. What is made of them and agrees at some points agrees
+everywhere; what chooses, rounds or clips by its values may differ where nobody looked."""
+
+
+def _is_derivative(eqn: Any, order: int) -> bool:
+    """Whether the rule of `eqn` gives the derivative of its function; False too where that cannot be found out."""
+    closed = eqn.params["call_jaxpr"]
+    if any(isinstance(const, Tracer) for const in closed.consts):
+        return False
+    moving = [jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars]
+
+    def plain(*args):
+        return [x for x in evaluate(detached(closed), *closed.consts, *args) if is_inexact(x)]
+
+    def ruled(*args):
+        return [x for x in bind(eqn, *args) if is_inexact(x)]
+
+    # Arrays of the trace around do not take part, so all of this is computed at once.
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+        try:
+            at = [_random(np.random.default_rng(0), atom.aval, 1.0) for atom in eqn.invars]
+            traced, images = jax.make_jaxpr(plain, return_shape=True)(*at)
+            rule = jax.make_jaxpr(lambda at, cotangent: _pull(ruled, moving, at, cotangent))(at, images)
+            if _leaves(traced.jaxpr) or _leaves(rule.jaxpr):
+                return True
+            analytic = all(moving) and _is_analytic(traced.jaxpr, order) and _is_analytic(rule.jaxpr, order + 1)
+            if not analytic:
+                return False
+            verdicts = [_agree(plain, ruled, moving, eqn.invars, images, seed) for seed in range(3)]
+        except Exception:  # whatever a function raises that is not made for such numbers
+            return False
+    return True in verdicts and False not in verdicts
+
+
+def _is_analytic(jaxpr: Any, order: int) -> bool:
+    """Whether what `jaxpr` makes of its floating-point arguments is made by analytic operations alone."""
+    reached = {var for var in jaxpr.invars if jnp.issubdtype(var.aval.dtype, jnp.inexact)}
+    for eqn in jaxpr.eqns:
+        if reached.isdisjoint(atom for atom in eqn.invars if not is_literal(atom)):
+            continue
+        if eqn.primitive.name not in _ANALYTIC:
+            return False
+        if not all(jnp.issubdtype(out.aval.dtype, jnp.inexact) for out in eqn.outvars):
+            return False  # a number made an integer, or a truth: something is chosen by it
+        if eqn.primitive.name in RULES:
+            if not has_true_rule(eqn, order):
+                return False
+        elif not all(_is_analytic(inner, order) for inner in jaxprs(eqn.params)):
+            return False
+        reached.update(eqn.outvars)
+    return True
+
+
+def _pull(function: Callable[..., Any], moving: Sequence[bool], at: Sequence[Any], cotangent: Any) -> list[Any]:
+    """The pull-back of `cotangent` through `function` at `at`, to the arguments that are floating-point numbers."""
+
+    def of(leaves):
+        leaves = iter(leaves)
+        return function(*(next(leaves) if moves else x for x, moves in zip(at, moving, strict=True)))
+
+    return jax.vjp(of, [x for x, moves in zip(at, moving, strict=True) if moves])[1](cotangent)[0]
+
+
+def _agree(
+    plain: Callable[..., Any],
+    ruled: Callable[..., Any],
+    moving: Sequence[bool],
+    atoms: Sequence[Any],
+    images: Any,
+    seed: int,
+) -> bool | None:
+    """Whether the rule's derivatives at a random point are those of the function; None where these are not finite."""
+    rng = np.random.default_rng(seed)
+    at = [_random(rng, atom.aval, 0.5 + seed) for atom in atoms]
+    cotangent = [_random(rng, x, 1.0) for x in images]
+    found, wanted = (
+        [np.asarray(x, complex) for x in _pull(function, moving, at, cotangent)] for function in (ruled, plain)
+    )
+    if not all(np.isfinite(x).all() for x in wanted):
+        return None
+    size = max((np.abs(x).max(initial=0.0) for x in (*wanted, *found)), default=0.0)
+    tolerance = 30 * np.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in at)) * size
+    return all(np.abs(a - b).max(initial=0.0) <= tolerance for a, b in zip(wanted, found, strict=True))
+
+
+def _random(rng: Any, like: Any, scale: float) -> jax.Array:
+    if is_key(like):
+        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(like)), like.shape)
+    if jnp.issubdtype(like.dtype, jnp.inexact):
+        values = rng.normal(size=like.shape) + (1j * rng.normal(size=like.shape) if like.dtype.kind == "c" else 0)
+        return jnp.asarray(scale * values, like.dtype)
+    return jnp.asarray(rng.integers(0, 2, like.shape), like.dtype)
+
+
+def _leaves(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name in _CALLBACKS or any(_leaves(inner) for inner in jaxprs(eqn.params)) for eqn in jaxpr.eqns
+    )

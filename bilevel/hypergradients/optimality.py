@@ -1,0 +1,328 @@
+r"""What holds at a trained point: systems :math:`R(z, \lambda) = 0` that define it as a function of `outer`.
+
+`Stationary`: :math:`z = w`, :math:`R = \nabla_w f`. `FixedPointOf`: :math:`z = (w, s)`, the inner variable with the
+optimizer state that moves, :math:`R = z - U(z, \lambda)`. In both f is the mean inner loss over the batches of one
+estimate, with the random keys of its schedule. A condition holds everything R reads but z, and is a pytree: all of it
+can be differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from bilevel.data import FullBatch, slots
+from bilevel.differentiation import optimizers
+from bilevel.differentiation.frozen import Division, divide
+from bilevel.differentiation.gradients import Gradient, Point, own_rule
+from bilevel.differentiation.influence import dependence
+from bilevel.differentiation.optimizers import Optimizer
+from bilevel.hypergradients.training import InnerState
+from bilevel.problem import Problem
+from bilevel.trees import (
+    PyTree,
+    at_step,
+    cast_like,
+    combine,
+    is_inexact,
+    is_key,
+    leaf_names,
+    named,
+    partition,
+    replayed,
+    widened,
+)
+
+Rule = Callable[[Point], Gradient]
+"""`mixed_gradient` where R is pulled back, `reverse_gradient` where it is pushed forward."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MeanLoss:
+    """The mean inner loss over `batches`, the t-th with the t-th of `keys`, and random keys in `outer` folded with t.
+
+    Attributes:
+      problem, outer: the problem, and its outer variable.
+      fixed: the inner leaves that are not trained.
+      batches, keys: as for `bilevel.hypergradients.training.train`.
+      constant: whether all terms of the mean are the same, so that one of them is enough.
+      own_rule: the name of a function in the inner loss whose rule is not its derivative; None if second derivatives
+        commute, so that the Hessian is symmetric.
+    """
+
+    problem: Problem
+    outer: PyTree
+    fixed: PyTree
+    batches: PyTree
+    keys: jax.Array
+    constant: bool = dataclasses.field(metadata={"static": True})
+    own_rule: str | None = dataclasses.field(metadata={"static": True})
+
+    @property
+    def terms(self) -> int:
+        """Gradient evaluations a mean takes."""
+        return 1 if self.constant else self.keys.shape[0]
+
+    def gradient(self, params: PyTree, rule: Rule) -> tuple[PyTree, jax.Array]:
+        """`(gradient, value)` of the mean at the trained leaves `params`, in `widened` precision.
+
+        Batches are visited one after the other: activations of one batch are alive at a time.
+        """
+        moving, fixed = partition(self.outer)
+        steps = self.keys.shape[0]
+        xs, bind = slots(self.batches, steps)
+        keys = replayed(self.keys)
+
+        def term(t, slot, key):
+            point = Point(params, moving, self.fixed, at_step(fixed, t), self.problem, bind(slot), key)
+            result = rule(point)
+            return widened((result.grad, result.value))
+
+        times = jnp.arange(steps, dtype=jnp.int32)
+        if self.constant:
+            return term(*jax.tree.map(lambda x: x[0], (times, xs, keys)))
+        shape = jax.eval_shape(lambda args: term(*args), jax.tree.map(lambda x: x[0], (times, xs, replayed(keys))))
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+        add = lambda total, x: (jax.tree.map(jnp.add, total, term(*x)), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, start, (times, xs, keys))
+        return jax.tree.map(lambda x: x / steps, total)
+
+
+def mean_loss(problem: Problem, params: PyTree, outer: PyTree, batches: PyTree, keys: jax.Array) -> MeanLoss:
+    """The `MeanLoss` of one estimate. `params`: the whole inner variable; `keys`: those that training saw."""
+    fixed = problem.split(params)[1]
+    same_data = batches is None or isinstance(batches, FullBatch)
+    xs, bind = slots(batches, keys.shape[0])
+    first = bind(jax.tree.map(lambda x: x[0], xs))
+    constant = keys.shape[0] == 1 or (same_data and not _is_random(problem, params, outer, first, replayed(keys)[0]))
+    outer_moving, outer_fixed = partition(outer)
+    outer_fixed, key = at_step(outer_fixed, 0), replayed(keys)[0]
+    point = Point(problem.split(params)[0], outer_moving, fixed, outer_fixed, problem, first, key)
+    return MeanLoss(problem, outer, fixed, batches, keys, constant, own_rule(point))
+
+
+def _is_random(problem, params, outer, batch, key) -> bool:
+    """Whether the inner loss reads its random key, or one inside `outer`; decided from its trace."""
+    leaves, structure = jax.tree.flatten(outer)
+
+    def value(keys):
+        inside = iter(keys[1])
+        filled = jax.tree.unflatten(structure, [next(inside) if is_key(x) else x for x in leaves])
+        return problem.inner_value(params, filled, batch, keys[0])[0]
+
+    return any(dependence(value, (key, [x for x in leaves if is_key(x)]))[0])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stationary:
+    """The gradient form; `residual(z, rule)` is the gradient of the mean loss at z, the inner leaves that move.
+
+    Attributes:
+      loss: the mean loss; leaves that do not move are among those it holds.
+      division: which entries of the trained leaves move.
+    """
+
+    loss: MeanLoss
+    division: Division
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether dR/dz is: the Hessian, unless the loss has a derivative of its own."""
+        return self.loss.own_rule is None
+
+    def residual(self, z: PyTree, rule: Rule) -> PyTree:
+        """R(z), a tree like z in `widened` precision."""
+        return self.division.rows(self.loss.gradient(self.division.pinned(z), rule)[0], z)
+
+    def params(self, z: PyTree) -> PyTree:
+        """The whole inner variable of z."""
+        return combine(z, self.loss.fixed)
+
+
+def stationary(loss: MeanLoss, division: Division, trained: PyTree) -> tuple[Stationary, PyTree]:
+    """The condition that the mean loss is stationary in what moves of `trained`, and the z of that."""
+    z, held = division.split(trained)
+    return Stationary(dataclasses.replace(loss, fixed=combine(held, loss.fixed)), division), z
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FixedPointOf:
+    """The fixed-point form; z is `(params, leaves)`: inner leaves that move, and the optimizer state leaves that do.
+
+    Attributes:
+      loss: the mean loss whose gradient, by all trained leaves, the optimizer is given.
+      division: which entries of the trained leaves move.
+      held: the trained leaves that do not.
+      opt_state: the optimizer's whole state. Its integer leaves (step counts) are held where training left them, and
+        leaves it hands on unchanged (injected hyper-parameters) are constants, or functions of `outer`.
+      optimizer: the optimizer.
+      moves: for each leaf of `opt_state`, whether it is part of z.
+    """
+
+    loss: MeanLoss
+    division: Division
+    held: PyTree
+    opt_state: PyTree
+    optimizer: Optimizer = dataclasses.field(metadata={"static": True})
+    moves: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+
+    symmetric = False
+
+    def residual(self, z: PyTree, rule: Rule) -> PyTree:
+        """R(z) = z - U(z), a tree like z in `widened` precision."""
+        trained = combine(self.division.pinned(z[0]), self.held)
+        opt_state = optimizers.refresh(self.optimizer, self.loss.outer, trained, self._state(z))
+        grad, value = self.loss.gradient(trained, rule)
+        transform = optimizers.transformation(self.optimizer, self.loss.outer)
+        updates, new_state = optimizers.update(transform, cast_like(grad, trained), opt_state, trained, value)
+        moved = zip(self.moves, jax.tree.leaves(new_state), strict=True)
+        moving, _ = self.division.split(optimizers.apply(trained, updates))
+        image = moving, [x for m, x in moved if m]
+        params, leaves = jax.tree.map(jnp.subtract, widened(z), cast_like(image, widened(z)))
+        return self.division.rows(params, z[0]), leaves
+
+    def params(self, z: PyTree) -> PyTree:
+        """The whole inner variable of z."""
+        return combine(combine(z[0], self.held), self.loss.fixed)
+
+    def state(self, z: PyTree, state: InnerState) -> InnerState:
+        """`state` at z."""
+        return state._replace(params=self.params(z), opt_state=self._state(z))
+
+    def _state(self, z: PyTree) -> PyTree:
+        leaves, structure = jax.tree.flatten(self.opt_state)
+        moving = iter(z[1])
+        return jax.tree.unflatten(
+            structure, [next(moving) if m else x for m, x in zip(self.moves, leaves, strict=True)]
+        )
+
+
+def fixed_point_of(
+    estimator: str, optimizer: Optimizer, loss: MeanLoss, state: InnerState
+) -> tuple[FixedPointOf, PyTree]:
+    """The condition that `state` is a fixed point of `optimizer`, and the z of `state`."""
+    division, moves, z = unknowns(estimator, loss.problem, optimizer, loss.outer, state)
+    _, held = division.split(loss.problem.split(state.params)[0])
+    return FixedPointOf(loss, division, held, state.opt_state, optimizer, moves), z
+
+
+def unknowns(
+    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+) -> tuple[Division, tuple[bool, ...], PyTree]:
+    """What of `state` moves in a fixed-point condition: of the inner variable, of the optimizer's state, and both as z.
+
+    A leaf of the optimizer's state is moved if training changes it and a derivative can pass through it.
+    """
+    trained = problem.split(state.params)[0]
+    _refuse_turns(estimator, state.opt_state)
+    transform = optimizers.transformation(optimizer, outer)
+    division = divide(estimator, transform, trained, state.opt_state)
+    handed_on = optimizers.carried(transform, trained, state.opt_state)
+    leaves = jax.tree.leaves(state.opt_state)
+    moves = tuple(is_inexact(x) and not same for x, same in zip(leaves, handed_on, strict=True))
+    return division, moves, (division.split(trained)[0], [x for m, x in zip(moves, leaves, strict=True) if m])
+
+
+def _refuse_turns(estimator: str, opt_state: PyTree) -> None:
+    """Refuses optimizers that take turns: no single step of theirs has the trained point as its fixed point."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
+    if any(isinstance(node, optax.MultiStepsState) for node in nodes):
+        raise ValueError(
+            f"{estimator}: optax.MultiSteps moves parameters at some steps only, so one of its steps has no fixed "
+            "point to differentiate: give the optimizer inside it, and larger batches."
+        )
+
+
+def trained_part(
+    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+) -> tuple[Division, PyTree]:
+    """What of the inner variable of `state` moves in the gradient form, and these leaves."""
+    trained = problem.split(state.params)[0]
+    division = divide(estimator, optimizers.transformation(optimizer, outer), trained, state.opt_state)
+    return division, division.split(trained)[0]
+
+
+def require_constant_held(
+    estimator: str, problem: Problem, division: Division, outer: PyTree, key: jax.Array
+) -> None:
+    """Refuses a start that makes leaves from `outer` which the optimizer then never moves.
+
+    An implicit derivative does not see starts, and what is never moved is its start for ever.
+
+    Raises:
+      ValueError: names the leaves of `outer`.
+    """
+    moving, fixed = partition(outer)
+
+    def held(moving):
+        trained = problem.split(problem.start_inner(key, combine(moving, fixed)))[0]
+        return [x for kind, x in zip(division.kinds, jax.tree.leaves(trained), strict=True) if kind != "moving"]
+
+    if set(division.kinds) == {"moving"}:
+        return
+    rows = dependence(held, moving)
+    names = [name for name, *column in zip(leaf_names(moving), *rows, strict=True) if any(column)]
+    if names:
+        raise ValueError(
+            f"{estimator}: init_inner makes leaves of the inner variable from {named('outer', *names)} that the "
+            "optimizer never moves, and an implicit derivative does not see how training starts: read that leaf from "
+            "`outer` in the losses, or use Unrolled."
+        )
+
+
+def require_stationary_limit(estimator: str, optimizer: Optimizer, trained: PyTree, outer: PyTree) -> None:
+    """Refuses an optimizer that moves parameters where the gradient is 0: it does not stop at a stationary point.
+
+    Decided when the estimate is traced, by one update from a fresh state with zero gradients, all numbers being 0.5.
+
+    Raises:
+      ValueError: naming the remedies.
+    """
+    seen = () if isinstance(optimizer, optax.GradientTransformation) else (outer,)
+    leaves, structure = jax.tree.flatten((trained, seen))
+    if _moves_at_zero_gradient(optimizer, structure, tuple(_kind(x) for x in leaves)):
+        raise ValueError(
+            f"{estimator}: the optimizer moves parameters where the gradient is 0 (decoupled weight decay as in adamw, "
+            "a proximal step, added noise), so training does not end at a stationary point of inner_loss: use the "
+            "fixed-point form, FixedPoint, or put the penalty into inner_loss and take it out of the optimizer."
+        )
+
+
+def _kind(leaf: Any) -> tuple[Any, ...]:
+    if is_key(leaf):
+        return jnp.shape(leaf), str(jax.random.key_impl(leaf)), True
+    return jnp.shape(leaf), jnp.result_type(leaf), False
+
+
+def _sample(shape: Any, kind: Any, of_keys: bool) -> jax.Array:
+    if of_keys:
+        key = jax.random.key(0, impl=kind)
+        return jnp.broadcast_to(key, shape)
+    return jnp.full(shape, 0.5 if jnp.issubdtype(kind, jnp.inexact) else 1, kind)
+
+
+@functools.lru_cache(maxsize=64)
+def _moves_at_zero_gradient(optimizer: Optimizer, structure: Any, kinds: tuple[tuple[Any, ...], ...]) -> bool:
+    def probe():
+        params, seen = jax.tree.unflatten(structure, [_sample(*kind) for kind in kinds])
+        transform = optimizers.transformation(optimizer, *(seen or (None,)))
+        grads, value = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
+        updates, _ = optimizers.update(transform, grads, transform.init(params), params, value)
+        # A NaN is no movement: 0.5 may be a setting the optimizer cannot work with.
+        return jnp.any(jnp.stack([jnp.any(jnp.abs(u) > 0) for u in jax.tree.leaves(updates)]))
+
+    # Inside a trace, but of no traced value.
+    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        moved = jax.jit(probe)()
+    # What an optimizer does that holds a traced value, such as a step size under vmap, is not known.
+    return not isinstance(moved, Tracer) and bool(moved)

@@ -1,0 +1,237 @@
+"""Hypergradients side by side, on the user's own problem."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel.data import draw, draw_one
+from bilevel.hypergradients.arguments import check_point
+from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient, outer_value, schedule
+from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops, operations
+from bilevel.measuring.variance import variance
+from bilevel.problem import Problem
+from bilevel.settings import checked, integer, optional, shown
+from bilevel.trees import PyTree, global_norm
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one hypergradient gave and cost.
+
+    Attributes:
+      name: its name in the comparison.
+      value: outer loss at its trained point.
+      norm: Euclidean norm of its gradient.
+      cosine: cosine of the angle to the reference's gradient; NaN where one of them is 0 or not finite.
+      relative_error: |g - g_ref| / |g_ref|.
+      variance: `Variance.relative`, over batches; None where it was not asked for.
+      seconds: least time of an estimate, compiled and warm.
+      gradients: its floating-point operations, in those of one inner gradient. An iterative linear solver counts as
+        many products as it took.
+      at_least: whether `gradients` is only a lower bound: a loop without a known length, in a loss or in a solver of
+        your own, counts one turn.
+      hvps: Hessian-vector products it took of one batch's loss.
+      temporary: bytes of temporary memory.
+      compile_seconds: of tracing and compiling.
+      grad: the gradient.
+    """
+
+    name: str
+    value: float
+    norm: float
+    cosine: float
+    relative_error: float
+    variance: float | None
+    seconds: float
+    gradients: float
+    at_least: bool
+    hvps: int
+    temporary: int
+    compile_seconds: float
+    grad: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, the reference first; prints as a table."""
+
+    rows: tuple[Row, ...]
+    reference: str
+
+    def __getitem__(self, name: str) -> Row:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"{name!r} was not compared: there are {', '.join(row.name for row in self.rows)}.")
+
+    def __rich__(self) -> Any:
+        from rich.table import Table  # slow to import
+
+        table = Table(title=f"Hypergradients, against {self.reference}")
+        columns = "estimator, outer loss, cosine, relative error, seconds, gradients, HVPs, temporary MB, compile s"
+        if any(row.variance is not None for row in self.rows):
+            columns += ", variance"
+        for i, column in enumerate(columns.split(", ")):
+            table.add_column(column, justify="left" if i == 0 else "right")
+        for row in self.rows:
+            numbers = f"{row.value:.6g}", f"{row.cosine:.6f}", f"{row.relative_error:.2e}", f"{row.seconds:.2e}"
+            costs = f"{row.temporary / 1e6:.2f}", f"{row.compile_seconds:.1f}"
+            counts = f"{'>= ' if row.at_least else ''}{row.gradients:.1f}", str(row.hvps)
+            spread = () if row.variance is None else (f"{row.variance:.2e}",)
+            table.add_row(row.name, *numbers, *counts, *costs, *spread)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=120)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip()
+
+    def plot(self, axes: Any = None) -> Any:
+        """Relative error against cost (inner gradients) and against temporary memory; returns the matplotlib axes."""
+        from bilevel.measuring.plots import cost_and_error
+
+        return cost_and_error(self.rows, self.reference, axes)
+
+
+def compare(
+    problem: Problem,
+    hypergradients: Mapping[str, Hypergradient],
+    *,
+    reference: str,
+    inner_data: Any = None,
+    outer_data: Any = None,
+    outer: PyTree = None,
+    key: jax.Array | None = None,
+    repeats: int = 3,
+    samples: int | None = None,
+) -> Comparison:
+    """Estimates the same hypergradient in several ways, from a cold start and with the same data and random keys.
+
+    Args:
+      problem: the problem.
+      hypergradients: name -> estimator; they may train for different numbers of steps.
+      reference: name of the one that the others are measured against.
+      inner_data, outer_data: as for `run`, without iterators.
+      outer: the point; by default `problem.start_outer(key)`.
+      key: randomness; None is `jax.random.key(0)`.
+      repeats: how often each is timed; they take turns, and the least time counts.
+      samples: on how many batches each is estimated again for its `variance` over them; None for no such column.
+
+    Raises:
+      ValueError: if `reference` is not among `hypergradients`, for repeats < 1 or samples < 2, or for an argument of
+        another kind.
+    """
+    if isinstance(hypergradients, Mapping) and reference not in hypergradients:
+        raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
+    check_point("compare", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
+    if not isinstance(hypergradients, Mapping):
+        raise ValueError(f"compare(hypergradients={shown(hypergradients)}): must be a dict, name -> estimator.")
+    for name, estimator in hypergradients.items():
+        checked("compare", f"hypergradients[{name!r}]", estimator, is_hypergradient)
+    checked("compare", "repeats", repeats, integer(1))
+    checked("compare", "samples", samples, optional(integer(2)))
+    key = jax.random.key(0) if key is None else key
+    outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
+    outer = problem.start_outer(outer_key) if outer is None else outer
+    outer_batch = draw_one(outer_data, batch_key, 0)
+    compiled, costs, results = {}, {}, {}
+    for name, estimator in hypergradients.items():
+        batches = draw(inner_data, inner_key, 0, estimator.steps)
+        arguments = estimator, problem, None, outer, batches, outer_batch, start_key
+        begun = time.perf_counter()
+        function = jax.jit(_estimate).lower(*arguments).compile()
+        took = time.perf_counter() - begun
+        costs[name] = {
+            "temporary": getattr(function.memory_analysis(), "temp_size_in_bytes", 0),
+            "compile_seconds": took,
+        }
+        compiled[name] = lambda function=function, arguments=arguments: function(*arguments)
+        results[name] = jax.block_until_ready(compiled[name]())
+        costs[name] |= _counts(results[name], *arguments)
+    seconds = _times(compiled, repeats)
+    target = results[reference].grad
+    data = {"inner_data": inner_data, "outer_data": outer_data}
+
+    def relative_variance(name: str) -> float | None:
+        if samples is None:
+            return None
+        return variance(problem, hypergradients[name], **data, outer=outer, samples=samples, key=key).relative
+
+    def row(name: str) -> Row:
+        estimate = results[name]
+        return Row(
+            name=name,
+            value=float(estimate.value),
+            norm=float(global_norm(estimate.grad)),
+            cosine=_cosine(estimate.grad, target),
+            relative_error=_relative_error(estimate.grad, target),
+            variance=relative_variance(name),
+            seconds=seconds[name],
+            grad=estimate.grad,
+            **costs[name],
+        )
+
+    names = [reference, *(name for name in hypergradients if name != reference)]
+    return Comparison(tuple(row(name) for name in names), reference)
+
+
+def _estimate(hypergradient, *arguments):
+    return hypergradient.estimate(*arguments)
+
+
+def _counts(
+    estimate: Estimate, hypergradient, problem, inner_state, outer, batches, outer_batch, key
+) -> dict[str, Any]:
+    """`gradients`, `at_least` and `hvps` of a `Row`."""
+    unit = gradient_flops(problem, hypergradient, outer, batches, key)
+    hvps = int(estimate.aux.info.get("hvps", 0))
+    if "linear_iterations" not in estimate.aux.info:
+        whole = jax.make_jaxpr(_estimate)(hypergradient, problem, inner_state, outer, batches, outer_batch, key).jaxpr
+        return {"gradients": operations(whole) / unit, "at_least": has_while(whole), "hvps": hvps}
+    # The loop of the linear solver has a length that only the run knows: its products are counted by that.
+    training = jax.make_jaxpr(hypergradient.solve)(problem, inner_state, outer, batches, key).jaxpr
+
+    def evaluate(params, outer):
+        keys = schedule(key, hypergradient.steps)
+        return outer_value(problem, hypergradient.steps, params, outer, outer_batch, keys)[0]
+
+    trained = estimate.inner_state.params
+    last = flops(jax.grad(evaluate, argnums=(0, 1), allow_int=True), trained, outer)
+    product = hvp_flops(problem, hypergradient, outer, batches, key)
+    total = operations(training) + last + hvps * product
+    return {"gradients": total / unit, "at_least": has_while(training), "hvps": hvps}
+
+
+def _times(calls: Mapping[str, Any], repeats: int) -> dict[str, float]:
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(call())
+            best[name] = min(best[name], time.perf_counter() - begun)
+    return best
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    leaves = [np.ravel(np.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0)
+
+
+def _cosine(a: PyTree, b: PyTree) -> float:
+    a, b = _flat(a), _flat(b)
+    scale = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(np.real(np.vdot(a, b)) / scale) if scale else float("nan")
+
+
+def _relative_error(a: PyTree, b: PyTree) -> float:
+    a, b = _flat(a), _flat(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b)) if b.any() else float("nan")

@@ -1,0 +1,105 @@
+"""Floating-point operations, counted in traced programs: a compiler's own analysis counts a loop's body once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.data import slots
+from bilevel.differentiation.tracing import jaxprs, without_unused
+from bilevel.hypergradients.base import Hypergradient, schedule
+from bilevel.problem import Problem
+from bilevel.trees import PyTree, at_step, combine
+
+
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of `function(*arguments)`, counted in its jaxpr.
+
+    A matrix product of (m, k) and (k, n) counts 2 m k n, every other operation on floating-point numbers one for each
+    element of its largest argument or result; moving data counts nothing. The body of a `scan` counts as often as it
+    runs (`cost_analysis` counts it once), of a `cond` the dearest branch counts, of a `while_loop` one turn.
+    """
+    return operations(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def gradient_flops(
+    problem: Problem, hypergradient: Hypergradient, outer: PyTree, inner_batches: PyTree, key: jax.Array
+) -> float:
+    """Floating-point operations of one gradient of the inner loss, the unit that costs are told in."""
+
+    def gradient(problem, outer, inner_batches, key):
+        value, at = _first_loss(problem, hypergradient, outer, inner_batches, key)
+        return jax.grad(value)(at)
+
+    return flops(gradient, problem, outer, inner_batches, key)
+
+
+def hvp_flops(
+    problem: Problem, hypergradient: Hypergradient, outer: PyTree, inner_batches: PyTree, key: jax.Array
+) -> float:
+    """Floating-point operations of one Hessian-vector product of the inner loss, forward over reverse."""
+
+    def product(problem, outer, inner_batches, key):
+        value, at = _first_loss(problem, hypergradient, outer, inner_batches, key)
+        return jax.jvp(jax.grad(value), (at,), (at,))[1]
+
+    jaxpr = jax.make_jaxpr(product)(problem, outer, inner_batches, key).jaxpr
+    return operations(without_unused(jaxpr))
+
+
+def _first_loss(problem, hypergradient, outer, inner_batches, key):
+    """The inner loss of the first step as a function of what is trained, and where that starts."""
+    xs, bind = slots(inner_batches, hypergradient.steps)
+    batch = bind(jax.tree.map(lambda x: x[0], xs))
+    moving, fixed = problem.split(problem.start_inner(key, outer))
+    at = at_step(outer, 0)
+    keys = schedule(key, hypergradient.steps).inner
+    return lambda moving: problem.inner_value(combine(moving, fixed), at, batch, keys[0])[0], moving
+
+
+_MOVES = frozenset(
+    "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather concatenate pad rev "
+    "copy copy_p convert_element_type bitcast_convert_type iota stop_gradient device_put name select_n "
+    "optimization_barrier split".split()
+)
+
+
+def operations(jaxpr: Any) -> float:
+    """`flops` of a jaxpr."""
+    return float(sum(_cost(eqn) for eqn in jaxpr.eqns if eqn.primitive.name not in _MOVES))
+
+
+def _cost(eqn: Any) -> float:
+    if eqn.primitive.name == "cond":
+        return max(operations(branch.jaxpr) for branch in eqn.params["branches"])
+    inside = list(jaxprs(eqn.params))
+    if inside and not _is_reduction(eqn):
+        return eqn.params.get("length", 1) * sum(operations(jaxpr) for jaxpr in inside)
+    out = sum(_elements(v) for v in eqn.outvars)
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+        return 2 * out * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
+    return max([out, *(_elements(v) for v in eqn.invars)])
+
+
+def has_while(jaxpr: Any) -> bool:
+    """Whether `jaxpr` holds a loop whose length it does not know."""
+    return any(eqn.primitive.name == "while" or any(map(has_while, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
+
+
+def _is_reduction(eqn: Any) -> bool:
+    return eqn.primitive.name.startswith(("reduce", "scatter", "cum", "arg", "sort"))
+
+
+def _elements(variable: Any) -> int:
+    aval = variable.aval
+    inexact = hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, np.inexact)
+    return math.prod(aval.shape) if inexact else 0

@@ -1,0 +1,239 @@
+r"""What a hypergradient will cost before it is run: time in gradient evaluations, and memory, for every schedule.
+
+Memory is that of a compiled program of a few steps, plus what more steps keep, by the arithmetic of checkpointing.py.
+Two such programs are compiled for each mode, with and without rematerialised steps, whatever the number of steps and
+schedules. Time is counted in floating-point operations of the traced program (`flops`).
+
+Limits. The compiler may share a computation that is counted twice here, and it lays out very small programs (kept
+states below a few kilobytes) as it likes. Only `Unrolled` has schedules to plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from bilevel.data import narrow
+from bilevel.differentiation import checkpointing
+from bilevel.differentiation.binomial import evaluations
+from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
+from bilevel.differentiation.tracing import is_literal, jaxprs, read, scan_counts, without_unused
+from bilevel.hypergradients.arguments import check_estimate
+from bilevel.hypergradients.training import InnerState
+from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.measuring.flops import flops, gradient_flops, operations
+from bilevel.problem import Problem
+from bilevel.trees import PyTree, partition
+
+_SHORT = 4
+"""Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The cost of one estimate.
+
+    Attributes:
+      mode, checkpoint: as for `Unrolled`.
+      flops: floating-point operations.
+      evaluations: these in units of one inner gradient.
+      temp_bytes: peak of temporary memory, besides arguments and results.
+    """
+
+    mode: str
+    checkpoint: Checkpoint
+    flops: float
+    evaluations: float
+    temp_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Predicted costs of one estimate for every mode and schedule; printed as a table.
+
+    Attributes:
+      steps: K, the inner steps.
+      rows: one `Row` for every mode and schedule.
+      chosen: the row of the hypergradient that was planned, "auto" resolved.
+    """
+
+    steps: int
+    rows: tuple[Row, ...]
+    chosen: Row
+
+    def row(self, mode: str, checkpoint: Checkpoint) -> Row:
+        """The row of a mode and a schedule.
+
+        Raises:
+          KeyError: if it was not planned.
+        """
+        for row in self.rows:
+            if (row.mode, row.checkpoint) == (mode, checkpoint):
+                return row
+        raise KeyError(f"no row for mode={mode!r}, checkpoint={checkpoint!r}")
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"One hypergradient through {self.steps} steps")
+        for name in ("mode", "checkpoint", "gradients", "a step", "GFLOP", "temporary MB"):
+            table.add_column(name, justify="left" if name in ("mode", "checkpoint") else "right")
+        for row in self.rows:
+            name = row.checkpoint if isinstance(row.checkpoint, str) else repr(row.checkpoint)
+            numbers = (row.evaluations, row.evaluations / self.steps, row.flops / 1e9, row.temp_bytes / 1e6)
+            cells = (f"{n:,.2f}" if n < 100 else f"{n:,.0f}" for n in numbers)
+            table.add_row(row.mode, name, *cells, style="bold" if row == self.chosen else None)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100, file=io.StringIO())
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+
+def plan(
+    problem: Problem,
+    hypergradient: Unrolled,
+    outer: PyTree,
+    inner_batches: PyTree,
+    outer_batch: PyTree,
+    key: jax.Array,
+    *,
+    inner_state: InnerState | None = None,
+) -> Plan:
+    """Predicts time and memory of `hypergradient.estimate` for every mode and schedule; nothing is run.
+
+    Args:
+      problem, outer, inner_batches, outer_batch, key, inner_state: what `estimate` is to be given.
+      hypergradient: an `Unrolled`; its optimizer, steps, truncation and chunk are kept, mode and schedule varied.
+
+    Raises:
+      TypeError: for an estimator without schedules.
+    """
+    if isinstance(hypergradient, Unrolled):
+        check_estimate(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key)
+    if not isinstance(hypergradient, Unrolled):
+        raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
+    arguments = (problem, inner_state, outer, inner_batches, outer_batch, key)
+    through = hypergradient.truncate or hypergradient.steps
+    gradient = gradient_flops(problem, hypergradient, outer, inner_batches, key)
+    step = flops(_solve, hypergradient, *arguments[:4], key) / hypergradient.steps
+    moving = jax.tree.leaves(partition(outer)[0])
+    rows = []
+    for mode in ("mixed", "reverse", "forward"):
+        own = dataclasses.replace(hypergradient, mode=mode, checkpoint="none")
+        rest, plain = _fixed_bytes(_short(own, *arguments)), _Traced.of(own, *arguments)
+        rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, rest + plain.kept))
+        if mode == "forward":
+            break
+        rest = _fixed_bytes(_short(dataclasses.replace(own, checkpoint="step"), *arguments))
+        state = _sizes(own, *arguments).state
+        # Binomial's loop of recomputations has arrays of its own; without iterates to keep there is no such loop.
+        two = _short(dataclasses.replace(own, checkpoint=Binomial(2)), *arguments)
+        binomial = temp_bytes(_estimate, *two) - 2 * state if plain.kept else rest
+        for checkpoint in _table(through, hypergradient.checkpoint):
+            if isinstance(checkpoint, Binomial):
+                slots = min(checkpoint.c, through)
+                count = plain.flops + (through + evaluations(through, slots)) * step
+                kept = binomial - rest + (slots * state if plain.kept else 0)
+            else:
+                traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
+                # Every loop inside another sums up a derivative by `outer` of its own.
+                inside = len(checkpointing.chunks(through, checkpointing.levels(checkpoint))) - 1
+                count, kept = traced.flops, traced.kept + inside * sum(map(checkpointing.nbytes, moving))
+            rows.append(Row(mode, checkpoint, count, count / gradient, rest + kept))
+    return Plan(hypergradient.steps, tuple(rows), _chosen(rows, hypergradient, arguments, through))
+
+
+def _table(length: int, own: Checkpoint) -> list[Checkpoint]:
+    table: list[Checkpoint] = ["step", "sqrt", Levels(3), Binomial(max(2, math.ceil(math.log2(length + 1))))]
+    known = [*table, "auto", "none", Levels(1), Levels(2)]
+    return table if own in known or isinstance(own, checkpointing.Auto) else [*table, own]
+
+
+def _chosen(rows: list[Row], hypergradient: Unrolled, arguments: tuple[Any, ...], length: int) -> Row:
+    checkpoint: Checkpoint = "none"
+    if hypergradient.mode != "forward":
+        checkpoint = checkpointing.choose(hypergradient.checkpoint, lambda: _sizes(hypergradient, *arguments), length)
+    aliases = {Levels(1): "step", Levels(2): "sqrt"}
+    wanted = aliases[checkpoint] if checkpoint in aliases else checkpoint
+    found = [row for row in rows if (row.mode, row.checkpoint) == (hypergradient.mode, wanted)]
+    if found:
+        return found[0]
+    # A depth that "auto" found and the table does not show: every level costs another forward pass.
+    own = dataclasses.replace(hypergradient, checkpoint=checkpoint)
+    return plan(arguments[0], own, *arguments[2:], inner_state=arguments[1]).chosen
+
+
+class _Traced(NamedTuple):
+    """A traced estimate: its operations, and the bytes that its loops keep for the backward pass."""
+
+    flops: float
+    kept: int
+
+    @classmethod
+    def of(cls, hypergradient: Unrolled, *arguments: Any) -> _Traced:
+        jaxpr = jax.make_jaxpr(_estimate)(hypergradient, *arguments).jaxpr
+        # What no result is computed from is not kept either: of a quadratic, for one, not even the iterates.
+        jaxpr = without_unused(jaxpr)
+        return cls(operations(jaxpr), _kept(jaxpr))
+
+
+def _short(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> tuple[Any, ...]:
+    """The arguments of `_estimate` for a few steps."""
+    steps = min(_SHORT, hypergradient.steps)
+    few = dataclasses.replace(hypergradient, steps=steps, truncate=None)
+    return few, problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key
+
+
+def _fixed_bytes(arguments: tuple[Any, ...]) -> int:
+    """Temporary bytes of a compiled estimate that do not depend on the number of its steps."""
+    return temp_bytes(_estimate, *arguments) - _Traced.of(*arguments).kept
+
+
+def _kept(jaxpr: Any) -> int:
+    """Bytes that loops stack up for later ones: all of this level, and the most that is inside one of them."""
+    results = {v for v in jaxpr.outvars if not is_literal(v)}
+    for eqn in reversed(jaxpr.eqns):  # a report by another name is a result too
+        if eqn.primitive.name in ("reshape", "stop_gradient") and results.intersection(eqn.outvars):
+            results.update(eqn.invars)
+    stacked, inside, used = 0, 0, read(jaxpr)
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            stacks = eqn.outvars[scan_counts(eqn)[1] :]
+            stacked += sum(checkpointing.nbytes(v.aval) for v in stacks if v not in results and v in used)
+        inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])
+    return stacked + inside
+
+
+def _estimate(hypergradient, *arguments):
+    return hypergradient.estimate(*arguments)
+
+
+def _solve(hypergradient, problem, state, outer, inner_batches, key):
+    return hypergradient.solve(problem, state, outer, inner_batches, key)
+
+
+def _sizes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> StepBytes:
+    probe = checkpointing.Probe([])
+    measured = dataclasses.replace(hypergradient, checkpoint=probe)
+    jax.eval_shape(lambda *arguments: _solve(measured, *arguments), problem, state, outer, inner_batches, key)
+    return probe.found[-1]
+
+
+def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """Peak bytes of temporary memory of the compiled `function(*arguments)`, which is not run.
+
+    Raises:
+      RuntimeError: if the backend does not tell.
+    """
+    analysis = jax.jit(function).lower(*arguments).compile().memory_analysis()
+    if analysis is None:
+        raise RuntimeError(f"The {jax.default_backend()} backend has no memory analysis, so memory cannot be planned.")
+    return analysis.temp_size_in_bytes

@@ -1,0 +1,93 @@
+"""How much a hypergradient varies from batch to batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.data import columns, draw, draw_one
+from bilevel.hypergradients.arguments import check_point
+from bilevel.hypergradients.base import Hypergradient, is_hypergradient
+from bilevel.problem import Problem
+from bilevel.running.failures import not_finite
+from bilevel.settings import checked, integer
+from bilevel.trees import PyTree, global_norm, widened
+
+
+@dataclasses.dataclass(frozen=True)
+class Variance:
+    r"""The spread of a hypergradient g over batches, from n samples.
+
+    Attributes:
+      mean: :math:`\bar g = \frac1n \sum_i g_i`, a tree like the gradient.
+      variance: :math:`\frac{1}{n - 1} \sum_i (g_i - \bar g)^2` of each entry, likewise.
+      total: the sum of `variance` over all entries, :math:`E|g - E g|^2`.
+      relative: `total` :math:`/ |\bar g|^2`. A mean over m estimates has a relative error of about
+        :math:`\sqrt{\mathrm{relative} / m}`; above 1, a single estimate is mostly noise.
+    """
+
+    mean: PyTree
+    variance: PyTree
+    total: float
+    relative: float
+
+
+def variance(
+    problem: Problem,
+    hypergradient: Hypergradient,
+    *,
+    inner_data: Any = None,
+    outer_data: Any = None,
+    outer: PyTree = None,
+    samples: int = 16,
+    key: jax.Array | None = None,
+) -> Variance:
+    """The variance of `hypergradient` over the batches of `inner_data` and `outer_data`, at one point.
+
+    Samples are estimates from the same cold start with the same random keys, on the batches of successive outer
+    iterations: the variance is that of the batches alone. One estimate is alive at a time.
+
+    Args:
+      problem, hypergradient: what to look at.
+      inner_data, outer_data: as for `run`, without iterators; at least one of them `Batches`.
+      outer: the point; by default `problem.start_outer(key)`.
+      samples: n >= 2.
+      key: randomness; None is `jax.random.key(0)`.
+
+    Raises:
+      ValueError: for samples < 2.
+      FloatingPointError: if a hypergradient is not finite; names the outer leaf.
+    """
+    check_point("variance", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
+    checked("variance", "hypergradient", hypergradient, is_hypergradient)
+    checked("variance", "samples", samples, integer(2))
+    key = jax.random.key(0) if key is None else key
+    outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
+    outer = problem.start_outer(outer_key) if outer is None else outer
+    inner, held_out = (jax.tree.map(jnp.asarray, columns(data)) for data in (inner_data, outer_data))
+    mean, spread = _moments(
+        problem, hypergradient, outer, (inner, inner_key), (held_out, batch_key), start_key, samples
+    )
+    if names := not_finite("outer", mean):
+        raise FloatingPointError(
+            f"The hypergradient is not finite at {', '.join(names)} on some of the {samples} batches: train at smaller "
+            "step sizes, or look for the NaN with run, which names where it begins."
+        )
+    total = float(sum(jnp.sum(x) for x in jax.tree.leaves(widened(spread))))
+    size = float(global_norm(mean)) ** 2
+    return Variance(mean, spread, total, total / size if size else float("inf") if total else 0.0)
+
+
+@partial(jax.jit, static_argnums=(6,))
+def _moments(problem, hypergradient, outer, inner, held_out, key, samples):
+    def one(i):
+        batches = draw(inner[0], inner[1], i * hypergradient.steps, hypergradient.steps)
+        return hypergradient.estimate(problem, None, outer, batches, draw_one(held_out[0], held_out[1], i), key).grad
+
+    grads = jax.lax.map(one, jnp.arange(samples, dtype=jnp.uint32))
+    mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
+    return mean, jax.tree.map(lambda g: jnp.real(jnp.var(g, axis=0, ddof=1)), grads)

@@ -1,0 +1,291 @@
+"""Saving and restoring the state of a run, typed random keys included. Atomic: a checkpoint is whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bilevel.running.feeds import noted
+from bilevel.running.fingerprint import differences
+from bilevel.running.interrupts import uninterrupted
+from bilevel.trees import PyTree, is_key
+
+_HASHES = "sha256.json"
+"""In a checkpoint's folder: the hash of every other file."""
+_FINGERPRINT = "fingerprint.json"
+"""Beside the checkpoints: what run they are of."""
+_UNHASHED = f"{_HASHES} is missing"
+_KEPT = 2
+_NAMED = 8
+"""Most differences that a message names."""
+
+
+class Checkpoints:
+    """Numbered checkpoints of a pytree in `folder`, the newest two kept, and the fingerprint of their run.
+
+    Saving is orbax's: it writes beside and renames, so that a run killed at any moment leaves whole checkpoints only.
+    Hashes of the files are added after that, so that damage is seen before anything is read.
+
+    Raises:
+      ValueError: if the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder).absolute()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".probe"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint_dir {self._folder} cannot be written ({error.strerror or error}): name another folder."
+            ) from None
+        self._managed: Any = None
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint, or None."""
+        return max(self._steps(), default=None)
+
+    def note(self, steps: int) -> dict[str, Any] | None:
+        """What was noted with the newest whole checkpoint (`step`, `due`, `record`, `feeds`); None if there is none.
+
+        Warns:
+          RuntimeWarning: if a newer one is damaged; names it.
+
+        Raises:
+          ValueError: if all are damaged, or if the run is beyond `steps`.
+        """
+        damaged = {step: why for step in self._steps() if (why := self._damage(step)) is not None}
+        whole = [step for step in self._steps() if step not in damaged]
+        # Killed between orbax's renaming and the hashes: whole as far as anybody knows, and taken if there is no other.
+        new = [step for step, why in damaged.items() if why == _UNHASHED]
+        if not (usable := whole or new):
+            if not damaged:
+                return None
+            told = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
+            raise ValueError(
+                f"checkpoint_dir {self._folder} holds no checkpoint that can be read ({told}): restore its files, or "
+                "name an empty folder to start again."
+            )
+        if (step := max(usable)) > steps:
+            raise ValueError(
+                f"run(steps={steps}): {self._folder} holds a checkpoint of step {step}; ask for at least as many "
+                "steps, or name another checkpoint_dir."
+            )
+        for other, why in sorted(damaged.items()):
+            if other > step:
+                warnings.warn(
+                    f"Checkpoint {self._folder / str(other)} is damaged ({why}): the run goes on from {step}.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return self._read_note(step)
+
+    def claim(self, fingerprint: Mapping[str, str], record: str, note: Mapping[str, Any] | None) -> None:
+        """Makes the folder that of the run of `fingerprint`, which records `record` and resumes from `note`.
+
+        Warns:
+          RuntimeWarning: if it holds checkpoints without a fingerprint.
+
+        Raises:
+          ValueError: if it holds checkpoints of another run: names what differs.
+        """
+        file = self._folder / _FINGERPRINT
+        if note:
+            if note["record"] != record:
+                raise ValueError(
+                    f"{self._folder} holds a run that recorded {note['record']}, but record= gives {record} now: "
+                    "record the same to continue it, or name another checkpoint_dir."
+                )
+            if not file.is_file():
+                warnings.warn(
+                    f"{self._folder} has no {_FINGERPRINT}: whether its checkpoints are of this run is not checked.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            elif changed := self._differences(file, fingerprint):
+                more = f"; and {len(changed) - _NAMED} more" if len(changed) > _NAMED else ""
+                raise ValueError(
+                    f"{self._folder} holds another run, which differs in {'; '.join(changed[:_NAMED])}{more}: repeat "
+                    "what it was started with to continue it, or name another checkpoint_dir; where the difference is "
+                    f"meant, delete {file} to continue all the same."
+                )
+        _write(file, json.dumps(fingerprint, indent=1) + "\n")
+
+    def _differences(self, file: Path, fingerprint: Mapping[str, str]) -> list[str]:
+        try:
+            return differences(_read_json(file), fingerprint)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"{_line(error)}: delete {file} to continue its run unchecked.") from None
+
+    def save(
+        self, step: int, state: PyTree, history: dict[str, np.ndarray], positions: list[Any], *, due: bool, record: str
+    ) -> bool:
+        """Saves checkpoint `step`; whether it could. Signals wait until it is whole.
+
+        Args:
+          step: outer steps done.
+          state: of the solver.
+          history: the rows of metrics so far.
+          positions: `Feed.position` of each feed.
+          due: whether callbacks have yet to be called for this step, or have stopped the run.
+          record: what the run records.
+
+        Warns:
+          RuntimeWarning: if it cannot be written. Those that are there stay.
+        """
+        args, folder = self._ocp.args, self._folder / str(step)
+        note = {"step": step, "due": due, "record": record, "feeds": [noted(at) for at in positions]}
+        items = args.Composite(
+            state=args.StandardSave(_without_keys(state)),
+            history=args.StandardSave(history),
+            note=args.JsonSave(note),
+        )
+        with uninterrupted():
+            try:
+                with _quiet():
+                    self._manager.save(step, args=items, force=True)
+                hashes = {str(file.relative_to(folder)): _hash(file) for file in _files(folder)}
+                _write(folder / _HASHES, json.dumps(hashes))
+            except Exception as error:  # a full disk comes as many kinds
+                self._clear()
+                warnings.warn(
+                    f"Checkpoint {folder} could not be written ({_line(error)}); earlier ones are as they were.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+                return False
+        return True
+
+    def restore(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, np.ndarray]]:
+        """`(state, history)` of checkpoint `step`; the state has the structure, shapes and key types of `like`.
+
+        Raises:
+          ValueError: if the checkpoint does not fit `like` or cannot be read.
+        """
+        args = self._ocp.args
+        for other in self._steps():
+            if other > step:  # damaged: out of the way of those to come
+                aside = self._folder / f"{other}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self._folder / str(other), aside)
+        target = jax.tree.map(_abstract, _without_keys(like))
+        items = args.Composite(state=args.StandardRestore(target), history=args.StandardRestore())
+        try:
+            with _quiet():
+                saved = self._manager.restore(step, args=items)
+        except Exception as error:  # orbax raises many kinds, none of which names what to do
+            raise ValueError(
+                f"Checkpoint {self._folder / str(step)} does not fit this solver or is damaged ({_line(error)}): "
+                "continue with the solver it was written by, or name another checkpoint_dir."
+            ) from error
+        history = {name: np.asarray(rows) for name, rows in saved["history"].items()}
+        return jax.tree.map(_with_keys, like, saved["state"]), history
+
+    @property
+    def _ocp(self) -> Any:
+        import orbax.checkpoint as ocp  # takes seconds to import
+
+        return ocp
+
+    @property
+    def _manager(self) -> Any:
+        if self._managed is None:
+            self._clear()
+            options = self._ocp.CheckpointManagerOptions(max_to_keep=_KEPT, enable_async_checkpointing=False)
+            self._managed = self._ocp.CheckpointManager(self._folder, options=options)
+        return self._managed
+
+    def _clear(self) -> None:
+        """Removes what an interrupted or failed save has left."""
+        for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        self._managed = None
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()]
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint; None if nothing is."""
+        folder = self._folder / str(step)
+        try:
+            self._read_note(step)
+            if not (folder / _HASHES).is_file():
+                return _UNHASHED
+            for name, value in _read_json(folder / _HASHES).items():
+                if _hash(folder / name) != value:
+                    return f"{name} has changed"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).relative_to(folder)} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return _line(error)
+        return None
+
+    def _read_note(self, step: int) -> dict[str, Any]:
+        note = _read_json(self._folder / str(step) / "note" / "metadata")
+        return {name: note[name] for name in ("step", "due", "record", "feeds")}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what orbax logs: errors say it in a sentence."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _HASHES)
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is damaged ({error})") from None
+
+
+def _write(file: Path, text: str) -> None:
+    """Writes beside the file, then renames."""
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False, encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(stream.name, file)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _without_keys(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
+def _abstract(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+
+def _with_keys(like: Any, x: Any) -> Any:
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if is_key(like) else x

@@ -1,0 +1,264 @@
+"""Why a step failed, found by replaying it: nothing of this runs unless something is not finite."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel.data import resolve, slots
+from bilevel.differentiation import optimizers
+from bilevel.hypergradients.base import Trained, schedule
+from bilevel.problem import Problem
+from bilevel.running.chunks import batches, step, wanted_batches
+from bilevel.running.replay import Instead, asked_for
+from bilevel.running.steep import REMEDY, steep_leaves, why
+from bilevel.trees import PyTree, at_step, combine, global_norm, is_inexact, leaf_names, named
+
+_AT_ZERO = "look for a root, norm, logarithm or division at 0"
+
+
+def not_finite(root: str, tree: PyTree) -> list[str]:
+    """Names of the leaves of `tree`, which is called `root`, that hold a NaN or an infinity."""
+    return [name for name, leaf in _named(root, tree) if not np.isfinite(np.asarray(leaf)).all()]
+
+
+def holding_nan(root: str, tree: PyTree) -> list[str]:
+    return [name for name, leaf in _named(root, tree) if np.isnan(np.asarray(leaf)).any()]
+
+
+def _named(root: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
+    for name, leaf in zip(leaf_names(tree, root), jax.tree.leaves(tree), strict=True):
+        if is_inexact(leaf):
+            yield name, leaf
+
+
+def where_of(solver: Any, number: int) -> str:
+    return f"{'Training' if hasattr(solver, 'trained') else 'Outer'} step {number}: "
+
+
+def inner_of(state: Any) -> PyTree:
+    return getattr(state.inner, "params", state.inner)
+
+
+def describe_failure(
+    solver: Any, state: Any, data: Any, number: int, norms: str, moved: str, metrics_at_fault: list[str]
+) -> str:
+    """Why outer step `number`, taken from the finite `state`, makes something that is not finite.
+
+    Args:
+      solver, state, data: as for a step.
+      norms: how large the last finite metrics were.
+      moved: what the move of `outer` before has to do with it, as `_moved` says.
+      metrics_at_fault: names of the metrics, recorded ones among them, that are not finite.
+    """
+    where = where_of(solver, number)
+    if weights := nan_weights(solver):
+        return where + weights.strip()
+    if said := _training(solver, state, data) or _losses(solver, state, data):
+        return where + said.sentence(moved)
+    kept: list[Any] = []
+    replayed = solver
+    if hasattr(solver, "hypergradient"):
+        hypergradient = solver.hypergradient
+
+        def recorded(*args):
+            kept.append(hypergradient.estimate(*args))
+            return kept[-1]
+
+        replayed = dataclasses.replace(solver, hypergradient=Instead(hypergradient, recorded))
+    new, metrics = step(replayed, state, data)
+    for estimate in kept:
+        if said := _estimate(estimate, steep_leaves(solver, state, data)):
+            return where + said.sentence(moved)
+    names = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
+    by_record = [name for name in metrics_at_fault if name not in metrics]
+    leaves = not_finite("outer", new.outer) + not_finite("inner", inner_of(new)) or _newly("state", state, new)
+    before = f"; before it {norms}" if norms else ""
+    if by_record and not names and not leaves:
+        return where + (
+            f"record returned {', '.join(by_record)} not finite, while the state it was given and all metrics are "
+            "finite: look for a root, logarithm or division at 0 in record."
+        )
+    if not names:
+        mover = "the outer optimizer" if kept else "the update"
+        return where + (
+            f"{mover} made {', '.join(leaves) or 'a part of the state'} not finite while losses and hypergradient are "
+            f"finite{before}: lower the step sizes, and check that they are finite."
+        )
+    found = ", ".join(leaves) or "no leaf of the state"
+    return where + (
+        f"{', '.join(names)} is not finite (not finite after the step: {found}{before})"
+        f"{moved or '; lower the step sizes'}."
+    )
+
+
+def _newly(root: str, before: PyTree, after: PyTree) -> list[str]:
+    """Names of leaves that hold more that is not finite than before: an infinity from the start may be meant."""
+    was = {name: np.isfinite(np.asarray(x)).sum() for name, x in _named(root, before)}
+    found = [(name, np.asarray(x)) for name, x in _named(root, after)]
+    return [name for name, x in found if np.isfinite(x).sum() < was.get(name, x.size)]
+
+
+def nan_weights(solver: Any) -> str:
+    """A sentence on NaN among the arrays that are bound to the losses; empty if there is none."""
+    for loss in ("inner_loss", "outer_loss"):
+        if names := holding_nan(loss, getattr(solver.problem, loss)):
+            return (
+                f" the arrays bound to {loss} hold NaN, at {', '.join(names)}: the file or array they come from is "
+                "damaged; load it again, or look for the NaN there."
+            )
+    return ""
+
+
+@partial(jax.jit, static_argnums=(0,))
+def _evaluated(name, problem, moving, rest, outer, batch, key):
+    """A loss and its gradient by the moving leaves of the inner variable."""
+
+    def loss(moving):
+        value = problem.inner_value if name == "inner_loss" else problem.outer_value
+        return value(combine(moving, rest), outer, batch, key)[0]
+
+    return jax.value_and_grad(loss)(moving)
+
+
+class _Said(NamedTuple):
+    """What is not finite, and what to do about it, which holds beside the move of `outer` or else where none did it."""
+
+    what: str
+    remedy: str
+    beside: bool = False
+
+    def sentence(self, moved: str) -> str:
+        return self.what + (self.remedy + moved if self.beside else moved or self.remedy) + "."
+
+
+class _Looked(NamedTuple):
+    """A loss at a finite point: its value and gradient, and what to say if one of them is not finite."""
+
+    value: jax.Array
+    grad: PyTree
+    said: _Said | None
+
+
+def _range(tree: PyTree) -> str:
+    """That infinite numbers of `tree` are of a type too short for them; empty where they are not."""
+    infinite = {x.dtype for _, x in _named("", tree) if np.isinf(np.asarray(x)).any()}
+    short = any(float(jnp.finfo(dtype).max) < 1e5 for dtype in infinite)
+    return " (float16 holds no number above 65504: compute in float32)" if short else ""
+
+
+def _look(name: str, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, key: Any, when: str = ""):
+    moving, rest = problem.split(params)
+    value, grad = _evaluated(name, problem, moving, rest, outer, batch, key)
+    leaves, said = ", ".join(not_finite("inner", grad)), None
+    if not np.isfinite(value):
+        at = f" (its gradient not finite at {leaves})" if leaves else ""
+        what = f"{name} is {value}{when} at a finite point{at}{_range(value)}"
+        if found := not_finite("the batch", resolve(batch)):
+            said = _Said(f"{what}; {', '.join(found)} holds values that are not finite", ": check the data")
+        else:
+            said = _Said(what, f": lower the step size if training diverges, and {_AT_ZERO} in {name}")
+    elif leaves:
+        said = _Said(
+            f"the gradient of {name} is not finite{when} at {leaves} while {name} is {value:.3g}{_range(grad)}",
+            f": {_AT_ZERO} in {name} (the derivative of a norm at 0 is NaN, that of its square is not)",
+            beside=True,
+        )
+    return _Looked(value, grad, said)
+
+
+def _training(solver: Any, state: Any, data: Any) -> _Said | None:
+    """The first inner step that fails, of an estimator that trains by an optimizer."""
+    asked, alone = asked_for(solver, state, data), getattr(solver, "trained", None)
+    estimator = getattr(solver, "hypergradient", alone)
+    if not isinstance(estimator, Trained):
+        return None
+    if asked is None:
+        inner, _ = batches(solver, state, data)
+        asked = solver.problem, state.inner, state.outer, inner, None, jax.random.split(state.key)[1]
+    problem, inner_state, outer, inner_batches, outer_batch, key = asked
+    keys = schedule(key, estimator.steps)
+    inner_state = estimator.resume(problem, inner_state, outer, keys)
+    xs, bind = slots(inner_batches, estimator.steps)
+    transform = optimizers.transformation(estimator.optimizer, outer)
+    change = jax.jit(lambda *args: optimizers.update(transform, *args))
+    params, opt_state = inner_state.params, inner_state.opt_state
+    at_inner = lambda t: "" if alone else f" at inner step {t}"  # noqa: E731
+    for t in range(estimator.steps):
+        batch, seen = bind(jax.tree.map(lambda x: x[t], xs)), at_step(outer, t)  # noqa: B023
+        looked = _look("inner_loss", problem, params, seen, batch, keys.inner[t], at_inner(t))
+        if looked.said:
+            return looked.said
+        moving, rest = problem.split(params)
+        updates, new_state = change(looked.grad, opt_state, moving, looked.value)
+        moving = optimizers.apply(moving, updates)
+        finite = f"{at_inner(t)}, where inner_loss is {looked.value:.3g} and its gradient is finite"
+        rate = ": lower the inner learning rate, and check that it is finite"
+        if found := not_finite("inner", moving):
+            return _Said(f"the inner optimizer made {', '.join(found)} not finite{finite}{_range(moving)}", rate)
+        # Before the state of the run itself, which would be blamed on whoever moves last.
+        if found := _newly("state.inner.opt_state", opt_state, new_state):
+            return _Said(f"the update made {', '.join(found)} of the inner optimizer not finite{finite}", rate)
+        opt_state = new_state
+        if problem.mutable:
+            carried = problem.inner_outcome(params, seen, batch, keys.inner[t])[1]
+            if found := _newly("inner", problem.carried(params), carried):
+                what = f"inner_loss returned the mutable {', '.join(found)} not finite{finite}"
+                return _Said(what, f": {_AT_ZERO} in what it computes of them")
+            rest = rest | carried
+        params = combine(moving, rest)
+    if alone is not None:
+        return None
+    return _look("outer_loss", problem, params, at_step(outer, estimator.steps), outer_batch, keys.outer).said
+
+
+def _losses(solver: Any, state: Any, data: Any) -> _Said | None:
+    """A loss that is not finite where a solver without an estimator begins its step."""
+    if hasattr(solver, "hypergradient") or hasattr(solver, "trained"):
+        return None
+    wanted = wanted_batches(solver)
+    for name, given, count in zip(("inner_loss", "outer_loss"), batches(solver, state, data), wanted, strict=True):
+        xs, bind = slots(given, count) if name == "inner_loss" or count > 1 else (None, lambda x: given)  # noqa: B023
+        for t in range(count):
+            batch = bind(jax.tree.map(lambda x: x[t], xs))  # noqa: B023
+            if said := _look(name, solver.problem, inner_of(state), at_step(state.outer, t), batch, state.key).said:
+                return said
+    return None
+
+
+def _estimate(estimate: Any, steep: list[str]) -> _Said | None:
+    """What in an `Estimate` is not finite; None if all is. `steep`: leaves of which `bilevel.running.steep` tells."""
+    losses = np.asarray(estimate.aux.info.get("inner_loss", ()))
+    remedy = "; lower the inner learning rate, or check the data for values that are not finite"
+    if not np.isfinite(losses).all():
+        t = int(np.argmin(np.isfinite(losses.reshape(len(losses), -1)).all(1)))
+        leaves = ", ".join(not_finite("inner", estimate.inner_state.params)) or "no leaf of the trained parameters"
+        return _Said(f"inner_loss is {losses[t]} at inner step {t} (then not finite: {leaves})", remedy)
+    if names := not_finite("inner", estimate.inner_state.params):
+        return _Said(f"the inner update made {', '.join(names)} not finite", remedy)
+    if not np.isfinite(estimate.value):
+        return _Said(f"outer_loss is {estimate.value} at a finite point", "; check outer_loss and its data")
+    finite = "while both losses and the inner gradients are finite"
+    grads = [x for _, x in _named("", estimate.grad)]
+    names = not_finite("", estimate.grad)
+    if steep and not (names or np.isfinite(np.asarray(global_norm(grads)))):
+        return _Said(f"the hypergradient is too large for its norm to be finite: {why(steep)}", f"; {REMEDY}")
+    if names and steep:
+        largest = min(float(jnp.finfo(x.dtype).max) for x in grads + jax.tree.leaves(estimate.inner_state.params))
+        what = f"the hypergradient is not finite at {named('outer', *names)} {finite}: {why(steep)}, which grows beyond"
+        return _Said(f"{what} {largest:.5g}, the largest number of its type", f"; {REMEDY}, or compute in float32")
+    if names:
+        what = f"the hypergradient is not finite at {named('outer', *names)} {finite}{_range(estimate.grad)}"
+        return _Said(what, f"; {_AT_ZERO} in a loss")
+    if names := not_finite("state.inner.extra", estimate.inner_state.extra):
+        return _Said(
+            f"what the estimator carries on, {', '.join(names)}, is not finite {finite}",
+            "; raise damping, or use another linear solver",
+        )
+    return None

@@ -1,0 +1,272 @@
+"""What a run is of, as text by name: two runs with the same fingerprint may share checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from bilevel.differentiation import optimizers
+from bilevel.differentiation.custom_rules import RULES
+from bilevel.differentiation.tracing import jaxprs
+from bilevel.problem import Problem
+from bilevel.running.code import code_hash
+from bilevel.running.feeds import Feed, described, digest, shortest
+from bilevel.trees import PyTree, is_inexact, is_key, leaf_names, partition
+
+if TYPE_CHECKING:
+    from bilevel.differentiation.loss_checks import TracedLoss
+
+_CODE = ", code"
+"""Ends the names of functions that are known by their byte code, which differs between versions of Python."""
+_VERSIONS = "jax", "bilevel"
+
+
+def fingerprint(
+    solver: Any, key: jax.Array, state: Any, losses: list[TracedLoss], feeds: tuple[Feed, ...]
+) -> dict[str, str]:
+    """Settings, arrays, computations, data, key and versions of a run.
+
+    Args:
+      solver: the solver. Its settings and arrays are looked at by name; losses, optimizers, start and projection as
+        what they compute (their jaxpr, and that of their derivatives where a function has a rule of its own), so that
+        the learning rate in an optimizer is seen; other functions as code, with what they hold.
+        The rematerialisation schedule changes no number and is left out.
+      key: of the run.
+      state: what `solver.init` returned.
+      losses: both, traced.
+      feeds: the data.
+    """
+    items = {
+        "bilevel": _version(),
+        "jax": jax.__version__,
+        "python": ".".join(map(str, sys.version_info[:2])),
+        "key": f"{jax.random.key_impl(key)} {np.asarray(jax.random.key_data(key)).tolist()}",
+    }
+    for feed in feeds:
+        items |= feed.fingerprint()
+    _settings("solver", solver, items, state)
+    for name, leaf in zip(leaf_names(solver, "solver"), jax.tree.leaves(solver), strict=True):
+        items[name] = described(leaf)
+    for loss in losses:
+        _computation(loss.name, loss.closed, items)
+    return items
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("bilevel")
+    except importlib.metadata.PackageNotFoundError:  # a folder of sources that is not installed
+        return "not installed"
+
+
+def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """What differs, in words, with the old and the new value of each."""
+    apart = [name for name in _VERSIONS if old.get(name) != new[name]]
+    found = []
+    for name in {**old, **new}:
+        before, after = old.get(name, "none"), new.get(name, "none")
+        # Byte code is that of one Python, a jaxpr that of one JAX.
+        if name.endswith(_CODE) and old.get("python") != new["python"]:
+            continue
+        if name == "python" or before == after or (apart and " computation" in name):
+            continue
+        found.append(f"{name}: {_change(before, after)}")
+    return found
+
+
+def _change(before: str, after: str) -> str:
+    if before.startswith("[") and after.startswith("["):
+        one, other = json.loads(before), json.loads(after)
+        if len(one) == len(other):
+            pairs = dict.fromkeys((a, b) for a, b in zip(one, other, strict=True) if a != b)
+            return ", ".join(f"{a} -> {b}" for a, b in list(pairs)[:5])
+        before, after = f"{len(one)} numbers", f"{len(other)} numbers"
+    return f"{before} -> {after}"
+
+
+def _settings(name: str, value: Any, items: dict[str, str], state: Any) -> None:
+    """Adds the settings of `value`, and what the functions in it compute; its arrays come apart."""
+    if isinstance(value, Problem):
+        _problem(value, items, state)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items[name] = type(value).__qualname__
+        if not type(value).__module__.startswith("bilevel."):
+            items[f"{name}{_CODE}"] = code_hash(type(value))
+        for field in dataclasses.fields(value):
+            if field.name == "checkpoint":
+                continue
+            inside = getattr(value, field.name)
+            if field.name.endswith("optimizer"):
+                _optimizer(f"{name}.{field.name}", inside, items, state)
+            elif field.metadata.get("static") or not jax.tree_util.all_leaves([inside]):
+                _settings(f"{name}.{field.name}", inside, items, state)
+    elif value is None or isinstance(value, bool | int | float | str | np.generic):
+        items[name] = repr(value)
+    elif isinstance(value, tuple | list | dict):
+        for at, inside in value.items() if isinstance(value, dict) else enumerate(value):
+            _settings(f"{name}[{at!r}]", inside, items, state)
+    elif callable(value):
+        items[f"{name}{_CODE}"] = code_hash(value)
+    else:
+        items[name] = type(value).__qualname__
+        items[f"{name}{_CODE}"] = code_hash(value)
+
+
+def _problem(problem: Problem, items: dict[str, str], state: Any) -> None:
+    items["problem"] = f"has_aux={problem.has_aux}, mutable={problem.mutable}, domain={_structure(problem.domain)}"
+    _trace("init_outer", lambda p, key: p.init_outer(key), (problem, state.key), items)
+    _trace("init_inner", lambda p, key, outer: p.init_inner(key, outer), (problem, state.key, state.outer), items)
+    if problem.project:
+        _trace("project", lambda p, outer: p.project(outer), (problem, state.outer), items)
+
+
+def _optimizer(name: str, optimizer: Any, items: dict[str, str], state: Any) -> None:
+    """An optimizer by one update from its start."""
+    params = partition(state.outer if "outer" in name.rpartition(".")[2] else getattr(state.inner, "params", ()))[0]
+
+    def program(outer, params):
+        transform = optimizers.transformation(optimizer, outer)
+        value = jax.numpy.zeros(())
+        return transform.update(params, transform.init(params), params, value=value, grad=params)
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        _trace(name, program, (state.outer, params), items)
+
+
+def _trace(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], items: dict[str, str]) -> None:
+    try:
+        closed = jax.make_jaxpr(function)(*arguments)
+    except Exception:  # whatever a function of the user's may raise where it is traced; the run will say so, or not
+        items[f"{name}{_CODE}"] = code_hash(function)
+        return
+    _computation(name, closed, items)
+
+
+def _computation(name: str, closed: Any, items: dict[str, str]) -> None:
+    """Adds a jaxpr in three parts: operations, the numbers among them, and arrays captured from outside.
+
+    What a `custom_jvp` or `custom_vjp` does is seen in the derivatives alone, which are then added likewise.
+    """
+    _add(name, closed, items)
+    for order in ("first", "second"):
+        if not _has_rules(closed.jaxpr):
+            return
+        try:
+            closed = jax.make_jaxpr(_derivative(closed))(*_arguments(closed))
+        except Exception:  # what has no derivative is not differentiated by the run either, which will say so
+            return
+        _add(f"{name} {order} derivative", closed, items)
+
+
+def _has_rules(jaxpr: Any) -> bool:
+    return any(eqn.primitive.name in RULES or any(map(_has_rules, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
+
+
+def _arguments(closed: Any) -> list[Any]:
+    return [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+
+
+def _derivative(closed: Any) -> Callable[..., Any]:
+    """The gradient of the sum of what `closed` returns, by its inexact arguments."""
+
+    def function(*arguments):
+        moving = [i for i, x in enumerate(arguments) if is_inexact(x)]
+
+        def total(leaves):
+            given = dict(zip(moving, leaves, strict=True))
+            outputs = jex.jaxpr_as_fun(closed)(*(given.get(i, x) for i, x in enumerate(arguments)))
+            return sum(jax.numpy.sum(jax.numpy.real(x)) for x in outputs if is_inexact(x))
+
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.grad(total)([arguments[i] for i in moving])
+
+    return function
+
+
+def _add(name: str, closed: Any, items: dict[str, str]) -> None:
+    found = parts(closed)
+    items[f"{name} computation"] = hashlib.sha256("\n".join(found.operations).encode()).hexdigest()[:16]
+    items[f"{name} computation, numbers"] = json.dumps(found.numbers)
+    items[f"{name} computation, captured arrays"] = digest(found.arrays) if found.arrays else "none"
+
+
+class Parts(NamedTuple):
+    """A jaxpr in three parts: operations, as text without addresses, the numbers among them, and other constants."""
+
+    operations: list[str]
+    numbers: list[str]
+    arrays: list[Any]
+
+
+def parts(closed: Any) -> Parts:
+    """The parts of a jaxpr with its constants; equal for two traces of the same computation."""
+    found = Parts([], [], [])
+    _walk(closed.jaxpr, *found)
+    _add_constants(closed.consts, found.numbers, found.arrays)
+    return found
+
+
+def _add_constants(consts: list[Any], numbers: list[str], arrays: list[Any]) -> None:
+    for value in consts:
+        if np.ndim(value) == 0 and not is_key(value):
+            numbers.append(shortest(value))
+        else:
+            arrays.append(value)
+
+
+def _walk(jaxpr: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -> None:
+    names: dict[Any, int] = {}
+
+    def name(atom: Any) -> str:
+        if isinstance(atom, jex.Literal):
+            _add_constants([atom.val], numbers, arrays)
+            return str(atom.aval)
+        return f"{names.setdefault(atom, len(names))}:{atom.aval}"
+
+    lines.append(f"in {[name(v) for v in (*jaxpr.constvars, *jaxpr.invars)]}")
+    for eqn in jaxpr.eqns:
+        lines.append(f"{eqn.primitive.name} {[name(v) for v in eqn.invars]} {[name(v) for v in eqn.outvars]}")
+        for at in sorted(eqn.params):
+            if at == "callback":  # a function of the host's
+                lines.append(code_hash(eqn.params[at]))
+            elif at != "name":
+                lines.append(f"{at}=")
+                _walk_parameter(eqn.params[at], lines, numbers, arrays)
+    lines.append(f"out {[name(v) for v in jaxpr.outvars]}")
+
+
+def _walk_parameter(value: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -> None:
+    if isinstance(value, jex.ClosedJaxpr):
+        _add_constants(value.consts, numbers, arrays)
+        _walk(value.jaxpr, lines, numbers, arrays)
+    elif isinstance(value, jex.Jaxpr):
+        _walk(value, lines, numbers, arrays)
+    elif isinstance(value, dict):
+        for at in sorted(value, key=str):
+            lines.append(f"{at}:")
+            _walk_parameter(value[at], lines, numbers, arrays)
+    elif isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        for item in value:
+            _walk_parameter(item, lines, numbers, arrays)
+    elif isinstance(value, set | frozenset):
+        lines.append(str(sorted(map(str, value))))
+    elif isinstance(value, np.ndarray | jax.Array):
+        _add_constants([value], numbers, arrays)
+    elif callable(value) and not isinstance(value, type):
+        lines.append("function")  # a rule, whose results are elsewhere in the trace
+    else:
+        lines.append(re.sub(r" at 0x[0-9a-f]+", "", str(value)))
+
+
+def _structure(tree: PyTree) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree)))

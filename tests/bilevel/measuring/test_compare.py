@@ -1,0 +1,134 @@
+"""Comparing estimators on one problem."""
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from bilevel.measuring.flops import flops, gradient_flops, hvp_flops
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    hessian, coupling = jnp.diag(jnp.linspace(0.5, 1.0, 6)), jax.random.normal(jax.random.key(0), (6, 3))
+
+    def inner(w, outer, batch, key):
+        return 0.5 * w @ hessian @ w - (coupling @ outer + batch.mean(axis=0)) @ w
+
+    def outer(w, outer, batch, key):
+        return 0.5 * jnp.sum((w - 1.0) ** 2) + 0.05 * jnp.sum(outer**2)
+
+    problem = bilevel.Problem(inner, outer, lambda key, outer: jnp.zeros(6), lambda key: jnp.ones(3))
+    return bilevel.compare(
+        problem,
+        {
+            "mixed": bilevel.Unrolled(optax.sgd(1.0), 40),
+            "reverse": bilevel.Unrolled(optax.sgd(1.0), 40, mode="reverse", checkpoint="none"),
+            "implicit": bilevel.Implicit(optax.sgd(1.0), 40),
+            "one step": bilevel.OneStep(optax.sgd(1.0), 40),
+        },
+        reference="reverse",
+        inner_data=bilevel.Batches(jnp.zeros((8, 6)), 2),
+        repeats=1,
+    )
+
+
+def test_variance_is_a_column_where_it_is_asked_for(comparison):
+    assert comparison["mixed"].variance is None and "variance" not in str(comparison)
+    problem = bilevel.Problem(
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - outer - batch.mean(axis=0)) ** 2),
+        lambda w, outer, batch, key: 0.5 * jnp.sum((w - 1.0) ** 2),
+        lambda key, outer: jnp.zeros(3),
+        lambda key: jnp.ones(3),
+    )
+    few, many = bilevel.Unrolled(optax.sgd(0.5), 1), bilevel.Unrolled(optax.sgd(0.5), 8)
+    data = bilevel.Batches(jax.random.normal(jax.random.key(1), (16, 3)), 2)
+    found = bilevel.compare(
+        problem, {"few": few, "many": many}, reference="many", inner_data=data, repeats=1, samples=8
+    )
+    outer = problem.start_outer(jax.random.key(0))
+    for row, estimator in (("few", few), ("many", many)):
+        expected = bilevel.variance(problem, estimator, inner_data=data, outer=outer, samples=8).relative
+        assert expected > 0
+        np.testing.assert_allclose(found[row].variance, expected, rtol=1e-12)
+    assert f"{found['few'].variance:.2e}" in str(found) and "variance" in str(found)
+    with pytest.raises(ValueError, match="samples=1"):
+        bilevel.compare(problem, {"few": few}, reference="few", inner_data=data, repeats=1, samples=1)
+
+
+def test_estimators_that_agree_and_one_that_does_not(comparison):
+    assert [row.name for row in comparison.rows] == ["reverse", "mixed", "implicit", "one step"]
+    assert comparison["mixed"].relative_error < 1e-12 and comparison["mixed"].cosine > 1 - 1e-12
+    assert comparison["implicit"].relative_error < 1e-6
+    assert comparison["one step"].relative_error > 0.1
+    np.testing.assert_allclose(comparison["mixed"].value, comparison["reverse"].value, rtol=1e-12)
+
+
+def test_costs_are_counted(comparison):
+    assert comparison["mixed"].gradients > comparison["one step"].gradients > 40
+    assert comparison["mixed"].temporary > 0 and comparison["mixed"].seconds > 0
+
+
+def test_hessian_vector_products_are_counted(comparison):
+    assert (comparison["mixed"].hvps, comparison["reverse"].hvps, comparison["one step"].hvps) == (40, 40, 1)
+    assert comparison["implicit"].hvps % 40 == 0 and comparison["implicit"].hvps >= 3 * 40  # the mean of 40 batches
+
+
+def solved_by(linear_solver):
+    def inner(w, outer, batch, key):
+        return jnp.sum(jnp.cosh(w - outer)) + 0.5 * jnp.sum(jnp.tanh(w @ jnp.ones((6, 6)) * 0.1) ** 2)
+
+    problem = bilevel.Problem(
+        inner,
+        lambda w, outer, b, k: jnp.sum((w - 1.0) ** 2),
+        lambda key, outer: jnp.zeros(6),
+        lambda key: jnp.linspace(0.2, 2.0, 6),
+    )
+    way = bilevel.Implicit(optax.sgd(0.2), 5, linear_solver=linear_solver)
+    return problem, way, bilevel.compare(problem, {"way": way}, reference="way", repeats=1)["way"]
+
+
+def test_iterations_of_a_linear_solver_are_counted_by_what_it_reports():
+    problem, way, few = solved_by(bilevel.CG(max_steps=1))
+    _, _, many = solved_by(bilevel.CG())
+    assert many.hvps > few.hvps + 2 and not many.at_least
+    outer, key = jnp.linspace(0.2, 2.0, 6), jax.random.key(0)
+    product = hvp_flops(problem, way, outer, None, key) / gradient_flops(problem, way, outer, None, key)
+    assert 1 < product < 4
+    np.testing.assert_allclose(many.gradients - few.gradients, (many.hvps - few.hvps) * product, rtol=1e-12)
+    # A solver without iterations can be counted in the traced program too, where nothing is shared or left out.
+    problem, way, dense = solved_by(bilevel.Dense())
+    traced = flops(lambda h, p: h.estimate(p, None, outer, None, None, key), way, problem)
+    np.testing.assert_allclose(dense.gradients * gradient_flops(problem, way, outer, None, key), traced, rtol=0.35)
+
+
+def test_a_loop_of_unknown_length_is_marked():
+    problem, _, _ = solved_by(bilevel.Dense())
+
+    def minimise(problem, outer, batch, key):
+        going = lambda w: jnp.sum(jax.grad(problem.inner_loss)(w, outer, batch, key) ** 2) > 1e-12  # noqa: E731
+        step = lambda w: w - 0.3 * jax.grad(problem.inner_loss)(w, outer, batch, key)  # noqa: E731
+        return jax.lax.while_loop(going, step, jnp.zeros(6))
+
+    found = bilevel.compare(problem, {"own": bilevel.ImplicitSolve(minimise)}, reference="own", repeats=1)
+    assert found["own"].at_least and ">= " in str(found)
+
+
+def test_table_and_figure(comparison, tmp_path):
+    text = str(comparison)
+    assert "one step" in text and "cosine" in text
+    axes = comparison.plot()
+    axes[0].figure.savefig(tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+
+
+def test_names_that_are_not_there(comparison):
+    with pytest.raises(KeyError, match="was not compared"):
+        comparison["nope"]
+    with pytest.raises(ValueError, match="not among the hypergradients"):
+        bilevel.compare(None, {}, reference="nope")  # type: ignore[arg-type]

@@ -1,0 +1,109 @@
+"""Predicted costs against those of the compiled program."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from benchmarks.hypergradients import problems
+from bilevel import Binomial, Levels, Unrolled
+from bilevel.measuring.flops import flops
+from bilevel.measuring.planning import temp_bytes
+
+KEY = jax.random.key(0)
+
+
+def test_flops_of_products_loops_and_branches():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    assert flops(jnp.matmul, a, b) == 2 * 3 * 4 * 5
+    assert flops(lambda x: jax.lax.scan(lambda c, _: (c @ a.T @ a, None), x, length=7)[0], a) == 7 * 4 * 3 * 4 * 3
+    assert flops(lambda x: jax.lax.cond(True, lambda x: x + 1, lambda x: (x + 1) * 2, x), a) == 2 * 12
+    assert flops(lambda x: jnp.sum(jnp.tanh(x)), a) == 12 + 12
+    assert flops(lambda x: x.T.reshape(-1)[::2], a) == 0
+    image, kernel = jnp.ones((1, 2, 8, 8)), jnp.ones((3, 2, 3, 3))
+    assert flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "SAME"), image, kernel) == 2 * 3 * 64 * 2 * 9
+
+
+def test_flops_agree_with_the_compiler_where_nothing_loops():
+    def network(x, w):
+        return jnp.sum((jnp.maximum(x @ w, 0) @ w) ** 2)
+
+    x, w = jnp.ones((64, 32)), jnp.ones((32, 32))
+    compiled = jax.jit(jax.grad(network, argnums=1)).lower(x, w).compile().cost_analysis()
+    np.testing.assert_allclose(flops(jax.grad(network, argnums=1), x, w), compiled["flops"], rtol=0.1)
+
+
+def small(name):
+    if name == "quadratic":
+        return problems.quadratic(size=400)
+    if name == "data_weighting":
+        return problems.data_weighting(samples=64, width=32)
+    return problems.lora_transformer(layers=2, width=32, tokens=16, size=2)
+
+
+def arguments(case, steps):
+    outer = case.problem.start_outer(KEY)
+    return case.problem, outer, case.batches(steps, KEY), case.batch(KEY), KEY
+
+
+# A compilation each, so schedules and numbers of steps are spread over the problems.
+MEASURED = {
+    ("quadratic", 16): [("mixed", "none"), ("mixed", "sqrt"), ("reverse", "step")],
+    ("quadratic", 256): [("mixed", "sqrt"), ("mixed", Levels(3)), ("mixed", Binomial(9))],
+    ("data_weighting", 16): [("mixed", "none"), ("mixed", "sqrt"), ("reverse", "none"), ("mixed", Binomial(5))],
+    ("data_weighting", 100): [("mixed", "step"), ("mixed", Levels(3)), ("reverse", "sqrt")],
+    ("lora_transformer", 16): [("mixed", "step"), ("reverse", "none"), ("reverse", Binomial(5))],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), MEASURED)
+def test_planned_memory_is_within_15_percent_of_the_compiled(name, steps):
+    case = small(name)
+    problem, *rest = arguments(case, steps)
+    unrolled = Unrolled(case.optimizer, steps)
+    plan = bilevel.plan(problem, unrolled, *rest)
+    for mode, checkpoint in MEASURED[name, steps]:
+        measured = temp_bytes(
+            lambda u, p, *rest: u.estimate(p, None, *rest),
+            dataclasses.replace(unrolled, mode=mode, checkpoint=checkpoint),
+            problem,
+            *rest,
+        )
+        np.testing.assert_allclose(
+            plan.row(mode, checkpoint).temp_bytes, measured, rtol=0.15, err_msg=f"{mode} {checkpoint}"
+        )
+
+
+def test_a_plan_is_a_table_and_counts_as_theory_says():
+    def loss(w, outer, batch, key):
+        return jnp.sum(jnp.tanh(w @ w) * outer)
+
+    problem = bilevel.Problem(loss, loss, lambda key, outer: jnp.ones((16, 16)), lambda key: jnp.ones(()))
+    outer = problem.start_outer(KEY)
+    plan = bilevel.plan(problem, Unrolled(optax.sgd(0.1), 16, checkpoint=Levels(2)), outer, None, None, KEY)
+    step = {row: plan.row(*row).evaluations / 16 for row in [("mixed", "none"), ("mixed", "step"), ("reverse", "step")]}
+    # In mixed mode a rematerialised step keeps its gradient, and only the optimizer runs again.
+    assert step["mixed", "step"] - step["mixed", "none"] < 0.2
+    assert 2 < step["mixed", "step"] < 3.6
+    # Every level costs another forward pass.
+    assert plan.row("mixed", Levels(3)).evaluations - plan.row("mixed", "sqrt").evaluations == pytest.approx(
+        16, rel=0.2
+    )
+    # Forward mode with one outer number: its training, and a tangent of it.
+    assert 2 < plan.row("forward", "none").evaluations / 16 < 3.6
+    assert plan.chosen == plan.row("mixed", "sqrt")
+    text = str(plan)
+    assert "through 16 steps" in text and "Binomial(c=5)" in text and "temporary MB" in text
+    with pytest.raises(KeyError, match="no row"):
+        plan.row("mixed", Levels(9))
+
+
+def test_only_unrolled_is_planned():
+    problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
+    with pytest.raises(TypeError, match="nothing to plan"):
+        bilevel.plan(problem, bilevel.FirstOrder(optax.sgd(0.1), 4), 1.0, None, None, KEY)
