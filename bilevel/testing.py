@@ -13,10 +13,11 @@ import numpy as np
 
 from bilevel.arguments import check_outer
 from bilevel.differentiation.influence import StructuralZeroWarning
-from bilevel.hypergradients.arguments import check_call, refuse_complex
+from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient, outer_value, schedule
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.training import InnerState
+from bilevel.measuring.point import Point
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_arguments, integer, real
 from bilevel.trees import PyTree, combine, is_inexact, leaf_names, partition
@@ -278,11 +279,11 @@ class HypergradientCheck(Agreement):
 def check_hypergradient(
     problem: Problem,
     hypergradient: Hypergradient,
-    inner_batches: PyTree = None,
-    outer_batch: PyTree = None,
     *,
     outer: PyTree = None,
     inner_state: InnerState | None = None,
+    inner_data: Any = None,
+    outer_data: Any = None,
     key: jax.Array | None = None,
     directions: int = 8,
     tolerance: float = 1e-6,
@@ -294,9 +295,9 @@ def check_hypergradient(
 
     Args:
       problem, hypergradient: what to check.
-      inner_batches, outer_batch: as for `Hypergradient.estimate`.
-      outer: where; None is `init_outer(key)`.
+      outer: where; None is `problem.start_outer(key)`.
       inner_state: a warm start, or None to start inside the map that is differentiated.
+      inner_data, outer_data: as for `run`, without iterators.
       key: randomness of the estimate, replayed in the comparison; None is `jax.random.key(0)`.
       directions: random directions for each leaf; a leaf with no more entries is compared entry by entry.
       tolerance: relative error up to which a hypergradient counts as exact.
@@ -315,14 +316,12 @@ def check_hypergradient(
     }
     given = {"problem": problem, "hypergradient": hypergradient, "directions": directions, "tolerance": tolerance}
     check_arguments("check_hypergradient", rules, **given)
-    if outer is not None:
-        check_call("check_hypergradient", inner_state=inner_state, outer=outer)
-    key = jax.random.key(0) if key is None else key
     with jax.enable_x64(True):
-        outer = problem.start_outer(key) if outer is None else outer
+        point = Point.of("check_hypergradient", problem, outer, inner_state, inner_data, outer_data, key)
+        _, state, outer, inner_batches, outer_batch, start_key = point.arguments(hypergradient.steps)
         init = jax.tree_util.Partial(_start_wide, problem.init_inner)
         problem = dataclasses.replace(problem, init_inner=init)
-        arguments = (*_wide((problem, hypergradient, inner_state, outer, inner_batches, outer_batch)), key)
+        arguments = (*_wide((problem, hypergradient, state, outer, inner_batches, outer_batch)), start_key)
         check_outer("check_hypergradient was given", arguments[3])
         moving = partition(arguments[3])[0]
         refuse_complex("check_hypergradient", "outer", moving, "write them in real and imaginary parts")

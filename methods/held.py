@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.custom_derivatives import CustomVJPPrimal
 
 
 @jax.custom_vjp
@@ -27,9 +28,7 @@ def held(tree: Any, hyper: Any) -> Any:
 
 
 def _held(tree: Any, hyper: Any):
-    def is_marked(leaf):
-        return type(leaf).__name__ == "CustomVJPPrimal"
-
+    is_marked = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
     if any(leaf.perturbed for leaf in jax.tree.leaves(hyper, is_leaf=is_marked)):
         raise ValueError(
             "This training stops a gradient (a second pass, or the divisor of a rescaling), so that it follows no "

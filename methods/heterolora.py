@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import bilevel
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods import experiment, proxies, report, side_by_side
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings

@@ -19,9 +19,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import bilevel
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
-from bilevel.problem import as_pytree
-from bilevel.trees import PyTree
+from bilevel.extend import Answer, PyTree, Query, Trained, as_pytree
 
 Gates = dict[str, Any]
 
@@ -46,17 +44,19 @@ class Proxy(Trained):
         super().__post_init__()
         object.__setattr__(self, "score", as_pytree(self.score))
 
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients, and the score."""
-        keys = schedule(key, self.steps)
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
-        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
-        everything = jax.tree.map(jnp.ones_like, outer)
-        outer_key = jax.random.clone(keys.outer)
-        score = self.score(problem, state.params, everything, inner_batches, outer_batch, outer_key)
-        return Estimate(
-            value, jax.tree.map(jnp.negative, score), state, Aux(trace.aux, aux, {"inner_loss": trace.value})
-        )
+    def differentiate(self, query: Query) -> Answer:
+        """Costs `steps` inner gradients, and the score."""
+        state, trace = self.trajectory(query)
+        value, aux = query.outer_loss(state.params, query.outer)
+        everything = jax.tree.map(jnp.ones_like, query.outer)
+        outer_key = jax.random.clone(query.keys.outer)
+        batches = query.inner_batches, query.outer_batch
+        score = self.score(query.problem, state.params, everything, *batches, outer_key)
+        return Answer(value, jax.tree.map(jnp.negative, score), state, trace, aux)
+
+    def reached(self, query: Query) -> list[bool]:
+        """Every gate has a score; none of them is a derivative of the outer loss."""
+        return [True] * len(jax.tree.leaves(query.moving))
 
 
 def constant(problem, params, gates, inner_batches, outer_batch, key):

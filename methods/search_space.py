@@ -29,7 +29,7 @@ import numpy as np
 import optax
 
 import bilevel
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods import proxies
 from methods.adapters.lora import LoRAConfig
 from methods.models.hooks import Chain

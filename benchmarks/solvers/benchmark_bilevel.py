@@ -45,11 +45,11 @@ class Solver(StochasticJaxSolver):
 
     def get_step(self, inner_sampler, outer_sampler):
         solver = self._make()
-        outer_count = getattr(solver, "outer_batches", 1)
+        outer_count = solver.outer_batches_per_step
 
         def step(carry, _):
             inner, inner_state = self._draw(
-                inner_sampler, carry["state_inner_sampler"], solver.inner_batches, self.n_inner_samples
+                inner_sampler, carry["state_inner_sampler"], solver.inner_batches_per_step, self.n_inner_samples
             )
             outer, outer_state = self._draw(
                 outer_sampler, carry["state_outer_sampler"], outer_count, self.n_outer_samples

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from bilevel.differentiation import binomial
 from bilevel.differentiation.gradients import INNER_GRADIENT
-from bilevel.differentiation.tracing import is_literal
+from bilevel.differentiation.tracing import is_literal, operation
 from bilevel.settings import Unfit, check_fields, integer, real, setting
 from bilevel.trees import as_words, combine, partition
 
@@ -234,7 +234,7 @@ def step_bytes(step: Step, carry: Any, xs: Any) -> StepBytes:
     given = {*jaxpr.constvars, *jaxpr.invars[len(jax.tree.leaves(carry)) :]}
     left = {v for v in jaxpr.outvars if not is_literal(v)} - given
     plain = jax.make_jaxpr(step)(carry, x).jaxpr
-    named = [e.outvars[0] for e in plain.eqns if e.primitive.name == "name" and e.params["name"] == INNER_GRADIENT]
+    named = [e.outvars[0] for e in plain.eqns if operation(e) == "name" and e.params["name"] == INNER_GRADIENT]
     return StepBytes(
         state=sum(nbytes(x) for x in jax.tree.leaves(carry)),
         gradient=sum(nbytes(v.aval) for v in named),

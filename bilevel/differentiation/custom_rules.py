@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from bilevel.differentiation.tracing import bind, detached, evaluate, is_literal, jaxprs
+from bilevel.differentiation.tracing import bind, detached, evaluate, is_literal, jaxprs, operation
 from bilevel.trees import is_inexact, is_key
 
 RULES = ("custom_vjp_call", "custom_jvp_call")
@@ -51,7 +51,7 @@ def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
         if reached.isdisjoint(atom for atom in eqn.invars if not is_literal(atom)):
             continue
         reached.update(eqn.outvars)
-        if eqn.primitive.name in RULES:
+        if operation(eqn) in RULES:
             if not has_true_rule(eqn):
                 return _source(eqn)[0]
             continue
@@ -89,7 +89,7 @@ def _is_trusted(eqn: Any) -> bool:
     name, file = _source(eqn)
     if file.startswith(_OURS):
         return True
-    if eqn.primitive.name != "custom_jvp_call" or not file.startswith(_LIBRARIES):
+    if operation(eqn) != "custom_jvp_call" or not file.startswith(_LIBRARIES):
         return False
     # A user may have given a function of the library a rule: only what carries one there is the library's.
     modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
@@ -107,9 +107,9 @@ _CALLBACKS = ("pure_callback", "io_callback", "debug_callback")
 
 _ANALYTIC = frozenset(
     "add add_any sub mul div neg exp exp2 log log1p expm1 sin cos tan tanh sinh cosh asinh atan logistic erf erfc "
-    "lgamma digamma sqrt rsqrt pow integer_pow square real imag conj complex convert_element_type copy copy_p "
+    "lgamma digamma sqrt rsqrt pow integer_pow square real imag conj complex convert_element_type copy "
     "dot_general conv_general_dilated reduce_sum cumsum broadcast_in_dim reshape squeeze transpose expand_dims slice "
-    "concatenate pad rev dynamic_slice dynamic_update_slice gather scatter scatter-add scan jit pjit remat2 checkpoint "
+    "concatenate pad rev dynamic_slice dynamic_update_slice gather scatter scatter-add scan jit checkpoint "
     "closed_call custom_jvp_call custom_vjp_call cholesky triangular_solve lu eigh svd fft".split()
 )
 """Operations that are analytic in their floating-point inputs. What is made of them and agrees at some points agrees
@@ -152,11 +152,11 @@ def _is_analytic(jaxpr: Any, order: int) -> bool:
     for eqn in jaxpr.eqns:
         if reached.isdisjoint(atom for atom in eqn.invars if not is_literal(atom)):
             continue
-        if eqn.primitive.name not in _ANALYTIC:
+        if operation(eqn) not in _ANALYTIC:
             return False
         if not all(jnp.issubdtype(out.aval.dtype, jnp.inexact) for out in eqn.outvars):
             return False  # a number made an integer, or a truth: something is chosen by it
-        if eqn.primitive.name in RULES:
+        if operation(eqn) in RULES:
             if not has_true_rule(eqn, order):
                 return False
         elif not all(_is_analytic(inner, order) for inner in jaxprs(eqn.params)):
@@ -208,5 +208,5 @@ def _random(rng: Any, like: Any, scale: float) -> jax.Array:
 
 def _leaves(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name in _CALLBACKS or any(_leaves(inner) for inner in jaxprs(eqn.params)) for eqn in jaxpr.eqns
+        operation(eqn) in _CALLBACKS or any(_leaves(inner) for inner in jaxprs(eqn.params)) for eqn in jaxpr.eqns
     )

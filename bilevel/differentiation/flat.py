@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.differentiation.tracing import bind, is_literal, jaxprs, scan_counts, used, while_counts
+from bilevel.differentiation.tracing import bind, is_literal, jaxprs, operation, scan_counts, used, while_counts
 from bilevel.trees import PyTree
 
 PASSES = ""
@@ -62,7 +62,7 @@ def _through(jaxpr: Any, inputs: list[Mark]) -> list[Mark]:
 
 
 def _outputs(eqn: Any, before: list[Mark]) -> list[Mark]:
-    name, inner = eqn.primitive.name, list(jaxprs(eqn.params))
+    name, inner = operation(eqn), list(jaxprs(eqn.params))
     if name == "scan":
         consts, carry = scan_counts(eqn)
         return _loop(inner[0], before, consts, carry)
@@ -75,7 +75,7 @@ def _outputs(eqn: Any, before: list[Mark]) -> list[Mark]:
     if name == "cond":
         ways = [_through(branch, before[1:]) for branch in inner]
         return [_joined([*column, before[0]]) for column in zip(*ways, strict=True)]
-    if name in ("jit", "pjit", "remat2", "checkpoint", "closed_call"):
+    if name in ("jit", "checkpoint", "closed_call"):
         return _through(inner[0], before)
     after = _alone(eqn, before)
     if name in ("custom_jvp_call", "custom_vjp_call"):
@@ -129,7 +129,7 @@ def _alone(eqn: Any, before: list[Mark]) -> list[Mark]:
 
 
 def _called(eqn: Any, out: Any) -> str:
-    name = eqn.primitive.name
+    name = operation(eqn)
     if name == "convert_element_type":
         return f"a conversion to {out.aval.dtype}"
     if name in ("eq", "ne", "lt", "le", "gt", "ge"):

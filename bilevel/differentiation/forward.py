@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.differentiation.influence import Lost, dependence, pull, refuse_reverse_rules
+from bilevel.differentiation.influence import dependence, refuse_reverse_rules
 from bilevel.differentiation.tracing import detached, evaluate
 from bilevel.trees import PyTree, replayed
 
@@ -21,20 +21,16 @@ def forward_value_and_grad(
     function: Callable[[PyTree], tuple[jax.Array, PyTree]],
     moving: PyTree,
     chunk: int,
-    *,
-    estimator: str,
-    lost: Lost | None = None,
 ) -> tuple[tuple[jax.Array, PyTree], PyTree]:
-    """As `bilevel.differentiation.influence.value_and_grad` for an estimator that sees the training, by forward mode.
+    """`jax.value_and_grad(function, has_aux=True)(moving)`, by forward mode.
 
     Args:
       function: `moving -> (scalar, aux)`.
       moving: tree of inexact arrays.
       chunk: how many numbers are differentiated at once.
-      estimator, lost: as for `value_and_grad`.
 
-    Warns, Raises:
-      As `value_and_grad`: for leaves whose derivative is 0 whatever their value.
+    Returns:
+      `((value, aux), gradient)`; the gradient by a leaf that the value does not depend on is a constant 0.
     """
     leaves, structure = jax.tree.flatten(moving)
     # A complex number is two real ones; jax's gradient is the derivative by the first minus i times that by the second.
@@ -61,13 +57,8 @@ def forward_value_and_grad(
     grads = [g[0] if len(g) == 1 else jax.lax.complex(g[0], -g[1]) for g in _split(slopes, parts)]
     any_reached = [any(r) for r in _split(reached, parts)]
 
-    def pullback(ct):
-        pairs = zip(grads, any_reached, strict=True)
-        return structure.unflatten([ct.astype(g.dtype) * g if r else jnp.zeros_like(g) for g, r in pairs]), None
-
-    direct = lambda moving: function(moving)[0]  # noqa: E731
-    grad, _ = pull(pullback, value, moving, estimator=estimator, remedy=None, lost=lost, direct=direct)
-    return (value, aux), grad
+    pairs = zip(grads, any_reached, strict=True)
+    return (value, aux), structure.unflatten([g if reached else jnp.zeros_like(g) for g, reached in pairs])
 
 
 def _split(flat: list[Any], parts: list[list[jax.Array]]) -> list[list[Any]]:

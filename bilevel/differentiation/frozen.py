@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.differentiation.tracing import bind, called, detached, is_literal
+from bilevel.differentiation.tracing import bind, called, detached, is_literal, operation
 from bilevel.trees import PyTree, leaf_names
 
 
@@ -200,7 +200,7 @@ def _interpret(closed: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
 
 
 def _outputs(eqn: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
-    name, unknown = eqn.primitive.name, [None] * len(eqn.outvars)
+    name, unknown = operation(eqn), [None] * len(eqn.outvars)
     if name == "broadcast_in_dim":  # by hand: a constant of the size of the parameters is not made
         return [_broadcast(eqn, inputs[0])]
     if all(isinstance(x, _Known) for x in inputs) and (inputs or name == "iota") and not _is_random(eqn):
@@ -237,10 +237,10 @@ def _outputs(eqn: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
     return unknown
 
 
-_CALLS = ("jit", "pjit", "remat2", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
+_CALLS = ("jit", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
 """Operations that only evaluate the jaxpr which they hold."""
 
-_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "copy_p", "real", "conj", "stop_gradient", "sign", "abs", "div")
+_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "real", "conj", "stop_gradient", "sign", "abs", "div")
 _KEEPS_ZERO += ("sqrt", "square", "cbrt", "tanh", "sin", "tan", "asinh", "atan", "expm1", "log1p", "floor", "ceil")
 _KEEPS_ZERO += ("round", "imag", "sinh", "asin", "atanh", "erf", "erf_inv", "reduce_precision", "optimization_barrier")
 """Functions of their first argument that are 0 where it is."""
@@ -277,7 +277,7 @@ def _spread(eqn: Any, inputs: list[Any], zeros: list[Any]) -> Any:
 
 
 def _is_random(eqn: Any) -> bool:
-    return eqn.primitive.name.startswith("random_")
+    return operation(eqn).startswith("random_")
 
 
 def _broadcast(eqn: Any, value: Any) -> Any:

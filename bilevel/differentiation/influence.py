@@ -1,4 +1,4 @@
-"""Derivatives that say when they are zero by construction, decided from the trace and never from values."""
+"""Which derivatives are zero by construction, decided from the trace and never from values."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core as jex
 
-from bilevel.differentiation.flat import PASSES, Mark, marks
+from bilevel.differentiation.flat import Mark, marks
 from bilevel.differentiation.flat import reason as flatness
-from bilevel.differentiation.tracing import jaxprs, used
+from bilevel.differentiation.tracing import jaxprs, operation, used
 from bilevel.trees import PyTree, leaf_names, named
 
 
@@ -22,114 +21,30 @@ class StructuralZeroWarning(UserWarning):
     depend on what it is to be differentiated by."""
 
 
-def value_and_grad(
-    function: Callable[[PyTree], tuple[jax.Array, PyTree]],
-    moving: PyTree,
-    *,
-    estimator: str,
-    training: Callable[[PyTree], PyTree] | None = None,
-    lost: Lost | None = None,
-) -> tuple[tuple[jax.Array, PyTree], PyTree]:
-    """`jax.value_and_grad(function, has_aux=True)(moving)`, with a warning for every leaf without an influence.
-
-    Args:
-      function: `moving -> (scalar, aux)`.
-      estimator: its name, for the message.
-      training: the training that `function` leaves out, as a function of `moving`; None if it leaves out nothing.
-      lost: why the influence of a leaf may be lost; asked only where one is.
-
-    Warns:
-      StructuralZeroWarning: names leaves whose derivative is 0 whatever their value.
-
-    Raises:
-      ValueError: if no leaf has an influence, on the training neither.
-    """
-    value, pullback, aux = jax.vjp(function, moving, has_aux=True)
-    remedy = None if training is None else INSIDE_TRAINING
-    whole = lambda ct: (pullback(ct)[0], None)  # noqa: E731
-    direct = lambda moving: function(moving)[0]  # noqa: E731
-    options = {"remedy": remedy, "training": training, "lost": lost, "direct": direct}
-    grad, _ = pull(whole, value, moving, estimator=estimator, **options)
-    return (value, aux), grad
-
-
-Lost = Callable[[], list["str | None"]]
-"""For each leaf of what is differentiated, where its influence is lost if it has one that no derivative shows."""
-
-INSIDE_TRAINING = "it acts only inside training, where this estimator does not look; use Unrolled or Implicit"
-"""Remedy for a leaf without a direct influence on the outer loss."""
-
-
-def pull(
-    pullback: Callable[[jax.Array], tuple[PyTree, PyTree]],
-    value: jax.Array,
-    moving: PyTree,
-    *,
-    estimator: str,
-    remedy: str | None,
-    training: Callable[[PyTree], PyTree] | None = None,
-    lost: Lost | None = None,
-    direct: Callable[[PyTree], PyTree] | None = None,
-) -> tuple[PyTree, PyTree]:
-    """`pullback(1)`, with a warning for every leaf of the gradient that the 1 does not reach.
-
-    Args:
-      pullback: cotangent of `value` -> `(grad, extra)`, `grad` a tree like `moving`.
-      value, moving: the function's value and argument.
-      estimator: its name, for the message.
-      remedy: what the estimator does not see, and what to use instead; None if it sees all there is, so that no
-        influence at all is an error.
-      training, lost: as for `value_and_grad`; traced only if a leaf is not reached.
-      direct: what is differentiated, as a function of `moving`; traced likewise, to find operations without a slope.
-
-    Warns, Raises:
-      As `value_and_grad`.
-    """
-    # The cotangent reaches exactly those leaves that have an influence; it is looked for in the trace of the pullback,
-    # which is then evaluated, so that nothing is traced twice.
-    closed, shape = jax.make_jaxpr(pullback, return_shape=True)(jnp.ones_like(value))
-    refuse_reverse_rules(closed.jaxpr)
-    count = len(jax.tree.leaves(moving))
-    reached = [row[0] for row in _rows(closed.jaxpr, count)]
-    inside, flat = [None if remedy is None else PASSES] * count, [None] * count
-    if not all(reached):
-        inside = inside if training is None else _replayed_marks(training, moving)
-        flat = flat if direct is None else _replayed_marks(direct, moving)
-    acts = [mark == PASSES for mark in inside]
-    report(reached, moving, estimator, remedy, acts, lost, [a or b for a, b in zip(inside, flat, strict=True)])
-    leaves = jex.jaxpr_as_fun(closed)(jnp.ones_like(value))
-    return jax.tree.unflatten(jax.tree.structure(shape), leaves)
-
-
-def traced(
-    function: Callable[[PyTree], jax.Array], moving: PyTree, *, estimator: str, lost: Lost | None = None
-) -> Callable[[PyTree], jax.Array]:
-    """`function`, a scalar function of trees like `moving`, traced once; for estimators that only evaluate it.
-
-    Warns, Raises:
-      As `value_and_grad`, for an estimator that sees all there is.
-    """
-    closed = jax.make_jaxpr(function)(moving)
-    reached = _rows(closed.jaxpr, 1)[0]
-    report(reached, moving, estimator, None, [False] * len(reached), lost)
-    return lambda tree: jex.jaxpr_as_fun(closed)(*jax.tree.leaves(tree))[0]
-
-
 def report(
     reached: list[bool],
     moving: PyTree,
     estimator: str,
     remedy: str | None,
     acts: list[bool],
-    lost: Lost | None = None,
+    lost: Callable[[], list[str | None]] | None = None,
     flat: Sequence[Mark] = (),
 ) -> None:
-    """Tells of leaves that are not `reached`: `remedy` for those that have an influence all the same (`acts`).
+    """Tells of outer leaves that a hypergradient does not reach, so that it is 0 there whatever their values are.
 
-    `flat`: for each leaf the operation without a slope that its influence ends in, as flat.py marks it.
+    Args:
+      reached: for each leaf of `moving`, whether it is reached.
+      estimator: its name, for the message.
+      remedy: what the estimator does not see, and what to use instead.
+      acts: for each leaf, whether it has an influence that the estimator does not see.
+      lost: for each leaf, where its influence is lost; asked only where one is.
+      flat: for each leaf the operation without a slope that its influence ends in, as flat.py marks it.
 
-    Warns, Raises:
-      As `value_and_grad`.
+    Warns:
+      StructuralZeroWarning: names the leaves.
+
+    Raises:
+      ValueError: if no leaf has an influence.
     """
     if all(reached):
         return
@@ -160,7 +75,7 @@ def report(
         )
 
 
-def _replayed_marks(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[Mark]:
+def replayed_marks(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[Mark]:
     """`marks`, without what the function warns of: it has been called before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -247,7 +162,7 @@ def refuse_reverse_rules(jaxpr: Any) -> None:
     JAX itself would notice when the program is compiled, far from its cause.
     """
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "custom_lin":
+        if operation(eqn) == "custom_lin":
             raise TypeError("Forward-mode differentiation was applied to a jax.custom_vjp function.")
         for inner in jaxprs(eqn.params):
             refuse_reverse_rules(inner)

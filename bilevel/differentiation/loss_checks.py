@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,49 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend import core as jex
 
 from bilevel.data import slots
 from bilevel.differentiation.custom_rules import custom_rule
 from bilevel.differentiation.gradients import INNER_GRADIENT
-from bilevel.differentiation.influence import refuse_reverse_rules
-from bilevel.differentiation.tracing import bind, is_literal, jaxprs, used
-from bilevel.hypergradients.arguments import check_estimate, refuse_complex_variables
-from bilevel.loss_checks import warn_if_misplaced
+from bilevel.differentiation.influence import StructuralZeroWarning, refuse_reverse_rules
+from bilevel.differentiation.tracing import bind, constants, evaluate_closed, is_literal, jaxprs, operation, used
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, at_step, is_inexact, leaf_names, named
 
 _FAILURES = (TypeError, ValueError, NotImplementedError)
 """What JAX raises where it cannot differentiate; a loss may raise them for reasons of its own."""
-
-
-def guarded(estimate: Callable[..., Any]) -> Callable[..., Any]:
-    """The method `estimate` of an estimator, with both losses looked at.
-
-    Where second derivatives of the inner loss need not commute, an estimator's `meet_custom_rule(name)` is told the
-    name of the function at fault, to warn or refuse.
-
-    Raises:
-      ValueError: if a loss holds an outer leaf as a constant and does not read it from its argument; or, where the
-        estimate failed, if the reason is an operation of a loss that cannot be differentiated: names it.
-    """
-
-    @functools.wraps(estimate)
-    def method(self, problem, inner_state, outer, inner_batches, outer_batch, key):
-        check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
-        params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
-        refuse_complex_variables(self, problem.split(params)[0], outer)
-        losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
-        refuse_captured(losses, outer)
-        if not isinstance(key, Tracer):  # where it is traced, `run` has looked at them
-            warn_if_misplaced(losses)
-        for loss in losses:
-            if loss.name == "inner_loss" and hasattr(self, "meet_custom_rule") and (name := loss.custom_rule()):
-                self.meet_custom_rule(name)
-        with explained(losses, _ORDERS):
-            return estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
-
-    return method
 
 
 @contextlib.contextmanager
@@ -167,6 +136,30 @@ def _outer_loss(inner, outer, batch, problem, key, steps):
     return problem.outer_value(inner, at_step(outer, steps), batch, key)[0]
 
 
+def warn_if_misplaced(losses: list[TracedLoss], *, learned: bool = True) -> None:
+    """Looks at what the values of the losses are computed from.
+
+    Args:
+      losses: those that could be traced.
+      learned: whether the outer variable is learned, so that the outer loss matters.
+
+    Warns:
+      StructuralZeroWarning: for an inner or an outer loss that does not depend on inner.
+    """
+    why = {
+        "inner_loss": "training moves nothing by its gradient, which is exactly 0",
+        "outer_loss": "nothing that training does can change it",
+    }
+    for loss in losses:
+        if (learned or loss.name == "inner_loss") and loss.inner and not any(loss.value_reads()[: loss.inner]):
+            warnings.warn(
+                f"{loss.name} does not depend on inner: {why[loss.name]}; are its arguments (inner, outer, batch, key) "
+                "in this order?",
+                StructuralZeroWarning,
+                stacklevel=3,
+            )
+
+
 def refuse_captured(losses: list[TracedLoss], outer: PyTree) -> None:
     """Refuses losses that hold a leaf of `outer` as a constant instead of reading it from their argument.
 
@@ -181,23 +174,13 @@ def refuse_captured(losses: list[TracedLoss], outer: PyTree) -> None:
             continue
         unread = len(losses) == 2 and not any(row[i] for row in read)
         for loss, row in zip(losses, read, strict=True):
-            held = any(c is leaf or (unread and _is_copy(c, leaf)) for c in _constants(loss.closed))
+            held = any(c is leaf or (unread and _is_copy(c, leaf)) for c in constants(loss.closed))
             if held and not row[i]:
                 raise ValueError(
                     f"{loss.name} holds {named('outer', name)} as a constant captured from outside, which its "
                     "hypergradient would miss: use the `outer` argument (or capture a copy of the leaf, if a "
                     "constant is meant)."
                 )
-
-
-def _constants(closed: Any) -> Iterator[Any]:
-    """All constants of a jaxpr, those of functions compiled inside it too."""
-    yield from closed.consts
-    for eqn in closed.jaxpr.eqns:
-        for value in eqn.params.values():
-            for inside in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inside, jex.ClosedJaxpr):
-                    yield from _constants(inside)
 
 
 def _is_copy(constant: Any, leaf: Any) -> bool:
@@ -219,10 +202,11 @@ _DERIVATIVES: dict[str, Callable[..., Any]] = {
 TRAINING = {"inner_loss": ("",)}
 """What training alone takes."""
 
-_ORDERS: dict[str, tuple[str, ...]] = {
+ORDERS: dict[str, tuple[str, ...]] = {
     "inner_loss": ("", " twice, forward over reverse", FORWARD),
     "outer_loss": ("", FORWARD),
 }
+"""What the estimators take."""
 
 _REMEDIES = {
     "while": "jax.lax.while_loop, and fori_loop with bounds not known beforehand, have no reverse derivative: use "
@@ -244,7 +228,7 @@ _REMEDY = (
 def _undifferentiable(losses: list[TracedLoss], orders: Mapping[str, tuple[str, ...]], said: str) -> str | None:
     """Which operation of which loss cannot be differentiated, and what to do; None if all can. `said`: by JAX."""
     for loss in losses:
-        whole, variables = jex.jaxpr_as_fun(loss.closed), range(loss.inner + loss.outer)
+        whole, variables = functools.partial(evaluate_closed, loss.closed), range(loss.inner + loss.outer)
         for words in orders.get(loss.name, ()):
             if words == FORWARD and not ("custom_vjp" in said and "forward-mode" in said.lower()):
                 continue
@@ -266,7 +250,7 @@ _MIXED = (
 
 def _trains(jaxpr: Any) -> bool:
     """Whether an estimator trains inside `jaxpr`."""
-    named = (eqn.params["name"] == INNER_GRADIENT for eqn in jaxpr.eqns if eqn.primitive.name == "name")
+    named = (eqn.params["name"] == INNER_GRADIENT for eqn in jaxpr.eqns if operation(eqn) == "name")
     return any(named) or any(_trains(inner) for eqn in jaxpr.eqns for inner in jaxprs(eqn.params))
 
 
@@ -285,7 +269,7 @@ def _culprit(jaxpr: Any, variables: range, words: str) -> str | None:
 
         if _fails(alone, [v.aval for v in inputs], range(len(inputs)), words):
             inside = (_culprit(inner, range(len(inner.invars)), words) for inner in jaxprs(eqn.params))
-            return next((name for name in inside if name), eqn.primitive.name)
+            return next((name for name in inside if name), operation(eqn))
     return None
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.differentiation.custom_rules import has_true_rule
-from bilevel.differentiation.tracing import bind, is_literal, scan_counts, while_counts
+from bilevel.differentiation.tracing import bind, is_literal, operation, scan_counts, while_counts
 
 
 def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: Any) -> list[Any]:
     roots: set[Any] = set()  # products of the root of a scalar
     for eqn in jaxpr.eqns:
         inputs = [read(atom) for atom in eqn.invars]
-        name = eqn.primitive.name
+        name = operation(eqn)
         from_root = [not is_literal(atom) and atom in roots for atom in eqn.invars]
         if name in ("mul", "div") and any(from_root[:1] if name == "div" else from_root):
             outputs = _product(eqn, from_root, *inputs)
@@ -130,7 +130,7 @@ def _product(eqn, from_root, *inputs):
     ]
     frozen = [jax.lax.stop_gradient(x) for x in inputs]
     good = finite[0] if len(finite) == 1 else finite[0] & finite[1]
-    rule = _RULES.get(eqn.primitive.name)
+    rule = _RULES.get(operation(eqn))
     value = (rule(eqn, *safe) if rule else bind(eqn, *safe))[0]
     return [jnp.where(good, value, bind(eqn, *frozen)[0])]
 
@@ -179,9 +179,7 @@ _RULES: dict[str, Callable[..., list[Any]]] = {
     "custom_jvp_call": _ruled,
     "custom_vjp_call": _ruled,
     "checkpoint": _remat,
-    "remat2": _remat,
     "jit": _call,
-    "pjit": _call,
     "cond": _cond,
     "scan": _scan,
     "while": _while,

@@ -21,6 +21,29 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
 
+_OTHER_NAMES = {"pjit": "jit", "remat2": "checkpoint", "copy_p": "copy"}
+
+
+def operation(eqn: Any) -> str:
+    """The name of an operation, the same for every release of JAX."""
+    return _OTHER_NAMES.get(eqn.primitive.name, eqn.primitive.name)
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Whether `value` is a jaxpr, with or without the values of its constants."""
+    return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
+
+
+def constants(closed: Any) -> Iterator[Any]:
+    """All constants of a closed jaxpr, those of functions compiled inside it too."""
+    yield from closed.consts
+    for eqn in closed.jaxpr.eqns:
+        for value in eqn.params.values():
+            for inside in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inside, jex.ClosedJaxpr):
+                    yield from constants(inside)
+
+
 def read(jaxpr: Any) -> set[Any]:
     """The variables of `jaxpr` that an operation or an output of it reads; other outputs of operations are dropped."""
     atoms = [*jaxpr.outvars, *(atom for eqn in jaxpr.eqns for atom in eqn.invars)]
@@ -92,9 +115,24 @@ def evaluate(jaxpr: Any, *inputs: Any) -> list[Any]:
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*inputs)
 
 
+def evaluate_closed(closed: Any, *inputs: Any) -> list[Any]:
+    """The outputs of a jaxpr that holds the values of its constants."""
+    return jex.jaxpr_as_fun(closed)(*inputs)
+
+
 def used(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:
     """Which inputs of `jaxpr` the `outputs` that are wanted are computed from."""
     return partial_eval.dce_jaxpr(jaxpr, outputs)[1]
+
+
+def reading(jaxpr: Any, outputs: Sequence[int]) -> list[list[bool]]:
+    """For each of the `outputs` of `jaxpr`, by number, which inputs it is computed from."""
+    kept, inputs = partial_eval.dce_jaxpr(jaxpr, [i in outputs for i in range(len(jaxpr.outvars))])
+    rows = []
+    for i in range(len(outputs)):
+        row = iter(used(kept, [j == i for j in range(len(outputs))]))
+        rows.append([is_used and next(row) for is_used in inputs])
+    return rows
 
 
 def without_unused(jaxpr: Any) -> Any:

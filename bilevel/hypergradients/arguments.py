@@ -20,7 +20,6 @@ from bilevel.settings import (
     Unfit,
     boolean,
     check_arguments,
-    checked,
     function,
     having,
     instance,
@@ -151,19 +150,3 @@ def check_data(what: str, data: Any, *, iterators: bool = True) -> None:
             "iterator or None."
         )
     as_data(what, data)
-
-
-def check_point(what: str, *, problem: Any, outer: Any, key: Any, inner_data: Any, outer_data: Any) -> None:
-    """Checks what `compare` and `variance` are given beside estimators.
-
-    Raises:
-      ValueError: names the argument.
-    """
-    checked(what, "problem", problem, is_problem)
-    checked(what, "key", key, optional(random_key))
-    if outer is not None:
-        check_call(what, outer=outer)
-        check_outer(f"{what} was given", outer)
-        check_start(what, problem, outer)
-    check_data("inner_data", inner_data, iterators=False)
-    check_data("outer_data", outer_data, iterators=False)

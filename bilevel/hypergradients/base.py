@@ -1,20 +1,36 @@
-"""The contract of a hypergradient, and what the estimators that train by an optimizer have in common."""
+"""The contract of a hypergradient, and the template that fulfils it.
+
+A new estimator is a frozen dataclass under `Estimator` (or `Trained`, where the inner problem is trained by an
+optimizer) with one method, `differentiate`. Everything else that `Hypergradient` asks for is done here, once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 
 from bilevel.data import slots
 from bilevel.differentiation import optimizers
+from bilevel.differentiation.flat import PASSES
 from bilevel.differentiation.gradients import Point, reverse_gradient
-from bilevel.differentiation.influence import Lost, arrives
+from bilevel.differentiation.influence import arrives, refuse_reverse_rules, replayed_marks, report
+from bilevel.differentiation.loss_checks import (
+    ORDERS,
+    explained,
+    refuse_captured,
+    traced_losses,
+    warn_if_misplaced,
+)
 from bilevel.differentiation.optimizers import Optimizer
-from bilevel.hypergradients.arguments import check_call
+from bilevel.differentiation.tracing import detached, evaluate, reading
+from bilevel.hypergradients.arguments import check_call, check_estimate, refuse_complex_variables
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, having, integer, register, setting
@@ -52,7 +68,24 @@ class Estimate(NamedTuple):
 
 
 class Hypergradient(Protocol):
-    """A way to estimate d outer_loss / d outer. Every estimator in `bilevel` has these three methods."""
+    """A way to estimate d outer_loss / d outer. Every estimator in `bilevel` has these three methods and `steps`.
+
+    What whoever calls them relies on, and the tests try on every estimator:
+
+    - All three are pure functions of their arguments that can be jitted; the estimator itself is a pytree.
+    - `inner_batches` leads with an axis of length `steps`, or is `Indexed(data, index)`, a `FullBatch`, or None.
+    - With `inner_state=None`, `estimate` starts the inner problem itself, so that `init_inner`'s dependence on `outer`
+      is a part of what is differentiated. An `inner_state` that is given is a constant.
+    - Optimizer state that depends on `outer` is made anew at the `outer` given, or the state is refused.
+    - Keys are those of `schedule(key, steps)`. No key is consumed twice; recomputations clone them.
+    - `grad` has an entry for every inexact leaf of `outer` and None for others, which are constants.
+    - A leaf whose hypergradient is 0 by construction is warned of (`StructuralZeroWarning`); if all are, ValueError.
+    - A loss that captured `outer`, or that cannot be differentiated as needed, is refused in a sentence.
+    - Where the inner loss has a derivative of its own (`jax.custom_vjp`), the estimate is right or refused.
+    - `aux.info` has `inner_loss[steps]`, and whatever tells how exact the estimate is.
+
+    `Estimator` does most of this for one that is derived from it.
+    """
 
     @property
     def steps(self) -> int:
@@ -118,6 +151,184 @@ is_hypergradient = having("a hypergradient, such as bilevel.Unrolled(...)", "ste
 """The rule of a setting that is a `Hypergradient`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One question to an estimator: the hypergradient of this problem, at this `outer`, with these batches and keys.
+
+    Attributes:
+      moving, fixed: `outer` cut into its inexact leaves, which have a hypergradient, and the others.
+      weight: what every derivative of the outer loss is multiplied by: 1, as an argument of the trace, so that one
+        sees in the trace which leaves of the hypergradient the outer loss reaches.
+    """
+
+    problem: Problem
+    steps: int
+    inner_state: InnerState | None
+    outer: PyTree
+    inner_batches: PyTree
+    outer_batch: PyTree
+    keys: Keys
+    weight: jax.Array | None = None
+
+    @functools.cached_property
+    def moving(self) -> PyTree:
+        return partition(self.outer)[0]
+
+    @functools.cached_property
+    def fixed(self) -> PyTree:
+        return partition(self.outer)[1]
+
+    def at(self, moving: PyTree) -> PyTree:
+        """`outer` with other numbers in its inexact leaves."""
+        return combine(moving, self.fixed)
+
+    def outer_loss(self, params: PyTree, outer: PyTree) -> tuple[jax.Array, PyTree]:
+        """`(value, aux)` of the outer loss after training, with its batch and key."""
+        value, aux = outer_value(self.problem, self.steps, params, outer, self.outer_batch, self.keys)
+        return value if self.weight is None else _weighted(self.weight, value), aux
+
+
+@jax.custom_jvp
+def _weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, whose derivative is multiplied by `weight`."""
+    del weight
+    return value
+
+
+@_weighted.defjvp
+def _weighted_jvp(primals, tangents):
+    weight, value = primals
+    return _weighted(weight, value), weight.astype(value.dtype) * tangents[1]
+
+
+class Answer(NamedTuple):
+    """What `Estimator.differentiate` returns.
+
+    Attributes:
+      value: the outer loss at the trained point.
+      grad: its hypergradient, a tree like `Query.moving`.
+      state: the inner problem after training.
+      trace: the inner losses of training, and what they returned beside their values.
+      aux: what the outer loss returned beside its value.
+      info: the estimator's own numbers.
+    """
+
+    value: jax.Array
+    grad: PyTree
+    state: InnerState
+    trace: Trace
+    aux: PyTree
+    info: dict[str, Any] = {}  # noqa: RUF012  (read only)
+
+
+class Estimator:
+    """The base of an estimator: all of a `Hypergradient` but `steps`, `init`, `solve` and `differentiate`."""
+
+    blind: ClassVar[str | None] = None
+    """How a leaf of `outer` may act that this estimator does not see, and what to use there; None if it sees all."""
+
+    takes_complex: ClassVar[bool] = False
+    """Whether inner and outer variables may be complex."""
+
+    takes_constants: ClassVar[bool] = False
+    """Whether `outer` may hold nothing that is differentiated, so that only training is done."""
+
+    steps: int
+    """K, inner steps an outer iteration."""
+
+    def differentiate(self, query: Query) -> Answer:
+        """Trains, and differentiates the outer loss.
+
+        It calls `query.outer_loss` for the outer loss; whatever of `grad` that loss's derivative does not reach is
+        taken for 0 by construction, and is warned of.
+        """
+        raise NotImplementedError
+
+    def estimate(
+        self,
+        problem: Problem,
+        inner_state: InnerState | None,
+        outer: PyTree,
+        inner_batches: PyTree,
+        outer_batch: PyTree,
+        key: jax.Array,
+    ) -> Estimate:
+        """See `Hypergradient`.
+
+        Warns:
+          StructuralZeroWarning: names leaves of `outer` whose hypergradient is 0 whatever their value.
+
+        Raises:
+          ValueError: if every leaf's is; if a loss captured a leaf of `outer` from outside; if a loss holds an
+            operation that cannot be differentiated as it is needed: names it.
+        """
+        check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
+        params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
+        refuse_complex_variables(self, problem.split(params)[0], outer)
+        losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
+        refuse_captured(losses, outer)
+        if not isinstance(key, Tracer):  # where it is traced, `run` has looked at them
+            warn_if_misplaced(losses)
+        heeds = type(self).meet_custom_rule is not Estimator.meet_custom_rule
+        for loss in losses:
+            if heeds and loss.name == "inner_loss" and (name := loss.custom_rule()):
+                self.meet_custom_rule(name)
+        keys = schedule(key, self.steps)
+        query = Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys)
+        with explained(losses, ORDERS):
+            answer = self._answer(query)
+        info = {"inner_loss": answer.trace.value} | answer.info
+        return Estimate(answer.value, answer.grad, answer.state, Aux(answer.trace.aux, answer.aux, info))
+
+    def _answer(self, query: Query) -> Answer:
+        """`differentiate`, with a warning for every leaf of the hypergradient that the outer loss does not reach."""
+        weight, count = jnp.ones(()), len(jax.tree.leaves(query.moving))
+        # What is looked at is then evaluated, so that nothing is traced twice.
+        closed, shape = jax.make_jaxpr(
+            lambda weight: self.differentiate(dataclasses.replace(query, weight=weight)), return_shape=True
+        )(weight)
+        refuse_reverse_rules(closed.jaxpr)
+        reached = self.reached(query)
+        if reached is None:
+            grads = range(1, 1 + count)  # after the value
+            reached = [reads[0] for reads in reading(closed.jaxpr, grads)]
+        leaves = evaluate(detached(closed), *closed.consts, weight)
+        answer = jax.tree.unflatten(jax.tree.structure(shape), leaves)
+        if not all(reached):
+            self._report(query, answer, reached)
+        return answer
+
+    def _report(self, query: Query, answer: Answer, reached: list[bool]) -> None:
+        """Says why the hypergradient of some leaves is 0: what it does not see, or where an influence ends."""
+        params = answer.state.params
+        trained = lambda moving: self.trained(query, moving)  # noqa: E731
+        direct = lambda moving: query.outer_loss(params, query.at(moving))[0]  # noqa: E731
+        if self.blind is None:
+            acts = [False] * len(reached)
+            flat = replayed_marks(lambda moving: (trained(moving), direct(moving)), query.moving)
+        else:
+            inside = replayed_marks(trained, query.moving)
+            acts = [mark == PASSES for mark in inside]
+            flat = [a or b for a, b in zip(inside, replayed_marks(direct, query.moving), strict=True)]
+        report(reached, query.moving, type(self).__name__, self.blind, acts, lambda: self.lost(query), flat)
+
+    def reached(self, query: Query) -> list[bool] | None:
+        """For each leaf of `query.moving`, whether it has an influence that the estimator sees; None: by the trace."""
+        return None
+
+    def trained(self, query: Query, moving: PyTree) -> PyTree:
+        """What training gives, as a function of the inexact leaves of `outer`: only looked at, never evaluated."""
+        raise NotImplementedError
+
+    def lost(self, query: Query) -> list[str | None]:
+        """For each leaf of `query.moving`, where its influence is lost, if it has one that no derivative shows."""
+        return [None] * len(jax.tree.leaves(query.moving))
+
+    def meet_custom_rule(self, name: str) -> None:
+        """Told where the inner loss has a derivative of its own, by a function of this name, so that its second
+        derivatives need not commute: to warn or to refuse."""
+
+
 _WARM = (
     "it acts through init_inner, and a warm start is a constant: start training anew at each outer step, with "
     "Nested(..., inner_start='cold') or inner_state=None"
@@ -128,10 +339,13 @@ _BETWEEN = (
     "gradient (lion and other sign methods): use another optimizer"
 )
 
+INSIDE_TRAINING = "it acts only inside training, where this estimator does not look; use Unrolled or Implicit"
+"""`blind` of an estimator that sees the direct influence on the outer loss alone."""
+
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class Trained(Estimator):
     """An inner problem trained by `steps` steps of `optimizer`; the base of the estimators that do so."""
 
     optimizer: Optimizer = dataclasses.field(metadata=setting(optimizers.is_optimizer))
@@ -152,77 +366,70 @@ class Trained:
 
         With `inner_state=None` it starts from `init_inner`. A third level is built on this method.
         """
+        return self.trajectory(self.asked(problem, inner_state, outer, inner_batches, key))[0]
+
+    def asked(self, problem: Problem, inner_state: Any, outer: PyTree, inner_batches: PyTree, key: jax.Array) -> Query:
+        """The arguments of `solve`, checked, as a `Query` without an outer batch."""
         method = f"{type(self).__name__}.solve"
         check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
-        return self.trajectory(problem, inner_state, outer, inner_batches, schedule(key, self.steps))[0]
+        return Query(problem, self.steps, inner_state, outer, inner_batches, None, schedule(key, self.steps))
 
-    def trajectory(
-        self, problem, inner_state, outer, inner_batches, keys: Keys, **options
-    ) -> tuple[InnerState, Trace]:
-        """`solve`, with what the steps reported. `options` go to `bilevel.hypergradients.training.train`."""
-        state = self.resume(problem, inner_state, outer, keys)
-        return train(problem, self.optimizer, state, outer, inner_batches, keys.inner, **options)
+    def trajectory(self, query: Query, **options: Any) -> tuple[InnerState, Trace]:
+        """Training as `query` says, and what its steps reported. `options` go to `training.train`."""
+        problem, outer, batches = query.problem, query.outer, query.inner_batches
+        return train(problem, self.optimizer, self.resume(query), outer, batches, query.keys.inner, **options)
 
-    def training(self, problem: Problem, inner_state, outer, inner_batches, keys: Keys) -> Callable[[PyTree], PyTree]:
-        """The trained variable as a function of the inexact leaves of `outer`, for guards to see what it depends on."""
-        _, fixed = partition(outer)
+    def resume(self, query: Query) -> InnerState:
+        """The inner state ready for a step at `query.outer`; a start of its own where there is none."""
+        problem, state, outer = query.problem, query.inner_state, query.outer
+        if state is None:
+            return self.init(problem, outer, query.keys.start)
+        moving, _ = problem.split(state.params)
+        optimizers.check_state(self.optimizer, outer, moving, state.opt_state)
+        opt_state = optimizers.refresh(self.optimizer, outer, moving, state.opt_state)
+        return state._replace(opt_state=opt_state)
 
-        def trained(moving):
-            # A gradient with a rule of its own would hide from the trace what it reads.
-            arguments = problem, inner_state, combine(moving, fixed), inner_batches, keys
-            return self.trajectory(*arguments, gradient=reverse_gradient)[0].params
+    def trained(self, query: Query, moving: PyTree) -> PyTree:
+        # A gradient with a rule of its own would hide from the trace what it reads.
+        moved = dataclasses.replace(query, outer=query.at(moving))
+        return self.trajectory(moved, gradient=reverse_gradient)[0].params
 
-        return trained
-
-    def lost(self, problem: Problem, inner_state, outer, inner_batches, keys: Keys) -> Lost:
-        """Where the influence of a leaf of `outer` may be lost; see `bilevel.differentiation.influence.Lost`."""
-        moving, fixed = partition(outer)
+    def lost(self, query: Query) -> list[str | None]:
+        problem, keys = query.problem, query.keys
 
         def start(moving):
-            return problem.split(problem.start_inner(keys.start, combine(moving, fixed)))[0]
+            return problem.split(problem.start_inner(keys.start, query.at(moving)))[0]
 
         def gradient(moving):
-            state = jax.lax.stop_gradient(self.resume(problem, inner_state, outer, keys))
-            trained, rest = problem.split(state.params)
-            xs, bind = slots(inner_batches, self.steps)
+            state = jax.lax.stop_gradient(self.resume(query))
+            params, rest = problem.split(state.params)
+            xs, bind = slots(query.inner_batches, self.steps)
             batch = bind(jax.tree.map(lambda x: x[0], xs))
-            point = Point(trained, moving, rest, at_step(fixed, 0), problem, batch, keys.inner[0])
-            return reverse_gradient(point).grad
+            fixed = at_step(query.fixed, 0)
+            return reverse_gradient(Point(params, moving, rest, fixed, problem, batch, keys.inner[0])).grad
 
-        def reasons():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                by_start = arrives(start, moving) if inner_state is not None else [False] * len(leaves)
-                by_gradient = arrives(gradient, moving)
-            return [
-                _WARM if starts else (self._between() if inside else None)
-                for starts, inside in zip(by_start, by_gradient, strict=True)
-            ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warm = query.inner_state is not None
+            by_start = arrives(start, query.moving) if warm else [False] * len(jax.tree.leaves(query.moving))
+            by_gradient = arrives(gradient, query.moving)
+        return [
+            _WARM if starts else (self.between() if inside else None)
+            for starts, inside in zip(by_start, by_gradient, strict=True)
+        ]
 
-        leaves = jax.tree.leaves(moving)
-        return reasons
-
-    def _between(self) -> str:
+    def between(self) -> str:
         """What is between the inner gradient, which a leaf enters, and the hypergradient, which it does not reach."""
         return _BETWEEN
 
-    def resume(self, problem: Problem, inner_state: InnerState | None, outer: PyTree, keys: Keys) -> InnerState:
-        """`inner_state` ready for a step at this `outer`; a start of its own where it is None."""
-        if inner_state is None:
-            return self.init(problem, outer, keys.start)
-        moving, _ = problem.split(inner_state.params)
-        optimizers.check_state(self.optimizer, outer, moving, inner_state.opt_state)
-        opt_state = optimizers.refresh(self.optimizer, outer, moving, inner_state.opt_state)
-        return inner_state._replace(opt_state=opt_state)
-
-    def outer_loss(self, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, keys: Keys):
-        """`outer_value` after this estimator's `steps`."""
-        return outer_value(problem, self.steps, params, outer, batch, keys)
-
 
 def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Callable[..., tuple[jax.Array, PyTree]]:
-    """`f(outer, inner_state, inner_batches, outer_batch, key) -> (value, grad)`, for any other outer method."""
+    """The hypergradient as a plain function of `outer`, for any other method of optimization.
 
+    Returns:
+      `f(outer, inner_state, inner_batches, outer_batch, key) -> (value, grad)`: the arguments of `estimate`, that by
+      which is differentiated first.
+    """
     checked("value_and_hypergrad", "problem", problem, is_problem)
     checked("value_and_hypergrad", "hypergradient", hypergradient, is_hypergradient)
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.differentiation.gradients import reverse_gradient
-from bilevel.differentiation.influence import traced
-from bilevel.differentiation.loss_checks import guarded
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+from bilevel.differentiation.influence import dependence
+from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.problem import Problem
 from bilevel.settings import Unfit, integer, real, register, setting
 from bilevel.trees import PyTree, combine, partition, replayed, widened
@@ -60,28 +59,28 @@ class EvolutionStrategies(Trained):
     population: int = dataclasses.field(default=32, kw_only=True, metadata=setting(even))
     sigma: float = dataclasses.field(default=0.01, kw_only=True, metadata=setting(real(above=0.0)))
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients. `info["variance"]`: see `weighted`."""
-        free, natural, pull = coordinates(problem, outer)
-        keys = schedule(key, self.steps)
-        again = replayed(keys)  # the same noise for every member
+    def _value(self, query: Query, free: PyTree, natural: Callable[..., PyTree]) -> jax.Array:
+        """The outer loss after training, at another free variable, with the same noise for every member."""
+        again = replayed(query.keys)
+        moved = dataclasses.replace(query, outer=natural(free), keys=again)
+        # A gradient with a rule of its own would hide from the trace what it reads.
+        state, _ = self.trajectory(moved, gradient=reverse_gradient)
+        return moved.outer_loss(state.params, moved.outer)[0]
 
-        def value(free):
-            outer = natural(free)
-            # A gradient with a rule of its own would hide from the trace what it reads.
-            state, _ = self.trajectory(problem, inner_state, outer, inner_batches, again, gradient=reverse_gradient)
-            return self.outer_loss(problem, state.params, outer, outer_batch, again)[0]
+    def reached(self, query: Query) -> list[bool]:
+        """What the values of the outer loss depend on: nothing is differentiated."""
+        free, natural, _ = coordinates(query.problem, query.outer)
+        return dependence(lambda free: self._value(query, free, natural), free)[0]
 
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
-        centre, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
-        lost = self.lost(problem, inner_state, outer, inner_batches, again)
-        evaluate = traced(value, free, estimator="EvolutionStrategies", lost=lost)
-        noise = perturbations(self, free, keys.own)
-        values = jax.vmap(evaluate)(mirrored(free, noise))
+    def differentiate(self, query: Query) -> Answer:
+        """Costs (`population` + 1) `steps` inner gradients. `info["variance"]`: see `weighted`."""
+        free, natural, pull = coordinates(query.problem, query.outer)
+        state, trace = self.trajectory(query)
+        centre, aux = query.outer_loss(state.params, query.outer)
+        noise = perturbations(self, free, query.keys.own)
+        values = jax.vmap(lambda free: self._value(query, free, natural))(mirrored(free, noise))
         grad, variance = weighted(values, jax.vmap(pull)(noise), self.sigma)
-        info = {"inner_loss": trace.value, "variance": variance}
-        return Estimate(centre, grad, state, Aux(trace.aux, aux, info))
+        return Answer(centre, grad, state, trace, aux, {"variance": variance})
 
 
 def coordinates(problem: Problem, outer: PyTree) -> tuple[PyTree, Callable[..., PyTree], Callable[..., PyTree]]:

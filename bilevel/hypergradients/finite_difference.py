@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.data import narrow, slots
 from bilevel.differentiation import optimizers
-from bilevel.differentiation.influence import dependence, pull
-from bilevel.differentiation.loss_checks import guarded
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+from bilevel.differentiation.influence import dependence
+from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import real, register, setting
-from bilevel.trees import at_step, cast_like, combine, global_norm, partition, replayed, widened
+from bilevel.trees import at_step, cast_like, combine, global_norm, replayed, widened
 
 
 @register
@@ -32,16 +32,15 @@ class _Differences(Trained):
             "granted: use OneStep or Unrolled."
         )
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
-        keys = schedule(key, self.steps)
-        at, state, trace = self._states(problem, inner_state, outer, inner_batches, keys)
-        training = self.training(problem, inner_state, outer, inner_batches, keys)
-        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
-        return _difference(self, problem, at, state, trace, outer, inner_batches, outer_batch, keys, training, lost)
+    blind: ClassVar[str | None] = (
+        "it does not act through the gradient of inner_loss, where alone this estimator looks; use OneStep or Unrolled"
+    )
 
-    def _states(self, problem, inner_state, outer, batches, keys) -> tuple[InnerState, InnerState, Trace]:
+    def differentiate(self, query: Query) -> Answer:
+        """Costs `steps` + 3 inner gradients (at most) and one outer gradient."""
+        return _difference(self, query, *self._states(query))
+
+    def _states(self, query: Query) -> tuple[InnerState, InnerState, Trace]:
         raise NotImplementedError
 
 
@@ -73,17 +72,18 @@ class FiniteDifference(_Differences):
       Liu et al. 2019 (DARTS), arXiv 1806.09055.
     """
 
-    def _states(self, problem, inner_state, outer, batches, keys) -> tuple[InnerState, InnerState, Trace]:
+    def _states(self, query: Query) -> tuple[InnerState, InnerState, Trace]:
+        problem, outer, batches, keys = query.problem, query.outer, query.inner_batches, query.keys.inner
         slots(batches, self.steps)  # refuses batches for another number of steps
-        before = self.resume(problem, inner_state, outer, keys)
+        before = self.resume(query)
         last = self.steps - 1
         traces = []
         if last:
             first = narrow(batches, 0, last)
-            before, trace = train(problem, self.optimizer, before, outer, first, keys.inner[:last])
+            before, trace = train(problem, self.optimizer, before, outer, first, keys[:last])
             traces.append(trace)
         final = narrow(batches, last, last + 1)
-        after, trace = train(problem, self.optimizer, before, outer, final, keys.inner[last:], first=last)
+        after, trace = train(problem, self.optimizer, before, outer, final, keys[last:], first=last)
         return before, after, jax.tree.map(lambda *xs: jnp.concatenate(xs), *traces, trace)
 
 
@@ -115,31 +115,31 @@ class SAMA(_Differences):
       Choe et al. 2023 (SAMA), arXiv 2310.05674.
     """
 
-    def _states(self, problem, inner_state, outer, batches, keys) -> tuple[InnerState, InnerState, Trace]:
-        state, trace = self.trajectory(problem, inner_state, outer, batches, keys)
+    def _states(self, query: Query) -> tuple[InnerState, InnerState, Trace]:
+        state, trace = self.trajectory(query)
         return state, state, trace
 
 
-def _difference(estimator, problem, at, state, trace, outer, batches, outer_batch, keys, training, lost) -> Estimate:
-    """The estimate with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
-    moving, fixed = partition(outer)
+def _difference(estimator: _Differences, query: Query, at: InnerState, state: InnerState, trace: Trace) -> Answer:
+    """The hypergradient with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
+    problem, moving = query.problem, query.moving
     params, inner_fixed = problem.split(at.params)
     trained, after_fixed = problem.split(state.params)
     step = estimator.steps - 1
-    xs, bind = slots(narrow(batches, step, step + 1), 1)
-    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(keys.inner)[step]
+    xs, bind = slots(narrow(query.inner_batches, step, step + 1), 1)
+    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(query.keys.inner)[step]
 
     def inner_loss(params, moving):
-        outer = combine(moving, at_step(fixed, step))
+        outer = combine(moving, at_step(query.fixed, step))
         # The last step's loss once more, at several points.
         return problem.inner_value(combine(params, inner_fixed), outer, batch, replayed(inner_key))[0]
 
     def outer_loss(params, moving):
-        return estimator.outer_loss(problem, combine(params, after_fixed), combine(moving, fixed), outer_batch, keys)
+        return query.outer_loss(combine(params, after_fixed), query.at(moving))
 
     value, pull_loss, aux = jax.vjp(outer_loss, trained, moving, has_aux=True)
     inner_value, gradient = jax.value_and_grad(inner_loss)(params, moving)
-    transform = optimizers.transformation(estimator.optimizer, outer)
+    transform = optimizers.transformation(estimator.optimizer, query.outer)
     updates = lambda grad: optimizers.update(transform, grad, at.opt_state, params, inner_value)[0]  # noqa: E731
     slope = jax.grad(inner_loss, argnums=1)
     # The difference depends on the direction through its length even where the slope does not.
@@ -147,24 +147,14 @@ def _difference(estimator, problem, at, state, trace, outer, batches, outer_batc
         jax.tree.structure(moving), [any(row) for row in dependence(lambda w: slope(w, moving), params)]
     )
 
-    def pullback(cotangent):
-        toward_w, direct = pull_loss(cotangent)
-        image, pull_updates = jax.vjp(updates, gradient)
-        (direction,) = pull_updates(cast_like(toward_w, image))
-        norm = global_norm(widened(direction))
-        h = estimator.radius / jnp.where(norm > 0, norm, jnp.ones_like(norm))
-        shifted = lambda h: jax.tree.map(lambda w, u: w + h.astype(w.dtype) * u.astype(w.dtype), params, direction)  # noqa: E731
-        ahead, behind = slope(shifted(h), moving), slope(shifted(-h), moving)
-        cross = jax.tree.map(
-            lambda a, b, sees: (a - b) / (2 * h).astype(a.dtype) if sees else jnp.zeros_like(a), ahead, behind, sees
-        )
-        return jax.tree.map(jnp.add, direct, cross), None
-
-    name = type(estimator).__name__
-    direct = lambda moving: outer_loss(trained, moving)[0]  # noqa: E731
-    told = {"estimator": name, "remedy": _BLIND, "training": training, "lost": lost, "direct": direct}
-    grad, _ = pull(pullback, value, moving, **told)
-    return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
-
-
-_BLIND = "it does not act through the gradient of inner_loss, where alone this estimator looks; use OneStep or Unrolled"
+    toward_w, direct = pull_loss(jnp.ones_like(value))
+    image, pull_updates = jax.vjp(updates, gradient)
+    (direction,) = pull_updates(cast_like(toward_w, image))
+    norm = global_norm(widened(direction))
+    h = estimator.radius / jnp.where(norm > 0, norm, jnp.ones_like(norm))
+    shifted = lambda h: jax.tree.map(lambda w, u: w + h.astype(w.dtype) * u.astype(w.dtype), params, direction)  # noqa: E731
+    ahead, behind = slope(shifted(h), moving), slope(shifted(-h), moving)
+    cross = jax.tree.map(
+        lambda a, b, sees: (a - b) / (2 * h).astype(a.dtype) if sees else jnp.zeros_like(a), ahead, behind, sees
+    )
+    return Answer(value, jax.tree.map(jnp.add, direct, cross), state, trace, aux)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from bilevel.differentiation.influence import value_and_grad
-from bilevel.differentiation.loss_checks import guarded
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+import jax
+
+from bilevel.hypergradients.base import INSIDE_TRAINING, Answer, Query, Trained
 from bilevel.settings import register
-from bilevel.trees import combine, partition
 
 
 @register
@@ -34,17 +33,11 @@ class FirstOrder(Trained):
 
     takes_complex: ClassVar[bool] = True
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients and one outer gradient."""
-        moving, fixed = partition(outer)
-        keys = schedule(key, self.steps)
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
+    blind: ClassVar[str | None] = INSIDE_TRAINING
 
-        def objective(moving):
-            return self.outer_loss(problem, state.params, combine(moving, fixed), outer_batch, keys)
-
-        training = self.training(problem, inner_state, outer, inner_batches, keys)
-        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
-        (value, aux), grad = value_and_grad(objective, moving, estimator="FirstOrder", training=training, lost=lost)
-        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value}))
+    def differentiate(self, query: Query) -> Answer:
+        """Costs `steps` inner gradients and one outer gradient."""
+        state, trace = self.trajectory(query)
+        objective = lambda moving: query.outer_loss(state.params, query.at(moving))  # noqa: E731
+        (value, aux), grad = jax.value_and_grad(objective, has_aux=True)(query.moving)
+        return Answer(value, grad, state, trace, aux)

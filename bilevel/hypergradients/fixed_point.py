@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
-
-from bilevel.hypergradients.base import schedule
-from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, with_adjoint
+from bilevel.hypergradients.implicit_function import AtSolution, Backward, with_adjoint
 from bilevel.hypergradients.optimality import fixed_point_of, mean_loss, require_constant_held, unknowns
 from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
@@ -65,15 +62,15 @@ class FixedPoint(AtSolution):
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a fixed point; as `Implicit.solve`."""
-        keys = schedule(key, self.steps)
-        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), keys)
-        backward, condition, z = self._system(problem, inner_state, state, outer, inner_batches, keys)
-        return condition.state(attach(backward, condition, z), state)
+        query = self.asked(problem, inner_state, outer, inner_batches, key)
+        state, condition, z = self._solution(query)
+        return condition.state(z, state)
 
-    def _system(self, problem, inner_state, state, outer, batches, keys):
-        loss = mean_loss(problem, state.params, outer, batches, keys.inner)
+    def system(self, query, state):
+        problem, outer, keys = query.problem, query.outer, query.keys
+        loss = mean_loss(problem, state.params, outer, query.inner_batches, keys.inner)
         backward = Backward(self.linear_solver, self.damping, keys.own)
         condition, z = fixed_point_of("FixedPoint", self.optimizer, loss, state)
-        if inner_state is None:
+        if query.inner_state is None:
             require_constant_held("FixedPoint", problem, condition.division, outer, keys.start)
         return backward, condition, z

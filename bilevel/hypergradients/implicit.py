@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
-
-from bilevel.hypergradients.base import schedule
-from bilevel.hypergradients.implicit_function import AtSolution, Backward, attach, refuse_symmetric, with_adjoint
+from bilevel.hypergradients.implicit_function import AtSolution, Backward, refuse_symmetric, with_adjoint
 from bilevel.hypergradients.optimality import (
     mean_loss,
     require_constant_held,
@@ -74,18 +71,17 @@ class Implicit(AtSolution):
 
         It depends on `outer` and on arrays inside `problem` and `inner_batches`, not on `inner_state`.
         """
-        keys = schedule(key, self.steps)
-        state, _ = self.trajectory(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), keys)
-        backward, condition, z = self._system(problem, inner_state, state, outer, inner_batches, keys)
-        return state._replace(params=condition.params(attach(backward, condition, z)))
+        state, condition, z = self._solution(self.asked(problem, inner_state, outer, inner_batches, key))
+        return state._replace(params=condition.params(z))
 
-    def _system(self, problem, inner_state, state, outer, batches, keys):
+    def system(self, query, state):
+        problem, outer, keys = query.problem, query.outer, query.keys
         trained, _ = problem.split(state.params)
         require_stationary_limit("Implicit", self.optimizer, trained, outer)
-        loss = mean_loss(problem, state.params, outer, batches, keys.inner)
+        loss = mean_loss(problem, state.params, outer, query.inner_batches, keys.inner)
         refuse_symmetric("Implicit", self.linear_solver, loss)
         division, _ = trained_part("Implicit", problem, self.optimizer, outer, state)
-        if inner_state is None:
+        if query.inner_state is None:
             require_constant_held("Implicit", problem, division, outer, keys.start)
         backward = Backward(self.linear_solver, self.damping, keys.own)
         return backward, *stationary(loss, division, trained)

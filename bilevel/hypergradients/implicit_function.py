@@ -4,7 +4,7 @@ r"""The implicit function theorem: the derivative of a z that is defined by :mat
           \frac{dF}{d\lambda} = \partial_\lambda F - (\partial_\lambda R)^\top q, \quad
           (\partial_z R + \delta I)^\top q = \partial_z F .
 
-`attach` gives z this derivative, in both modes and to any order. `estimate` computes the second formula directly: its
+`attach` gives z this derivative, in both modes and to any order. `answer` computes the second formula directly: its
 Hessian-vector products are forward over reverse, and it reports what the solve cost and left over.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -20,16 +19,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
-from bilevel.differentiation.influence import Lost, pull
-from bilevel.differentiation.loss_checks import guarded
 from bilevel.differentiation.tracing import detached, evaluate
 from bilevel.hypergradients.arguments import refuse_complex
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.optimality import FixedPointOf, MeanLoss, Stationary
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.settings import boolean, child, real, register, setting
-from bilevel.trees import PyTree, cast_like, combine, global_norm, partition, widened
+from bilevel.trees import PyTree, cast_like, global_norm, widened
 
 Condition = Stationary | FixedPointOf
 
@@ -133,77 +130,62 @@ def with_adjoint(state: InnerState, z: PyTree, warm_start: bool) -> InnerState:
     return state._replace(extra=jax.tree.map(jnp.zeros_like, widened(z)) if warm_start else None)
 
 
-_BLIND = "the derivative of a solution does not depend on how it was found (start, learning rate); use Unrolled"
+BLIND = "the derivative of a solution does not depend on how it was found (start, learning rate); use Unrolled"
+"""`Estimator.blind` of the estimators that stand on the theorem."""
 
 
-def estimate(
-    estimator: str,
+def answer(
+    query: Query,
     backward: Backward,
     condition: Condition,
     z: PyTree,
-    outer_loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
     state: InnerState,
     trace: Trace,
     warm_start: bool,
-    training: Callable[[PyTree], PyTree],
-    lost: Lost | None = None,
-) -> Estimate:
+) -> Answer:
     """The hypergradient at z.
 
     Args:
-      estimator: its name, for messages.
+      query: what was asked.
       backward, condition, z: as for `attach`.
-      outer_loss: `(params, outer) -> (value, aux)`.
       state, trace: the inner problem at z, and how it came there.
       warm_start: whether the solve starts from the adjoint in `state.extra` (where that is a tree like z: the state may
         come from another estimator), and leaves its own there.
-      training, lost: how z came to be, as for `bilevel.differentiation.influence.value_and_grad`.
 
     `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
     loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products
     with one batch's Hessian, all included.
     """
-    moving, fixed = partition(condition.loss.outer)
+    moving = query.moving
 
     def residual(z, moving):
-        loss = dataclasses.replace(condition.loss, outer=combine(moving, fixed))
+        loss = dataclasses.replace(condition.loss, outer=query.at(moving))
         return dataclasses.replace(condition, loss=loss).residual(z, mixed_gradient)
 
-    evaluate = lambda z, moving: outer_loss(condition.params(z), combine(moving, fixed))  # noqa: E731
+    evaluate = lambda z, moving: query.outer_loss(condition.params(z), query.at(moving))  # noqa: E731
     value, pull_loss, aux = jax.vjp(evaluate, z, moving, has_aux=True)
     _, pull_z = jax.vjp(lambda z: residual(z, moving), z)
     left, pull_both = jax.vjp(residual, z, moving)
-    terms = condition.loss.terms
-    start = state.extra if warm_start else None
 
-    def pullback(cotangent):
-        toward_z, direct = pull_loss(cotangent)
-        rhs = widened(toward_z)
-        product = lambda x: cast_like(pull_z(cast_like(x, left))[0], x)  # noqa: E731
-        adjoint, info = backward.linear_solver.solve(
-            lambda x: backward.damped(product(x), x),
-            rhs,
-            start if _alike(start, rhs) else None,
-            backward.key,
-            symmetric=condition.symmetric,
-        )
-        # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
-        image, cross = pull_both(cast_like(adjoint, left))
-        image = backward.damped(image, adjoint)
-        info = {
-            "stationarity": global_norm(left),
-            "stationarity_relative": _ratio(global_norm(left), global_norm(product(cast_like(z, rhs)))),
-            "linear_residual": _ratio(global_norm(jax.tree.map(jnp.subtract, rhs, image)), global_norm(rhs)),
-            "linear_iterations": info["iterations"],
-            "hvps": terms * (info["matvecs"] + 2),
-        }
-        return jax.tree.map(jnp.subtract, direct, cross), (adjoint, info)
-
-    direct = lambda moving: evaluate(z, moving)[0]  # noqa: E731
-    told = {"estimator": estimator, "remedy": _BLIND, "training": training, "lost": lost, "direct": direct}
-    grad, (adjoint, info) = pull(pullback, value, moving, **told)
+    toward_z, direct = pull_loss(jnp.ones_like(value))
+    rhs = widened(toward_z)
+    product = lambda x: cast_like(pull_z(cast_like(x, left))[0], x)  # noqa: E731
+    start = state.extra if warm_start and _alike(state.extra, rhs) else None
+    adjoint, solved = backward.linear_solver.solve(
+        lambda x: backward.damped(product(x), x), rhs, start, backward.key, symmetric=condition.symmetric
+    )
+    # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
+    image, cross = pull_both(cast_like(adjoint, left))
+    image = backward.damped(image, adjoint)
+    info = {
+        "stationarity": global_norm(left),
+        "stationarity_relative": _ratio(global_norm(left), global_norm(product(cast_like(z, rhs)))),
+        "linear_residual": _ratio(global_norm(jax.tree.map(jnp.subtract, rhs, image)), global_norm(rhs)),
+        "linear_iterations": solved["iterations"],
+        "hvps": condition.loss.terms * (solved["matvecs"] + 2),
+    }
     new_state = state._replace(extra=adjoint if warm_start else None)
-    return Estimate(value, grad, new_state, Aux(trace.aux, aux, {"inner_loss": trace.value} | info))
+    return Answer(value, jax.tree.map(jnp.subtract, direct, cross), new_state, trace, aux, info)
 
 
 def _alike(a: PyTree, b: PyTree) -> bool:
@@ -230,16 +212,21 @@ class AtSolution(Trained):
         super().__post_init__()
         validate(type(self).__name__, self.linear_solver, symmetric=self.symmetric)
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
-        keys = schedule(key, self.steps)
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
-        system = self._system(problem, inner_state, state, outer, inner_batches, keys)
-        outer_loss = lambda params, outer: self.outer_loss(problem, params, outer, outer_batch, keys)  # noqa: E731
-        training = self.training(problem, inner_state, outer, inner_batches, keys)
-        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
-        return estimate(type(self).__name__, *system, outer_loss, state, trace, self.warm_start, training, lost)
+    blind: ClassVar[str | None] = BLIND
 
-    def _system(self, problem, inner_state, state, outer, batches, keys) -> tuple[Backward, Condition, PyTree]:
+    def differentiate(self, query: Query) -> Answer:
+        """Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""
+        state, trace = self.trajectory(query)
+        return answer(query, *self.system(query, state), state, trace, self.warm_start)
+
+    def _solution(self, query: Query) -> tuple[InnerState, Condition, PyTree]:
+        """The trained state, what holds there, and its unknowns with the derivative that follows."""
+        constants = query.problem, query.inner_state, query.outer, query.inner_batches
+        names = "problem", "inner_state", "outer", "inner_batches"
+        held = dataclasses.replace(query, **dict(zip(names, jax.lax.stop_gradient(constants), strict=True)))
+        state, _ = self.trajectory(held)
+        backward, condition, z = self.system(query, state)
+        return state, condition, attach(backward, condition, z)
+
+    def system(self, query: Query, state: InnerState) -> tuple[Backward, Condition, PyTree]:
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from bilevel.data import resolve, slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.frozen import whole
-from bilevel.differentiation.loss_checks import guarded
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients import implicit_function
-from bilevel.hypergradients.base import Estimate, outer_value, schedule
+from bilevel.hypergradients.base import Answer, Estimator, Query, schedule
 from bilevel.hypergradients.implicit_function import Backward, attach, refuse_symmetric, with_adjoint
 from bilevel.hypergradients.optimality import fixed_point_of, mean_loss, stationary, unknowns
 from bilevel.hypergradients.training import InnerState, Trace
@@ -23,12 +22,12 @@ from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
 from bilevel.problem import Problem
 from bilevel.settings import boolean, check_fields, child, function, optional, real, register, setting
-from bilevel.trees import PyTree, as_arrays, at_step, combine, partition, replayed
+from bilevel.trees import PyTree, as_arrays, at_step, replayed
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class ImplicitSolve:
+class ImplicitSolve(Estimator):
     r"""`Implicit`, or `FixedPoint`, at the solution that a function of yours returns.
 
     `minimise(problem, outer, batch, key) -> inner` may be anything JAX can call: L-BFGS, a loop that stops at a
@@ -62,6 +61,8 @@ class ImplicitSolve:
 
     steps = 1
 
+    blind: ClassVar[str | None] = implicit_function.BLIND
+
     def __post_init__(self):
         check_fields(self)
         implicit_function.validate("ImplicitSolve", self.linear_solver, symmetric=self.rest is None)
@@ -76,32 +77,29 @@ class ImplicitSolve:
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The solution, with the derivative of what it satisfies; as `Implicit.solve`."""
         keys = schedule(key, self.steps)
-        state = self._solution(*jax.lax.stop_gradient((problem, inner_state, outer, inner_batches)), keys)
-        backward, condition, z = self._system(problem, state, outer, inner_batches, keys)
+        query = Query(problem, self.steps, inner_state, outer, inner_batches, None, keys)
+        constants = jax.lax.stop_gradient((problem, inner_state, outer, inner_batches))
+        state = self._solution(Query(constants[0], self.steps, *constants[1:], None, keys))
+        backward, condition, z = self.system(query, state)
         return state._replace(params=condition.params(attach(backward, condition, z)))
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs a solve, one inner loss, and `info["hvps"]` Hessian-vector products."""
-        keys = schedule(key, self.steps)
-        state = self._solution(problem, inner_state, outer, inner_batches, keys)
-        batch, inner_key = self._slot(inner_batches, keys)
-        trace = Trace(*problem.inner_value(state.params, at_step(outer, 0), batch, inner_key))
+    def differentiate(self, query: Query) -> Answer:
+        """Costs a solve, one inner loss, and `info["hvps"]` Hessian-vector products."""
+        state = self._solution(query)
+        batch, inner_key = self._slot(query)
+        trace = Trace(*query.problem.inner_value(state.params, at_step(query.outer, 0), batch, inner_key))
         trace = jax.tree.map(lambda x: jnp.asarray(x)[None], trace)
-        system = self._system(problem, state, outer, inner_batches, keys)
-        outer_loss = lambda params, outer: outer_value(problem, self.steps, params, outer, outer_batch, keys)  # noqa: E731
-        _, fixed = partition(outer)
+        return implicit_function.answer(query, *self.system(query, state), state, trace, self.warm_start)
 
-        def minimised(moving):  # what `minimise` reads cannot be seen; what the loss does can
-            return problem.inner_value(state.params, at_step(combine(moving, fixed), 0), batch, inner_key)[0]
+    def trained(self, query: Query, moving: PyTree) -> PyTree:
+        # What `minimise` reads cannot be seen; what the loss does can.
+        state = self._solution(query)
+        batch, inner_key = self._slot(query)
+        return query.problem.inner_value(state.params, at_step(query.at(moving), 0), batch, inner_key)[0]
 
-        return implicit_function.estimate(
-            "ImplicitSolve", *system, outer_loss, state, trace, self.warm_start, minimised
-        )
-
-    def _slot(self, batches, keys):
-        xs, bind = slots(batches, self.steps)
-        return resolve(bind(jax.tree.map(lambda x: x[0], xs))), replayed(keys.inner)[0]
+    def _slot(self, query: Query) -> tuple[PyTree, jax.Array]:
+        xs, bind = slots(query.inner_batches, self.steps)
+        return resolve(bind(jax.tree.map(lambda x: x[0], xs))), replayed(query.keys.inner)[0]
 
     def _state(self, problem, params, outer) -> InnerState:
         opt_state = None
@@ -109,25 +107,26 @@ class ImplicitSolve:
             opt_state = optimizers.init(self.rest, outer, problem.split(params)[0])
         return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
-    def _solution(self, problem, inner_state, outer, batches, keys) -> InnerState:
-        if inner_state is None:
-            inner_state = self.init(problem, outer, keys.start)
-        batch, inner_key = self._slot(batches, keys)
+    def _solution(self, query: Query) -> InnerState:
+        problem, outer, before = query.problem, query.outer, query.inner_state
+        if before is None:
+            before = self.init(problem, outer, query.keys.start)
+        batch, inner_key = self._slot(query)
         params = as_arrays(self.minimise(problem, at_step(outer, 0), batch, inner_key), "minimise returned")
-        found, wanted = _kinds(params), _kinds(inner_state.params)
+        found, wanted = _kinds(params), _kinds(before.params)
         if found != wanted:
             raise ValueError(
                 f"ImplicitSolve: minimise returned {found}, but init_inner gives {wanted}: they must agree."
             )
         state = self._state(problem, params, outer)
-        return state._replace(step=inner_state.step + 1, extra=inner_state.extra)
+        return state._replace(step=before.step + 1, extra=before.extra)
 
-    def _system(self, problem, state, outer, batches, keys):
-        loss = mean_loss(problem, state.params, outer, batches, keys.inner)
-        backward = Backward(self.linear_solver, self.damping, keys.own)
+    def system(self, query: Query, state: InnerState):
+        loss = mean_loss(query.problem, state.params, query.outer, query.inner_batches, query.keys.inner)
+        backward = Backward(self.linear_solver, self.damping, query.keys.own)
         if self.rest is None:
             refuse_symmetric("ImplicitSolve", self.linear_solver, loss)
-            trained = problem.split(state.params)[0]
+            trained = query.problem.split(state.params)[0]
             return backward, *stationary(loss, whole(trained), trained)
         return backward, *fixed_point_of("ImplicitSolve", self.rest, loss, state)
 

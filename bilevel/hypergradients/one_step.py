@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bilevel.hypergradients.base import Estimate, Trained
-from bilevel.hypergradients.training import InnerState
+from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.settings import register
 
@@ -39,10 +38,16 @@ class OneStep(Trained):
     def _unrolled(self) -> Unrolled:
         return Unrolled(self.optimizer, self.steps, truncate=1)
 
-    def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
+    def trajectory(self, query, **options):
         """The training map; its derivative is that of the last step."""
-        return self._unrolled.solve(problem, inner_state, outer, inner_batches, key)
+        return self._unrolled.trajectory(query, **options)
 
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients and one Hessian-vector product."""
-        return self._unrolled.estimate(problem, inner_state, outer, inner_batches, outer_batch, key)
+    def lost(self, query) -> list[str | None]:
+        return self._unrolled.lost(query)
+
+    def meet_custom_rule(self, name: str) -> None:
+        self._unrolled.meet_custom_rule(name)
+
+    def differentiate(self, query: Query) -> Answer:
+        """Costs `steps` inner gradients and one Hessian-vector product."""
+        return self._unrolled.differentiate(query)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bilevel.differentiation.gradients import reverse_gradient
-from bilevel.differentiation.influence import traced
-from bilevel.differentiation.loss_checks import guarded
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+from bilevel.differentiation.influence import dependence
+from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.evolution import coordinates, even, mirrored, perturbations, weighted
 from bilevel.hypergradients.training import InnerState
 from bilevel.settings import integer, optional, real, register, setting
@@ -77,36 +76,36 @@ class PersistentES(Trained):
         state = super().init(problem, outer, key)
         return state._replace(extra=self._particles(state, outer))
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs (`population` + 1) `steps` inner gradients."""
-        free, natural, pull = coordinates(problem, outer)
-        keys = schedule(key, self.steps)
-        state, trace = self.trajectory(problem, inner_state, outer, inner_batches, keys)
-        value, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
-        noise = perturbations(self, free, keys.own)
-        again = replayed(keys)  # the same noise for every member
+    def _member(self, query: Query, free: PyTree, natural: Any, particle: InnerState | None) -> tuple[jax.Array, Any]:
+        """The outer loss and the state of a member, trained on from `particle` with the same noise for every member."""
+        again = replayed(query.keys)
+        moved = dataclasses.replace(query, outer=natural(free), keys=again, inner_state=particle)
+        # A gradient with a rule of its own would hide from the trace what it reads.
+        after, _ = self.trajectory(moved, gradient=reverse_gradient)
+        return moved.outer_loss(after.params, moved.outer)[0], after._replace(extra=None)
 
-        def member(free, particle=None):
-            outer = natural(free)
-            # A gradient with a rule of its own would hide from the trace what it reads.
-            after, _ = self.trajectory(problem, particle, outer, inner_batches, again, gradient=reverse_gradient)
-            after = after._replace(extra=None)
-            return self.outer_loss(problem, after.params, outer, outer_batch, again)[0], after
+    def reached(self, query: Query) -> list[bool]:
+        """What the values of the outer loss depend on: nothing is differentiated."""
+        free, natural, _ = coordinates(query.problem, query.outer)
+        return dependence(lambda free: self._member(query, free, natural, query.inner_state)[0], free)[0]
 
-        lost = self.lost(problem, inner_state, outer, inner_batches, again)
-        # Evaluated below for the whole population; here for the warnings.
-        traced(lambda free: member(free, inner_state)[0], free, estimator="PersistentES", lost=lost)
-        if inner_state is None:
-            particles = self._particles(state, outer)
+    def differentiate(self, query: Query) -> Answer:
+        """Costs (`population` + 1) `steps` inner gradients."""
+        free, natural, pull = coordinates(query.problem, query.outer)
+        state, trace = self.trajectory(query)
+        value, aux = query.outer_loss(state.params, query.outer)
+        noise = perturbations(self, free, query.keys.own)
+        member = lambda free, particle=None: self._member(query, free, natural, particle)  # noqa: E731
+        if query.inner_state is None:
+            particles = self._particles(state, query.outer)
             values, states = jax.vmap(member)(mirrored(free, noise))
         else:
-            particles = self._remembered(inner_state, outer)
+            particles = self._remembered(query.inner_state, query.outer)
             values, states = jax.vmap(member)(mirrored(free, noise), particles.states)
         accumulated = jax.tree.map(jnp.add, particles.accumulated, noise)
         grad, variance = weighted(values, jax.vmap(pull)(accumulated), self.sigma)
         state = state._replace(extra=Particles(states, accumulated, particles.age + 1))
-        return Estimate(value, grad, state, Aux(trace.aux, aux, {"inner_loss": trace.value, "variance": variance}))
+        return Answer(value, grad, state, trace, aux, {"variance": variance})
 
     def _particles(self, state: InnerState, outer: PyTree) -> Particles:
         """The whole population at `state`, nothing accumulated."""

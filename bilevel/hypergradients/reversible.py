@@ -14,9 +14,7 @@ import optax
 
 from bilevel.data import slots
 from bilevel.differentiation.gradients import Point, mixed_gradient
-from bilevel.differentiation.influence import pull
-from bilevel.differentiation.loss_checks import guarded
-from bilevel.hypergradients.base import Aux, Estimate, Trained, outer_value, schedule
+from bilevel.hypergradients.base import Answer, Estimator, Query, Trained
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.problem import Problem
 from bilevel.settings import Unfit, check_fields, function, integer, real, register, setting
@@ -47,7 +45,7 @@ def _rate_or_function(value: Any) -> Any:
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Reversible:
+class Reversible(Estimator):
     r"""`Unrolled` for gradient descent with momentum, in memory that hardly depends on the number of steps:
 
     .. math:: v_{t+1} = \gamma v_t + \nabla f(w_t), \quad w_{t+1} = w_t - \eta v_{t+1},
@@ -115,47 +113,36 @@ class Reversible:
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The training map in integers; it cannot be differentiated."""
-        keys = schedule(key, self.steps)
-        state = self._trained.resume(problem, inner_state, outer, keys)
-        return _Training(self, problem, outer, inner_batches, keys, state).run()[0]
+        query = self._trained.asked(problem, inner_state, outer, inner_batches, key)
+        return _Training(self, query, self._trained.resume(query)).run()[0]
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs 2 `steps` inner gradients and `steps` Hessian-vector products."""
-        moving, fixed = partition(outer)
-        keys = schedule(key, self.steps)
+    def trained(self, query: Query, moving: PyTree) -> PyTree:
+        return self._trained.trained(query, moving)
+
+    def lost(self, query: Query) -> list[str | None]:
+        return self._trained.lost(query)
+
+    def differentiate(self, query: Query) -> Answer:
+        """Costs 2 `steps` inner gradients and `steps` Hessian-vector products."""
 
         def start(moving):
-            state = self._trained.resume(problem, inner_state, combine(moving, fixed), keys)
+            state = self._trained.resume(dataclasses.replace(query, outer=query.at(moving)))
             return (partition(state.params)[0], _velocity(state)), state
 
-        first, pull_start, state = jax.vjp(start, moving, has_aux=True)
-        training = _Training(self, problem, outer, inner_batches, keys, state)
+        first, pull_start, state = jax.vjp(start, query.moving, has_aux=True)
+        training = _Training(self, query, state)
         state, trace, integers, fits = training.run()
         params, params_fixed = partition(state.params)
-
-        def outer_loss(params, moving):
-            params, outer = combine(params, params_fixed), combine(moving, fixed)
-            return outer_value(problem, self.steps, params, outer, outer_batch, keys)
-
-        value, pull_loss, aux = jax.vjp(outer_loss, params, moving, has_aux=True)
-
-        def pullback(cotangent):
-            ct_params, direct = pull_loss(cotangent)
-            cts, through, is_start = training.undo(integers, first, ct_params)
-            is_reversed = fits & is_start
-            (at_start,) = pull_start(cast_like(cts, first))
-            grad = jax.tree.map(lambda a, b, c: a + b + c, direct, through, at_start)
-            return jax.tree.map(lambda g: jnp.where(is_reversed, g, jnp.nan), grad), is_reversed
-
-        lost = self._trained.lost(problem, inner_state, outer, inner_batches, keys)
-        trained = self._trained.training(problem, inner_state, outer, inner_batches, keys)
-        direct = lambda moving: (trained(moving), outer_loss(params, moving)[0])  # noqa: E731
-        told = {"estimator": "Reversible", "remedy": None, "lost": lost, "direct": direct}
-        grad, is_reversed = pull(pullback, value, moving, **told)
-        products = jnp.asarray(self.steps, jnp.int32)
-        info = {"inner_loss": trace.value, "hvps": products, "reversed": is_reversed}
-        return Estimate(value, grad, state, Aux(trace.aux, aux, info))
+        outer_loss = lambda params, moving: query.outer_loss(combine(params, params_fixed), query.at(moving))  # noqa: E731
+        value, pull_loss, aux = jax.vjp(outer_loss, params, query.moving, has_aux=True)
+        ct_params, direct = pull_loss(jnp.ones_like(value))
+        cts, through, is_start = training.undo(integers, first, ct_params)
+        is_reversed = fits & is_start
+        (at_start,) = pull_start(cast_like(cts, first))
+        grad = jax.tree.map(lambda a, b, c: a + b + c, direct, through, at_start)
+        grad = jax.tree.map(lambda g: jnp.where(is_reversed, g, jnp.nan), grad)
+        info = {"hvps": jnp.asarray(self.steps, jnp.int32), "reversed": is_reversed}
+        return Answer(value, grad, state, trace, aux, info)
 
 
 def _velocity(state: InnerState) -> PyTree:
@@ -178,7 +165,8 @@ def _refuse(primals, tangents):
 class _Training:
     """K steps in integers, and back."""
 
-    def __init__(self, settings: Reversible, problem, outer, inner_batches, keys, state: InnerState):
+    def __init__(self, settings: Reversible, query: Query, state: InnerState):
+        problem = query.problem
         if jax.dtypes.canonicalize_dtype(jnp.int64) != jnp.int64:
             raise ValueError("Reversible needs 64-bit integers: set jax.config.update('jax_enable_x64', True).")
         if problem.mutable:
@@ -187,11 +175,10 @@ class _Training:
                 "use Unrolled(checkpoint='sqrt')."
             )
         self.settings, self.problem, self.state = settings, problem, state
-        outer_moving, self.outer_fixed = partition(outer)
-        self.outer_moving = jax.tree.map(_final, outer_moving)
+        self.outer_moving, self.outer_fixed = jax.tree.map(_final, query.moving), query.fixed
         self.fixed = partition(state.params)[1]
-        self.keys = keys.inner
-        self.xs, self.bind = slots(inner_batches, settings.steps)
+        self.keys = query.keys.inner
+        self.xs, self.bind = slots(query.inner_batches, settings.steps)
 
     def point(self, params, outer_moving, t) -> Point:
         slot, key = jax.tree.map(lambda x: x[t], (self.xs, replayed(self.keys)))

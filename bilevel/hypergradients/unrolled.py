@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,10 @@ from bilevel.differentiation.checkpointing import Checkpoint, is_schedule
 from bilevel.differentiation.custom_rules import CustomDerivativeWarning
 from bilevel.differentiation.forward import forward_value_and_grad
 from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
-from bilevel.differentiation.influence import Lost, arrives, value_and_grad
-from bilevel.differentiation.loss_checks import guarded
-from bilevel.hypergradients.base import Aux, Estimate, Trained, schedule
+from bilevel.differentiation.influence import arrives
+from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import integer, one_of, optional, register, setting
-from bilevel.trees import combine, partition
 
 Mode = Literal["mixed", "reverse", "forward"]
 
@@ -91,9 +89,8 @@ class Unrolled(Trained):
         if self.truncate is not None and self.truncate > self.steps:
             raise ValueError(f"Unrolled(truncate={self.truncate}): must be between 1 and steps={self.steps}, or None.")
 
-    def trajectory(self, problem, inner_state, outer, inner_batches, keys, **options):
-        state, head = self._constant_part(problem, inner_state, outer, inner_batches, keys)
-        return self._moving_part(problem, state, head, outer, inner_batches, keys, **options)
+    def trajectory(self, query, **options):
+        return self._moving_part(*self._constant_part(query), **options)
 
     @property
     def _split(self) -> int:
@@ -110,72 +107,62 @@ class Unrolled(Trained):
                 stacklevel=4,
             )
 
-    def lost(self, problem, inner_state, outer, inner_batches, keys) -> Lost:
+    def lost(self, query) -> list[str | None]:
         """As `Trained.lost`; what acts only before the last `truncate` steps is told too."""
-        nearer = super().lost(problem, inner_state, outer, inner_batches, keys)
+        nearer = super().lost(query)
         if not self._split:
             return nearer
-        moving, fixed = partition(outer)
         whole = dataclasses.replace(self, truncate=None, mode="reverse")
 
         def trained(moving):
-            state = whole.trajectory(problem, inner_state, combine(moving, fixed), inner_batches, keys)[0]
-            return problem.split(state.params)[0]
+            state = whole.trajectory(dataclasses.replace(query, outer=query.at(moving)))[0]
+            return query.problem.split(state.params)[0]
 
-        def reasons():
-            before = arrives(trained, moving)
-            cut = f"it acts only before the last {self.truncate} of {self.steps} inner steps, which truncate leaves out"
-            return [cut if acts else other for acts, other in zip(before, nearer(), strict=True)]
+        before = arrives(trained, query.moving)
+        cut = f"it acts only before the last {self.truncate} of {self.steps} inner steps, which truncate leaves out"
+        return [cut if acts else other for acts, other in zip(before, nearer, strict=True)]
 
-        return reasons
-
-    def _constant_part(
-        self, problem, inner_state, outer, inner_batches, keys
-    ) -> tuple[InnerState | None, Trace | None]:
-        """The steps before the last `truncate`, not differentiated; `(inner_state, None)` if there are none."""
+    def _constant_part(self, query: Query) -> tuple[Query, Trace | None]:
+        """The steps before the last `truncate`, not differentiated: `query` at their end, and what they reported."""
         if not self._split:
-            return inner_state, None
-        slots(inner_batches, self.steps)  # refuses batches for another number of steps
+            return query, None
+        slots(query.inner_batches, self.steps)  # refuses batches for another number of steps
         frozen = jax.lax.stop_gradient
-        state = frozen(self.resume(problem, inner_state, outer, keys))
-        batches = narrow(inner_batches, 0, self._split)
-        state, trace = train(problem, self.optimizer, state, frozen(outer), batches, keys.inner[: self._split])
-        return frozen(state), trace
+        state = frozen(self.resume(query))
+        batches, keys = narrow(query.inner_batches, 0, self._split), query.keys.inner[: self._split]
+        state, trace = train(query.problem, self.optimizer, state, frozen(query.outer), batches, keys)
+        return dataclasses.replace(query, inner_state=frozen(state)), trace
 
-    def _moving_part(self, problem, state, head, outer, inner_batches, keys, **options) -> tuple[InnerState, Trace]:
+    def _moving_part(self, query: Query, head: Trace | None, **options) -> tuple[InnerState, Trace]:
         """The steps that are differentiated, after `_constant_part`; with the reports of all steps."""
         # Tangents are pushed through a loop that stores nothing.
         checkpoint = "none" if self.mode == "forward" else self.checkpoint
         options = {"gradient": _GRADIENTS[self.mode], "checkpoint": checkpoint, "first": self._split, **options}
-        state = self.resume(problem, state, outer, keys)
-        batches = narrow(inner_batches, self._split, self.steps) if self._split else inner_batches
-        state, tail = train(problem, self.optimizer, state, outer, batches, keys.inner[self._split :], **options)
+        state, batches, keys = self.resume(query), query.inner_batches, query.keys.inner[self._split :]
+        if self._split:
+            batches = narrow(batches, self._split, self.steps)
+        state, tail = train(query.problem, self.optimizer, state, query.outer, batches, keys, **options)
         if head is None:
             return state, tail
         return state, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), head, tail)
 
-    @guarded
-    def estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key) -> Estimate:
-        """See `Hypergradient`. Costs `steps` inner gradients and as many Hessian-vector products, `info["hvps"]` (in
-        forward mode, as many for each outer number)."""
-        moving, fixed = partition(outer)
-        tangents = sum(jnp.size(x) for x in jax.tree.leaves(moving)) if self.mode == "forward" else 1
-        products = jnp.asarray(tangents * (self.steps - self._split), jnp.int32)
+    def differentiate(self, query: Query) -> Answer:
+        """Costs `steps` inner gradients and as many Hessian-vector products, `info["hvps"]` (in forward mode, as many
+        for each outer number)."""
         # Outside the derivative, so that forward mode runs it once and not once a chunk.
-        keys = schedule(key, self.steps)
-        start, head = self._constant_part(problem, inner_state, outer, inner_batches, keys)
+        after, head = self._constant_part(query)
 
-        def objective(moving) -> tuple[jax.Array, Any]:
-            outer = combine(moving, fixed)
-            state, trace = self._moving_part(problem, start, head, outer, inner_batches, keys)
-            value, aux = self.outer_loss(problem, state.params, outer, outer_batch, keys)
-            return value, (state, Aux(trace.aux, aux, {"inner_loss": trace.value, "hvps": products}))
+        def objective(moving):
+            outer = query.at(moving)
+            state, trace = self._moving_part(dataclasses.replace(after, outer=outer), head)
+            value, aux = query.outer_loss(state.params, outer)
+            return value, (state, trace, aux)
 
-        lost = self.lost(problem, inner_state, outer, inner_batches, keys)
+        tangents = 1
         if self.mode == "forward":
-            (value, (state, aux)), grad = forward_value_and_grad(
-                objective, moving, self.chunk, estimator="Unrolled", lost=lost
-            )
+            tangents = sum(jnp.size(x) for x in jax.tree.leaves(query.moving))
+            (value, (state, trace, aux)), grad = forward_value_and_grad(objective, query.moving, self.chunk)
         else:
-            (value, (state, aux)), grad = value_and_grad(objective, moving, estimator="Unrolled", lost=lost)
-        return Estimate(value, grad, state, aux)
+            (value, (state, trace, aux)), grad = jax.value_and_grad(objective, has_aux=True)(query.moving)
+        products = jnp.asarray(tangents * (self.steps - self._split), jnp.int32)
+        return Answer(value, grad, state, trace, aux, {"hvps": products})

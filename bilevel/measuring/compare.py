@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel.data import draw, draw_one
-from bilevel.hypergradients.arguments import check_point
 from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient, outer_value, schedule
+from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops, operations
+from bilevel.measuring.point import Point
 from bilevel.measuring.variance import variance
 from bilevel.problem import Problem
 from bilevel.settings import checked, integer, optional, shown
@@ -107,21 +107,23 @@ def compare(
     hypergradients: Mapping[str, Hypergradient],
     *,
     reference: str,
+    outer: PyTree = None,
+    inner_state: InnerState | None = None,
     inner_data: Any = None,
     outer_data: Any = None,
-    outer: PyTree = None,
     key: jax.Array | None = None,
     repeats: int = 3,
     samples: int | None = None,
 ) -> Comparison:
-    """Estimates the same hypergradient in several ways, from a cold start and with the same data and random keys.
+    """Estimates the same hypergradient in several ways, from one start and with the same data and random keys.
 
     Args:
       problem: the problem.
       hypergradients: name -> estimator; they may train for different numbers of steps.
       reference: name of the one that the others are measured against.
-      inner_data, outer_data: as for `run`, without iterators.
       outer: the point; by default `problem.start_outer(key)`.
+      inner_state: a warm start for all of them; None for a cold one.
+      inner_data, outer_data: as for `run`, without iterators.
       key: randomness; None is `jax.random.key(0)`.
       repeats: how often each is timed; they take turns, and the least time counts.
       samples: on how many batches each is estimated again for its `variance` over them; None for no such column.
@@ -132,21 +134,16 @@ def compare(
     """
     if isinstance(hypergradients, Mapping) and reference not in hypergradients:
         raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
-    check_point("compare", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
+    point = Point.of("compare", problem, outer, inner_state, inner_data, outer_data, key)
     if not isinstance(hypergradients, Mapping):
         raise ValueError(f"compare(hypergradients={shown(hypergradients)}): must be a dict, name -> estimator.")
     for name, estimator in hypergradients.items():
         checked("compare", f"hypergradients[{name!r}]", estimator, is_hypergradient)
     checked("compare", "repeats", repeats, integer(1))
     checked("compare", "samples", samples, optional(integer(2)))
-    key = jax.random.key(0) if key is None else key
-    outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
-    outer = problem.start_outer(outer_key) if outer is None else outer
-    outer_batch = draw_one(outer_data, batch_key, 0)
     compiled, costs, results = {}, {}, {}
     for name, estimator in hypergradients.items():
-        batches = draw(inner_data, inner_key, 0, estimator.steps)
-        arguments = estimator, problem, None, outer, batches, outer_batch, start_key
+        arguments = estimator, *point.arguments(estimator.steps)
         begun = time.perf_counter()
         function = jax.jit(_estimate).lower(*arguments).compile()
         took = time.perf_counter() - begun
@@ -159,12 +156,12 @@ def compare(
         costs[name] |= _counts(results[name], *arguments)
     seconds = _times(compiled, repeats)
     target = results[reference].grad
-    data = {"inner_data": inner_data, "outer_data": outer_data}
+    same = {"inner_data": inner_data, "outer_data": outer_data, "inner_state": inner_state, "key": key}
 
     def relative_variance(name: str) -> float | None:
         if samples is None:
             return None
-        return variance(problem, hypergradients[name], **data, outer=outer, samples=samples, key=key).relative
+        return variance(problem, hypergradients[name], outer=point.outer, samples=samples, **same).relative
 
     def row(name: str) -> Row:
         estimate = results[name]

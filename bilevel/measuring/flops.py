@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import slots
-from bilevel.differentiation.tracing import jaxprs, without_unused
+from bilevel.differentiation.tracing import jaxprs, operation, without_unused
 from bilevel.hypergradients.base import Hypergradient, schedule
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, at_step, combine
@@ -64,27 +64,27 @@ def _first_loss(problem, hypergradient, outer, inner_batches, key):
 
 _MOVES = frozenset(
     "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather concatenate pad rev "
-    "copy copy_p convert_element_type bitcast_convert_type iota stop_gradient device_put name select_n "
+    "copy convert_element_type bitcast_convert_type iota stop_gradient device_put name select_n "
     "optimization_barrier split".split()
 )
 
 
 def operations(jaxpr: Any) -> float:
     """`flops` of a jaxpr."""
-    return float(sum(_cost(eqn) for eqn in jaxpr.eqns if eqn.primitive.name not in _MOVES))
+    return float(sum(_cost(eqn) for eqn in jaxpr.eqns if operation(eqn) not in _MOVES))
 
 
 def _cost(eqn: Any) -> float:
-    if eqn.primitive.name == "cond":
+    if operation(eqn) == "cond":
         return max(operations(branch.jaxpr) for branch in eqn.params["branches"])
     inside = list(jaxprs(eqn.params))
     if inside and not _is_reduction(eqn):
         return eqn.params.get("length", 1) * sum(operations(jaxpr) for jaxpr in inside)
     out = sum(_elements(v) for v in eqn.outvars)
-    if eqn.primitive.name == "dot_general":
+    if operation(eqn) == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-    if eqn.primitive.name == "conv_general_dilated":
+    if operation(eqn) == "conv_general_dilated":
         kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
         return 2 * out * math.prod(kernel) / kernel[numbers.rhs_spec[0]]
     return max([out, *(_elements(v) for v in eqn.invars)])
@@ -92,11 +92,11 @@ def _cost(eqn: Any) -> float:
 
 def has_while(jaxpr: Any) -> bool:
     """Whether `jaxpr` holds a loop whose length it does not know."""
-    return any(eqn.primitive.name == "while" or any(map(has_while, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
+    return any(operation(eqn) == "while" or any(map(has_while, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
 
 
 def _is_reduction(eqn: Any) -> bool:
-    return eqn.primitive.name.startswith(("reduce", "scatter", "cum", "arg", "sort"))
+    return operation(eqn).startswith(("reduce", "scatter", "cum", "arg", "sort"))
 
 
 def _elements(variable: Any) -> int:

@@ -24,11 +24,11 @@ from bilevel.data import narrow
 from bilevel.differentiation import checkpointing
 from bilevel.differentiation.binomial import evaluations
 from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
-from bilevel.differentiation.tracing import is_literal, jaxprs, read, scan_counts, without_unused
-from bilevel.hypergradients.arguments import check_estimate
+from bilevel.differentiation.tracing import is_literal, jaxprs, operation, read, scan_counts, without_unused
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.measuring.flops import flops, gradient_flops, operations
+from bilevel.measuring.point import Point
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, partition
 
@@ -100,27 +100,35 @@ class Plan:
 def plan(
     problem: Problem,
     hypergradient: Unrolled,
-    outer: PyTree,
-    inner_batches: PyTree,
-    outer_batch: PyTree,
-    key: jax.Array,
     *,
+    outer: PyTree = None,
     inner_state: InnerState | None = None,
+    inner_data: Any = None,
+    outer_data: Any = None,
+    key: jax.Array | None = None,
 ) -> Plan:
     """Predicts time and memory of `hypergradient.estimate` for every mode and schedule; nothing is run.
 
     Args:
-      problem, outer, inner_batches, outer_batch, key, inner_state: what `estimate` is to be given.
+      problem: the problem.
       hypergradient: an `Unrolled`; its optimizer, steps, truncation and chunk are kept, mode and schedule varied.
+      outer: the point; by default `problem.start_outer(key)`. Only shapes matter.
+      inner_state: a warm start; None for a cold one.
+      inner_data, outer_data: as for `run`, without iterators.
+      key: randomness; None is `jax.random.key(0)`.
 
     Raises:
       TypeError: for an estimator without schedules.
     """
-    if isinstance(hypergradient, Unrolled):
-        check_estimate(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key)
     if not isinstance(hypergradient, Unrolled):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
-    arguments = (problem, inner_state, outer, inner_batches, outer_batch, key)
+    point = Point.of("plan", problem, outer, inner_state, inner_data, outer_data, key)
+    return planned(hypergradient, *point.arguments(hypergradient.steps))
+
+
+def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:
+    """`plan` for the arguments of `estimate`."""
+    problem, _, outer, inner_batches, _, key = arguments
     through = hypergradient.truncate or hypergradient.steps
     gradient = gradient_flops(problem, hypergradient, outer, inner_batches, key)
     step = flops(_solve, hypergradient, *arguments[:4], key) / hypergradient.steps
@@ -168,7 +176,7 @@ def _chosen(rows: list[Row], hypergradient: Unrolled, arguments: tuple[Any, ...]
         return found[0]
     # A depth that "auto" found and the table does not show: every level costs another forward pass.
     own = dataclasses.replace(hypergradient, checkpoint=checkpoint)
-    return plan(arguments[0], own, *arguments[2:], inner_state=arguments[1]).chosen
+    return planned(own, *arguments).chosen
 
 
 class _Traced(NamedTuple):
@@ -201,11 +209,11 @@ def _kept(jaxpr: Any) -> int:
     """Bytes that loops stack up for later ones: all of this level, and the most that is inside one of them."""
     results = {v for v in jaxpr.outvars if not is_literal(v)}
     for eqn in reversed(jaxpr.eqns):  # a report by another name is a result too
-        if eqn.primitive.name in ("reshape", "stop_gradient") and results.intersection(eqn.outvars):
+        if operation(eqn) in ("reshape", "stop_gradient") and results.intersection(eqn.outvars):
             results.update(eqn.invars)
     stacked, inside, used = 0, 0, read(jaxpr)
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "scan":
+        if operation(eqn) == "scan":
             stacks = eqn.outvars[scan_counts(eqn)[1] :]
             stacked += sum(checkpointing.nbytes(v.aval) for v in stacks if v not in results and v in used)
         inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import columns, draw, draw_one
-from bilevel.hypergradients.arguments import check_point
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
+from bilevel.hypergradients.training import InnerState
+from bilevel.measuring.point import Point
 from bilevel.problem import Problem
 from bilevel.running.failures import not_finite
 from bilevel.settings import checked, integer
@@ -40,38 +41,35 @@ def variance(
     problem: Problem,
     hypergradient: Hypergradient,
     *,
+    outer: PyTree = None,
+    inner_state: InnerState | None = None,
     inner_data: Any = None,
     outer_data: Any = None,
-    outer: PyTree = None,
-    samples: int = 16,
     key: jax.Array | None = None,
+    samples: int = 16,
 ) -> Variance:
     """The variance of `hypergradient` over the batches of `inner_data` and `outer_data`, at one point.
 
-    Samples are estimates from the same cold start with the same random keys, on the batches of successive outer
+    Samples are estimates from the same start with the same random keys, on the batches of successive outer
     iterations: the variance is that of the batches alone. One estimate is alive at a time.
 
     Args:
       problem, hypergradient: what to look at.
-      inner_data, outer_data: as for `run`, without iterators; at least one of them `Batches`.
       outer: the point; by default `problem.start_outer(key)`.
-      samples: n >= 2.
+      inner_state: a warm start; None for a cold one.
+      inner_data, outer_data: as for `run`, without iterators; at least one of them `Batches`.
       key: randomness; None is `jax.random.key(0)`.
+      samples: n >= 2.
 
     Raises:
       ValueError: for samples < 2.
       FloatingPointError: if a hypergradient is not finite; names the outer leaf.
     """
-    check_point("variance", problem=problem, outer=outer, key=key, inner_data=inner_data, outer_data=outer_data)
+    point = Point.of("variance", problem, outer, inner_state, inner_data, outer_data, key)
     checked("variance", "hypergradient", hypergradient, is_hypergradient)
     checked("variance", "samples", samples, integer(2))
-    key = jax.random.key(0) if key is None else key
-    outer_key, start_key, inner_key, batch_key = jax.random.split(key, 4)
-    outer = problem.start_outer(outer_key) if outer is None else outer
     inner, held_out = (jax.tree.map(jnp.asarray, columns(data)) for data in (inner_data, outer_data))
-    mean, spread = _moments(
-        problem, hypergradient, outer, (inner, inner_key), (held_out, batch_key), start_key, samples
-    )
+    mean, spread = _moments(point._replace(inner_data=inner, outer_data=held_out), hypergradient, samples)
     if names := not_finite("outer", mean):
         raise FloatingPointError(
             f"The hypergradient is not finite at {', '.join(names)} on some of the {samples} batches: train at smaller "
@@ -82,11 +80,14 @@ def variance(
     return Variance(mean, spread, total, total / size if size else float("inf") if total else 0.0)
 
 
-@partial(jax.jit, static_argnums=(6,))
-def _moments(problem, hypergradient, outer, inner, held_out, key, samples):
+@partial(jax.jit, static_argnums=(2,))
+def _moments(point: Point, hypergradient: Hypergradient, samples: int):
+    start, inner_key, outer_key = point.keys
+
     def one(i):
-        batches = draw(inner[0], inner[1], i * hypergradient.steps, hypergradient.steps)
-        return hypergradient.estimate(problem, None, outer, batches, draw_one(held_out[0], held_out[1], i), key).grad
+        batches = draw(point.inner_data, inner_key, i * hypergradient.steps, hypergradient.steps)
+        outer_batch = draw_one(point.outer_data, outer_key, i)
+        return hypergradient.estimate(point.problem, point.inner_state, point.outer, batches, outer_batch, start).grad
 
     grads = jax.lax.map(one, jnp.arange(samples, dtype=jnp.uint32))
     mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)

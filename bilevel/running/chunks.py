@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
 
 from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled
-from bilevel.solvers.base import Solver, outer_batches
+from bilevel.differentiation.tracing import evaluate_closed
+from bilevel.solvers.base import Solver
 from bilevel.trees import is_inexact
 
 CAPACITY = 512
@@ -59,7 +59,7 @@ def chunk(solver, record, capacity, state, data, count):
 
     def body(i, carry):
         state, buffer = carry
-        leaves = jaxpr_as_fun(body_jaxpr)(*jax.tree.leaves(state))
+        leaves = evaluate_closed(body_jaxpr, *jax.tree.leaves(state))
         state, metrics = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         write = partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
         return state, jax.tree.map(write, buffer, _packed(metrics))
@@ -108,7 +108,7 @@ def step(solver, state, data):
 
 def wanted_batches(solver):
     """Batches an outer step, from the inner and from the outer data."""
-    return solver.inner_batches, outer_batches(solver)
+    return solver.inner_batches_per_step, solver.outer_batches_per_step
 
 
 def batches(solver, state, data):
@@ -119,7 +119,7 @@ def batches(solver, state, data):
             source = source.shuffle(key, state.step * wanted, wanted)
         found.append(source.take(state.step * wanted, wanted) if isinstance(source, Shuffled) else source)
     inner, outer = found
-    single = outer_batches(solver) == 1
+    single = solver.outer_batches_per_step == 1
     if single and isinstance(outer, Indexed):
         outer = outer.batch(0)
     elif single and outer is not None and not isinstance(outer, FullBatch):

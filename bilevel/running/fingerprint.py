@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend import core as jex
 
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.custom_rules import RULES
-from bilevel.differentiation.tracing import jaxprs
+from bilevel.differentiation.tracing import evaluate_closed, is_jaxpr, is_literal, jaxprs, operation
 from bilevel.problem import Problem
 from bilevel.running.code import code_hash
 from bilevel.running.feeds import Feed, described, digest, shortest
@@ -169,7 +168,7 @@ def _computation(name: str, closed: Any, items: dict[str, str]) -> None:
 
 
 def _has_rules(jaxpr: Any) -> bool:
-    return any(eqn.primitive.name in RULES or any(map(_has_rules, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
+    return any(operation(eqn) in RULES or any(map(_has_rules, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
 
 
 def _arguments(closed: Any) -> list[Any]:
@@ -184,7 +183,7 @@ def _derivative(closed: Any) -> Callable[..., Any]:
 
         def total(leaves):
             given = dict(zip(moving, leaves, strict=True))
-            outputs = jex.jaxpr_as_fun(closed)(*(given.get(i, x) for i, x in enumerate(arguments)))
+            outputs = evaluate_closed(closed, *(given.get(i, x) for i, x in enumerate(arguments)))
             return sum(jax.numpy.sum(jax.numpy.real(x)) for x in outputs if is_inexact(x))
 
         with jax.numpy_dtype_promotion("standard"):
@@ -228,14 +227,14 @@ def _walk(jaxpr: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -
     names: dict[Any, int] = {}
 
     def name(atom: Any) -> str:
-        if isinstance(atom, jex.Literal):
+        if is_literal(atom):
             _add_constants([atom.val], numbers, arrays)
             return str(atom.aval)
         return f"{names.setdefault(atom, len(names))}:{atom.aval}"
 
     lines.append(f"in {[name(v) for v in (*jaxpr.constvars, *jaxpr.invars)]}")
     for eqn in jaxpr.eqns:
-        lines.append(f"{eqn.primitive.name} {[name(v) for v in eqn.invars]} {[name(v) for v in eqn.outvars]}")
+        lines.append(f"{operation(eqn)} {[name(v) for v in eqn.invars]} {[name(v) for v in eqn.outvars]}")
         for at in sorted(eqn.params):
             if at == "callback":  # a function of the host's
                 lines.append(code_hash(eqn.params[at]))
@@ -246,11 +245,9 @@ def _walk(jaxpr: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -
 
 
 def _walk_parameter(value: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -> None:
-    if isinstance(value, jex.ClosedJaxpr):
-        _add_constants(value.consts, numbers, arrays)
-        _walk(value.jaxpr, lines, numbers, arrays)
-    elif isinstance(value, jex.Jaxpr):
-        _walk(value, lines, numbers, arrays)
+    if is_jaxpr(value):
+        _add_constants(getattr(value, "consts", ()), numbers, arrays)
+        _walk(getattr(value, "jaxpr", value), lines, numbers, arrays)
     elif isinstance(value, dict):
         for at in sorted(value, key=str):
             lines.append(f"{at}:")

@@ -15,9 +15,8 @@ import numpy as np
 from bilevel.arguments import telling
 from bilevel.data import slots
 from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
-from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses
+from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses, warn_if_misplaced
 from bilevel.hypergradients.arguments import check_run
-from bilevel.loss_checks import refuse_changing, warn_if_misplaced, warn_if_swapped
 from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import History, batches, chunk, chunk_capacity, kinds, wanted_batches
 from bilevel.running.diagnosis import refuse_failed, refuse_start
@@ -27,8 +26,9 @@ from bilevel.running.interrupts import Terminated, terminable
 from bilevel.running.progress import Callback, Progress
 from bilevel.running.singular import undetermined
 from bilevel.running.steep import warn_if_steep
+from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings import check_schedules
-from bilevel.solvers.base import Solver, outer_batches
+from bilevel.solvers.base import Solver
 from bilevel.trees import PyTree, replayed
 
 CHUNK_SECONDS = 1.0
@@ -75,9 +75,9 @@ def run(
     Args:
       solver: any `Solver`.
       inner_data, outer_data: `Batches(arrays, size)` for mini-batches; arrays, or a `datasets.Dataset` (whose columns
-        are then a dict), for the full batch at every step; an iterator of batches (`solver.inner_batches` or
-        `outer_batches` of them an outer step), which a run can only be resumed from if it has `get_state() -> JSON` and
-        `set_state`; None where the loss reads no batch.
+        are then a dict), for the full batch at every step; an iterator of batches (`solver.inner_batches_per_step` or
+        `outer_batches_per_step` of them an outer step), which a run can only be resumed from if it has
+        `get_state() -> JSON` and `set_state`; None where the loss reads no batch.
       steps: outer iterations in all, resumed ones included.
       key: randomness of the run; None is `jax.random.key(0)`.
       progress: whether to show progress on stderr.
@@ -226,14 +226,14 @@ def _losses(solver: Solver, state: Any, data: Any, *, anew: bool = False) -> lis
 
     def seen(state, data):
         inner, outer = batches(solver, state, data)
-        if (wanted := outer_batches(solver)) > 1:
+        if (wanted := solver.outer_batches_per_step) > 1:
             xs, bind = slots(outer, wanted, "outer calls")
             outer = bind(jax.tree.map(lambda x: x[0], xs))
         return inner, outer
 
     inner, outer = jax.eval_shape(seen, state, data)
     params = getattr(state.inner, "params", None)
-    arguments = params, state.outer, inner, outer, state.key, solver.inner_batches
+    arguments = params, state.outer, inner, outer, state.key, solver.inner_batches_per_step
     return traced_losses(solver.problem, *arguments, anew=anew)
 
 

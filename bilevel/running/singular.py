@@ -10,7 +10,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel.differentiation.gradients import reverse_gradient
-from bilevel.hypergradients.base import schedule
+from bilevel.hypergradients.base import Query, schedule
 from bilevel.hypergradients.implicit_function import AtSolution
 from bilevel.hypergradients.optimality import FixedPointOf
 from bilevel.running.replay import asked_for
@@ -35,10 +35,10 @@ def _undetermined(solver: Any, state: Any, data: Any) -> list[str]:
     estimator = getattr(solver, "hypergradient", None)
     if not isinstance(estimator, AtSolution) or not (asked := asked_for(solver, state, data)):
         return []
-    problem, inner_state, outer, batches, _, key = asked
-    keys = schedule(key, estimator.steps)
-    trained, _ = estimator.trajectory(problem, inner_state, outer, batches, keys)
-    backward, condition, z = estimator._system(problem, inner_state, trained, outer, batches, keys)
+    *arguments, key = asked
+    query = Query(arguments[0], estimator.steps, *arguments[1:], schedule(key, estimator.steps))
+    trained, _ = estimator.trajectory(query)
+    backward, condition, z = estimator.system(query, trained)
     flat, unravel = ravel_pytree(widened(z))
     if flat.size > LARGEST:
         return []

@@ -44,7 +44,7 @@ class AmIGO(Stochastic):
     linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return self.inner_steps + self.linear_steps + 1
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:

@@ -20,10 +20,7 @@ class SolverState(Protocol):
 
 
 class Solver(Protocol):
-    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function.
-
-    A solver that wants several outer batches a step has an attribute `outer_batches` too: see `outer_batches`.
-    """
+    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function."""
 
     @property
     def problem(self) -> Problem:
@@ -31,8 +28,13 @@ class Solver(Protocol):
         ...
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         """Inner batches a step wants: the leading axis of what `step` is given."""
+        ...
+
+    @property
+    def outer_batches_per_step(self) -> int:
+        """Outer batches a step wants: for 1 a batch without a leading axis, otherwise the leading axis of them."""
         ...
 
     def init(self, key: jax.Array) -> Any:
@@ -42,8 +44,3 @@ class Solver(Protocol):
     def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]:
         """One outer iteration: the next state, and scalars by name."""
         ...
-
-
-def outer_batches(solver: Solver) -> int:
-    """Outer batches a step of `solver` wants: 1, a batch without a leading axis, unless it says otherwise."""
-    return getattr(solver, "outer_batches", 1)

@@ -48,7 +48,7 @@ class BOME(Stochastic):
     commuting: ClassVar[bool] = True
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return self.inner_steps + 2
 
     def iterate(self, at: Iteration) -> Iterate:

@@ -35,7 +35,7 @@ class DoubleMomentum(Stochastic):
         raise NotImplementedError
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return 1 + self.terms
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:

@@ -48,11 +48,11 @@ class F2SA(Stochastic):
     commuting: ClassVar[bool] = True
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return 2 * self.inner_steps + 2
 
     @property
-    def outer_batches(self) -> int:
+    def outer_batches_per_step(self) -> int:
         return self.inner_steps + 1
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:

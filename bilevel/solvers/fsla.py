@@ -40,11 +40,11 @@ class FSLA(Stochastic):
     eta: StepSize = dataclasses.field(default=0.5, kw_only=True, metadata=child(step_size(above=0.0, high=1.0)))
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return 3
 
     @property
-    def outer_batches(self) -> int:
+    def outer_batches_per_step(self) -> int:
         return 2
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:

@@ -62,9 +62,14 @@ class Nested:
         check_fields(self)
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         """Inner batches a step wants: the estimator's inner steps."""
         return self.hypergradient.steps
+
+    @property
+    def outer_batches_per_step(self) -> int:
+        """Outer batches a step wants: one, without a leading axis."""
+        return 1
 
     def init(self, key: jax.Array) -> NestedState:
         """The state before the first outer iteration."""

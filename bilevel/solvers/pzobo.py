@@ -48,7 +48,7 @@ class PZOBO(Stochastic):
     smoothing: float | jax.Array = dataclasses.field(default=0.1, kw_only=True, metadata=child(scalar(above=0.0)))
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return self.inner_steps
 
     def iterate(self, at: Iteration) -> Iterate:

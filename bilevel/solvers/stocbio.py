@@ -40,7 +40,7 @@ class StocBiO(Stochastic):
     linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return self.inner_steps + self.terms + 1
 
     def iterate(self, at: Iteration) -> Iterate:

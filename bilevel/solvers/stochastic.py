@@ -153,12 +153,12 @@ class Stochastic:
             )
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         """Inner batches a step wants."""
         return 1
 
     @property
-    def outer_batches(self) -> int:
+    def outer_batches_per_step(self) -> int:
         """Outer batches a step wants; where it is not 1, `step`'s `outer_batch` has a leading axis of this length."""
         return 1
 
@@ -241,14 +241,14 @@ class Stochastic:
         outer loss are numbered on from `inner_batches`.
 
         Raises:
-          ValueError: if a leading axis is not as long as `inner_batches` or `outer_batches` says.
+          ValueError: if a leading axis is not as long as `inner_batches_per_step` or `outer_batches_per_step` says.
         """
         name = f"{type(self).__name__}.step"
         checked(name, "state", state, instance(State, "a state that init(key) of a stochastic solver returned"))
         # A function of the step, so that randomness that nobody reads is never made.
         key, own = jax.random.split(jax.random.fold_in(state.key, state.step))
-        count = self.inner_batches
-        if self.outer_batches == 1:
+        count = self.inner_batches_per_step
+        if self.outer_batches_per_step == 1:
             outer_batch = leading(outer_batch)
         (w, inner_fixed), (lam, outer_fixed) = partition(state.inner.params), partition(state.outer)
         linear_step = getattr(self, "linear_step", None)
@@ -262,7 +262,7 @@ class Stochastic:
             state.memory,
             state.step,
             Draws(inner_batches, key, 0, count, "inner calls"),
-            Draws(outer_batch, key, count, self.outer_batches, "outer calls"),
+            Draws(outer_batch, key, count, self.outer_batches_per_step, "outer calls"),
             own,
             size(self.inner_step, state.step),
             size(self.inner_step if linear_step is None else linear_step, state.step),

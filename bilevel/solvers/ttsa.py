@@ -39,7 +39,7 @@ class TTSA(Stochastic):
     linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return 1 + self.terms
 
     def iterate(self, at: Iteration) -> Iterate:

@@ -54,11 +54,11 @@ class VRBO(Stochastic):
     linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))
 
     @property
-    def inner_batches(self) -> int:
+    def inner_batches_per_step(self) -> int:
         return self.inner_steps * (1 + self.terms)
 
     @property
-    def outer_batches(self) -> int:
+    def outer_batches_per_step(self) -> int:
         return self.inner_steps
 
     def start(self, w: PyTree, lam: PyTree) -> PyTree:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting, fit, found
 from methods.baselines.importance import Smoothed, orthogonality, product, smooth, start, unsmoothed
 

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import bilevel
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting, found
 
 ROUNDS = 3

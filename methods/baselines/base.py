@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import bilevel
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.models.hooks import Hook
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import bilevel
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting, found, search
 
 

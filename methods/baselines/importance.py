@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.baselines.base import Setting
 
 

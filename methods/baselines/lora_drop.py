@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.adapters.lora import LoRA
 from methods.baselines.base import Found, PerSite, Setting, choose, fit, found
 from methods.models.hooks import Hook

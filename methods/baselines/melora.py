@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, resized, train_kind
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, train_kind
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, fit, resized
 from methods.models.hooks import Hook

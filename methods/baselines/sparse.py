@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.trees import PyTree
+from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting, fit
 
 

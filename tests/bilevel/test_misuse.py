@@ -385,5 +385,5 @@ def test_a_hypergradient_over_tasks_is_checked():
         LINE.init_inner,
         LINE.init_outer,
     )
-    batch = (jnp.asarray([[[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]]), jnp.ones((1, 3, 2)))
-    assert check_hypergradient(tasks, bilevel.PerTask(Unrolled(SGD, 2)), batch).verdict == "exact"
+    data = bilevel.Batches((jnp.asarray([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]), jnp.ones((3, 2))), 3)
+    assert check_hypergradient(tasks, bilevel.PerTask(Unrolled(SGD, 2)), inner_data=data).verdict == "exact"

@@ -9,7 +9,7 @@ import pytest
 import bilevel
 from bilevel import FirstOrder, Unrolled
 from bilevel.testing import central_differences, check_hypergradient, quadratic
-from tests.bilevel.helpers import KEY, NETWORK, ROWS, assert_close, network_batches
+from tests.bilevel.helpers import KEY, NETWORK, ROWS, assert_close
 
 Q = quadratic()
 OUTER = {"tilt": np.array([0.3, -0.2, 0.5]), "rate": np.array(0.5), "start": 0.7 * Q.start}
@@ -126,9 +126,10 @@ def test_a_wrong_derivative_is_found(rule, verdict, words):
 
 
 def test_many_entries_are_sampled():
-    batches, validation = network_batches(3), jax.tree.map(jnp.asarray, ROWS)
+    rows = jax.tree.map(jnp.asarray, ROWS)
     hypergradient = Unrolled(optax.sgd(0.1), 3, checkpoint="none")
-    check = check_hypergradient(NETWORK, hypergradient, batches, validation, directions=4)
+    data = {"inner_data": bilevel.Batches(rows, 2), "outer_data": rows}
+    check = check_hypergradient(NETWORK, hypergradient, **data, directions=4)
     assert check.verdict == "exact" and check.error < 1e-7
 
 
@@ -149,10 +150,10 @@ def test_single_precision_is_checked_in_double():
         lambda key, outer: jnp.full(2, 0.1, jnp.float32),
         lambda key: jnp.full(2, 0.3, jnp.float32),
     )
-    batches = jnp.ones((4, 2), jnp.float32)
+    row = jnp.ones(2, jnp.float32)
     for enabled in (True, False):
         with jax.enable_x64(enabled):
-            check = check_hypergradient(single, Unrolled(optax.adam(0.1), 4), batches)
+            check = check_hypergradient(single, Unrolled(optax.adam(0.1), 4), inner_data=row)
             assert check.verdict == "exact" and check.error < 1e-8
 
 

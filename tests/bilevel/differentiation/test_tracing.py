@@ -94,7 +94,7 @@ def test_a_plan_counts_the_loops():
     hypergradient = bilevel.Unrolled(optax.sgd(0.1), 12)
     # Of a quadratic no iterate is kept, so nothing would be recomputed.
     curved = dataclasses.replace(LINE, inner_loss=lambda w, outer, batch, key: jnp.sum((w - outer) ** 4))
-    planned = bilevel.plan(curved, hypergradient, LINE.start_outer(KEY), None, None, KEY)
+    planned = bilevel.plan(curved, hypergradient)
     rows = {row.checkpoint: row for row in planned.rows if row.mode == "reverse"}
     assert rows["none"].flops < rows["step"].flops < rows["sqrt"].flops
     assert flops(lambda x: jax.lax.scan(lambda c, _: (c * x, c), x, None, length=7)[0], 1.0) == 7

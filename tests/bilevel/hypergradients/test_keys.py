@@ -104,9 +104,9 @@ def test_iterations_of_a_stochastic_solver_consume_each_key_once(name):
 
     with jax.debug_key_reuse(True):
         state = solver.init(jax.random.key(3))
-        outer = batches(solver.outer_batches, jax.random.key(5))
-        outer = outer.batch(0) if solver.outer_batches == 1 else outer
-        solver.step(state, batches(solver.inner_batches, jax.random.key(4)), outer)
+        outer = batches(solver.outer_batches_per_step, jax.random.key(5))
+        outer = outer.batch(0) if solver.outer_batches_per_step == 1 else outer
+        solver.step(state, batches(solver.inner_batches_per_step, jax.random.key(4)), outer)
 
 
 def test_all_keys_of_an_estimate_differ():
@@ -135,7 +135,7 @@ def test_a_cold_start_has_a_key_of_its_own():
         return jnp.zeros(2)
 
     case = bilevel.Problem(loss, lambda w, o, b, k: jnp.sum(w**2), start, lambda key: OUTER)
-    bilevel.FirstOrder(SGD, 1).trajectory(case, None, OUTER, None, schedule(KEY, 1))
+    bilevel.FirstOrder(SGD, 1).solve(case, None, OUTER, None, KEY)
     jax.effects_barrier()
     split = jax.random.key_data(jax.random.split(KEY, 3))
     np.testing.assert_array_equal(seen["start"][0], split[0])

@@ -12,7 +12,7 @@ import bilevel
 from benchmarks.hypergradients import problems
 from bilevel import Binomial, Levels, Unrolled
 from bilevel.measuring.flops import flops
-from bilevel.measuring.planning import temp_bytes
+from bilevel.measuring.planning import planned, temp_bytes
 
 KEY = jax.random.key(0)
 
@@ -66,7 +66,7 @@ def test_planned_memory_is_within_15_percent_of_the_compiled(name, steps):
     case = small(name)
     problem, *rest = arguments(case, steps)
     unrolled = Unrolled(case.optimizer, steps)
-    plan = bilevel.plan(problem, unrolled, *rest)
+    plan = planned(unrolled, problem, None, *rest)
     for mode, checkpoint in MEASURED[name, steps]:
         measured = temp_bytes(
             lambda u, p, *rest: u.estimate(p, None, *rest),
@@ -85,7 +85,7 @@ def test_a_plan_is_a_table_and_counts_as_theory_says():
 
     problem = bilevel.Problem(loss, loss, lambda key, outer: jnp.ones((16, 16)), lambda key: jnp.ones(()))
     outer = problem.start_outer(KEY)
-    plan = bilevel.plan(problem, Unrolled(optax.sgd(0.1), 16, checkpoint=Levels(2)), outer, None, None, KEY)
+    plan = bilevel.plan(problem, Unrolled(optax.sgd(0.1), 16, checkpoint=Levels(2)), outer=outer)
     step = {row: plan.row(*row).evaluations / 16 for row in [("mixed", "none"), ("mixed", "step"), ("reverse", "step")]}
     # In mixed mode a rematerialised step keeps its gradient, and only the optimizer runs again.
     assert step["mixed", "step"] - step["mixed", "none"] < 0.2
@@ -106,4 +106,4 @@ def test_a_plan_is_a_table_and_counts_as_theory_says():
 def test_only_unrolled_is_planned():
     problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
     with pytest.raises(TypeError, match="nothing to plan"):
-        bilevel.plan(problem, bilevel.FirstOrder(optax.sgd(0.1), 4), 1.0, None, None, KEY)
+        bilevel.plan(problem, bilevel.FirstOrder(optax.sgd(0.1), 4), outer=1.0)

@@ -40,7 +40,7 @@ def test_a_fresh_state_can_be_donated(name):
 @pytest.mark.parametrize("row", [row for row in TABLE if row.name in ("SABA", "SUSTAIN")], ids=lambda row: row.name)
 def test_steps_that_are_given_their_state_are_the_same_steps(row):
     solver = row.make(PROBLEM)
-    batches = bilevel.Batches(DATA, 12).take(KEY, 0, solver.inner_batches)
+    batches = bilevel.Batches(DATA, 12).take(KEY, 0, solver.inner_batches_per_step)
     outer = bilevel.Batches(OUTER_DATA, 9).take(KEY, 0, 1).batch(0)
     step = jax.jit(lambda solver, state: solver.step(state, batches, outer))
     giving = jax.jit(lambda solver, state: solver.step(state, batches, outer), donate_argnums=1)

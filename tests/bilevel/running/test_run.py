@@ -45,7 +45,7 @@ def test_bare_arrays_are_the_full_batch_at_every_step():
     wrapped = run(steps=3, inner_data=bilevel.FullBatch(TRAIN), outer_data=bilevel.FullBatch(TEST))
     assert_equal(whole.state, wrapped.state)
     # one row more than there are inner steps: nobody may take the rows for steps
-    assert len(TRAIN["id"]) != SOLVER.inner_batches
+    assert len(TRAIN["id"]) != SOLVER.inner_batches_per_step
 
 
 def test_one_trace_however_many_chunks():
@@ -86,7 +86,7 @@ def test_a_compiled_run_is_found_again():
 def test_iterators_give_a_batch_for_each_inner_step():
     counter = Counter()
     by_iterator = run(steps=3, inner_data=counter, outer_data=TEST)
-    assert counter.at == 3 * SOLVER.inner_batches
+    assert counter.at == 3 * SOLVER.inner_batches_per_step
     counter, state = Counter(), SOLVER.init(jax.random.split(jax.random.key(0), 3)[0])
     for _ in range(3):
         stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *itertools.islice(counter, 3))

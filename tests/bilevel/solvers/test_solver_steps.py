@@ -327,14 +327,14 @@ def test_steps_are_those_of_the_paper(cls):
     fields = {field.name for field in dataclasses.fields(cls)}
     solver = cls(PROBLEM, RHO, GAMMA, **settings, **{k: v for k, v in COMMON.items() if k in fields})
     rng = np.random.default_rng(1)
-    inner = rng.integers(ROWS, size=(STEPS, solver.inner_batches, SIZE))
-    outer = rng.integers(OUTER_ROWS, size=(STEPS, solver.outer_batches, OUTER_SIZE))
+    inner = rng.integers(ROWS, size=(STEPS, solver.inner_batches_per_step, SIZE))
+    outer = rng.integers(OUTER_ROWS, size=(STEPS, solver.outer_batches_per_step, OUTER_SIZE))
     inner[2], outer[2] = inner[0], outer[0]  # SABA's tables are read where a mini-batch comes again
     state = solver.init(jax.random.key(3))
     s = SimpleNamespace(w=W, lam=LAM, v=np.zeros(INNER), y=W, d_lam=np.zeros(OUTER), tables={})
     products = set()
     for k in range(STEPS):
-        index = jnp.asarray(outer[k] if solver.outer_batches > 1 else outer[k, 0])
+        index = jnp.asarray(outer[k] if solver.outer_batches_per_step > 1 else outer[k, 0])
         batches = Indexed(DATA, jnp.asarray(inner[k])), Indexed(OUTER_DATA, index)
         own = jax.random.split(jax.random.fold_in(state.key, k))[1]
         u = np.array([optax.tree.random_like(key, jnp.asarray(LAM)) for key in jax.random.split(own, J)])

@@ -162,12 +162,12 @@ def indices(solver, data, steps):
         order = np.concatenate([rng.permutation(rows)[:kept] for _ in range(epochs)])
         return jnp.asarray(order[: steps * count * batches.size].reshape(steps, count, batches.size), jnp.int32)
 
-    return stream(data[0], solver.inner_batches), stream(data[1], solver.outer_batches)
+    return stream(data[0], solver.inner_batches_per_step), stream(data[1], solver.outer_batches_per_step)
 
 
 def one_step(solver, state, data, index):
     inner, outer = (Indexed(batches.arrays, i) for batches, i in zip(data, index, strict=True))
-    if solver.outer_batches == 1:
+    if solver.outer_batches_per_step == 1:
         outer = Indexed(outer.arrays, outer.index[0])
     return solver.step(state, inner, outer)
 

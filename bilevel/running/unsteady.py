@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,12 +17,9 @@ import optax
 from jax.core import Tracer
 
 from bilevel.differentiation.influence import StructuralZeroWarning, dependence
+from bilevel.differentiation.loss_checks import TracedLoss
 from bilevel.running.fingerprint import parts
 from bilevel.trees import PyTree, is_inexact, is_key
-
-if TYPE_CHECKING:
-    from bilevel.differentiation.loss_checks import TracedLoss
-
 
 _LOOKED_AT: weakref.WeakSet[Any] = weakref.WeakSet()
 """Traces that were compared with another of the same loss: a run that is repeated is not traced again."""
@@ -86,30 +83,6 @@ def _same(one: Any, other: Any) -> bool:
     if is_key(one) and is_key(other):
         one, other = jax.random.key_data(one), jax.random.key_data(other)
     return bool(np.array_equal(np.asarray(one), np.asarray(other), equal_nan=bool(is_inexact(one))))
-
-
-def warn_if_misplaced(losses: list[TracedLoss], *, learned: bool = True) -> None:
-    """Looks at what the values of the losses are computed from.
-
-    Args:
-      losses: those that could be traced.
-      learned: whether the outer variable is learned, so that the outer loss matters.
-
-    Warns:
-      StructuralZeroWarning: for an inner or an outer loss that does not depend on inner.
-    """
-    why = {
-        "inner_loss": "training moves nothing by its gradient, which is exactly 0",
-        "outer_loss": "nothing that training does can change it",
-    }
-    for loss in losses:
-        if (learned or loss.name == "inner_loss") and loss.inner and not any(loss.value_reads()[: loss.inner]):
-            warnings.warn(
-                f"{loss.name} does not depend on inner: {why[loss.name]}; are its arguments (inner, outer, batch, key) "
-                "in this order?",
-                StructuralZeroWarning,
-                stacklevel=3,
-            )
 
 
 _CONSTANT = (optax.GradientTransformation, optax.MultiSteps)

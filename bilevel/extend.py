@@ -1,0 +1,33 @@
+"""What a new estimator, solver or linear solver is built from.
+
+The guide "Extending" of the documentation builds one of each, in about thirty lines.
+
+- A hypergradient: a frozen dataclass under `Trained`, where the inner problem is trained by an optimizer, or under
+  `Estimator`, with one method, `differentiate(query: Query) -> Answer`.
+- A stochastic solver: a frozen dataclass under `Stochastic` with one method, `iterate`.
+- A linear solver: any object with `solve`, as `LinearSolver` says.
+- `register` makes a dataclass a pytree; `setting` and `child` put the rule of a field beside it.
+"""
+
+from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
+from bilevel.hypergradients.base import Answer as Answer
+from bilevel.hypergradients.base import Estimator as Estimator
+from bilevel.hypergradients.base import Keys as Keys
+from bilevel.hypergradients.base import Query as Query
+from bilevel.hypergradients.base import Trained as Trained
+from bilevel.hypergradients.training import Trace as Trace
+from bilevel.linear_solvers.base import LinearSolver as LinearSolver
+from bilevel.settings import as_pytree as as_pytree
+from bilevel.settings import child as child
+from bilevel.settings import integer as integer
+from bilevel.settings import real as real
+from bilevel.settings import register as register
+from bilevel.settings import scalar as scalar
+from bilevel.settings import setting as setting
+from bilevel.settings import step_size as step_size
+from bilevel.solvers.stochastic import Calls as Calls
+from bilevel.solvers.stochastic import Iterate as Iterate
+from bilevel.solvers.stochastic import Iteration as Iteration
+from bilevel.solvers.stochastic import StepSize as StepSize
+from bilevel.solvers.stochastic import Stochastic as Stochastic
+from bilevel.trees import PyTree as PyTree
