@@ -1,4 +1,12 @@
-"""Hyper-parameters found by differentiating through training."""
+"""Hyper-parameters found by differentiating through training.
+
+What is public is what this file exports, one line a name, and two modules: `bilevel.testing`, which checks a
+hypergradient, and `bilevel.extend`, which a new estimator, solver or linear solver is built from. The rest may change.
+"""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+from types import ModuleType as _ModuleType
 
 from bilevel.bijectors import Bijector as Bijector
 from bilevel.bijectors import Compose as Compose
@@ -74,3 +82,12 @@ from bilevel.solvers.vrbo import VRBO as VRBO
 from bilevel.transforms import allocate as allocate
 from bilevel.transforms import center as center
 from bilevel.transforms import project as project
+
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]  (the lines above are the list)
+    name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)
+)
+
+try:
+    __version__ = _version("bilevel")
+except _PackageNotFoundError:  # a folder that was never installed
+    __version__ = "unknown"

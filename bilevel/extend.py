@@ -7,8 +7,11 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 - A stochastic solver: a frozen dataclass under `Stochastic` with one method, `iterate`.
 - A linear solver: any object with `solve`, as `LinearSolver` says.
 - `register` makes a dataclass a pytree; `setting` and `child` put the rule of a field beside it.
+- For benchmarks and loops of one's own: `chunk`, the compiled steps that `run` takes at once, at most `CAPACITY`;
+  `Checkpoints`, its files; `flops` and `gradient_flops`, operations of a traced function; `resolve`, rows of `Indexed`.
 """
 
+from bilevel.data import resolve as resolve
 from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
 from bilevel.hypergradients.base import Answer as Answer
 from bilevel.hypergradients.base import Estimator as Estimator
@@ -17,6 +20,11 @@ from bilevel.hypergradients.base import Query as Query
 from bilevel.hypergradients.base import Trained as Trained
 from bilevel.hypergradients.training import Trace as Trace
 from bilevel.linear_solvers.base import LinearSolver as LinearSolver
+from bilevel.measuring.flops import flops as flops
+from bilevel.measuring.flops import gradient_flops as gradient_flops
+from bilevel.running.checkpoints import Checkpoints as Checkpoints
+from bilevel.running.chunks import CAPACITY as CAPACITY
+from bilevel.running.chunks import chunk as chunk
 from bilevel.settings import as_pytree as as_pytree
 from bilevel.settings import child as child
 from bilevel.settings import integer as integer

@@ -17,7 +17,7 @@ import jax
 import optax
 
 import bilevel
-from bilevel.running.checkpoints import Checkpoints
+from bilevel.extend import Checkpoints
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets
 

@@ -29,7 +29,7 @@ import tyro
 
 import bilevel
 from benchmarks.lora import low_data
-from bilevel.measuring.flops import flops, gradient_flops
+from bilevel.extend import flops, gradient_flops
 from methods import experiment, hiddenkey, inside
 from methods.hiddenkey import HiddenKeySettings
 from methods.runfolder import RunFolder

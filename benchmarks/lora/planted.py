@@ -37,7 +37,7 @@ from rich.table import Table
 
 import bilevel
 from benchmarks.lora.planted_task import QUICK, Setup, Task, ablations, draw, gated, make_task, sharpness
-from bilevel.data import resolve
+from bilevel.extend import resolve
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

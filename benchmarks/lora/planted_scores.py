@@ -44,7 +44,7 @@ from benchmarks.lora import report
 from benchmarks.lora.planted import auroc
 from benchmarks.lora.planted_task import QUICK, Setup, Task, ablations, divergence, draw, make_task
 from benchmarks.record import Record, Row, clock, seconds_left
-from bilevel.data import resolve
+from bilevel.extend import resolve
 from methods import proxies
 from methods.baselines.lora_drop import output_norms
 from methods.models.decoder import Decoder

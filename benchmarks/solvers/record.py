@@ -22,8 +22,7 @@ from benchmark_utils.adapter import result
 from benchmark_utils.loading import Modules
 from benchmark_utils.runs import BUDGET, DATA, RUNS, SUBSET
 
-from bilevel.running.chunks import CAPACITY, chunk
-from bilevel.solvers.stochastic import Calls
+from bilevel.extend import CAPACITY, Calls, chunk
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "records"

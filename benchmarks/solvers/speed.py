@@ -20,7 +20,7 @@ from benchmark_utils.loading import Modules
 from rich.console import Console
 from rich.table import Table
 
-from bilevel.running.chunks import chunk
+from bilevel.extend import chunk
 
 HERE = Path(__file__).parent
 RECORD = HERE / "records" / "speed.json"

@@ -8,7 +8,7 @@ from benchopt import BaseSolver
 
 import bilevel
 from bilevel import Power
-from bilevel.solvers.stochastic import Calls
+from bilevel.extend import Calls
 
 ENDLESS = 2**31 - 1  # benchopt says when to stop
 RETURN_SECONDS = 0.1

@@ -5,7 +5,7 @@ import optax
 from benchmark_utils.adapter import BilevelSolver, sizes
 
 import bilevel
-from bilevel.solvers.stochastic import Calls
+from bilevel.extend import Calls
 
 
 class Solver(BilevelSolver):

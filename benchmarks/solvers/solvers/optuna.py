@@ -9,7 +9,7 @@ from benchmark_utils.adapter import BilevelSolver, result, sizes
 from jax.flatten_util import ravel_pytree
 
 import bilevel
-from bilevel.solvers.stochastic import Calls
+from bilevel.extend import Calls
 
 
 class Solver(BilevelSolver):
