@@ -39,3 +39,4 @@ from bilevel.solvers.stochastic import Iteration as Iteration
 from bilevel.solvers.stochastic import StepSize as StepSize
 from bilevel.solvers.stochastic import Stochastic as Stochastic
 from bilevel.trees import PyTree as PyTree
+from bilevel.trees import combine as combine

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from bilevel.data import slots
+from bilevel.data import narrow, slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.flat import PASSES
 from bilevel.differentiation.gradients import Point, reverse_gradient
@@ -34,7 +34,7 @@ from bilevel.hypergradients.arguments import check_call, check_estimate, refuse_
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, having, integer, register, setting
-from bilevel.trees import PyTree, at_step, combine, partition
+from bilevel.trees import PyTree, at_step, combine, partition, replayed
 
 
 class Aux(NamedTuple):
@@ -181,6 +181,12 @@ class Query:
     def at(self, moving: PyTree) -> PyTree:
         """`outer` with other numbers in its inexact leaves."""
         return combine(moving, self.fixed)
+
+    def inner_loss(self, params: PyTree, outer: PyTree, step: int) -> jax.Array:
+        """The inner loss once more as step number `step` of training saw it: with its batch, and its key replayed."""
+        xs, bind = slots(narrow(self.inner_batches, step, step + 1), 1)
+        batch, key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(replayed(self.keys.inner)[step])
+        return self.problem.inner_value(params, at_step(outer, step), batch, key)[0]
 
     def outer_loss(self, params: PyTree, outer: PyTree) -> tuple[jax.Array, PyTree]:
         """`(value, aux)` of the outer loss after training, with its batch and key."""

@@ -14,7 +14,7 @@ from bilevel.differentiation.influence import dependence
 from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import real, register, setting
-from bilevel.trees import at_step, cast_like, combine, global_norm, replayed, widened
+from bilevel.trees import cast_like, combine, global_norm, widened
 
 
 @register
@@ -125,14 +125,9 @@ def _difference(estimator: _Differences, query: Query, at: InnerState, state: In
     problem, moving = query.problem, query.moving
     params, inner_fixed = problem.split(at.params)
     trained, after_fixed = problem.split(state.params)
-    step = estimator.steps - 1
-    xs, bind = slots(narrow(query.inner_batches, step, step + 1), 1)
-    batch, inner_key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(query.keys.inner)[step]
 
     def inner_loss(params, moving):
-        outer = combine(moving, at_step(query.fixed, step))
-        # The last step's loss once more, at several points.
-        return problem.inner_value(combine(params, inner_fixed), outer, batch, replayed(inner_key))[0]
+        return query.inner_loss(combine(params, inner_fixed), query.at(moving), estimator.steps - 1)
 
     def outer_loss(params, moving):
         return query.outer_loss(combine(params, after_fixed), query.at(moving))
