@@ -56,8 +56,6 @@ from bilevel.measuring.planning import plan as plan
 from bilevel.measuring.variance import Variance as Variance
 from bilevel.measuring.variance import variance as variance
 from bilevel.problem import Problem as Problem
-from bilevel.proximal import proximal_gradient as proximal_gradient
-from bilevel.proximal import soft_threshold as soft_threshold
 from bilevel.running.fit import fit as fit
 from bilevel.running.run import Result as Result
 from bilevel.running.run import run as run
@@ -82,6 +80,8 @@ from bilevel.solvers.vrbo import VRBO as VRBO
 from bilevel.transforms import allocate as allocate
 from bilevel.transforms import center as center
 from bilevel.transforms import project as project
+from bilevel.transforms import proximal_gradient as proximal_gradient
+from bilevel.transforms import soft_threshold as soft_threshold
 
 __all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]  (the lines above are the list)
     name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)

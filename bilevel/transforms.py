@@ -1,9 +1,14 @@
-"""Outer transformations: the best set within a budget, the feasible set, and centring, for `optax.chain`."""
+"""Transformations of optax's kind that optax does not have.
+
+For outer variables, in an `optax.chain`: the best set within a budget, the feasible set, and centring. For inner
+problems with a penalty that is not smooth: proximal gradient descent.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from bilevel.settings import checked, random_key, real, scalar
+from bilevel.settings import checked, function, random_key, real, scalar
 from bilevel.trees import PyTree, in_leaf, leaf_names
 
 
@@ -184,3 +189,39 @@ def _best_set(score: jax.Array, cost: jax.Array, limit: jax.Array, key: jax.Arra
 
     sets = jax.vmap(fill)(jnp.stack([order, order[jnp.argsort(after_the_best, stable=True)]]))
     return sets[jnp.argmax(jnp.where(sets, score[None, :], 0).sum(1))]
+
+
+def proximal_gradient(learning_rate: Any, prox: Callable[[PyTree, Any], PyTree]) -> optax.GradientTransformation:
+    r"""The proximal gradient step, :math:`w \leftarrow \mathrm{prox}_{\eta g}(w - \eta \nabla f(w))`.
+
+    It minimises `inner_loss` + g, and goes with `Unrolled` and `FixedPoint`.
+
+    Args:
+      learning_rate: :math:`\eta`, a number or an array; below 2 / (largest eigenvalue of the Hessian) it converges.
+      prox: `prox(w, eta)`, the proximal operator of :math:`\eta g` on trees like the inner variable. With
+        `lambda outer: proximal_gradient(eta, lambda w, eta: soft_threshold(w, eta * outer))` as the optimizer, the
+        strength of the penalty is an outer variable.
+
+    References:
+      Daubechies et al. 2004 (ISTA), arXiv math/0307152.
+    """
+
+    checked("proximal_gradient", "learning_rate", learning_rate, scalar(low=0.0))
+    checked("proximal_gradient", "prox", prox, function("w", "eta"))
+
+    def init(params):
+        del params
+        return optax.EmptyState()
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("proximal_gradient needs the parameters: call update(grads, state, params).")
+        moved = prox(jax.tree.map(lambda w, g: w - learning_rate * g, params, updates), learning_rate)
+        return jax.tree.map(jnp.subtract, moved, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def soft_threshold(tree: PyTree, threshold: Any) -> PyTree:
+    """The proximal operator of `threshold * |w|_1`: every entry moves `threshold` towards 0, and stops there."""
+    return jax.tree.map(lambda w: jnp.sign(w) * jnp.maximum(jnp.abs(w) - threshold, 0), tree)

@@ -26,7 +26,8 @@ _OTHER_NAMES = {"pjit": "jit", "remat2": "checkpoint", "copy_p": "copy"}
 
 def operation(eqn: Any) -> str:
     """The name of an operation, the same for every release of JAX."""
-    return _OTHER_NAMES.get(eqn.primitive.name, eqn.primitive.name)
+    name: str = eqn.primitive.name
+    return _OTHER_NAMES.get(name, name)
 
 
 def is_jaxpr(value: Any) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, with_adjoint
-from bilevel.hypergradients.optimality import fixed_point_of, mean_loss, require_constant_held, unknowns
+from bilevel.hypergradients.optimality import FixedPointOf, fixed_point_of, mean_loss, require_constant_held, unknowns
 from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.neumann import Neumann
@@ -64,6 +64,7 @@ class FixedPoint(AtSolution):
         """The trained point, with the derivative of a fixed point; as `Implicit.solve`."""
         query = self.asked(problem, inner_state, outer, inner_batches, key)
         state, condition, z = self._solution(query)
+        assert isinstance(condition, FixedPointOf)
         return condition.state(z, state)
 
     def system(self, query, state):

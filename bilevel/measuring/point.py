@@ -8,7 +8,7 @@ import jax
 
 from bilevel.arguments import check_outer
 from bilevel.data import draw, draw_one
-from bilevel.hypergradients.arguments import check_call, check_data
+from bilevel.hypergradients.arguments import check_call, check_data, check_start
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import checked, optional, random_key
 from bilevel.trees import PyTree
@@ -45,6 +45,7 @@ class Point(NamedTuple):
         if outer is not None:
             check_call(what, inner_state=inner_state, outer=outer)
             check_outer(f"{what} was given", outer)
+            check_start(what, problem, outer)
         check_data("inner_data", inner_data, iterators=False)
         check_data("outer_data", outer_data, iterators=False)
         outer_key, *keys = jax.random.split(jax.random.key(0) if key is None else key, 4)

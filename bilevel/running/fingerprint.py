@@ -246,7 +246,7 @@ def _walk(jaxpr: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -
 
 def _walk_parameter(value: Any, lines: list[str], numbers: list[str], arrays: list[Any]) -> None:
     if is_jaxpr(value):
-        _add_constants(getattr(value, "consts", ()), numbers, arrays)
+        _add_constants(getattr(value, "consts", []), numbers, arrays)
         _walk(getattr(value, "jaxpr", value), lines, numbers, arrays)
     elif isinstance(value, dict):
         for at in sorted(value, key=str):

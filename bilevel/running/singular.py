@@ -35,8 +35,9 @@ def _undetermined(solver: Any, state: Any, data: Any) -> list[str]:
     estimator = getattr(solver, "hypergradient", None)
     if not isinstance(estimator, AtSolution) or not (asked := asked_for(solver, state, data)):
         return []
-    *arguments, key = asked
-    query = Query(arguments[0], estimator.steps, *arguments[1:], schedule(key, estimator.steps))
+    problem, inner_state, outer, inner_batches, outer_batch, key = asked
+    keys = schedule(key, estimator.steps)
+    query = Query(problem, estimator.steps, inner_state, outer, inner_batches, outer_batch, keys)
     trained, _ = estimator.trajectory(query)
     backward, condition, z = estimator.system(query, trained)
     flat, unravel = ravel_pytree(widened(z))
