@@ -38,5 +38,6 @@ from bilevel.solvers.stochastic import Iterate as Iterate
 from bilevel.solvers.stochastic import Iteration as Iteration
 from bilevel.solvers.stochastic import StepSize as StepSize
 from bilevel.solvers.stochastic import Stochastic as Stochastic
+from bilevel.solvers.stochastic import descend as descend
 from bilevel.trees import PyTree as PyTree
 from bilevel.trees import combine as combine
