@@ -7,6 +7,7 @@ import dataclasses
 from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.settings import register
+from bilevel.trees import PyTree
 
 
 @register
@@ -41,6 +42,9 @@ class OneStep(Trained):
     def trajectory(self, query, **options):
         """The training map; its derivative is that of the last step."""
         return self._unrolled.trajectory(query, **options)
+
+    def trained(self, query: Query, moving: PyTree) -> PyTree:
+        return self._unrolled.trained(query, moving)
 
     def lost(self, query) -> list[str | None]:
         return self._unrolled.lost(query)

@@ -18,6 +18,7 @@ from bilevel.differentiation.influence import arrives
 from bilevel.hypergradients.base import Answer, Query, Trained
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import integer, one_of, optional, register, setting
+from bilevel.trees import PyTree
 
 Mode = Literal["mixed", "reverse", "forward"]
 
@@ -106,6 +107,10 @@ class Unrolled(Trained):
                 CustomDerivativeWarning,
                 stacklevel=4,
             )
+
+    def trained(self, query: Query, moving: PyTree) -> PyTree:
+        # All steps: of what `truncate` leaves out `lost` tells, and not the operation that it is left out by.
+        return Trained(self.optimizer, self.steps).trained(query, moving)
 
     def lost(self, query) -> list[str | None]:
         """As `Trained.lost`; what acts only before the last `truncate` steps is told too."""
