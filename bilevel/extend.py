@@ -13,11 +13,11 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 
 from bilevel.data import resolve as resolve
 from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
-from bilevel.hypergradients.base import Answer as Answer
 from bilevel.hypergradients.base import Estimator as Estimator
-from bilevel.hypergradients.base import Keys as Keys
-from bilevel.hypergradients.base import Query as Query
 from bilevel.hypergradients.base import Trained as Trained
+from bilevel.hypergradients.query import Answer as Answer
+from bilevel.hypergradients.query import Keys as Keys
+from bilevel.hypergradients.query import Query as Query
 from bilevel.hypergradients.training import Trace as Trace
 from bilevel.linear_solvers.base import LinearSolver as LinearSolver
 from bilevel.measuring.flops import flops as flops

@@ -14,8 +14,9 @@ import numpy as np
 from bilevel.arguments import check_outer
 from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.arguments import refuse_complex
-from bilevel.hypergradients.base import Hypergradient, is_hypergradient, outer_value, schedule
+from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.per_task import PerTask
+from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
 from bilevel.problem import Problem, is_problem
@@ -224,7 +225,7 @@ def _values_moved(problem, hypergradient, inner_state, outer, inner_batches, out
         if isinstance(hypergradient, PerTask):  # one training for each task, and the mean of their outer losses
             return hypergradient.estimate(problem, inner_state, at, inner_batches, outer_batch, key).value
         params = hypergradient.solve(problem, inner_state, at, inner_batches, key).params
-        keys = schedule(key, hypergradient.steps)
+        keys = split_keys(key, hypergradient.steps)
         return outer_value(problem, hypergradient.steps, params, at, outer_batch, keys)[0]
 
     return jax.lax.map(value, moves)

@@ -7,7 +7,6 @@ optimizer) with one method, `differentiate`. Everything else that `Hypergradient
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from bilevel.data import narrow, slots
+from bilevel.data import slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.flat import PASSES
 from bilevel.differentiation.gradients import Point, reverse_gradient
@@ -31,10 +30,11 @@ from bilevel.differentiation.loss_checks import (
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.differentiation.tracing import detached, evaluate, reading
 from bilevel.hypergradients.arguments import check_call, check_estimate, refuse_complex_variables
+from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, having, integer, register, setting
-from bilevel.trees import PyTree, at_step, combine, partition, replayed
+from bilevel.trees import PyTree, at_step
 
 
 class Aux(NamedTuple):
@@ -77,7 +77,7 @@ class Hypergradient(Protocol):
     - With `inner_state=None`, `estimate` starts the inner problem itself, so that `init_inner`'s dependence on `outer`
       is a part of what is differentiated. An `inner_state` that is given is a constant.
     - Optimizer state that depends on `outer` is made anew at the `outer` given, or the state is refused.
-    - Keys are those of `schedule(key, steps)`. No key is consumed twice; recomputations clone them.
+    - Keys are those of `split_keys(key, steps)`. No key is consumed twice; recomputations clone them.
     - `grad` has an entry for every inexact leaf of `outer` and None for others, which are constants.
     - A leaf whose hypergradient is 0 by construction is warned of (`StructuralZeroWarning`); if all are, ValueError.
     - A loss that captured `outer`, or that cannot be differentiated as needed, is refused in a sentence.
@@ -115,116 +115,8 @@ class Hypergradient(Protocol):
         ...
 
 
-class Keys(NamedTuple):
-    """The random keys of one estimate: no two things that are drawn share one.
-
-    A key is consumed once. Where the same noise is wanted again (a Hessian on the batches that training saw, a member
-    of a population beside another), the replay takes a `jax.random.clone` of it.
-
-    Attributes:
-      start: of `init_inner`, where the estimate itself starts the inner problem.
-      inner: `[steps]`, of the inner steps.
-      outer: of the outer loss.
-      own: of the estimator's own randomness (sketches, perturbations).
-    """
-
-    start: jax.Array
-    inner: jax.Array
-    outer: jax.Array
-    own: jax.Array
-
-
-def schedule(key: jax.Array, steps: int) -> Keys:
-    """The `Keys` of one estimate, the same for every estimator: `split(key, steps + 2)`, its own noise apart."""
-    # Not one of the keys below, though `fold_in(key, i)` equals `split(key, n)[i]` for jax's default generator.
-    own = jax.random.fold_in(key, steps + 2)
-    keys = jax.random.split(key, steps + 2)
-    return Keys(keys[0], keys[1:-1], keys[-1], own)
-
-
-def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, batch: PyTree, keys: Keys):
-    """`(value, aux)` of the outer loss after `steps` inner steps, with its key."""
-    return problem.outer_value(params, at_step(outer, steps), batch, keys.outer)
-
-
 is_hypergradient = having("a hypergradient, such as bilevel.Unrolled(...)", "steps", "init", "solve", "estimate")
 """The rule of a setting that is a `Hypergradient`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Query:
-    """One question to an estimator: the hypergradient of this problem, at this `outer`, with these batches and keys.
-
-    Attributes:
-      moving, fixed: `outer` cut into its inexact leaves, which have a hypergradient, and the others.
-      weight: what every derivative of the outer loss is multiplied by: 1, as an argument of the trace, so that one
-        sees in the trace which leaves of the hypergradient the outer loss reaches.
-    """
-
-    problem: Problem
-    steps: int
-    inner_state: InnerState | None
-    outer: PyTree
-    inner_batches: PyTree
-    outer_batch: PyTree
-    keys: Keys
-    weight: jax.Array | None = None
-
-    @functools.cached_property
-    def moving(self) -> PyTree:
-        return partition(self.outer)[0]
-
-    @functools.cached_property
-    def fixed(self) -> PyTree:
-        return partition(self.outer)[1]
-
-    def at(self, moving: PyTree) -> PyTree:
-        """`outer` with other numbers in its inexact leaves."""
-        return combine(moving, self.fixed)
-
-    def inner_loss(self, params: PyTree, outer: PyTree, step: int) -> jax.Array:
-        """The inner loss once more as step number `step` of training saw it: with its batch, and its key replayed."""
-        xs, bind = slots(narrow(self.inner_batches, step, step + 1), 1)
-        batch, key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(replayed(self.keys.inner)[step])
-        return self.problem.inner_value(params, at_step(outer, step), batch, key)[0]
-
-    def outer_loss(self, params: PyTree, outer: PyTree) -> tuple[jax.Array, PyTree]:
-        """`(value, aux)` of the outer loss after training, with its batch and key."""
-        value, aux = outer_value(self.problem, self.steps, params, outer, self.outer_batch, self.keys)
-        return value if self.weight is None else _weighted(self.weight, value), aux
-
-
-@jax.custom_jvp
-def _weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, whose derivative is multiplied by `weight`."""
-    del weight
-    return value
-
-
-@_weighted.defjvp
-def _weighted_jvp(primals, tangents):
-    weight, value = primals
-    return _weighted(weight, value), weight.astype(value.dtype) * tangents[1]
-
-
-class Answer(NamedTuple):
-    """What `Estimator.differentiate` returns.
-
-    Attributes:
-      value: the outer loss at the trained point.
-      grad: its hypergradient, a tree like `Query.moving`.
-      state: the inner problem after training.
-      trace: the inner losses of training, and what they returned beside their values.
-      aux: what the outer loss returned beside its value.
-      info: the estimator's own numbers.
-    """
-
-    value: jax.Array
-    grad: PyTree
-    state: InnerState
-    trace: Trace
-    aux: PyTree
-    info: dict[str, Any] = {}  # noqa: RUF012  (read only)
 
 
 class Estimator:
@@ -279,7 +171,7 @@ class Estimator:
         for loss in losses:
             if heeds and loss.name == "inner_loss" and (name := loss.custom_rule()):
                 self.meet_custom_rule(name)
-        keys = schedule(key, self.steps)
+        keys = split_keys(key, self.steps)
         query = Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys)
         with explained(losses, ORDERS):
             answer = self._answer(query)
@@ -378,7 +270,7 @@ class Trained(Estimator):
         """The arguments of `solve`, checked, as a `Query` without an outer batch."""
         method = f"{type(self).__name__}.solve"
         check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
-        return Query(problem, self.steps, inner_state, outer, inner_batches, None, schedule(key, self.steps))
+        return Query(problem, self.steps, inner_state, outer, inner_batches, None, split_keys(key, self.steps))
 
     def trajectory(self, query: Query, **options: Any) -> tuple[InnerState, Trace]:
         """Training as `query` says, and what its steps reported. `options` go to `training.train`."""

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from bilevel.differentiation.gradients import reverse_gradient
 from bilevel.differentiation.influence import dependence
-from bilevel.hypergradients.base import Answer, Query, Trained
+from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.problem import Problem
 from bilevel.settings import Unfit, integer, real, register, setting
 from bilevel.trees import PyTree, combine, partition, replayed, widened

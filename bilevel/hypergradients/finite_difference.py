@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from bilevel.data import narrow, slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.influence import dependence
-from bilevel.hypergradients.base import Answer, Query, Trained
+from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import real, register, setting
 from bilevel.trees import cast_like, combine, global_norm, widened

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.hypergradients.base import INSIDE_TRAINING, Answer, Query, Trained
+from bilevel.hypergradients.base import INSIDE_TRAINING, Trained
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.settings import register
 
 

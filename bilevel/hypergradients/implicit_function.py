@@ -21,8 +21,9 @@ from jax.custom_derivatives import SymbolicZero
 from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
 from bilevel.differentiation.tracing import detached, evaluate
 from bilevel.hypergradients.arguments import refuse_complex
-from bilevel.hypergradients.base import Answer, Query, Trained
+from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.optimality import FixedPointOf, MeanLoss, Stationary
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.settings import boolean, child, real, register, setting

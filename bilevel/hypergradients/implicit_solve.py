@@ -14,9 +14,10 @@ from bilevel.differentiation import optimizers
 from bilevel.differentiation.frozen import whole
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients import implicit_function
-from bilevel.hypergradients.base import Answer, Estimator, Query, schedule
+from bilevel.hypergradients.base import Estimator
 from bilevel.hypergradients.implicit_function import Backward, attach, refuse_symmetric, with_adjoint
 from bilevel.hypergradients.optimality import fixed_point_of, mean_loss, stationary, unknowns
+from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
@@ -76,7 +77,7 @@ class ImplicitSolve(Estimator):
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The solution, with the derivative of what it satisfies; as `Implicit.solve`."""
-        keys = schedule(key, self.steps)
+        keys = split_keys(key, self.steps)
         query = Query(problem, self.steps, inner_state, outer, inner_batches, None, keys)
         constants = jax.lax.stop_gradient((problem, inner_state, outer, inner_batches))
         state = self._solution(Query(constants[0], self.steps, *constants[1:], None, keys))

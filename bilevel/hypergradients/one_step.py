@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from bilevel.hypergradients.base import Answer, Query, Trained
+from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.settings import register
 from bilevel.trees import PyTree

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from bilevel.differentiation.gradients import reverse_gradient
 from bilevel.differentiation.influence import dependence
-from bilevel.hypergradients.base import Answer, Query, Trained
+from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.evolution import coordinates, even, mirrored, perturbations, weighted
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState
 from bilevel.settings import integer, optional, real, register, setting
 from bilevel.trees import PyTree, partition, replayed

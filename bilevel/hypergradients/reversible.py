@@ -14,7 +14,8 @@ import optax
 
 from bilevel.data import slots
 from bilevel.differentiation.gradients import Point, mixed_gradient
-from bilevel.hypergradients.base import Answer, Estimator, Query, Trained
+from bilevel.hypergradients.base import Estimator, Trained
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.problem import Problem
 from bilevel.settings import Unfit, check_fields, function, integer, real, register, setting

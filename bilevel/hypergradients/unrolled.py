@@ -15,7 +15,8 @@ from bilevel.differentiation.custom_rules import CustomDerivativeWarning
 from bilevel.differentiation.forward import forward_value_and_grad
 from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
 from bilevel.differentiation.influence import arrives
-from bilevel.hypergradients.base import Answer, Query, Trained
+from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.settings import integer, one_of, optional, register, setting
 from bilevel.trees import PyTree

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient, outer_value, schedule
+from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
+from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops, operations
 from bilevel.measuring.point import Point
@@ -198,7 +199,7 @@ def _counts(
     training = jax.make_jaxpr(hypergradient.solve)(problem, inner_state, outer, batches, key).jaxpr
 
     def evaluate(params, outer):
-        keys = schedule(key, hypergradient.steps)
+        keys = split_keys(key, hypergradient.steps)
         return outer_value(problem, hypergradient.steps, params, outer, outer_batch, keys)[0]
 
     trained = estimate.inner_state.params

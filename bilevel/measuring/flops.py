@@ -12,7 +12,8 @@ import numpy as np
 
 from bilevel.data import slots
 from bilevel.differentiation.tracing import jaxprs, operation, without_unused
-from bilevel.hypergradients.base import Hypergradient, schedule
+from bilevel.hypergradients.base import Hypergradient
+from bilevel.hypergradients.query import split_keys
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, at_step, combine
 
@@ -58,7 +59,7 @@ def _first_loss(problem, hypergradient, outer, inner_batches, key):
     batch = bind(jax.tree.map(lambda x: x[0], xs))
     moving, fixed = problem.split(problem.start_inner(key, outer))
     at = at_step(outer, 0)
-    keys = schedule(key, hypergradient.steps).inner
+    keys = split_keys(key, hypergradient.steps).inner
     return lambda moving: problem.inner_value(combine(moving, fixed), at, batch, keys[0])[0], moving
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from bilevel.data import resolve, slots
 from bilevel.differentiation import optimizers
-from bilevel.hypergradients.base import Query, Trained, schedule
+from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.query import Query, split_keys
 from bilevel.problem import Problem
 from bilevel.running.chunks import batches, step, wanted_batches
 from bilevel.running.replay import Instead, asked_for
@@ -183,7 +184,7 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
         inner, _ = batches(solver, state, data)
         asked = solver.problem, state.inner, state.outer, inner, None, jax.random.split(state.key)[1]
     problem, inner_state, outer, inner_batches, outer_batch, key = asked
-    keys = schedule(key, estimator.steps)
+    keys = split_keys(key, estimator.steps)
     inner_state = estimator.resume(Query(problem, estimator.steps, inner_state, outer, inner_batches, None, keys))
     xs, bind = slots(inner_batches, estimator.steps)
     transform = optimizers.transformation(estimator.optimizer, outer)

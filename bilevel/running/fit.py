@@ -12,7 +12,8 @@ import jax
 from bilevel.differentiation.loss_checks import TRAINING, explained, traced_losses
 from bilevel.differentiation.optimizers import Optimizer, is_optimizer
 from bilevel.hypergradients.arguments import check_call, check_data, check_start
-from bilevel.hypergradients.base import Query, Trained, schedule
+from bilevel.hypergradients.base import Trained
+from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem
 from bilevel.running.progress import Callback
@@ -53,7 +54,7 @@ class _Training:
         # No hypergradient, so no second derivative: only what has no gradient at all is refused.
         losses = traced_losses(self.problem, state.inner.params, state.outer, inner_batches, None, key, 1)
         with explained(losses, TRAINING):
-            query = Query(self.problem, 1, state.inner, state.outer, inner_batches, None, schedule(key, 1))
+            query = Query(self.problem, 1, state.inner, state.outer, inner_batches, None, split_keys(key, 1))
             inner, trace = self.trained.trajectory(query)
         new = TrainingState(advance_keys(state.outer), inner, state.step + 1, next_key)
         return new, {"inner_loss": trace.value[0]}

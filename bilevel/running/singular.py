@@ -10,9 +10,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel.differentiation.gradients import reverse_gradient
-from bilevel.hypergradients.base import Query, schedule
 from bilevel.hypergradients.implicit_function import AtSolution
 from bilevel.hypergradients.optimality import FixedPointOf
+from bilevel.hypergradients.query import Query, split_keys
 from bilevel.running.replay import asked_for
 from bilevel.trees import cast_like, leaf_names, widened
 
@@ -36,7 +36,7 @@ def _undetermined(solver: Any, state: Any, data: Any) -> list[str]:
     if not isinstance(estimator, AtSolution) or not (asked := asked_for(solver, state, data)):
         return []
     problem, inner_state, outer, inner_batches, outer_batch, key = asked
-    keys = schedule(key, estimator.steps)
+    keys = split_keys(key, estimator.steps)
     query = Query(problem, estimator.steps, inner_state, outer, inner_batches, outer_batch, keys)
     trained, _ = estimator.trajectory(query)
     backward, condition, z = estimator.system(query, trained)

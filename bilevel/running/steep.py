@@ -12,8 +12,8 @@ import numpy as np
 from bilevel.data import slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.influence import SteepUpdateWarning
-from bilevel.hypergradients.base import Query, schedule
 from bilevel.hypergradients.one_step import OneStep
+from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.running.chunks import chunk
 from bilevel.running.replay import asked_for
@@ -68,7 +68,7 @@ def steep_leaves(solver: Any, state: Any, data: Any) -> list[str]:
 
 
 def _steep(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key) -> list[str]:
-    keys = schedule(key, hypergradient.steps)
+    keys = split_keys(key, hypergradient.steps)
     state = hypergradient.resume(Query(problem, hypergradient.steps, inner_state, outer, inner_batches, None, keys))
     (params, rest), (moving, fixed) = problem.split(state.params), partition(outer)
     xs, bind = slots(inner_batches, hypergradient.steps)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevel
-from bilevel.hypergradients.base import schedule
+from bilevel.hypergradients.query import split_keys
 from tests.bilevel.helpers import KEY
 
 SGD = optax.sgd(0.1)
@@ -110,7 +110,7 @@ def test_iterations_of_a_stochastic_solver_consume_each_key_once(name):
 
 
 def test_all_keys_of_an_estimate_differ():
-    keys = schedule(KEY, 5)
+    keys = split_keys(KEY, 5)
     words = [jax.random.key_data(k).reshape(-1, 2) for k in (keys.start, keys.inner, keys.outer, keys.own)]
     assert len({tuple(word) for word in np.concatenate(words).tolist()}) == 8
     split = jax.random.split(KEY, 7)

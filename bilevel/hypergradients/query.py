@@ -1,0 +1,122 @@
+"""What an estimator is asked and what it answers, and the random keys of an estimate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from bilevel.data import narrow, slots
+from bilevel.hypergradients.training import InnerState, Trace
+from bilevel.problem import Problem
+from bilevel.trees import PyTree, at_step, combine, partition, replayed
+
+
+class Keys(NamedTuple):
+    """The random keys of one estimate: no two things that are drawn share one.
+
+    A key is consumed once. Where the same noise is wanted again (a Hessian on the batches that training saw, a member
+    of a population beside another), the replay takes a `jax.random.clone` of it.
+
+    Attributes:
+      start: of `init_inner`, where the estimate itself starts the inner problem.
+      inner: `[steps]`, of the inner steps.
+      outer: of the outer loss.
+      own: of the estimator's own randomness (sketches, perturbations).
+    """
+
+    start: jax.Array
+    inner: jax.Array
+    outer: jax.Array
+    own: jax.Array
+
+
+def split_keys(key: jax.Array, steps: int) -> Keys:
+    """The `Keys` of one estimate, the same for every estimator: `split(key, steps + 2)`, its own noise apart."""
+    # Not one of the keys below, though `fold_in(key, i)` equals `split(key, n)[i]` for jax's default generator.
+    own = jax.random.fold_in(key, steps + 2)
+    keys = jax.random.split(key, steps + 2)
+    return Keys(keys[0], keys[1:-1], keys[-1], own)
+
+
+def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, batch: PyTree, keys: Keys):
+    """`(value, aux)` of the outer loss after `steps` inner steps, with its key."""
+    return problem.outer_value(params, at_step(outer, steps), batch, keys.outer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One question to an estimator: the hypergradient of this problem, at this `outer`, with these batches and keys.
+
+    Attributes:
+      moving, fixed: `outer` cut into its inexact leaves, which have a hypergradient, and the others.
+      weight: what every derivative of the outer loss is multiplied by: 1, as an argument of the trace, so that one
+        sees in the trace which leaves of the hypergradient the outer loss reaches.
+    """
+
+    problem: Problem
+    steps: int
+    inner_state: InnerState | None
+    outer: PyTree
+    inner_batches: PyTree
+    outer_batch: PyTree
+    keys: Keys
+    weight: jax.Array | None = None
+
+    @functools.cached_property
+    def moving(self) -> PyTree:
+        return partition(self.outer)[0]
+
+    @functools.cached_property
+    def fixed(self) -> PyTree:
+        return partition(self.outer)[1]
+
+    def at(self, moving: PyTree) -> PyTree:
+        """`outer` with other numbers in its inexact leaves."""
+        return combine(moving, self.fixed)
+
+    def inner_loss(self, params: PyTree, outer: PyTree, step: int) -> jax.Array:
+        """The inner loss once more as step number `step` of training saw it: with its batch, and its key replayed."""
+        xs, bind = slots(narrow(self.inner_batches, step, step + 1), 1)
+        batch, key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(replayed(self.keys.inner)[step])
+        return self.problem.inner_value(params, at_step(outer, step), batch, key)[0]
+
+    def outer_loss(self, params: PyTree, outer: PyTree) -> tuple[jax.Array, PyTree]:
+        """`(value, aux)` of the outer loss after training, with its batch and key."""
+        value, aux = outer_value(self.problem, self.steps, params, outer, self.outer_batch, self.keys)
+        return value if self.weight is None else _weighted(self.weight, value), aux
+
+
+@jax.custom_jvp
+def _weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, whose derivative is multiplied by `weight`."""
+    del weight
+    return value
+
+
+@_weighted.defjvp
+def _weighted_jvp(primals, tangents):
+    weight, value = primals
+    return _weighted(weight, value), weight.astype(value.dtype) * tangents[1]
+
+
+class Answer(NamedTuple):
+    """What `Estimator.differentiate` returns.
+
+    Attributes:
+      value: the outer loss at the trained point.
+      grad: its hypergradient, a tree like `Query.moving`.
+      state: the inner problem after training.
+      trace: the inner losses of training, and what they returned beside their values.
+      aux: what the outer loss returned beside its value.
+      info: the estimator's own numbers.
+    """
+
+    value: jax.Array
+    grad: PyTree
+    state: InnerState
+    trace: Trace
+    aux: PyTree
+    info: dict[str, Any] = {}  # noqa: RUF012  (read only)
