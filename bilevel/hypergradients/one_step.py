@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
@@ -35,6 +36,10 @@ class OneStep(Trained):
     References:
       Luketina et al. 2016 (T1-T2), arXiv 1511.06727; Bolte et al. 2023 (one-step differentiation), arXiv 2305.13768.
     """
+
+    takes_complex: ClassVar[bool] = True
+
+    takes_constants: ClassVar[bool] = True
 
     @property
     def _unrolled(self) -> Unrolled:
