@@ -11,6 +11,8 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
   `Checkpoints`, its files; `flops` and `gradient_flops`, operations of a traced function; `resolve`, rows of `Indexed`.
 """
 
+# pyright: strict
+
 from bilevel.data import resolve as resolve
 from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
 from bilevel.hypergradients.base import Estimator as Estimator
@@ -39,5 +41,9 @@ from bilevel.solvers.stochastic import Iteration as Iteration
 from bilevel.solvers.stochastic import StepSize as StepSize
 from bilevel.solvers.stochastic import Stochastic as Stochastic
 from bilevel.solvers.stochastic import descend as descend
+from bilevel.trees import Batch as Batch
+from bilevel.trees import Inner as Inner
+from bilevel.trees import Key as Key
+from bilevel.trees import Outer as Outer
 from bilevel.trees import PyTree as PyTree
 from bilevel.trees import combine as combine

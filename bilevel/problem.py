@@ -15,10 +15,26 @@ from bilevel.arguments import Contents, refuse_modules, telling
 from bilevel.data import resolve
 from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
 from bilevel.settings import as_pytree as as_pytree
-from bilevel.trees import PyTree, as_arrays, cast_like, in_leaf, leaf_names, partition, shape, shapes
+from bilevel.trees import (
+    Batch,
+    Inner,
+    Key,
+    Outer,
+    PyTree,
+    as_arrays,
+    cast_like,
+    in_leaf,
+    leaf_names,
+    partition,
+    shape,
+    shapes,
+)
 
 _MISFITS = (TypeError, ValueError, AttributeError, LookupError)
 """What a function raises for arguments of another structure or shape."""
+
+Loss = Callable[[Inner, Outer, Batch, Key], Any]
+"""`loss(inner, outer, batch, key)`: a scalar, or a pair as `Problem` says."""
 
 _LOSS = function("inner", "outer", "batch", "key", result="scalar")
 
@@ -64,14 +80,14 @@ class Problem:
     constant, of whatever type.
     """
 
-    inner_loss: Callable[..., Any] = dataclasses.field(metadata=child(_LOSS))
-    outer_loss: Callable[..., Any] | None = dataclasses.field(metadata=child(optional(_LOSS)))
-    init_inner: Callable[[jax.Array, PyTree], PyTree] = dataclasses.field(
+    inner_loss: Loss = dataclasses.field(metadata=child(_LOSS))
+    outer_loss: Loss | None = dataclasses.field(metadata=child(optional(_LOSS)))
+    init_inner: Callable[[Key, Outer], Inner] = dataclasses.field(
         metadata=child(function("key", "outer", result="inner"))
     )
-    init_outer: Callable[[jax.Array], PyTree] = dataclasses.field(metadata=child(function("key", result="outer")))
+    init_outer: Callable[[Key], Outer] = dataclasses.field(metadata=child(function("key", result="outer")))
     has_aux: bool = dataclasses.field(default=False, kw_only=True, metadata=setting(boolean))
-    project: Callable[[PyTree], PyTree] | None = dataclasses.field(
+    project: Callable[[Outer], Outer] | None = dataclasses.field(
         default=None, kw_only=True, metadata=child(optional(function("outer", result="outer")))
     )
     domain: PyTree = dataclasses.field(default=None, kw_only=True, metadata=child(bijectors.is_domain))
@@ -80,7 +96,7 @@ class Problem:
     def __post_init__(self):
         check_fields(self)
 
-    def start_outer(self, key: jax.Array) -> PyTree:
+    def start_outer(self, key: Key) -> PyTree:
         """`init_outer(key)`, its numbers made arrays.
 
         Raises:
@@ -93,7 +109,7 @@ class Problem:
         bijectors.check(self.domain, outer)
         return outer
 
-    def unlike_start(self, outer: PyTree, *, whole: bool = False) -> str | None:
+    def unlike_start(self, outer: Outer, *, whole: bool = False) -> str | None:
         """How `outer` differs from what `init_outer` returns, of which nothing is computed; None if it does not.
 
         A leaf differs in its shape, or in being real, complex, an integer, a boolean or a key. Numbers may be of other
@@ -113,7 +129,7 @@ class Problem:
                 return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shapes(outer, 12)}"
         return None
 
-    def _refuse_unlike(self, name: str, outer: PyTree, error: Exception) -> None:
+    def _refuse_unlike(self, name: str, outer: Outer, error: Exception) -> None:
         """Raises ValueError if a function has failed and lacks a leaf of `outer`."""
         if (unlike := self.unlike_start(outer, whole=True)) is not None:
             said = str(error).partition("\n")[0]
@@ -122,7 +138,7 @@ class Problem:
                 f"{unlike}."
             ) from error
 
-    def free(self, outer: PyTree) -> PyTree:
+    def free(self, outer: Outer) -> PyTree:
         """`outer` in coordinates without bounds, in which solvers move: `outer` itself without `domain`."""
         return bijectors.free(self.domain, outer)
 
@@ -130,7 +146,7 @@ class Problem:
         """The `outer` that `free` stands for; its inverse."""
         return bijectors.natural(self.domain, free)
 
-    def free_gradient(self, outer: PyTree, grad: PyTree) -> tuple[PyTree, PyTree]:
+    def free_gradient(self, outer: Outer, grad: PyTree) -> tuple[PyTree, PyTree]:
         """`(free(outer), the gradient there)` for a gradient in natural units; trees of inexact leaves."""
         if self.domain is None:
             return outer, grad
@@ -138,7 +154,7 @@ class Problem:
         _, pull = jax.vjp(self.natural, free)
         return free, pull(cast_like(grad, outer))[0]
 
-    def projected(self, outer: PyTree) -> PyTree:
+    def projected(self, outer: Outer) -> PyTree:
         """`project(outer)`; `outer` itself where there is none.
 
         Raises:
@@ -155,7 +171,7 @@ class Problem:
             )
         return found
 
-    def start_inner(self, key: jax.Array, outer: PyTree) -> PyTree:
+    def start_inner(self, key: Key, outer: Outer) -> PyTree:
         """`init_inner(key, outer)`, its numbers made arrays.
 
         Raises:
@@ -183,7 +199,7 @@ class Problem:
             )
         return inner
 
-    def split(self, inner: PyTree) -> tuple[PyTree, PyTree]:
+    def split(self, inner: Inner) -> tuple[PyTree, PyTree]:
         """`(trained, rest)`: inexact leaves that are not `mutable`, and all others; None in each other's places."""
         trained, rest = partition(inner)
         if not self.mutable:
@@ -191,11 +207,11 @@ class Problem:
         nothing = {name: jax.tree.map(lambda _: None, inner[name]) for name in self.mutable}
         return trained | nothing, rest | self.carried(inner)
 
-    def carried(self, inner: PyTree) -> dict[str, PyTree]:
+    def carried(self, inner: Inner) -> dict[str, PyTree]:
         """The `mutable` entries of `inner`."""
         return {name: inner[name] for name in self.mutable}
 
-    def inner_value(self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any) -> tuple[jax.Array, PyTree]:
+    def inner_value(self, inner: Inner, outer: Outer, batch: Batch, key: Any) -> tuple[jax.Array, PyTree]:
         """`(inner_loss, aux)`, `aux` being None without `has_aux`.
 
         Raises:
@@ -205,7 +221,7 @@ class Problem:
         return value, aux
 
     def inner_outcome(
-        self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any
+        self, inner: Inner, outer: Outer, batch: Batch, key: Any
     ) -> tuple[jax.Array, dict[str, PyTree], PyTree]:
         """`(inner_loss, updates, aux)`: `inner_value` with the new values of the `mutable` entries."""
         rest: Any
@@ -227,7 +243,7 @@ class Problem:
             )
         return value, updates, aux
 
-    def outer_value(self, inner: PyTree, outer: PyTree, batch: PyTree, key: Any) -> tuple[jax.Array, PyTree]:
+    def outer_value(self, inner: Inner, outer: Outer, batch: Batch, key: Any) -> tuple[jax.Array, PyTree]:
         """`(outer_loss, aux)`; as `inner_value`."""
         return self._value("outer_loss", self.has_aux, inner, outer, batch, key)
 

@@ -21,7 +21,7 @@ from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_arguments, integer, real
-from bilevel.trees import PyTree, combine, is_inexact, leaf_names, partition
+from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition
 
 STEP = 3e-4
 """Of central differences, relative to the size of a leaf."""
@@ -69,18 +69,18 @@ class Quadratic:
             bind(_quadratic_tilt, jnp.zeros(self.C.shape[1])),
         )
 
-    def trained(self, outer: PyTree, steps: int, *, rate: Any = None, start: Any = None) -> np.ndarray:
+    def trained(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> np.ndarray:
         """:math:`w_K` for K = `steps`."""
         rest, decay, begin = self._training(outer, rate, start)
         return rest + np.linalg.matrix_power(decay, steps) @ (begin - rest)
 
-    def value(self, outer: PyTree, steps: int, *, rate: Any = None, start: Any = None) -> float:
+    def value(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> float:
         """:math:`F(w_K, \\lambda)`."""
         away = self.trained(outer, steps, rate=rate, start=start) - self.c
         return 0.5 * away @ self.A @ away + 0.5 * np.sum(np.square(outer["tilt"]))
 
     def unrolled(
-        self, outer: PyTree, steps: int, *, rate: Any = None, start: Any = None, truncate: int | None = None
+        self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None, truncate: int | None = None
     ) -> dict[str, np.ndarray]:
         r"""The derivative of T = `truncate` last steps; of all K by default. With :math:`w_{K-T}` held constant,
 
@@ -102,13 +102,13 @@ class Quadratic:
             start=power(steps) @ v if last == steps and start is None else np.zeros_like(v),
         )
 
-    def implicit(self, outer: PyTree, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
+    def implicit(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
         r""":math:`\lambda + C^\top H^{-1} v` at :math:`w_K`; 0 for `rate` and `start`."""
         v = self._pull(outer, steps, rate, start)
         tilt = np.asarray(outer["tilt"]) + self.C.T @ np.linalg.solve(self.H, v)
         return _only(outer, tilt=tilt, rate=np.zeros(()), start=np.zeros_like(v))
 
-    def first_order(self, outer: PyTree, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
+    def first_order(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
         r"""The direct term :math:`\lambda`; 0 for `rate` and `start`."""
         del steps, rate, start
         return _only(outer, tilt=np.asarray(outer["tilt"]), rate=np.zeros(()), start=np.zeros_like(self.start))
@@ -170,9 +170,9 @@ def central_differences(
     problem: Problem,
     hypergradient: Hypergradient,
     inner_state: InnerState | None,
-    outer: PyTree,
-    inner_batches: PyTree,
-    outer_batch: PyTree,
+    outer: Outer,
+    inner_batches: Batch,
+    outer_batch: Batch,
     key: jax.Array,
     *,
     step: float = STEP,
@@ -281,7 +281,7 @@ def check_hypergradient(
     problem: Problem,
     hypergradient: Hypergradient,
     *,
-    outer: PyTree = None,
+    outer: Outer = None,
     inner_state: InnerState | None = None,
     inner_data: Any = None,
     outer_data: Any = None,

@@ -16,6 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 PyTree = Any
+"""Any nesting of containers that JAX knows, with arrays for leaves."""
+Inner = PyTree
+"""An inner variable, or a tree like it: its gradient, a direction."""
+Outer = PyTree
+"""An outer variable, or a tree like it."""
+Batch = PyTree
+"""What a loss is given as `batch`; of several, a tree that leads with an axis of them."""
+Key = jax.Array
+"""A random key."""
 
 
 def is_key(leaf: Any) -> bool:

@@ -4,6 +4,10 @@ A new estimator is a frozen dataclass under `Estimator` (or `Trained`, where the
 optimizer) with one method, `differentiate`. Everything else that `Hypergradient` asks for is done here, once.
 """
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownLambdaType=false
+# (Every parameter and result has a type; what jax returns has not always one that is known.)
+
 from __future__ import annotations
 
 import dataclasses
@@ -34,7 +38,7 @@ from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, having, integer, register, setting
-from bilevel.trees import PyTree, at_step
+from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step
 
 
 class Aux(NamedTuple):
@@ -46,8 +50,8 @@ class Aux(NamedTuple):
       info: the estimator's own numbers; always `inner_loss[steps]`.
     """
 
-    inner: PyTree
-    outer: PyTree
+    inner: Inner
+    outer: Outer
     info: dict[str, Any]
 
 
@@ -92,12 +96,12 @@ class Hypergradient(Protocol):
         """K, inner steps an outer iteration."""
         ...
 
-    def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
+    def init(self, problem: Problem, outer: Outer, key: Key) -> InnerState:
         """The inner state before any training."""
         ...
 
     def solve(
-        self, problem: Problem, inner_state: InnerState | None, outer: PyTree, inner_batches: PyTree, key: jax.Array
+        self, problem: Problem, inner_state: InnerState | None, outer: Outer, inner_batches: Batch, key: Key
     ) -> InnerState:
         """Trains K steps from `inner_state` (None: from the start), as a function that may be differentiated again."""
         ...
@@ -106,10 +110,10 @@ class Hypergradient(Protocol):
         self,
         problem: Problem,
         inner_state: InnerState | None,
-        outer: PyTree,
-        inner_batches: PyTree,
-        outer_batch: PyTree,
-        key: jax.Array,
+        outer: Outer,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        key: Key,
     ) -> Estimate:
         """Trains as `solve` does, then the outer loss, its hypergradient and the state that training has reached."""
         ...
@@ -146,10 +150,10 @@ class Estimator:
         self,
         problem: Problem,
         inner_state: InnerState | None,
-        outer: PyTree,
-        inner_batches: PyTree,
-        outer_batch: PyTree,
-        key: jax.Array,
+        outer: Outer,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        key: Key,
     ) -> Estimate:
         """See `Hypergradient`.
 
@@ -214,7 +218,7 @@ class Estimator:
         """For each leaf of `query.moving`, whether it has an influence that the estimator sees; None: by the trace."""
         return None
 
-    def trained(self, query: Query, moving: PyTree) -> PyTree:
+    def trained(self, query: Query, moving: Outer) -> PyTree:
         """What training gives, as a function of the inexact leaves of `outer`: only looked at, never evaluated."""
         raise NotImplementedError
 
@@ -252,13 +256,13 @@ class Trained(Estimator):
     def __post_init__(self):
         check_fields(self)
 
-    def init(self, problem: Problem, outer: PyTree, key: jax.Array) -> InnerState:
+    def init(self, problem: Problem, outer: Outer, key: Key) -> InnerState:
         """The inner problem before its first step: `init_inner(key, outer)` and a fresh optimizer state."""
         check_call(f"{type(self).__name__}.init", problem=problem, outer=outer, key=key)
         return begin(problem, self.optimizer, outer, key)
 
     def solve(
-        self, problem: Problem, inner_state: InnerState | None, outer: PyTree, inner_batches: PyTree, key: jax.Array
+        self, problem: Problem, inner_state: InnerState | None, outer: Outer, inner_batches: Batch, key: Key
     ) -> InnerState:
         """The training map: `steps` steps from `inner_state`, differentiable in `inner_state` and `outer`.
 
@@ -266,7 +270,7 @@ class Trained(Estimator):
         """
         return self.trajectory(self.asked(problem, inner_state, outer, inner_batches, key))[0]
 
-    def asked(self, problem: Problem, inner_state: Any, outer: PyTree, inner_batches: PyTree, key: jax.Array) -> Query:
+    def asked(self, problem: Problem, inner_state: Any, outer: Outer, inner_batches: Batch, key: Key) -> Query:
         """The arguments of `solve`, checked, as a `Query` without an outer batch."""
         method = f"{type(self).__name__}.solve"
         check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
@@ -287,7 +291,7 @@ class Trained(Estimator):
         opt_state = optimizers.refresh(self.optimizer, outer, moving, state.opt_state)
         return state._replace(opt_state=opt_state)
 
-    def trained(self, query: Query, moving: PyTree) -> PyTree:
+    def trained(self, query: Query, moving: Outer) -> PyTree:
         # A gradient with a rule of its own would hide from the trace what it reads.
         moved = dataclasses.replace(query, outer=query.at(moving))
         return self.trajectory(moved, gradient=reverse_gradient)[0].params
@@ -295,10 +299,10 @@ class Trained(Estimator):
     def lost(self, query: Query) -> list[str | None]:
         problem, keys = query.problem, query.keys
 
-        def start(moving):
+        def start(moving: Outer) -> Inner:
             return problem.split(problem.start_inner(keys.start, query.at(moving)))[0]
 
-        def gradient(moving):
+        def gradient(moving: Outer) -> Inner:
             state = jax.lax.stop_gradient(self.resume(query))
             params, rest = problem.split(state.params)
             xs, bind = slots(query.inner_batches, self.steps)
@@ -331,7 +335,9 @@ def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Calla
     checked("value_and_hypergrad", "problem", problem, is_problem)
     checked("value_and_hypergrad", "hypergradient", hypergradient, is_hypergradient)
 
-    def function(outer, inner_state, inner_batches, outer_batch, key):
+    def function(
+        outer: Outer, inner_state: InnerState | None, inner_batches: Batch, outer_batch: Batch, key: Key
+    ) -> tuple[jax.Array, Outer]:
         estimate = hypergradient.estimate(problem, inner_state, outer, inner_batches, outer_batch, key)
         return estimate.value, estimate.grad
 

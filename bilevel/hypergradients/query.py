@@ -1,5 +1,9 @@
 """What an estimator is asked and what it answers, and the random keys of an estimate."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownLambdaType=false
+# (Every parameter and result has a type; what jax returns has not always one that is known.)
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,7 +15,7 @@ import jax
 from bilevel.data import narrow, slots
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, at_step, combine, partition, replayed
+from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step, combine, partition, replayed
 
 
 class Keys(NamedTuple):
@@ -33,7 +37,7 @@ class Keys(NamedTuple):
     own: jax.Array
 
 
-def split_keys(key: jax.Array, steps: int) -> Keys:
+def split_keys(key: Key, steps: int) -> Keys:
     """The `Keys` of one estimate, the same for every estimator: `split(key, steps + 2)`, its own noise apart."""
     # Not one of the keys below, though `fold_in(key, i)` equals `split(key, n)[i]` for jax's default generator.
     own = jax.random.fold_in(key, steps + 2)
@@ -41,7 +45,7 @@ def split_keys(key: jax.Array, steps: int) -> Keys:
     return Keys(keys[0], keys[1:-1], keys[-1], own)
 
 
-def outer_value(problem: Problem, steps: int, params: PyTree, outer: PyTree, batch: PyTree, keys: Keys):
+def outer_value(problem: Problem, steps: int, params: Inner, outer: Outer, batch: Batch, keys: Keys):
     """`(value, aux)` of the outer loss after `steps` inner steps, with its key."""
     return problem.outer_value(params, at_step(outer, steps), batch, keys.outer)
 
@@ -59,9 +63,9 @@ class Query:
     problem: Problem
     steps: int
     inner_state: InnerState | None
-    outer: PyTree
-    inner_batches: PyTree
-    outer_batch: PyTree
+    outer: Outer
+    inner_batches: Batch
+    outer_batch: Batch
     keys: Keys
     weight: jax.Array | None = None
 
@@ -73,17 +77,17 @@ class Query:
     def fixed(self) -> PyTree:
         return partition(self.outer)[1]
 
-    def at(self, moving: PyTree) -> PyTree:
+    def at(self, moving: Outer) -> PyTree:
         """`outer` with other numbers in its inexact leaves."""
         return combine(moving, self.fixed)
 
-    def inner_loss(self, params: PyTree, outer: PyTree, step: int) -> jax.Array:
+    def inner_loss(self, params: Inner, outer: Outer, step: int) -> jax.Array:
         """The inner loss once more as step number `step` of training saw it: with its batch, and its key replayed."""
         xs, bind = slots(narrow(self.inner_batches, step, step + 1), 1)
         batch, key = bind(jax.tree.map(lambda x: x[0], xs)), replayed(replayed(self.keys.inner)[step])
         return self.problem.inner_value(params, at_step(outer, step), batch, key)[0]
 
-    def outer_loss(self, params: PyTree, outer: PyTree) -> tuple[jax.Array, PyTree]:
+    def outer_loss(self, params: Inner, outer: Outer) -> tuple[jax.Array, PyTree]:
         """`(value, aux)` of the outer loss after training, with its batch and key."""
         value, aux = outer_value(self.problem, self.steps, params, outer, self.outer_batch, self.keys)
         return value if self.weight is None else _weighted(self.weight, value), aux
@@ -97,7 +101,9 @@ def _weighted(weight: jax.Array, value: jax.Array) -> jax.Array:
 
 
 @_weighted.defjvp
-def _weighted_jvp(primals, tangents):
+def _weighted_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     weight, value = primals
     return _weighted(weight, value), weight.astype(value.dtype) * tangents[1]
 

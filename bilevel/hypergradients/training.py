@@ -14,7 +14,7 @@ from bilevel.differentiation.checkpointing import Checkpoint, scan
 from bilevel.differentiation.gradients import Gradient, Point, mixed_gradient
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, as_words, at_step, combine, is_key, partition
+from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, partition
 
 
 class InnerState(NamedTuple):
@@ -27,7 +27,7 @@ class InnerState(NamedTuple):
       extra: what an estimator carries from one outer iteration to the next (an adjoint, particles); None otherwise.
     """
 
-    params: PyTree
+    params: Inner
     opt_state: PyTree
     step: jax.Array
     extra: PyTree = None
@@ -40,7 +40,7 @@ class Trace(NamedTuple):
     aux: PyTree
 
 
-def begin(problem: Problem, optimizer: Optimizer, outer: PyTree, key: jax.Array) -> InnerState:
+def begin(problem: Problem, optimizer: Optimizer, outer: Outer, key: jax.Array) -> InnerState:
     """The state before the first inner step: `init_inner(key, outer)` and a fresh optimizer."""
     params = problem.start_inner(key, outer)
     opt_state = optimizers.init(optimizer, outer, problem.split(params)[0])
@@ -51,7 +51,7 @@ def train(
     problem: Problem,
     optimizer: Optimizer,
     state: InnerState,
-    outer: PyTree,
+    outer: Outer,
     batches: PyTree,
     keys: jax.Array,
     *,

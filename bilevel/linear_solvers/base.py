@@ -1,5 +1,7 @@
 """The contract of a linear solver."""
 
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable

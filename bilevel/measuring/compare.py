@@ -18,7 +18,7 @@ from bilevel.measuring.point import Point
 from bilevel.measuring.variance import variance
 from bilevel.problem import Problem
 from bilevel.settings import checked, integer, optional, shown
-from bilevel.trees import PyTree, global_norm
+from bilevel.trees import Outer, PyTree, global_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def compare(
     hypergradients: Mapping[str, Hypergradient],
     *,
     reference: str,
-    outer: PyTree = None,
+    outer: Outer = None,
     inner_state: InnerState | None = None,
     inner_data: Any = None,
     outer_data: Any = None,

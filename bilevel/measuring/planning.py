@@ -30,7 +30,7 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.measuring.flops import flops, gradient_flops, operations
 from bilevel.measuring.point import Point
 from bilevel.problem import Problem
-from bilevel.trees import PyTree, partition
+from bilevel.trees import Outer, partition
 
 _SHORT = 4
 """Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
@@ -101,7 +101,7 @@ def plan(
     problem: Problem,
     hypergradient: Unrolled,
     *,
-    outer: PyTree = None,
+    outer: Outer = None,
     inner_state: InnerState | None = None,
     inner_data: Any = None,
     outer_data: Any = None,

@@ -11,7 +11,7 @@ from bilevel.data import draw, draw_one
 from bilevel.hypergradients.arguments import check_call, check_data, check_start
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import checked, optional, random_key
-from bilevel.trees import PyTree
+from bilevel.trees import Outer
 
 
 class Point(NamedTuple):
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
     problem: Problem
     inner_state: Any
-    outer: PyTree
+    outer: Outer
     inner_data: Any
     outer_data: Any
     keys: tuple[jax.Array, jax.Array, jax.Array]

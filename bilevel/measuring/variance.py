@@ -16,7 +16,7 @@ from bilevel.measuring.point import Point
 from bilevel.problem import Problem
 from bilevel.running.failures import not_finite
 from bilevel.settings import checked, integer
-from bilevel.trees import PyTree, global_norm, widened
+from bilevel.trees import Outer, PyTree, global_norm, widened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def variance(
     problem: Problem,
     hypergradient: Hypergradient,
     *,
-    outer: PyTree = None,
+    outer: Outer = None,
     inner_state: InnerState | None = None,
     inner_data: Any = None,
     outer_data: Any = None,

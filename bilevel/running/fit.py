@@ -19,13 +19,13 @@ from bilevel.problem import Problem
 from bilevel.running.progress import Callback
 from bilevel.running.run import Result, run
 from bilevel.settings import checked
-from bilevel.trees import PyTree, advance_keys, as_arrays, distinct
+from bilevel.trees import Batch, Outer, advance_keys, as_arrays, distinct
 
 
 class TrainingState(NamedTuple):
     """State of a training: `outer` (constant but for its random keys), the inner problem, the step and its key."""
 
-    outer: PyTree
+    outer: Outer
     inner: InnerState
     step: jax.Array
     key: jax.Array
@@ -38,7 +38,7 @@ class _Training:
 
     problem: Problem
     trained: Trained
-    outer: PyTree
+    outer: Outer
 
     inner_batches_per_step = outer_batches_per_step = 1
     data_title = "data"
@@ -49,7 +49,7 @@ class _Training:
         state = self.trained.init(self.problem, self.outer, inner_key)
         return distinct(TrainingState(as_arrays(self.outer), state, state.step, key))
 
-    def step(self, state: TrainingState, inner_batches: PyTree, outer_batch: PyTree):
+    def step(self, state: TrainingState, inner_batches: Batch, outer_batch: Batch):
         next_key, key = jax.random.split(state.key)
         # No hypergradient, so no second derivative: only what has no gradient at all is refused.
         losses = traced_losses(self.problem, state.inner.params, state.outer, inner_batches, None, key, 1)
@@ -62,7 +62,7 @@ class _Training:
 
 def fit(
     problem: Problem,
-    outer: PyTree,
+    outer: Outer,
     *,
     optimizer: Optimizer,
     data: Any = None,

@@ -29,7 +29,7 @@ from bilevel.running.steep import warn_if_steep
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings import check_schedules
 from bilevel.solvers.base import Solver
-from bilevel.trees import PyTree, replayed
+from bilevel.trees import Outer, replayed
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""
@@ -45,7 +45,7 @@ class Result(NamedTuple):
       state: the solver's whole state, to continue from.
     """
 
-    outer: PyTree
+    outer: Outer
     inner: Any
     history: dict[str, np.ndarray]
     state: Any

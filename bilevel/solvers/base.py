@@ -1,5 +1,7 @@
 """The contract of a solver."""
 
+# pyright: strict
+
 from __future__ import annotations
 
 from typing import Any, Protocol
@@ -7,16 +9,16 @@ from typing import Any, Protocol
 import jax
 
 from bilevel.problem import Problem
-from bilevel.trees import PyTree
+from bilevel.trees import Batch, Key, Outer
 
 
 class SolverState(Protocol):
     """What every solver state has."""
 
-    outer: PyTree
+    outer: Outer
     inner: Any
     step: jax.Array
-    key: jax.Array
+    key: Key
 
 
 class Solver(Protocol):
@@ -37,10 +39,10 @@ class Solver(Protocol):
         """Outer batches a step wants: for 1 a batch without a leading axis, otherwise the leading axis of them."""
         ...
 
-    def init(self, key: jax.Array) -> Any:
+    def init(self, key: Key) -> Any:
         """The state before the first step."""
         ...
 
-    def step(self, state: Any, inner_batches: PyTree, outer_batch: PyTree) -> tuple[Any, dict[str, jax.Array]]:
+    def step(self, state: Any, inner_batches: Batch, outer_batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
         """One outer iteration: the next state, and scalars by name."""
         ...

@@ -16,7 +16,7 @@ from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, child, instance, one_of, random_key, register, setting
-from bilevel.trees import PyTree, advance_keys, combine, distinct, global_norm, partition
+from bilevel.trees import Batch, Outer, PyTree, advance_keys, combine, distinct, global_norm, partition
 
 InnerStart = Literal["warm", "cold"]
 
@@ -24,7 +24,7 @@ InnerStart = Literal["warm", "cold"]
 class NestedState(NamedTuple):
     """State of `Nested`: the outer variable, the inner problem, the outer optimizer, the iteration and its key."""
 
-    outer: PyTree
+    outer: Outer
     inner: InnerState
     opt_state: PyTree
     step: jax.Array
@@ -82,7 +82,7 @@ class Nested:
         return distinct(NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key))
 
     def step(
-        self, state: NestedState, inner_batches: PyTree, outer_batch: PyTree
+        self, state: NestedState, inner_batches: Batch, outer_batch: Batch
     ) -> tuple[NestedState, dict[str, jax.Array]]:
         """One outer iteration; `inner_batches` as `Hypergradient.estimate` takes them."""
         checked("Nested.step", "state", state, instance(NestedState, "a state that init(key) returned"))
@@ -100,7 +100,7 @@ class Nested:
         metrics |= {name: estimate.aux.info[name] for name in told if name in estimate.aux.info}
         return NestedState(outer, estimate.inner_state, opt_state, state.step + 1, next_key), metrics
 
-    def _transform(self, outer: PyTree):
+    def _transform(self, outer: Outer):
         return optimizers.transformation(self.outer_optimizer, outer)
 
     def _move(self, state: NestedState, estimate: Any) -> tuple[PyTree, PyTree]:
