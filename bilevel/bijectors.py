@@ -158,7 +158,7 @@ def free(domain: PyTree, natural: PyTree) -> PyTree:
 
 
 def natural(domain: PyTree, free: PyTree) -> PyTree:
-    """The inverse of `free`."""
+    """Maps the free variable back to the natural one: the inverse of `free`."""
     return _map(domain, free, lambda bijector, x: bijector.forward(x))
 
 

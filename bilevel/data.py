@@ -102,7 +102,7 @@ def slots(batches: PyTree, steps: int, what: str = "inner steps") -> tuple[PyTre
 
 
 def narrow(batches: PyTree, start: int, stop: int) -> PyTree:
-    """The batches of inner steps `start` to `stop - 1`."""
+    """Cuts the batches of inner steps `start` to `stop - 1` out of those of all steps."""
     if isinstance(batches, FullBatch):
         return batches
     if isinstance(batches, Indexed):
@@ -332,11 +332,12 @@ class Shuffled:
 
 
 ROUNDS = 24
-"""Of a permutation: rows, and pairs of rows, are equally likely up to about 2**-ROUNDS, however many there are."""
+"""Rounds of the pseudo-random permutation that shuffles rows. In each place of a batch, every row (and in each pair of
+places every pair of rows) comes up equally often, up to about 2**-ROUNDS, however many rows there are."""
 
 
 def _words(key: jax.Array) -> jax.Array:
-    """What a permutation is made of: two words."""
+    """The two random words that a permutation is computed from."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 

@@ -309,7 +309,7 @@ def _leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def _kind(leaf: Any) -> Any:
-    """Of numbers: real, complex, integer, boolean or key."""
+    """The kind of numbers in a leaf: real, complex, integer, boolean or random key."""
     kinds = jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_
     return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(leaf), kind)), jnp.result_type(leaf))
 

@@ -25,7 +25,7 @@ Class = TypeVar("Class", bound=type)
 
 
 class Unfit(Exception):
-    """What a value must be, and is not."""
+    """Raised by a rule: its message says what a value must be, and is not."""
 
 
 def register(cls: Class) -> Class:
@@ -289,14 +289,14 @@ def _not_a_number(schedule: Callable[..., Any]) -> str | None:
 
 
 def boolean(value: Any) -> bool:
-    """True or False."""
+    """The rule of a setting that is True or False."""
     if not isinstance(value, (bool, np.bool_)):
         raise Unfit("must be True or False")
     return bool(value)
 
 
 def one_of(*choices: str) -> Rule:
-    """One of some words."""
+    """The rule of a setting that is one of a few words."""
 
     def rule(value):
         if not (isinstance(value, str) and value in choices):
@@ -307,7 +307,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what `rule` takes."""
+    """The rule of a setting that is None, or what `rule` takes."""
 
     def either(value):
         if value is None:

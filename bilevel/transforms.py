@@ -172,7 +172,7 @@ def _whole(costs: PyTree, budget: float, params: PyTree) -> tuple[np.ndarray, in
 
 @jax.jit
 def _best_set(score: jax.Array, cost: jax.Array, limit: jax.Array, key: jax.Array) -> jax.Array:
-    """bool `[M]`."""
+    """Returns for each of the M modules whether it is kept, bool `[M]`."""
     shuffled = jax.random.permutation(key, len(score))
     ratio = (score / cost.astype(score.dtype))[shuffled]
     order = shuffled[jnp.argsort(-ratio, stable=True)]

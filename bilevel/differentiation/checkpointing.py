@@ -134,7 +134,7 @@ def scan(checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int) -
 
 
 def levels(checkpoint: Checkpoint) -> int:
-    """Depth of a nested schedule."""
+    """How many loops, one inside another, a nested schedule has."""
     return checkpoint.n if isinstance(checkpoint, Levels) else _LEVELS[str(checkpoint)]
 
 

@@ -48,7 +48,7 @@ def _joined(found: Sequence[Mark]) -> Mark:
 
 
 def _through(jaxpr: Any, inputs: list[Mark]) -> list[Mark]:
-    """The marks of the outputs of `jaxpr`, by those of its inputs."""
+    """Computes the marks of the outputs of `jaxpr` from the marks of its inputs."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom):

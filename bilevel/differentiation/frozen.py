@@ -67,7 +67,7 @@ class Division:
 
 
 def whole(params: PyTree) -> Division:
-    """The division in which everything moves."""
+    """Returns the division that says of every leaf that it moves."""
     return Division(("moving",) * len(jax.tree.leaves(params)), [])
 
 
@@ -149,7 +149,7 @@ def _warn_if_still(
 
 
 def _either_unknown(assumed: Any, found: Any) -> Any:
-    """Where both say 0; None where one says nothing."""
+    """Where both analyses say that a value is 0; None where one of them knows nothing."""
     if assumed is None or found is None:
         return None
     both = np.logical_and(assumed, found)

@@ -32,7 +32,7 @@ INNER_GRADIENT = "bilevel_inner_gradient"
 
 
 class Point(NamedTuple):
-    """Where the inner loss is evaluated: everything it reads."""
+    """Everything that the inner loss reads where it is evaluated."""
 
     inner: PyTree  # inexact leaves only, None elsewhere
     outer: PyTree

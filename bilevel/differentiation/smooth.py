@@ -97,7 +97,7 @@ def _pow(eqn, x, exponent):
 
 
 def _through(eqn, x):
-    """`stop_gradient` without its effect."""
+    """Evaluates `stop_gradient` as the identity that its values are, so that a derivative goes through."""
     del eqn
     return [x]
 

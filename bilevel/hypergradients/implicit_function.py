@@ -207,7 +207,7 @@ class AtSolution(Trained):
     damping: float = dataclasses.field(default=0.0, kw_only=True, metadata=setting(real(low=0.0)))
     warm_start: bool = dataclasses.field(default=True, kw_only=True, metadata=setting(boolean))
     symmetric: ClassVar[bool]
-    """Whether dR/dz is."""
+    """Whether the matrix dR/dz is symmetric, so that solvers for symmetric systems apply."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -164,7 +164,7 @@ def _refuse(primals, tangents):
 
 
 class _Training:
-    """K steps in integers, and back."""
+    """Runs K training steps in integers, and undoes them one by one."""
 
     def __init__(self, settings: Reversible, query: Query, state: InnerState):
         problem = query.problem

@@ -32,5 +32,5 @@ is_linear_solver = having("a linear solver, such as bilevel.CG()", "solve", "sym
 
 
 def info(iterations: Any, matvecs: Any) -> dict[str, jax.Array]:
-    """What `solve` reports."""
+    """Makes the report of a `solve`: how many iterations, and how many products with the matrix, it took."""
     return {"iterations": jnp.asarray(iterations, jnp.int32), "matvecs": jnp.asarray(matvecs, jnp.int32)}

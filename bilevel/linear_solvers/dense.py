@@ -1,4 +1,4 @@
-"""A made explicit."""
+"""Solves a linear system by forming its matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from bilevel.settings import register
 @register
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A made explicit, and an LU solve: for inner variables of at most a few thousand entries.
+    """Forms the matrix A, one product with it a column, and solves by LU.
+
+    It is for inner variables of at most a few thousand entries.
 
     Exact to rounding for any nonsingular A. Where that leaves a residual, A is singular, and the shortest x of least
     residual is taken instead, by a singular value decomposition. The dimension in HVPs, in one batch; the square of it

@@ -151,7 +151,7 @@ class GMRES(Preconditioned):
 
 
 def tolerance(tol: float | None, rhs: PyTree) -> float:
-    """`tol`, or what None stands for in the dtype of `rhs`."""
+    """Returns `tol`, or the default that stands for None, which depends on the dtype of `rhs`."""
     return float(jnp.finfo(jnp.result_type(jax.tree.leaves(rhs)[0])).eps) ** 0.75 if tol is None else tol
 
 

@@ -71,7 +71,7 @@ _MOVES = frozenset(
 
 
 def operations(jaxpr: Any) -> float:
-    """`flops` of a jaxpr."""
+    """Counts the floating-point operations of a jaxpr, as `flops` does for a function."""
     return float(sum(_cost(eqn) for eqn in jaxpr.eqns if operation(eqn) not in _MOVES))
 
 
@@ -92,7 +92,7 @@ def _cost(eqn: Any) -> float:
 
 
 def has_while(jaxpr: Any) -> bool:
-    """Whether `jaxpr` holds a loop whose length it does not know."""
+    """Whether `jaxpr` holds a loop that ends by a condition, so that its length is not in the program."""
     return any(operation(eqn) == "while" or any(map(has_while, jaxprs(eqn.params))) for eqn in jaxpr.eqns)
 
 

@@ -127,7 +127,7 @@ def plan(
 
 
 def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:
-    """`plan` for the arguments of `estimate`."""
+    """As `plan`, for an estimator and the very arguments of its `estimate`."""
     problem, _, outer, inner_batches, _, key = arguments
     through = hypergradient.truncate or hypergradient.steps
     gradient = gradient_flops(problem, hypergradient, outer, inner_batches, key)
@@ -194,7 +194,7 @@ class _Traced(NamedTuple):
 
 
 def _short(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> tuple[Any, ...]:
-    """The arguments of `_estimate` for a few steps."""
+    """Cuts the arguments of `_estimate` down to a few steps."""
     steps = min(_SHORT, hypergradient.steps)
     few = dataclasses.replace(hypergradient, steps=steps, truncate=None)
     return few, problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key

@@ -240,7 +240,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what orbax logs: errors say it in a sentence."""
+    """Silences the log of orbax: what is wrong is said in a sentence by our own errors."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -267,7 +267,7 @@ def _read_json(file: Path) -> Any:
 
 
 def _write(file: Path, text: str) -> None:
-    """Writes beside the file, then renames."""
+    """Writes a new file beside the old one, then renames it, so that there is a whole one at any moment."""
     with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False, encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

@@ -91,7 +91,7 @@ def _packed(metrics):
 
 
 def _unpacked(like, vectors):
-    """The inverse of `_packed`, for metrics like `like`."""
+    """Undoes `_packed`, for metrics of the shapes of `like`."""
     ends = dict.fromkeys(vectors, 0)
 
     def take(leaf):
@@ -102,7 +102,7 @@ def _unpacked(like, vectors):
 
 
 def step(solver, state, data):
-    """One step of `solver` on the batches of its number."""
+    """Takes one step of `solver`, on the batches that belong to the number of that step."""
     return solver.step(state, *batches(solver, state, data))
 
 

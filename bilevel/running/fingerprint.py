@@ -130,7 +130,7 @@ def _problem(problem: Problem, items: dict[str, str], state: Any) -> None:
 
 
 def _optimizer(name: str, optimizer: Any, items: dict[str, str], state: Any) -> None:
-    """An optimizer by one update from its start."""
+    """Describes an optimizer by the traced program of its first update."""
     params = partition(state.outer if "outer" in name.rpartition(".")[2] else getattr(state.inner, "params", ()))[0]
 
     def program(outer, params):

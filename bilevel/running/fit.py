@@ -34,7 +34,7 @@ class TrainingState(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Training:
-    """One inner step an iteration, as a solver."""
+    """A solver whose iteration is one inner training step, so that `run` can train."""
 
     problem: Problem
     trained: Trained

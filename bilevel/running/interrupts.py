@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 class Terminated(BaseException):
-    """SIGTERM has come."""
+    """Raised when the process is told to end (SIGTERM)."""
 
 
 @contextlib.contextmanager
@@ -40,7 +40,7 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """SIGINT and SIGTERM wait until what is inside is done."""
+    """Holds SIGINT and SIGTERM back until the block inside is done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -10,7 +10,7 @@ from bilevel.running.chunks import step
 
 
 class Instead:
-    """A hypergradient with another `estimate`."""
+    """Stands for a hypergradient, with another function in the place of its `estimate`."""
 
     def __init__(self, hypergradient: Any, estimate: Callable[..., Any]):
         self._hypergradient, self.estimate = hypergradient, estimate

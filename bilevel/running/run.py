@@ -222,7 +222,7 @@ def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:
 
 
 def _losses(solver: Solver, state: Any, data: Any, *, anew: bool = False) -> list[TracedLoss]:
-    """Both losses as they are called by a step on `data`."""
+    """Traces both losses as a step on `data` calls them."""
 
     def seen(state, data):
         inner, outer = batches(solver, state, data)

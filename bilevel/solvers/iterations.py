@@ -15,7 +15,7 @@ from bilevel.trees import PyTree
 Point = tuple[PyTree, PyTree]
 """`(w, lam)`: where derivatives are taken."""
 DrawOf = Callable[[Any], Draw]
-"""What product number t is taken on."""
+"""`draw_of(t)` is the batch and the random key that the t-th Hessian-vector product of a series is taken on."""
 
 
 class Directions(NamedTuple):

@@ -292,7 +292,7 @@ _REFUSED = (
 
 
 def size(step_size: StepSize, step: jax.Array) -> Any:
-    """`step_size` at outer iteration `step`."""
+    """Evaluates a step size, which may be a schedule, at outer iteration `step`."""
     with jax.numpy_dtype_promotion("standard"):  # a schedule is the user's, or optax's
         found = step_size(step) if callable(step_size) else step_size
     if jnp.shape(found):
