@@ -62,7 +62,7 @@ def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
     return None
 
 
-_OURS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 """The rules of this package are exact, or say in their estimator's docstring what they leave out (a third level)."""
 
 _LIBRARIES = tuple(os.path.join(os.path.dirname(str(module.__file__)), "") for module in (jax, optax))

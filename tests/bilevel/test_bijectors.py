@@ -78,6 +78,7 @@ def test_a_step_is_the_step_of_the_free_variable():
     np.testing.assert_allclose(metrics["hypergradient_norm"], norm, rtol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:Only outer_loss depends on outer")  # so it is: the optimum is known then
 def test_a_run_ends_at_the_optimum_inside_and_at_the_border_of_what_is_outside():
     target = {"decay": jnp.array([1.5, -3.0]), "mix": jnp.array([0.6, 0.4]), "shift": jnp.asarray(-1.0)}
     solver = Nested(toward(target), FirstOrder(optax.sgd(0.1), 1), optax.adam(0.1))

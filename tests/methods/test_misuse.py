@@ -78,7 +78,7 @@ OUT_OF_RANGE = {
     "points": (["hiddenkey", "--grid", *["0.1"] * 40], "--grid has 1,600 points"),
     "no betas": (["hiddenkey", "--grid", "0.1", "--grid-beta"], "--grid-beta names no number"),
     "random baselines": (["flexora", "--random-baselines", "1000000"], "must be at least 0 and at most 1,000"),
-    "steps in all": (["lora", "--finetune-steps", "2000000", "--accumulate", "2000"], "are more than"),
+    "steps in all": (["lora", "--finetune-steps", "2000000", "--accumulate", "2000"], "is more than"),
     "one name for two targets": (["finegates", "--target-sparsity", "0.4", "0.4000001"], "0.4 twice"),
     "logarithm of 0": (["finegates", "--weight", "0", "--outer", "sparsity"], "searches its logarithm"),
     "parts": (["baseline", "rac-lora", "--finetune-steps", "3"], "rac-lora trains in 4 parts"),
