@@ -14,7 +14,7 @@ from bilevel.running.interrupts import terminable, uninterrupted
 from tests.bilevel.helpers import LINE_SOLVER, assert_equal
 from tests.bilevel.trainings import DATA, run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 PROGRAM = """
 import os, sys
