@@ -22,7 +22,7 @@ COUNTS = {"inner_steps": T, "linear_steps": N, "terms": Q, "directions": rules.J
 """Settings small enough to count calls, and to follow steps, by hand."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # a row is itself, so that what is recorded of it can be kept
 class Row:
     """A solver and what is known of it.
 
