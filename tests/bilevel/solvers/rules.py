@@ -56,37 +56,59 @@ def outer_loss(w, lam, batch, key):
 PROBLEM = Problem(inner_loss, outer_loss, lambda key, lam: jnp.asarray(W), lambda key: jnp.asarray(LAM))
 
 
-class Inner:
-    """f on some rows: its gradients `w` and `lam`, its Hessian `H` and its mixed derivative `C`, by hand."""
+class Rows:
+    """A loss on some rows; `seen` are the points at which it was differentiated."""
+
+    def __init__(self, data, rows):
+        self.data, self.seen = {k: x[rows].mean(0) for k, x in data.items()}, []
+
+    def at(self, w, lam):
+        self.seen.append((w, lam))
+        return self.data
+
+
+class Inner(Rows):
+    """f: its value, its gradients `w` and `lam`, its Hessian `H` and its mixed derivative `C`, by hand."""
 
     def __init__(self, rows):
-        self.data = {k: x[rows].mean(0) for k, x in DATA.items()}
+        super().__init__(DATA, rows)
+
+    def value(self, w, lam):
+        return float(inner_loss(w, lam, {k: x[None] for k, x in self.data.items()}, None))
 
     def w(self, w, lam):
-        d = self.data
+        d = self.at(w, lam)
         return d["H"] @ w + lam @ d["C"] + d["b"] + (lam**2 @ d["D"]) * w + d["q"] * w**3 / 3
 
     def lam(self, w, lam):
-        return self.data["C"] @ w + lam * (self.data["D"] @ w**2)
+        d = self.at(w, lam)
+        return d["C"] @ w + lam * (d["D"] @ w**2)
 
     def H(self, w, lam):
-        return self.data["H"] + np.diag(lam**2 @ self.data["D"] + self.data["q"] * w**2)
+        d = self.at(w, lam)
+        return d["H"] + np.diag(lam**2 @ d["D"] + d["q"] * w**2)
 
     def C(self, w, lam):
-        return self.data["C"] + 2 * lam[:, None] * self.data["D"] * w[None]
+        d = self.at(w, lam)
+        return d["C"] + 2 * lam[:, None] * d["D"] * w[None]
 
 
-class Outer:
-    """F on some rows: its gradients, by hand."""
+class Outer(Rows):
+    """F: its value and gradients, by hand."""
 
     def __init__(self, rows):
-        self.data = {k: x[rows].mean(0) for k, x in OUTER_DATA.items()}
+        super().__init__(OUTER_DATA, rows)
+
+    def value(self, w, lam):
+        return float(outer_loss(w, lam, {k: x[None] for k, x in self.data.items()}, None))
 
     def w(self, w, lam):
-        return self.data["A"] @ w + self.data["c"] + lam @ self.data["E"]
+        d = self.at(w, lam)
+        return d["A"] @ w + d["c"] + lam @ d["E"]
 
     def lam(self, w, lam):
-        return self.data["R"] @ lam + self.data["r"] + self.data["E"] @ w
+        d = self.at(w, lam)
+        return d["R"] @ lam + d["r"] + d["E"] @ w
 
 
 class Now(NamedTuple):
@@ -164,6 +186,7 @@ def saba(s, at):
         blocks = [np.arange(total)[i : i + size] for i in range(0, total, size)]
         j = rows[-1] // size
         on = cls(blocks[j])
+        (at.f if name == "inner" else at.F).append(on)
         if name == "inner":
             new = [on.w(s.w, s.lam), on.H(s.w, s.lam) @ s.v, on.C(s.w, s.lam) @ s.v]
         else:
@@ -278,6 +301,7 @@ def bome(s, at):
 
 def pzobo(s, at):
     w = sgd(s.w, s.lam, at.f, at.rho)
+    at.f[-1].at(w, s.lam)  # where the inner loss is reported
     moved = [sgd(s.w, s.lam + MU * u, at.f, at.rho) for u in at.u]
     slopes = [(m - w) / MU @ at.F[0].w(w, s.lam) for m in moved]
     s.lam = s.lam - at.gamma * (at.F[0].lam(w, s.lam) + np.mean([a * u for a, u in zip(slopes, at.u, strict=True)], 0))

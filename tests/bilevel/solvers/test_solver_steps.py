@@ -54,7 +54,7 @@ def test_steps_are_those_of_the_paper(row):
     inner[2], outer[2] = inner[0], outer[0]  # SABA's tables are read where a mini-batch comes again
     state = solver.init(jax.random.key(3))
     s = SimpleNamespace(w=W, lam=LAM, v=np.zeros(INNER), y=W, d_lam=np.zeros(OUTER), tables={})
-    products = set()
+    products, before, start = set(), (None, None), (W, LAM)
     for k in range(STEPS):
         index = jnp.asarray(outer[k] if solver.outer_batches_per_step > 1 else outer[k, 0])
         batches = Indexed(DATA, jnp.asarray(inner[k])), Indexed(OUTER_DATA, index)
@@ -65,7 +65,16 @@ def test_steps_are_those_of_the_paper(row):
         products.add(p)
         f, F = [Inner(rows) for rows in inner[k]], [Outer(rows) for rows in outer[k]]
         sizes = (schedule.value / (k + 1) ** schedule.exponent for schedule in (RHO, RHO_V, GAMMA))
-        row.rule(s, Now(k, f, F, Inner(slice(None)), Outer(slice(None)), *sizes, p, u, inner[k], outer[k]))
+        now = Now(k, f, F, Inner(slice(None)), Outer(slice(None)), *sizes, p, u, inner[k], outer[k])
+        row.rule(s, now)
         np.testing.assert_allclose(state.inner.params, s.w, rtol=1e-12, err_msg=f"w after step {k}")
         np.testing.assert_allclose(state.outer, s.lam, rtol=1e-12, err_msg=f"lambda after step {k}")
+        # What the step reports: the length of lambda's direction, and losses where they were differentiated, on this
+        # step's batches and not at the point before.
+        norm = np.linalg.norm(start[1] - s.lam) / now.gamma
+        np.testing.assert_allclose(metrics["hypergradient_norm"], norm, rtol=1e-10)
+        for name, losses in (("inner_loss", [*f, now.all_f]), ("outer_loss", [*F, now.all_F])):
+            here = [g.value(*at) for g in losses for at in g.seen if not all(map(np.array_equal, at, before))]
+            assert np.isclose(here, metrics[name], rtol=1e-12).any(), f"{name} of step {k}"
+        before, start = start, (s.w, s.lam)
     assert not row.random or len(products) > 1, "one number of products is not a random number"
