@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import bilevel
-from bilevel.measuring.flops import flops, gradient_flops, hvp_flops
+from bilevel.measuring.flops import gradient_flops, hvp_flops
 
 matplotlib.use("Agg")
 
