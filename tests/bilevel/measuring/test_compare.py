@@ -65,7 +65,11 @@ def test_estimators_that_agree_and_one_that_does_not(comparison):
     assert [row.name for row in comparison.rows] == ["reverse", "mixed", "implicit", "one step"]
     assert comparison["mixed"].relative_error < 1e-12 and comparison["mixed"].cosine > 1 - 1e-12
     assert comparison["implicit"].relative_error < 1e-6
-    assert comparison["one step"].relative_error > 0.1
+    row, a, b = comparison["one step"], comparison["one step"].grad, comparison["reverse"].grad
+    np.testing.assert_allclose(row.relative_error, np.linalg.norm(a - b) / np.linalg.norm(b), rtol=1e-12)
+    np.testing.assert_allclose(row.cosine, a @ b / np.linalg.norm(a) / np.linalg.norm(b), rtol=1e-12)
+    np.testing.assert_allclose(row.norm, np.linalg.norm(a), rtol=1e-12)
+    assert row.relative_error > 0.1 and row.cosine < 0.999 and abs(np.linalg.norm(a) / np.linalg.norm(b) - 1) > 0.1
     np.testing.assert_allclose(comparison["mixed"].value, comparison["reverse"].value, rtol=1e-12)
 
 
@@ -137,6 +141,15 @@ def test_table_and_figure(comparison, tmp_path):
     axes = comparison.plot()
     axes[0].figure.savefig(tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 1000
+    for axis, costs in zip(
+        axes,
+        ([row.gradients for row in comparison.rows], [row.temporary / 1e6 for row in comparison.rows]),
+        strict=True,
+    ):
+        points = [points.get_offsets()[0] for points in axis.collections]
+        errors = [max(row.relative_error, 1e-16) for row in comparison.rows]
+        np.testing.assert_allclose(points, list(zip(costs, errors, strict=True)), rtol=1e-12)
+        assert [text.get_text() for text in axis.texts] == [row.name for row in comparison.rows]
 
 
 def test_names_that_are_not_there(comparison):
