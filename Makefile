@@ -7,6 +7,8 @@ VENV ?= .venv
 PRESET ?= demo
 OUT ?= runs/flexora-$(PRESET)
 PYTEST_ARGS ?= -n auto --dist worksteal
+SAMPLE ?= 20
+MINUTES ?= 60
 
 # What runs on every Python that is supported: all estimators and solvers against closed forms, linear solvers, traced
 # programs, `run` with its checkpoints, a model against its formulas, the command line. Nothing here needs torch or data.
@@ -29,7 +31,7 @@ GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
 # One virtualenv, filled step by step: two installs at once would damage it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help test lint types unit test-newest test-oldest subset docs flexora assets clean
+.PHONY: help test lint types unit test-newest test-oldest subset mutants docs flexora assets clean
 
 help:
 	@echo "make flexora   install, fetch SmolLM2-135M and PIQA, run Flexora (PRESET=demo|evidence, OUT=folder)"
@@ -38,6 +40,7 @@ help:
 	@echo "make lint      ruff"
 	@echo "make types     pyright"
 	@echo "make unit      pytest (PYTEST_ARGS='-k name')"
+	@echo "make mutants   change operators of bilevel/ one at a time: do the tests see it? (FOLDERS=bilevel/solvers, SAMPLE=20, MINUTES=60)"
 	@echo "make docs      build the documentation into site/"
 	@echo "make assets    fetch the demonstration's model and data into assets/"
 	@echo "make clean     remove what was built; keeps $(VENV), assets and runs"
@@ -102,6 +105,13 @@ test-newest:
 test-oldest:
 	@python=$$($(call quote,$(PYTHON)) scripts/pythons.py oldest) && \
 	  $(MAKE) --no-print-directory subset PYTHON="$$python" VENV=.venv-oldest OLDEST=1
+
+$(VENV)/mutants.stamp: pyproject.toml $(VENV)/test.stamp
+	@$(PIP) install --quiet --editable '.[mutants]'
+	@touch "$@"
+
+mutants: $(VENV)/mutants.stamp
+	"$(BIN)/python" scripts/mutants.py --sample $(call quote,$(SAMPLE)) --minutes $(call quote,$(MINUTES)) $(FOLDERS)
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict

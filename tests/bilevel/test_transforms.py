@@ -141,6 +141,13 @@ def test_center_keeps_the_sum_under_adam():
     assert abs(x.sum()) < 1e-14 < jnp.abs(x).max()
 
 
+def test_center_takes_one_mean_off_each_leaf():
+    tree = {"layers": jnp.arange(6.0).reshape(2, 3) ** 2, "one": jnp.array([3.0])}
+    moved, _ = bilevel.center().update(tree, optax.EmptyState())
+    np.testing.assert_allclose(moved["layers"], tree["layers"] - 55 / 6, rtol=1e-14)
+    np.testing.assert_array_equal(moved["one"], [0.0])
+
+
 def test_allocation_inside_a_solver():
     """Four on/off features, two of which the target needs: the unrolled hypergradient finds them."""
     features = jax.random.normal(jax.random.key(0), (50, 4))

@@ -84,7 +84,9 @@ def test_info_and_its_warnings():
     gradient = Q.H @ w - Q.b - Q.C @ Q.outer
     assert info["stationarity"] == pytest.approx(np.linalg.norm(gradient), rel=1e-12)
     assert info["stationarity_relative"] == pytest.approx(np.linalg.norm(gradient) / np.linalg.norm(Q.H @ w), rel=1e-12)
-    assert info["inner_loss"].shape == (7,)
+    points = [Q.trained(t) for t in range(7)]
+    losses = [w @ (Q.H @ w / 2 - Q.b - Q.C @ Q.outer) for w in points]
+    np.testing.assert_allclose(info["inner_loss"], losses, rtol=1e-12)
     with pytest.warns(bilevel.InexactHypergradientWarning, match="train more steps"):
         bilevel.warn_if_inexact(info)
     trained = estimate(Implicit(SGD, 5000), Q.problem(), None, outer)
@@ -92,6 +94,21 @@ def test_info_and_its_warnings():
     unsolved = estimate(Implicit(SGD, 5000, linear_solver=CG(max_steps=1)), Q.problem(), None, outer)
     with pytest.warns(bilevel.InexactHypergradientWarning, match="more iterations"):
         bilevel.warn_if_inexact(unsolved.aux.info)
+
+
+def test_info_tells_how_far_the_system_is_solved_and_what_that_took():
+    outer, b = jnp.asarray(Q.outer), Q.toward(Q.trained(7))
+    for solver, adjoint, products in (
+        (Dense(), np.linalg.solve(Q.H, b), len(b)),
+        (Neumann(1, 0.1), 0.1 * b, 1),
+        (Neumann(3, 0.1), 0.1 * (3 * b - 0.3 * Q.H @ b + 0.01 * Q.H @ Q.H @ b), 3),
+    ):
+        result = estimate(Implicit(SGD, 7, linear_solver=solver), Q.problem(), None, outer)
+        left = np.linalg.norm(b - Q.H @ adjoint) / np.linalg.norm(b)
+        np.testing.assert_allclose(result.aux.info["linear_residual"], left, rtol=1e-9, atol=1e-12)
+        # one more gives the cross term, and one the scale of the gradient
+        assert result.aux.info["hvps"] == products + 2
+        assert error(result.inner_state.extra, adjoint) < 1e-10  # the start of the next solve
 
 
 def test_warm_start_saves_iterations():

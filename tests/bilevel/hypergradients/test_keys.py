@@ -10,30 +10,11 @@ import pytest
 
 import bilevel
 from bilevel.hypergradients.query import split_keys
+from tests.bilevel.estimators import TABLE, tasks
 from tests.bilevel.helpers import KEY
+from tests.bilevel.solvers.table import each
 
 SGD = optax.sgd(0.1)
-ESTIMATORS = {
-    "mixed": bilevel.Unrolled(SGD, 3),
-    "reverse": bilevel.Unrolled(SGD, 3, mode="reverse"),
-    "forward": bilevel.Unrolled(SGD, 3, mode="forward"),
-    "truncated": bilevel.Unrolled(SGD, 3, truncate=1),
-    "rematerialised": bilevel.Unrolled(SGD, 4, checkpoint="sqrt"),
-    "binomial": bilevel.Unrolled(SGD, 4, checkpoint=bilevel.Binomial(2)),
-    "reversible": bilevel.Reversible(0.1, 0.9, 3),
-    "first order": bilevel.FirstOrder(SGD, 3),
-    "one step": bilevel.OneStep(SGD, 3),
-    "implicit": bilevel.Implicit(SGD, 3),
-    "implicit with a sketch": bilevel.Implicit(SGD, 3, linear_solver=bilevel.Nystrom(2)),
-    "fixed point": bilevel.FixedPoint(SGD, 3, linear_solver=bilevel.Neumann(3)),
-    "implicit solve": bilevel.ImplicitSolve(lambda problem, outer, batch, key: jax.random.normal(key, (4,))),
-    "finite difference": bilevel.FiniteDifference(SGD, 3),
-    "sama": bilevel.SAMA(SGD, 3),
-    "evolution": bilevel.EvolutionStrategies(SGD, 3, population=4),
-    "persistent": bilevel.PersistentES(SGD, 3, population=4),
-    # Stored states would be enough, but under vmap the check takes the second pass over a loop's keys for a second use.
-    "per task": bilevel.PerTask(bilevel.Unrolled(SGD, 3, checkpoint="step")),
-}
 
 
 def dropped(w, key):
@@ -51,15 +32,14 @@ def outer_loss(w, outer, batch, key):
 PROBLEM = bilevel.Problem(
     inner_loss, outer_loss, lambda key, outer: jax.random.uniform(key, (4,)), lambda key: jax.random.uniform(key, ())
 )
-TASKS = jnp.ones((1, 2, 5)), jnp.ones((1, 2, 5))
 OUTER = jnp.asarray(0.1)
 
 
 @pytest.mark.parametrize("start", ["cold", "warm"])
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_estimate_consumes_each_key_once(name, start):
-    hypergradient = ESTIMATORS[name]
-    batches = TASKS if name == "per task" else None
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_an_estimate_consumes_each_key_once(row, start):
+    hypergradient = row.make(SGD, 4)
+    batches = tasks(2) if row.tasks else None
     with jax.debug_key_reuse(True), warnings.catch_warnings():
         warnings.simplefilter("ignore", bilevel.StructuralZeroWarning)
         state = hypergradient.init(PROBLEM, OUTER, jax.random.key(1)) if start == "warm" else None
@@ -75,28 +55,9 @@ def test_outer_steps_consume_each_key_once(inner_start):
             state, _ = solver.step(state, None, None)
 
 
-SOLVERS = {
-    "SOBA": {},
-    "MASOBA": {},
-    "AmIGO": {},
-    "StocBiO": {},
-    "BSA": {},
-    "TTSA": {},
-    "FSLA": {},
-    "MRBO": {},
-    "SUSTAIN": {},
-    "F2SA": {"penalty": 2.0},
-    "BOME": {},
-    "PZOBO": {},
-    "SABA": {"inner_blocks": 2, "outer_blocks": 2},
-    "SRBA": {"period": 2},
-    "VRBO": {"period": 2},
-}
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_iterations_of_a_stochastic_solver_consume_each_key_once(name):
-    solver = getattr(bilevel, name)(PROBLEM, 0.1, 0.1, **SOLVERS[name])
+@each()
+def test_iterations_of_a_stochastic_solver_consume_each_key_once(row):
+    solver = row.make(PROBLEM, 0.1, 0.1, blocks=(2, 2), **row.small)
     data = bilevel.Batches(jnp.ones((8, 1)), 4)
 
     def batches(count, key):

@@ -11,6 +11,7 @@ import pytest
 
 import bilevel
 from bilevel import Batches, Nested, Unrolled
+from tests.bilevel.estimators import ROWS
 from tests.bilevel.helpers import KEY, LINE
 from tests.bilevel.trainings import run
 
@@ -95,11 +96,9 @@ def until(step, rate):
     return lambda count: jnp.where(count < step, rate, jnp.nan)
 
 
-ESTIMATORS = {
-    "Unrolled": lambda rate: Unrolled(optax.sgd(rate), 3),
-    "Implicit": lambda rate: bilevel.Implicit(optax.sgd(rate), 3, linear_solver=bilevel.Neumann(3, 0.1)),
-    "FirstOrder": lambda rate: bilevel.FirstOrder(optax.sgd(rate), 3),
-}
+def trained(name, rate):
+    """The estimator of a row of the table, three steps of gradient descent long."""
+    return ROWS[name].make(optax.sgd(rate), 3)
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.StructuralZeroWarning")
@@ -109,7 +108,7 @@ def test_a_last_update_that_diverges_is_told_at_its_own_step(name, last):
     """Metrics are taken before the update: nothing but the state shows it."""
     rate = until(last, 0.1)
     if name == "Nested":
-        solver = Nested(LINE, ESTIMATORS["Unrolled"](0.1), optax.sgd(rate))
+        solver = Nested(LINE, trained("mixed", 0.1), optax.sgd(rate))
     else:
         solver = bilevel.SOBA(LINE, 0.1, rate)
     if last:
@@ -163,7 +162,13 @@ def test_infinities_that_are_meant_are_left_alone():
 @pytest.mark.filterwarnings("ignore::bilevel.InexactHypergradientWarning")
 @pytest.mark.parametrize(
     ("estimator", "seconds", "first"),
-    [("Unrolled", 1e-9, 3), ("Unrolled", 9.0, 3), ("Unrolled", 9.0, 4), ("Implicit", 9.0, 3), ("FirstOrder", 1.0, 0)],
+    [
+        ("mixed", 1e-9, 3),
+        ("mixed", 9.0, 3),
+        ("mixed", 9.0, 4),
+        ("implicit by a series", 9.0, 3),
+        ("first order", 1.0, 0),
+    ],
 )
 def test_a_gradient_that_is_nan_where_the_loss_is_finite(estimator, seconds, first, monkeypatch):
     """sqrt at 0 from outer step `first` on, in the middle of a chunk (1, 2, 4, ... steps long) or as its first step."""
@@ -173,7 +178,7 @@ def test_a_gradient_that_is_nan_where_the_loss_is_finite(estimator, seconds, fir
         distance = jnp.where(outer["n"] < first - 0.5, 1.0, 0.0) + 0.0 * jnp.sum(w["w"])
         return jnp.sum((w["w"] - outer["a"]) ** 2) + w["b"] ** 2 + jnp.sqrt(distance)
 
-    solver = Nested(counting(inner_loss), ESTIMATORS[estimator](0.1), moving())
+    solver = Nested(counting(inner_loss), trained(estimator, 0.1), moving())
     message = rf"Outer step {first}: the gradient of inner_loss is not finite at inner step 0 at inner\['w'\] .*norm"
     with pytest.raises(FloatingPointError, match=message) as caught:
         run(solver, 9)
@@ -191,7 +196,7 @@ def test_a_gradient_that_is_nan_under_a_stochastic_solver(solver):
 def test_a_gradient_of_the_outer_loss_that_is_nan():
     problem = counting(outer_loss=lambda w, outer, batch: jnp.linalg.norm(w["w"]), start=0.0)
     with pytest.raises(FloatingPointError, match=r"Outer step 0: the gradient of outer_loss .* at inner\['w'\] while"):
-        run(Nested(problem, ESTIMATORS["Unrolled"](0.1), moving()), 3)
+        run(Nested(problem, trained("mixed", 0.1), moving()), 3)
 
 
 @pytest.mark.parametrize("how", ["Nested", "SOBA", "fit"])
@@ -206,7 +211,7 @@ def test_a_batch_that_is_not_finite_is_named(how):
         elif how == "SOBA":
             run(bilevel.SOBA(problem, 0.1, 0.1), 20, inner_data=data)
         else:
-            run(Nested(problem, ESTIMATORS["Unrolled"](0.1), moving()), 20, inner_data=data)
+            run(Nested(problem, trained("mixed", 0.1), moving()), 20, inner_data=data)
     assert "learning rate" not in str(caught.value) and "['x']" not in str(caught.value)
 
 
@@ -229,7 +234,7 @@ def test_weights_that_hold_nan_are_named(how):
         elif how == "SOBA":
             run(bilevel.SOBA(problem, 0.1, 0.1), 3)
         else:
-            run(Nested(problem, ESTIMATORS["Unrolled"](0.1), moving()), 3)
+            run(Nested(problem, trained("mixed", 0.1), moving()), 3)
     assert "learning rate" not in str(caught.value) and "kernel" not in str(caught.value)
 
 
@@ -244,7 +249,7 @@ def test_a_start_that_is_nan_is_told_even_where_no_number_shows_it(how):
         )
     leaf = r"outer\['a'\]" if how == "outer" else r"inner\['b'\]"
     with pytest.raises(FloatingPointError, match=rf"step 0: .* already not finite, in {leaf}; check the start values"):
-        run(Nested(problem, ESTIMATORS["Unrolled"](0.1), moving()), 2)
+        run(Nested(problem, trained("mixed", 0.1), moving()), 2)
 
 
 def test_nothing_done_before_is_lost(tmp_path):
@@ -252,7 +257,7 @@ def test_nothing_done_before_is_lost(tmp_path):
         distance = jnp.where(outer["n"] < 5.5, 1.0, 0.0) + 0.0 * jnp.sum(w["w"])
         return jnp.sum((w["w"] - outer["a"]) ** 2) + jnp.sqrt(distance)
 
-    solver = Nested(counting(inner_loss), ESTIMATORS["Unrolled"](0.1), moving())
+    solver = Nested(counting(inner_loss), trained("mixed", 0.1), moving())
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="Outer step 6: the gradient of inner_loss"):
             run(solver, 9, checkpoint_dir=tmp_path, callbacks=[lambda *_: None])
@@ -369,7 +374,7 @@ def test_data_that_are_not_finite_are_not_blamed_on_the_move():
     rows = jnp.ones(8).at[5].set(jnp.nan)
     problem = counting(lambda w, o, b, k: jnp.mean((w["w"] - o["a"] - jnp.mean(b)) ** 2))
     with pytest.raises(FloatingPointError, match="check the data") as caught:
-        run(Nested(problem, ESTIMATORS["Unrolled"](0.1), moving()), 20, inner_data=Batches(rows, 1))
+        run(Nested(problem, trained("mixed", 0.1), moving()), 20, inner_data=Batches(rows, 1))
     assert "The move" not in str(caught.value)
 
 

@@ -9,7 +9,8 @@ import bilevel
 from bilevel.hypergradients.base import Trained
 from bilevel.running.fit import _Training
 from tests.bilevel.helpers import assert_equal
-from tests.bilevel.solvers.test_solvers import DATA, KEY, OUTER_DATA, PROBLEM, TABLE
+from tests.bilevel.solvers.finite_sum import DATA, KEY, OUTER_DATA, PROBLEM
+from tests.bilevel.solvers.table import TABLE, each
 
 MINE = jnp.full(4, -2.0)
 # MAML's problem: training starts at the outer variable, which is an array of the user's.
@@ -37,7 +38,7 @@ def test_a_fresh_state_can_be_donated(name):
     assert not MINE.is_deleted()
 
 
-@pytest.mark.parametrize("row", [row for row in TABLE if row.name in ("SABA", "SUSTAIN")], ids=lambda row: row.name)
+@each(lambda row: row.name in ("SABA", "SUSTAIN"))
 def test_steps_that_are_given_their_state_are_the_same_steps(row):
     solver = row.make(PROBLEM)
     batches = bilevel.Batches(DATA, 12).take(KEY, 0, solver.inner_batches_per_step)

@@ -11,7 +11,7 @@ import pytest
 
 import bilevel
 from bilevel import Batches, Nested, Unrolled
-from bilevel.running.chunks import History
+from bilevel.running.chunks import History, batches, wanted_batches
 from tests.bilevel.helpers import KEY, LINE, LINE_SOLVER, assert_equal
 from tests.bilevel.trainings import DATA, PROBLEM, SOLVER, TEST, TRAIN, Counter, Killed, killer, run
 
@@ -33,6 +33,33 @@ def test_the_loop_is_the_step_repeated():
     for name in rows[0]:
         assert result.history[name].shape == (4,)
         np.testing.assert_allclose(result.history[name], [row[name] for row in rows], rtol=1e-12)
+
+
+def test_the_batches_of_a_step_are_those_of_its_number():
+    """Whether they are shuffled for one step or for many, and wherever in an epoch that begins."""
+    data = Batches(jnp.arange(9), 2), Batches(jnp.arange(5), 2)  # four and two batches an epoch
+    keys, wanted = jax.random.split(KEY), wanted_batches(LINE_SOLVER)
+    assert wanted == (3, 1)
+    start = LINE_SOLVER.init(KEY)
+    for number in (1, 2, 3):
+        state = start._replace(step=jnp.int32(number))
+        inner = data[0].take(keys[0], 3 * number, 3).index
+        outer = data[1].take(keys[1], number, 1).index[0]
+        for first in {None, 1, number}:
+            sources = data
+            if first is not None:
+                sources = [s.shuffle(k, first * n, 4 * n) for s, k, n in zip(data, keys, wanted, strict=True)]
+            found = batches(LINE_SOLVER, state, list(zip(sources, keys, strict=True)))
+            np.testing.assert_array_equal(found[0].index, inner)
+            np.testing.assert_array_equal(found[1].index, outer)
+
+
+def test_a_run_that_returns_at_every_step_is_the_same_run():
+    assert DATA["inner_data"].per_epoch == 2  # and three batches a step: every other step begins inside an epoch
+    seen = []
+    alone = run(steps=5, **DATA, callbacks=[lambda step, state, rows: seen.append(step)], callback_every=1)
+    assert seen == [1, 2, 3, 4, 5]
+    assert_equal(alone.state, run(steps=5, **DATA).state)
 
 
 def test_without_a_key_it_is_key_0():
@@ -117,8 +144,8 @@ def test_callbacks_see_new_rows_and_can_stop():
 def test_what_is_recorded_is_in_the_history():
     result = run(LINE_SOLVER, 5, record=lambda state: {"outer": state.outer, "step": state.step})
     np.testing.assert_array_equal(result.history["step"], np.arange(1, 6))
-    assert result.history["outer"].shape == (5, 2)
-    np.testing.assert_array_equal(result.history["outer"][-1], result.outer)
+    after = [run(LINE_SOLVER, steps).outer for steps in range(1, 6)]
+    np.testing.assert_array_equal(result.history["outer"], after)
 
 
 @pytest.mark.parametrize("steps", [0, -2, 1.5])

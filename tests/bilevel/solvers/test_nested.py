@@ -27,6 +27,8 @@ def test_two_steps_by_hand(start):
         assert_close(state.inner.params, end, 1e-12)
         np.testing.assert_allclose(metrics["outer_loss"], Q.value(outer, 7, rate=0.5, start=warm), rtol=1e-12)
         np.testing.assert_allclose(metrics["hypergradient_norm"], np.linalg.norm(expected), rtol=1e-10)
+        last = Q.trained(outer, 6, rate=0.5, start=warm)  # where the last inner step took its gradient
+        np.testing.assert_allclose(metrics["inner_loss"], last @ (Q.H @ last / 2 - Q.b - Q.C @ tilt), rtol=1e-10)
         tilt = tilt - 0.1 * expected
         begin = end
         assert_close(state.outer, {"tilt": tilt}, 1e-10)

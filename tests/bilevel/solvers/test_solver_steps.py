@@ -1,349 +1,80 @@
 """Every stochastic solver, step by step beside its paper's update rule in NumPy.
 
-The losses are not quadratic: all their derivatives move with w and with lambda, so that it shows where each is taken.
 Each call of a loss has rows of its own, so that it shows which batch it is given.
 """
 
-import dataclasses
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import bilevel
-from bilevel import Indexed, Power, Problem
+from bilevel import Indexed, Power
 from bilevel.solvers.stochastic import Stochastic
 from tests.bilevel.helpers import step
+from tests.bilevel.solvers.rules import (
+    DATA,
+    INNER,
+    LAM,
+    OUTER,
+    OUTER_DATA,
+    OUTER_ROWS,
+    OUTER_SIZE,
+    PROBLEM,
+    ROWS,
+    SIZE,
+    Inner,
+    J,
+    Now,
+    Outer,
+    W,
+)
+from tests.bilevel.solvers.table import TABLE, each
 
-INNER, OUTER, ROWS, OUTER_ROWS, SIZE, OUTER_SIZE, STEPS = 3, 2, 12, 9, 5, 4, 4
-T, N, Q, J, PERIOD = 2, 3, 3, 2, 3  # inner steps, linear steps, terms, directions, iterations between full passes
+STEPS = 4
 RHO, RHO_V, GAMMA = Power(0.3, 0.5), Power(0.2, 0.25), Power(0.1, 0.75)
-ETA, AVERAGE, SIGMA, MU, ALPHA = 0.6, 0.3, 5.0, 0.1, 0.15
 
 
-def _data() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-
-    def definite(rows, n):
-        root = 0.4 * rng.normal(size=(rows, n, n))
-        return np.eye(n) + root @ root.transpose(0, 2, 1)
-
-    inner = {
-        "H": definite(ROWS, INNER),
-        "C": rng.normal(size=(ROWS, OUTER, INNER)),
-        "b": rng.normal(size=(ROWS, INNER)),
-        "D": rng.uniform(0.1, 0.5, size=(ROWS, OUTER, INNER)),
-        "q": rng.uniform(0.1, 0.5, size=(ROWS, INNER)),
-    }
-    outer = {
-        "A": definite(OUTER_ROWS, INNER),
-        "c": rng.normal(size=(OUTER_ROWS, INNER)),
-        "R": definite(OUTER_ROWS, OUTER),
-        "r": rng.normal(size=(OUTER_ROWS, OUTER)),
-        "E": rng.normal(size=(OUTER_ROWS, OUTER, INNER)),
-    }
-    return inner, outer
-
-
-DATA, OUTER_DATA = _data()
-W, LAM = np.array([0.5, -0.8, 0.3]), np.array([0.7, -0.4])
-
-
-def inner_loss(w, lam, batch, key):
-    H, C, b, D, q = (batch[k].mean(0) for k in "HCbDq")
-    return 0.5 * w @ H @ w + lam @ C @ w + b @ w + 0.5 * lam**2 @ D @ w**2 + q @ w**4 / 12
-
-
-def outer_loss(w, lam, batch, key):
-    A, c, R, r, E = (batch[k].mean(0) for k in "AcRrE")
-    return 0.5 * w @ A @ w + c @ w + 0.5 * lam @ R @ lam + r @ lam + lam @ E @ w
-
-
-PROBLEM = Problem(inner_loss, outer_loss, lambda key, lam: jnp.asarray(W), lambda key: jnp.asarray(LAM))
-
-
-class Inner:
-    """f on some rows: its gradients `w` and `lam`, its Hessian `H` and its mixed derivative `C`, by hand."""
-
-    def __init__(self, rows):
-        self.data = {k: x[rows].mean(0) for k, x in DATA.items()}
-
-    def w(self, w, lam):
-        d = self.data
-        return d["H"] @ w + lam @ d["C"] + d["b"] + (lam**2 @ d["D"]) * w + d["q"] * w**3 / 3
-
-    def lam(self, w, lam):
-        return self.data["C"] @ w + lam * (self.data["D"] @ w**2)
-
-    def H(self, w, lam):
-        return self.data["H"] + np.diag(lam**2 @ self.data["D"] + self.data["q"] * w**2)
-
-    def C(self, w, lam):
-        return self.data["C"] + 2 * lam[:, None] * self.data["D"] * w[None]
-
-
-class Outer:
-    """F on some rows: its gradients, by hand."""
-
-    def __init__(self, rows):
-        self.data = {k: x[rows].mean(0) for k, x in OUTER_DATA.items()}
-
-    def w(self, w, lam):
-        return self.data["A"] @ w + self.data["c"] + lam @ self.data["E"]
-
-    def lam(self, w, lam):
-        return self.data["R"] @ lam + self.data["r"] + self.data["E"] @ w
-
-
-class Now(NamedTuple):
-    """What a rule is given: f and F on the batch of each draw and on all rows, step sizes, and what was random.
-
-    `p` is the number of random products, as reported; `u` holds the directions. `rows` and `outer_rows` are the
-    batches' row numbers.
-    """
-
-    k: int
-    f: list[Inner]
-    F: list[Outer]
-    all_f: Inner
-    all_F: Outer
-    rho: float
-    rho_v: float
-    gamma: float
-    p: int
-    u: np.ndarray
-    rows: np.ndarray
-    outer_rows: np.ndarray
-
-
-def sgd(w, lam, draws, rho):
-    for f in draws:
-        w = w - rho * f.w(w, lam)
-    return w
-
-
-def neumann(b, w, lam, draws, eta):
-    """eta sum_q prod_j (I - eta H_j) b."""
-    total = chain = b
-    for f in draws:
-        chain = chain - eta * f.H(w, lam) @ chain
-        total = total + chain
-    return eta * total
-
-
-def random_term(b, w, lam, draws, eta):
-    """Q eta prod_j (I - eta H_j) b."""
-    for f in draws:
-        b = b - eta * f.H(w, lam) @ b
-    return Q * eta * b
-
-
-def three(f, F, w, lam, v):
-    """SOBA's directions of w, v and lambda."""
-    return [f.w(w, lam), f.H(w, lam) @ v - F.w(w, lam), F.lam(w, lam) - f.C(w, lam) @ v]
-
-
-def follow(s, at, d):
-    s.w, s.v, s.lam = s.w - at.rho * d[0], s.v - at.rho_v * d[1], s.lam - at.gamma * d[2]
-
-
-# The rules: `s` holds w, lam, and what is kept from one iteration to the next, 0 at first.
-
-
-def soba(s, at):
-    follow(s, at, three(at.f[0], at.F[0], s.w, s.lam, s.v))
-
-
-def ma_soba(s, at):
-    d = three(at.f[0], at.F[0], s.w, s.lam, s.v)
-    old, s.d_lam = s.d_lam, (1 - AVERAGE) * s.d_lam + AVERAGE * d[2]
-    follow(s, at, [*d[:2], old])
-
-
-def saba(s, at):
-    estimates = []
-    for name, rows, total, size, cls in (
-        ("inner", at.rows[0], ROWS, SIZE, Inner),
-        ("outer", at.outer_rows[0], OUTER_ROWS, OUTER_SIZE, Outer),
-    ):
-        blocks = [np.arange(total)[i : i + size] for i in range(0, total, size)]
-        j = rows[-1] // size
-        on = cls(blocks[j])
-        if name == "inner":
-            new = [on.w(s.w, s.lam), on.H(s.w, s.lam) @ s.v, on.C(s.w, s.lam) @ s.v]
-        else:
-            new = [on.w(s.w, s.lam), on.lam(s.w, s.lam)]
-        table = s.tables.setdefault(name, [[0 * x for x in new] for _ in blocks])
-        mean = [sum(len(b) / total * row[i] for b, row in zip(blocks, table, strict=True)) for i in range(len(new))]
-        estimates += [n - t + m for n, t, m in zip(new, table[j], mean, strict=True)]
-        table[j] = new
-    grad, hvp, cross, outer_w, outer_lam = estimates
-    follow(s, at, [grad, hvp - outer_w, outer_lam - cross])
-
-
-def srba(s, at):
-    now = (s.w, s.lam, s.v)
-    if at.k % PERIOD == 0:
-        s.d = three(at.all_f, at.all_F, *now)
-    else:
-        new, old = three(at.f[0], at.F[0], *now), three(at.f[0], at.F[0], *s.before)
-        s.d = [d + n - o for d, n, o in zip(s.d, new, old, strict=True)]
-    s.before = now
-    follow(s, at, s.d)
-
-
-def amigo(s, at):
-    s.w = sgd(s.w, s.lam, at.f[:T], at.rho)
-    for f in at.f[T : T + N]:
-        s.v = s.v - at.rho_v * (f.H(s.w, s.lam) @ s.v - at.F[0].w(s.w, s.lam))
-    s.lam = s.lam - at.gamma * (at.F[0].lam(s.w, s.lam) - at.f[-1].C(s.w, s.lam) @ s.v)
-
-
-def stocbio(s, at):
-    s.w = sgd(s.w, s.lam, at.f[:T], at.rho)
-    v = neumann(at.F[0].w(s.w, s.lam), s.w, s.lam, at.f[T : T + Q], at.rho_v)
-    s.lam = s.lam - at.gamma * (at.F[0].lam(s.w, s.lam) - at.f[-1].C(s.w, s.lam) @ v)
-
-
-def bsa(s, at, steps=T):
-    s.w = sgd(s.w, s.lam, at.f[:steps], at.rho)
-    v = random_term(at.F[0].w(s.w, s.lam), s.w, s.lam, at.f[steps : steps + at.p], at.rho_v)
-    s.lam = s.lam - at.gamma * (at.F[0].lam(s.w, s.lam) - at.f[-1].C(s.w, s.lam) @ v)
-
-
-def ttsa(s, at):
-    bsa(s, at, steps=1)
-
-
-def fsla(s, at):
-    w = s.w - at.rho * at.f[0].w(s.w, s.lam)
-    v = s.v - at.rho_v * (at.f[1].H(w, s.lam) @ s.v - at.F[0].w(w, s.lam))
-
-    def D(w, lam, v):
-        return at.F[1].lam(w, lam) - at.f[2].C(w, lam) @ v
-
-    new = D(w, s.lam, v)
-    s.d_lam = new if at.k == 0 else new + (1 - ETA) * (s.d_lam - D(s.w, s.lam_before, s.v))
-    s.lam_before = s.lam
-    s.w, s.v, s.lam = w, v, s.lam - at.gamma * s.d_lam
-
-
-def double_momentum(s, at, invert):
-    def both(w, lam):
-        v = invert(at.F[0].w(w, lam), w, lam)
-        return at.f[0].w(w, lam), at.F[0].lam(w, lam) - at.f[0].C(w, lam) @ v
-
-    new = both(s.w, s.lam)
-    if at.k == 0:
-        s.d = new
-    else:
-        s.d = [n + (1 - ETA) * (d - o) for n, d, o in zip(new, s.d, both(*s.before), strict=True)]
-    s.before = s.w, s.lam
-    s.w, s.lam = s.w - at.rho * s.d[0], s.lam - at.gamma * s.d[1]
-
-
-def mrbo(s, at):
-    double_momentum(s, at, lambda b, w, lam: neumann(b, w, lam, at.f[1 : 1 + Q], at.rho_v))
-
-
-def sustain(s, at):
-    double_momentum(s, at, lambda b, w, lam: random_term(b, w, lam, at.f[1 : 1 + at.p], at.rho_v))
-
-
-def vrbo(s, at):
-    def both(w, lam, f, F, series):
-        v = neumann(F.w(w, lam), w, lam, series, at.rho_v)
-        return np.concatenate([f.w(w, lam), F.lam(w, lam) - f.C(w, lam) @ v])
-
-    if at.k % PERIOD == 0:
-        s.d = both(s.w, s.lam, at.all_f, at.all_F, [at.all_f] * Q)
-    before, s.lam = (s.w, s.lam), s.lam - at.gamma * s.d[INNER:]
-    for t in range(T):
-        draws = at.f[t * (1 + Q)], at.F[t], at.f[t * (1 + Q) + 1 : (t + 1) * (1 + Q)]
-        s.d = s.d + both(s.w, s.lam, *draws) - both(*before, *draws)
-        before, s.w = (s.w, s.lam), s.w - at.rho * s.d[:INNER]
-
-
-def f2sa(s, at):
-    for t in range(T):
-        s.y = s.y - at.rho * (at.f[2 * t].w(s.y, s.lam) + at.F[t].w(s.y, s.lam) / SIGMA)
-        s.w = s.w - at.rho * at.f[2 * t + 1].w(s.w, s.lam)
-    difference = at.f[-2].lam(s.y, s.lam) - at.f[-1].lam(s.w, s.lam)
-    s.lam = s.lam - at.gamma * (at.F[-1].lam(s.y, s.lam) + SIGMA * difference)
-
-
-def bome(s, at):
-    trained = sgd(s.w, s.lam, at.f[:T], ALPHA)
-    objective = np.concatenate([at.F[0].w(s.w, s.lam), at.F[0].lam(s.w, s.lam)])
-    f, beyond = at.f[-2], at.f[-1]
-    gap = np.concatenate([f.w(s.w, s.lam), f.lam(s.w, s.lam) - beyond.lam(trained, s.lam)])
-    d = objective + max(ETA - objective @ gap / (gap @ gap), 0) * gap
-    s.w, s.lam = s.w - at.rho * d[:INNER], s.lam - at.gamma * d[INNER:]
-
-
-def pzobo(s, at):
-    w = sgd(s.w, s.lam, at.f, at.rho)
-    moved = [sgd(s.w, s.lam + MU * u, at.f, at.rho) for u in at.u]
-    slopes = [(m - w) / MU @ at.F[0].w(w, s.lam) for m in moved]
-    s.lam = s.lam - at.gamma * (at.F[0].lam(w, s.lam) + np.mean([a * u for a, u in zip(slopes, at.u, strict=True)], 0))
-    s.w = w
-
-
-BLOCKS = {"inner_blocks": -(-ROWS // SIZE), "outer_blocks": -(-OUTER_ROWS // OUTER_SIZE)}
-RULES: dict[type, tuple[Callable[..., None], dict[str, Any]]] = {
-    bilevel.SOBA: (soba, {}),
-    bilevel.MASOBA: (ma_soba, {"average": AVERAGE}),
-    bilevel.SABA: (saba, BLOCKS),
-    bilevel.SRBA: (srba, {"period": PERIOD}),
-    bilevel.AmIGO: (amigo, {"linear_steps": N}),
-    bilevel.StocBiO: (stocbio, {}),
-    bilevel.BSA: (bsa, {}),
-    bilevel.TTSA: (ttsa, {}),
-    bilevel.FSLA: (fsla, {"eta": ETA}),
-    bilevel.MRBO: (mrbo, {"eta": ETA}),
-    bilevel.SUSTAIN: (sustain, {"eta": ETA}),
-    bilevel.VRBO: (vrbo, {"period": PERIOD}),
-    bilevel.F2SA: (f2sa, {"penalty": SIGMA}),
-    bilevel.BOME: (bome, {"eta": ETA, "gap_step": ALPHA}),
-    bilevel.PZOBO: (pzobo, {"directions": J, "smoothing": MU}),
-}
-COMMON = {"inner_steps": T, "terms": Q, "linear_step": RHO_V}
-RANDOM = {bilevel.BSA: 1, bilevel.TTSA: 1, bilevel.SUSTAIN: 2}  # points at which the random products are taken
-
-
-def test_every_solver_has_its_rule():
+def test_every_solver_has_a_row():
     public = [x for x in vars(bilevel).values() if isinstance(x, type)]
-    assert {x for x in public if issubclass(x, Stochastic)} - {Stochastic} == set(RULES)
+    assert {x for x in public if issubclass(x, Stochastic)} - {Stochastic} == {row.cls for row in TABLE}
+    assert len({row.name for row in TABLE}) == len(TABLE)
 
 
-@pytest.mark.parametrize("cls", RULES, ids=lambda cls: cls.__name__)
-def test_steps_are_those_of_the_paper(cls):
-    rule, settings = RULES[cls]
-    fields = {field.name for field in dataclasses.fields(cls)}
-    solver = cls(PROBLEM, RHO, GAMMA, **settings, **{k: v for k, v in COMMON.items() if k in fields})
+@each()
+def test_steps_are_those_of_the_paper(row):
+    linear = {"linear_step": RHO_V} if "linear_step" in row.fields else {}
+    blocks = -(-ROWS // SIZE), -(-OUTER_ROWS // OUTER_SIZE)
+    solver = row.make(PROBLEM, RHO, GAMMA, blocks=blocks, **row.small | row.by_hand | linear)
     rng = np.random.default_rng(1)
     inner = rng.integers(ROWS, size=(STEPS, solver.inner_batches_per_step, SIZE))
     outer = rng.integers(OUTER_ROWS, size=(STEPS, solver.outer_batches_per_step, OUTER_SIZE))
     inner[2], outer[2] = inner[0], outer[0]  # SABA's tables are read where a mini-batch comes again
     state = solver.init(jax.random.key(3))
     s = SimpleNamespace(w=W, lam=LAM, v=np.zeros(INNER), y=W, d_lam=np.zeros(OUTER), tables={})
-    products = set()
+    products, before, start = set(), (None, None), (W, LAM)
     for k in range(STEPS):
         index = jnp.asarray(outer[k] if solver.outer_batches_per_step > 1 else outer[k, 0])
         batches = Indexed(DATA, jnp.asarray(inner[k])), Indexed(OUTER_DATA, index)
         own = jax.random.split(jax.random.fold_in(state.key, k))[1]
         u = np.array([optax.tree.random_like(key, jnp.asarray(LAM)) for key in jax.random.split(own, J)])
         state, metrics = step(solver, state, *batches)
-        p = int(metrics["hvps"]) // RANDOM.get(cls, 1)
+        p = int(metrics["hvps"]) // max(row.random, 1)
         products.add(p)
         f, F = [Inner(rows) for rows in inner[k]], [Outer(rows) for rows in outer[k]]
         sizes = (schedule.value / (k + 1) ** schedule.exponent for schedule in (RHO, RHO_V, GAMMA))
-        rule(s, Now(k, f, F, Inner(slice(None)), Outer(slice(None)), *sizes, p, u, inner[k], outer[k]))
+        now = Now(k, f, F, Inner(slice(None)), Outer(slice(None)), *sizes, p, u, inner[k], outer[k])
+        row.rule(s, now)
         np.testing.assert_allclose(state.inner.params, s.w, rtol=1e-12, err_msg=f"w after step {k}")
         np.testing.assert_allclose(state.outer, s.lam, rtol=1e-12, err_msg=f"lambda after step {k}")
-    assert cls not in RANDOM or len(products) > 1, "one number of products is not a random number"
+        # What the step reports: the length of lambda's direction, and losses where they were differentiated, on this
+        # step's batches and not at the point before.
+        norm = np.linalg.norm(start[1] - s.lam) / now.gamma
+        np.testing.assert_allclose(metrics["hypergradient_norm"], norm, rtol=1e-10)
+        for name, losses in (("inner_loss", [*f, now.all_f]), ("outer_loss", [*F, now.all_F])):
+            here = [g.value(*at) for g in losses for at in g.seen if not all(map(np.array_equal, at, before))]
+            assert np.isclose(here, metrics[name], rtol=1e-12).any(), f"{name} of step {k}"
+        before, start = start, (s.w, s.lam)
+    assert not row.random or len(products) > 1, "one number of products is not a random number"

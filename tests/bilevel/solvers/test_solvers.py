@@ -1,10 +1,8 @@
-"""Stochastic solvers: one row each in `TABLE`, one column a property, on a quadratic finite sum with closed forms."""
+"""Stochastic solvers: one row each in the table, one test a property, on a quadratic finite sum with closed forms."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import chex
 import jax
@@ -17,139 +15,21 @@ from bilevel import Batches, Indexed, Power, Problem
 from bilevel.data import resolve
 from bilevel.solvers.stochastic import Calls
 from bilevel.trees import advance_keys
-
-INNER, OUTER, ROWS, OUTER_ROWS = 5, 4, 12, 9
-KEY = jax.random.key(0)
-
-
-def _spd(rng, rows, size):
-    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
-    noise = 0.2 * rng.normal(size=(rows, size, size))
-    return (basis * np.linspace(0.5, 1.0, size)) @ basis.T + 0.3 * noise @ noise.transpose(0, 2, 1)
-
-
-def _data():
-    rng = np.random.default_rng(0)
-    inner = {
-        "H": _spd(rng, ROWS, INNER),
-        "C": 0.5 * rng.normal(size=(ROWS, OUTER, INNER)),
-        "b": rng.normal(size=(ROWS, INNER)),
-    }
-    outer = {
-        "A": _spd(rng, OUTER_ROWS, INNER),
-        "c": rng.normal(size=(OUTER_ROWS, INNER)),
-        "R": _spd(rng, OUTER_ROWS, OUTER),
-        "r": rng.normal(size=(OUTER_ROWS, OUTER)),
-    }
-    return jax.tree.map(jnp.asarray, (inner, outer))
-
-
-DATA, OUTER_DATA = _data()
-FULL = Batches(DATA, ROWS), Batches(OUTER_DATA, OUTER_ROWS)
-SMALL = Batches(DATA, 3), Batches(OUTER_DATA, 3)
-
-
-def inner_loss(w, lam, batch, key):
-    H, C, b = (batch[k].mean(0) for k in "HCb")
-    return 0.5 * w @ H @ w + lam @ C @ w + b @ w
-
-
-def outer_loss(w, lam, batch, key):
-    A, c, R, r = (batch[k].mean(0) for k in "AcRr")
-    return 0.5 * w @ A @ w + c @ w + 0.5 * lam @ R @ lam + r @ lam
-
-
-PROBLEM = Problem(inner_loss, outer_loss, lambda key, lam: jnp.zeros(INNER), lambda key: -2 * jnp.ones(OUTER))
-
-
-@jax.jit
-def distance(lam):
-    """`|grad h|^2` at `lam`, in units of its value at the start; h in closed form."""
-
-    def square(lam):
-        H, C, b = (DATA[k].mean(0) for k in "HCb")
-        h = jax.grad(lambda lam: outer_loss(jnp.linalg.solve(H, -b - C.T @ lam), lam, OUTER_DATA, None))
-        return jnp.sum(h(lam) ** 2)
-
-    return square(lam) / square(-2 * jnp.ones(OUTER))
-
-
-class Row:
-    """A solver and what is known of it.
-
-    Attributes:
-      calls: `(iteration, random products) -> (inner gradients, outer gradients, products with H, with C)`, by hand.
-      floor: the parameter its bias shrinks with, a coarse and a fine value of it.
-      noise: whether what mini-batches leave "vanishes" at constant steps or is a "plateau"; None for BOME, which is
-        deterministic by design: its weight divides by the squared norm of a gradient.
-      exact: whether deterministic oracles lead it to the solution, with these settings.
-    """
-
-    def __init__(self, cls, calls, floor=None, *, noise="plateau", exact=False, needs_data=False, **settings):
-        self.cls, self.calls, self.floor, self.settings = cls, calls, floor, settings
-        self.noise, self.exact, self.needs_data, self.name = noise, exact, needs_data, cls.__name__
-
-    def make(self, problem=PROBLEM, step=0.5, outer=0.1, data=FULL, **changes):
-        settings = self.settings | changes
-        if self.cls is bilevel.SABA:
-            settings |= {f"{n}_blocks": -(-r // d.size) for n, r, d in _sides(data)}
-        return self.cls(problem, step, outer * step / 0.5, **settings)
-
-
-def _sides(data):
-    return ("inner", ROWS, data[0]), ("outer", OUTER_ROWS, data[1])
-
-
-T, Q = 2, 3  # inner steps and terms where they are counted
-TABLE = [
-    Row(bilevel.SOBA, lambda k, p: (1, 1, 1, 1), exact=True),
-    Row(bilevel.MASOBA, lambda k, p: (1, 1, 1, 1), exact=True, average=0.5),
-    Row(bilevel.SABA, lambda k, p: (1, 1, 1, 1), exact=True, noise="vanishes", needs_data=True),
-    Row(
-        bilevel.SRBA,
-        lambda k, p: (4, 3, 4, 4) if k % 5 == 0 else (2, 2, 2, 2),
-        exact=True,
-        noise="vanishes",
-        needs_data=True,
-        period=5,
-    ),
-    Row(bilevel.AmIGO, lambda k, p: (T, 1, Q, 1), exact=True, inner_steps=10, linear_steps=10),
-    Row(bilevel.StocBiO, lambda k, p: (T, 1, Q, 1), ("terms", 2, 8), inner_steps=10, terms=60, exact=True),
-    Row(bilevel.BSA, lambda k, p: (T, 1, p, 1), ("terms", 2, 8), inner_steps=10, terms=10),
-    Row(bilevel.TTSA, lambda k, p: (1, 1, p, 1), ("terms", 2, 8), terms=10),
-    Row(bilevel.FSLA, lambda k, p: (1, 3, 1, 2), exact=True),
-    Row(bilevel.MRBO, lambda k, p: (2, 2, 2 * Q, 2), ("terms", 2, 8), exact=True, terms=60),
-    Row(
-        bilevel.VRBO,
-        lambda k, p: tuple(
-            2 * T * n + (k % 5 == 0) * full for n, full in zip((1, 1, Q, 1), (4, 3, 4 * Q, 4), strict=True)
-        ),
-        ("terms", 2, 8),
-        exact=True,
-        noise="vanishes",
-        needs_data=True,
-        period=5,
-        inner_steps=3,
-        terms=60,
-    ),
-    Row(bilevel.SUSTAIN, lambda k, p: (2, 2, 2 * p, 2), ("terms", 2, 8), terms=10),
-    Row(bilevel.F2SA, lambda k, p: (2 * T + 2, T + 1, 0, 0), ("penalty", 5.0, 50.0), inner_steps=10, penalty=10.0),
-    Row(bilevel.BOME, lambda k, p: (T + 2, 1, 0, 0), ("inner_steps", 2, 8), gap_step=0.5, noise=None),
-    Row(bilevel.PZOBO, lambda k, p: (T * (1 + Q), 1, 0, 0), inner_steps=10, directions=20),
-]
-IDS = [row.name for row in TABLE]
-SMALL_COUNTS = {"inner_steps": T, "linear_steps": Q, "terms": Q, "directions": Q}
-
-
-def each(condition: Callable[[Row], Any] = lambda row: True):
-    rows = [row for row in TABLE if condition(row)]
-    return pytest.mark.parametrize("row", rows, ids=[row.name for row in rows])
-
-
-def counted(row):
-    """Settings of `row` small enough to count by hand."""
-    fields = {field.name for field in dataclasses.fields(row.cls)}
-    return {name: n for name, n in SMALL_COUNTS.items() if name in fields}
+from tests.bilevel.solvers.finite_sum import (
+    DATA,
+    FULL,
+    KEY,
+    OUTER_DATA,
+    OUTER_ROWS,
+    PROBLEM,
+    ROWS,
+    SMALL,
+    distance,
+    inner_loss,
+    outer_loss,
+)
+from tests.bilevel.solvers.rules import Q
+from tests.bilevel.solvers.table import TABLE, each
 
 
 def indices(solver, data, steps):
@@ -262,7 +142,7 @@ class Recorded:
     def __init__(self, row):
         self.calls, counts = [], Counter()
         tree = tree_problem(counts, split=row.cls is not bilevel.PZOBO)
-        settings = counted(row)
+        settings = row.small
         for name, problem in (("tree", tree), ("flat", dataclasses.replace(PROBLEM, project=_box))):
             chex.clear_trace_counter()
             step = jax.jit(chex.assert_max_traces(one_step, 1))
@@ -343,9 +223,9 @@ def tree_problem(counts, split):
 def test_oracle_calls_equal_those_made_and_a_hand_count(row):
     for k, (made, reported) in enumerate(recorded(row).calls):
         assert {name: n for name, n in reported.items() if n} == made
-        products = reported["hvps"] // (2 if row.cls is bilevel.SUSTAIN else 1)
+        products = reported["hvps"] // max(row.random, 1)
         assert tuple(reported.values()) == row.calls(k, products)
-        if row.cls in (bilevel.BSA, bilevel.TTSA, bilevel.SUSTAIN):
+        if row.random:
             assert 0 <= products < Q
 
 
@@ -384,11 +264,11 @@ def test_run_takes_any_solver_and_traces_it_once(row):
 
     problem = dataclasses.replace(PROBLEM, outer_loss=loss)
     data = {"inner_data": SMALL[0], "outer_data": SMALL[1], "progress": False}
-    result = bilevel.run(row.make(problem, data=SMALL, **counted(row)), steps=3, **data)
+    result = bilevel.run(row.make(problem, data=SMALL, **row.small), steps=3, **data)
     assert set(result.history) == {"outer_loss", "inner_loss", "hypergradient_norm", *Calls._fields}
     assert result.history["hvps"].shape == (3,)
     before = traces["outer_loss"]
-    bilevel.run(row.make(problem, step=0.2, data=SMALL, **counted(row)), steps=3, **data)
+    bilevel.run(row.make(problem, step=0.2, data=SMALL, **row.small), steps=3, **data)
     assert traces["outer_loss"] == before, "another step size is not another program"
 
 
