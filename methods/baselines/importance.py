@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel.extend import PyTree
 from methods.baselines.base import Setting
@@ -51,10 +52,10 @@ def smooth(state: Smoothed, params: PyTree, grads: PyTree, beta: float) -> Smoot
 
 def unsmoothed(params: PyTree) -> Smoothed:
     """Both averages at 0."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = optax.tree.zeros_like(params)
     return Smoothed(zeros, zeros)
 
 
 def product(state: Smoothed) -> PyTree:
     """Sensitivity times uncertainty, the importance of every number."""
-    return jax.tree.map(jnp.multiply, state.mean, state.spread)
+    return optax.tree.mul(state.mean, state.spread)
