@@ -69,17 +69,21 @@ class Names:
     """The names in a registry, read each time they are asked for: what is registered is a choice from then on."""
 
     registry: Collection[str]
+    optional: bool = False
 
     def __call__(self) -> Any:
         """The type of which they are the values."""
-        return Literal[tuple(self.registry)]
+        return Literal[tuple(self.registry)] | None if self.optional else Literal[tuple(self.registry)]
+
+    def __contains__(self, value: Any) -> bool:
+        return (value is None and self.optional) or (isinstance(value, str) and value in self.registry)
 
 
-def one_of(registry: Collection[str]) -> Any:
-    """What a text is annotated with that is a name in `registry`, a dict or another collection that is kept by name."""
+def one_of(registry: Collection[str], *, optional: bool = False) -> Any:
+    """What a text is annotated with that is a name in `registry`, a dict or another collection; `optional`, or None."""
     # Without the hint the help shows a default in the brackets and quotes of a list.
     hint = lambda shown: "(default: {})".format(shown.strip("[']"))  # noqa: E731
-    return tyro.conf.arg(constructor_factory=Names(registry), help_behavior_hint=hint)
+    return tyro.conf.arg(constructor_factory=Names(registry, optional), help_behavior_hint=hint)
 
 
 def check(settings: Any) -> None:
@@ -95,7 +99,7 @@ def check(settings: Any) -> None:
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, (str, Path)):
                 _check_text(option, str(text))
-        if (known := names(hint)) is not None and not (isinstance(value, str) and value in known.registry):
+        if (known := names(hint)) is not None and value not in known:
             raise ValueError(f"{option} {value!r} is unknown: choose from {', '.join(known.registry)}.")
         kind, allowed = numeric(hint), declared(hint)
         if kind is None or allowed is None or value is None:

