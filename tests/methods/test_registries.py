@@ -17,6 +17,7 @@ from methods.adapters.edit_folder import load_edit, save_edit
 from methods.adapters.lora import LoRAConfig
 from methods.baselines import BASELINES, uniform
 from methods.flexora_variants import INNER_OPTIMIZERS
+from methods.models import loading
 from methods.models.loading import HFNames
 from methods.tasks import METRICS, TASKS, Classification
 from methods.tasks.loss import DIVERGENCES
@@ -141,6 +142,7 @@ PAGES = {
     "finegates.md": gates.FAMILIES | gates.GATINGS,
     "loratrf.md": filters.FILTERS,
     "hiddenkey.md": DIVERGENCES,
+    "lora.md": TASKS,
 }
 
 
@@ -153,6 +155,20 @@ def test_pages_name_every_choice(page):
 def test_the_table_of_baselines_is_the_registry():
     rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "baselines.md").read_text(), flags=re.MULTILINE)
     assert re.findall(r"`(.*?)`", " ".join(rows)) == [*BASELINES]
+
+
+def test_the_table_of_models_is_the_registry():
+    text = (ROOT / "docs" / "models.md").read_text()
+    column = re.findall(r"^\| [^|]+ \| (`[^|]+`) \| (?:yes|no) \|", text, flags=re.MULTILINE)
+    assert re.findall(r"`(.*?)`", " ".join(column)) == [kind for family in loading.FAMILIES for kind in family.keys]
+
+
+def test_a_family_is_known_by_its_entry(tiny_model, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "FAMILIES", tuple(f for f in loading.FAMILIES if "llama" not in f.keys))
+        with pytest.raises(ValueError, match=r"of architecture 'llama', which is not known: phi3, .*mpnet are\."):
+            loading.load(tiny_model)
+    assert loading.load(tiny_model).config.num_layers == 2
 
 
 def test_metrics_of_tasks_are_registered():
