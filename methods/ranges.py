@@ -73,7 +73,8 @@ class Names:
 
     def __call__(self) -> Any:
         """The type of which they are the values."""
-        return Literal[tuple(self.registry)] | None if self.optional else Literal[tuple(self.registry)]
+        known: Any = Literal[tuple(self.registry)]
+        return known | None if self.optional else known
 
     def __contains__(self, value: Any) -> bool:
         return (value is None and self.optional) or (isinstance(value, str) and value in self.registry)
