@@ -39,7 +39,7 @@ from methods.adapters import gates, slicing
 from methods.adapters.gates import Bias, Structure
 from methods.experiment import Bench, Settings
 from methods.models.hooks import Chain, Hook
-from methods.ranges import Count, Kept, NotNegative, Positive, Range
+from methods.ranges import Count, Kept, NotNegative, Positive, Range, one_of
 from methods.runfolder import RunFolder
 from methods.tasks.loss import cross_entropy
 
@@ -144,8 +144,8 @@ class FineGatesSettings(Settings):
 
     outer: Outer = "none"
     target_sparsity: Annotated[tuple[float, ...], Range(0, 1, below=True)] = (0.4,)
-    gating: Literal["tied", "untied"] = "tied"
-    family: Literal["stg", "hard-concrete"] = "stg"
+    gating: Annotated[str, one_of(gates.GATINGS)] = "tied"
+    family: Annotated[str, one_of(gates.FAMILIES)] = "stg"
     lora: bool = False
     weight: NotNegative = 50.0
     gate_lr: Positive = 0.1
@@ -204,7 +204,7 @@ def make(settings: FineGatesSettings, bench: Bench, target: float) -> bilevel.Pr
 
 def structures(settings: FineGatesSettings, bench: Bench) -> dict[str, Structure]:
     """What is gated."""
-    return {"tied": gates.tied, "untied": gates.untied}[settings.gating](bench.pretrained.config)
+    return gates.GATINGS[settings.gating](bench.pretrained.config)
 
 
 def optimizer(rest: optax.GradientTransformation, gate_lr: float) -> optax.GradientTransformation:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from methods import experiment, ranges, report
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
 from methods.flexora_variants import (
+    INNER_OPTIMIZERS,
     PAPER,
     RELEASED,
     Variant,
@@ -42,7 +43,7 @@ from methods.flexora_variants import (
     outer_optimizer,
 )
 from methods.objective import Trainable
-from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone
+from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone, one_of
 from methods.runfolder import RunFolder
 from methods.tasks import Cycled
 
@@ -168,7 +169,7 @@ class FlexoraSettings(Settings):
     released: bool = False
     inner_steps: Kept | None = None
     outer_steps: Count = 10
-    inner_optimizer: Literal["adam", "sgd", "cleared-adamw"] | None = None
+    inner_optimizer: Annotated[str | None, one_of(INNER_OPTIMIZERS, optional=True)] = None
     inner_lr: Positive | None = None
     outer_lr: Positive | None = None
     outer_optimizer: Literal["sgd", "adam"] | None = None
@@ -221,6 +222,18 @@ def prepare(settings: FlexoraSettings) -> Bench:
     return experiment.prepare(setup, check, end_of_text=variant.end_of_text, row_means=variant.row_means)
 
 
+_RELEASED_SIZES: dict[str, Any] = {
+    "length": 96,
+    "batch_size": 8,
+    "outer_batch_size": 8,
+    "train_rows": 4800,
+    "outer_rows": 200,
+    "test_rows": 0,
+    "finetune_lr": 1e-4,
+    "random_baselines": 3,
+}
+"""Those of the released code, but for the length, which is 1024 there."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {},
     "evidence": {
@@ -240,35 +253,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The paper: through the training, LoRA anew for each outer step. Its K and T are not known, nor its rates: plain
     # gradient descent on LoRA as the paper writes it is --inner-optimizer sgd.
     "paper": {
-        "length": 96,
-        "batch_size": 8,
-        "outer_batch_size": 8,
-        "train_rows": 4800,
-        "outer_rows": 200,
-        "test_rows": 0,
+        **_RELEASED_SIZES,
         "inner_steps": 10,
         "inner_start": "cold",
         "outer_steps": 200,
         "outer_lr": 2.0,
         "finetune_steps": 1800,
-        "finetune_lr": 1e-4,
-        "random_baselines": 3,
     },
-    # What the authors released, with its data sizes; the published length is 1024, and 6,750 steps are 3 epochs of the
-    # 18,000 rows that its final training saw.
-    "released": {
-        "released": True,
-        "length": 96,
-        "batch_size": 8,
-        "outer_batch_size": 8,
-        "train_rows": 4800,
-        "outer_rows": 200,
-        "test_rows": 0,
-        "outer_steps": 600,
-        "finetune_steps": 6750,
-        "finetune_lr": 1e-4,
-        "random_baselines": 3,
-    },
+    # What the authors released: 6,750 steps are 3 epochs of the 18,000 rows that its final training saw.
+    "released": {**_RELEASED_SIZES, "released": True, "outer_steps": 600, "finetune_steps": 6750},
 }
 """Settings that differ from the defaults, by preset."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -150,21 +151,28 @@ def cosine(rate: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
     return at
 
 
+def _cleared_adam() -> optax.GradientTransformation:
+    return cleared(optax.scale_by_adam())
+
+
+INNER_OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": optax.scale_by_adam,
+    "sgd": optax.identity,
+    "cleared-adamw": _cleared_adam,
+}
+"""How LoRA's gradient is scaled in the search, by the name that the command line knows."""
+
+
 def inner_optimizer(settings: Any, variant: Variant) -> optax.GradientTransformation:
     """The search's optimizer of LoRA."""
     rate: Any = settings.inner_lr
     if variant.schedule == "cosine":
         rate = cosine(rate, settings.outer_steps * settings.inner_steps)
-    kinds = {"sgd": optax.identity, "adam": optax.scale_by_adam, "cleared-adamw": _cleared_adam}
     parts = [optax.clip_by_global_norm(variant.clip)] if variant.clip else []
-    parts.append(kinds[settings.inner_optimizer]())
+    parts.append(INNER_OPTIMIZERS[settings.inner_optimizer]())
     if variant.weight_decay:
         parts.append(optax.add_decayed_weights(variant.weight_decay))
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
-
-
-def _cleared_adam() -> optax.GradientTransformation:
-    return cleared(optax.scale_by_adam())
 
 
 def outer_optimizer(settings: Any, variant: Variant) -> optax.GradientTransformation:

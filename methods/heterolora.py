@@ -18,11 +18,12 @@ arXiv 2406.14956.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -32,7 +33,7 @@ from methods import experiment, proxies, report, side_by_side
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
 from methods.objective import Bound
-from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share
+from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
 
@@ -57,9 +58,7 @@ class HeteroLoRASettings(Settings):
       random_baselines: random allocations of as many modules, trained and evaluated beside.
     """
 
-    proxy: Literal["grad-norm", "constant", "snip", "synflow", "alpha-test", "unrolled", "implicit", "first-order"] = (
-        "grad-norm"
-    )
+    proxy: Annotated[str, one_of(proxies.PROXIES)] = "grad-norm"
     allocation: Literal["static", "dynamic"] = "dynamic"
     ranking: Literal["combined", "separated"] = "combined"
     shortcuts: tuple[str, ...] = SHORTCUTS
@@ -102,7 +101,7 @@ def unused(settings: HeteroLoRASettings) -> dict[str, str]:
     return (
         static
         | (without if settings.shortcuts == ("none",) else {})
-        | (blind if settings.proxy in ("constant", "synflow") else {})
+        | (blind if settings.proxy in proxies.BLIND else {})
     )
 
 
@@ -148,38 +147,51 @@ def _rule(settings: HeteroLoRASettings, space: Space) -> tuple[Any, jax.Array]:
     return allocation(space, settings.share, key, separated=separated, normalised=settings.normalised), key
 
 
-def gated_problem(bench: Bench, space: Space) -> bilevel.Problem:
-    """`problem` on a bench: what is trained is the space's parameters, and a head where there is one."""
-    loss = experiment.loss(bench)
+def problem(
+    loss: Any,
+    weights: Any,
+    space: Space,
+    *,
+    bind: Callable[[PyTree, Gates], Any] | None = None,
+    start: Callable[[jax.Array], PyTree] | None = None,
+) -> bilevel.Problem:
+    """HeteroLoRA's bilevel problem: one loss on both levels, all gates on at the start.
+
+    Args:
+      loss: `loss(weights, bind(params, gates), batch) -> scalar`.
+      weights: the frozen model.
+      space: the modules that compete.
+      bind: what the loss is given of the parameters; by default the hook, `space.bind`.
+      start: `start(key)`, the parameters, those of the space among them; by default these alone, `space.init`.
+    """
+    bind, start = bind or space.bind, start or space.init
 
     def gated(weights, params, gates, batch, key):
-        return loss(weights, Bound(space.bind(params, gates), params["head"]), batch)
+        return loss(weights, bind(params, gates), batch)
 
-    def start(key, gates):
+    gated = jax.tree_util.Partial(gated, weights)
+    return bilevel.Problem(gated, gated, lambda key, gates: start(key), lambda key: space.gates())
+
+
+def make(bench: Bench, space: Space) -> bilevel.Problem:
+    """The problem on a bench: what is trained is the space's parameters, and a head where there is one."""
+
+    def start(key):
         return space.init(key) | {"head": experiment.start(bench, key)["head"]}
 
-    gated = jax.tree_util.Partial(gated, bench.pretrained.weights)
-    return bilevel.Problem(gated, gated, start, lambda key: space.gates())
+    bind = partial(bound, space)
+    return problem(experiment.loss(bench), bench.pretrained.weights, space, bind=bind, start=start)
+
+
+def bound(space: Space, params: PyTree, gates: Gates) -> Bound:
+    """The space's hook, and the head."""
+    return Bound(space.bind(params, gates), params["head"])
 
 
 def score(settings: HeteroLoRASettings, bench: Bench, space: Space, optimizer: Any) -> Any:
     """The score that `settings.proxy` names."""
-    steps = settings.interval
-    makers = {
-        "constant": lambda: proxies.constant,
-        "grad-norm": lambda: proxies.grad_norm,
-        "snip": lambda: proxies.snip,
-        "synflow": lambda: proxies.synflow(
-            proxies.decoder_flow(bench.pretrained.model, bench.pretrained.weights, space.bind)
-        ),
-        "alpha-test": proxies.alpha_test,
-        "unrolled": lambda: proxies.estimated(bilevel.Unrolled(optimizer, steps, checkpoint="step")),
-        "implicit": lambda: proxies.estimated(
-            bilevel.Implicit(optimizer, steps, linear_solver=bilevel.CG(max_steps=10), damping=0.1)
-        ),
-        "first-order": lambda: proxies.estimated(bilevel.FirstOrder(optimizer, steps)),
-    }
-    return makers[settings.proxy]()
+    model, weights = bench.pretrained.model, bench.pretrained.weights
+    return proxies.PROXIES[settings.proxy](proxies.Given(model, weights, space.bind, optimizer, settings.interval))
 
 
 def search(settings: HeteroLoRASettings, bench: Bench, space: Space, rule: Any, folder: RunFolder) -> Any:
@@ -190,7 +202,7 @@ def search(settings: HeteroLoRASettings, bench: Bench, space: Space, rule: Any, 
     )
     rows = bench.train if settings.score_on == "train" else bench.outer
     return bilevel.run(
-        bilevel.Nested(gated_problem(bench, space), proxy, rule),
+        bilevel.Nested(make(bench, space), proxy, rule),
         inner_data=bilevel.Batches(bench.train, settings.batch_size),
         outer_data=bilevel.Batches(rows, settings.outer_batch_size),
         steps=settings.reallocations if settings.allocation == "dynamic" else 1,
@@ -206,20 +218,19 @@ def finetune(
     settings: Settings, bench: Bench, space: Space, gates: Gates, name: str, folder: RunFolder, start: PyTree = None
 ) -> PyTree:
     """The final training of the modules whose gate is 1, from `start`, or from scratch without one."""
-    problem = gated_problem(bench, space)
+    of = make(bench, space)
     if start is not None:
-        problem = dataclasses.replace(problem, init_inner=jax.tree_util.Partial(lambda at, key, gates: at, start))
+        of = dataclasses.replace(of, init_inner=jax.tree_util.Partial(lambda at, key, gates: at, start))
 
     def validate(params):
-        return experiment.validation_loss(bench, Bound(space.bind(params, gates), params["head"]))
+        return experiment.validation_loss(bench, bound(space, params, gates))
 
-    return experiment.finetune_at(settings, bench, problem, gates, name, folder, validate)
+    return experiment.finetune_at(settings, bench, of, gates, name, folder, validate)
 
 
 def row(bench: Bench, space: Space, params: PyTree, gates: Gates) -> dict[str, Any]:
     """A row of the comparison: as `report.arm`, with the modules that are on and what they cost."""
-    bound = Bound(space.bind(params, gates), params["head"])
-    found = report.arm(bench, [], experiment.evaluate_with(bench, bound))
+    found = report.arm(bench, [], experiment.evaluate_with(bench, bound(space, params, gates)))
     costs, on = space.costs(), {}
     for kind, sites in gates.items():
         for site, gate in sites.items():
@@ -245,13 +256,13 @@ def main(settings: HeteroLoRASettings) -> None:
     arms = {"heterolora": result.outer}
     for i in range(settings.random_baselines):
         draw, on = allocation(space, settings.share, jax.random.fold_in(key, i), separated=separated), space.gates()
-        updates, _ = draw.update(jax.tree.map(jnp.zeros_like, on), draw.init(on), on)
+        updates, _ = draw.update(optax.tree.zeros_like(on), draw.init(on), on)
         arms[f"random-{i}"] = optax.apply_updates(on, updates)
     chosen = {kind: {s: np.asarray(g, int) for s, g in sites.items()} for kind, sites in result.outer.items()}
     folder.write("selection", {"proxy": settings.proxy, "on": chosen, "history": result.history})
     if bench.head is None:  # a fresh head knows nothing of the task
-        off = jax.tree.map(jnp.zeros_like, space.gates())
-        fresh = gated_problem(bench, space).start_inner(jax.random.key(0), off)
+        off = optax.tree.zeros_like(space.gates())
+        fresh = make(bench, space).start_inner(jax.random.key(0), off)
         folder.once("results/pretrained", lambda: row(bench, space, fresh, off))
     for name, gates in arms.items():
 

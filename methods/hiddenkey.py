@@ -24,7 +24,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from methods.adapters.dropout import DropoutConfig, logit
 from methods.experiment import Bench, Settings
 from methods.held import held
 from methods.models.hooks import identity
-from methods.ranges import LARGEST_FLOAT, Count, Kept, Positive, Range
+from methods.ranges import LARGEST_FLOAT, Count, Kept, Positive, Range, one_of
 from methods.tasks.loss import DIVERGENCES, cross_entropy
 
 RULES = ("attention_logits column kl", "ffn_hidden element kl")
@@ -108,6 +108,35 @@ def problem(
     return bilevel.Problem(inner_loss, outer_loss, lambda key, outer: start(key), init_outer)
 
 
+class Way(NamedTuple):
+    """A way to differentiate through the training.
+
+    Attributes:
+      make: `make(optimizer, steps, stops) -> hypergradient`; `stops` says that the training hides a part of its
+        gradient, and so follows no gradient field.
+      told: on the page.
+    """
+
+    make: Callable[[Any, int, bool], bilevel.Hypergradient]
+    told: str
+
+
+def _unrolled(inner: Any, steps: int, stops: bool) -> bilevel.Hypergradient:
+    return bilevel.Unrolled(inner, steps, mode="reverse" if stops else "mixed", checkpoint="step")
+
+
+def _implicit(inner: Any, steps: int, stops: bool) -> bilevel.Hypergradient:
+    return bilevel.Implicit(inner, steps, linear_solver=bilevel.CG(), damping=1e-2)
+
+
+HYPERGRADIENTS: dict[str, Way] = {
+    "unrolled": Way(_unrolled, "through the unrolled training"),
+    "implicit": Way(_implicit, "implicit"),
+    "first-order": Way(lambda inner, steps, stops: bilevel.FirstOrder(inner, steps), "first order: 0"),
+}
+"""By the name that the command line knows."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HiddenKeySettings(Settings):
     """HiddenKey: learn dropout rates and the KL weight through training, train with them, evaluate.
@@ -131,7 +160,7 @@ class HiddenKeySettings(Settings):
     """
 
     rules: tuple[str, ...] = RULES
-    hypergradient: Literal["unrolled", "implicit", "first-order"] = "unrolled"
+    hypergradient: Annotated[str, one_of(HYPERGRADIENTS)] = "unrolled"
     backward: Literal["one", "both"] = "one"
     temperature: Positive = 0.3
     rate: Annotated[float, Range(0, 1, above=True, below=True)] = 0.1
@@ -210,12 +239,8 @@ def solver(settings: HiddenKeySettings, bench: Bench) -> bilevel.Nested:
       ValueError: as `check`.
     """
     check(settings)
-    inner, steps, stops = optax.adam(settings.inner_lr), settings.inner_steps, _stops(settings)
-    estimator = {
-        "unrolled": lambda: bilevel.Unrolled(inner, steps, mode="reverse" if stops else "mixed", checkpoint="step"),
-        "implicit": lambda: bilevel.Implicit(inner, steps, linear_solver=bilevel.CG(), damping=1e-2),
-        "first-order": lambda: bilevel.FirstOrder(inner, steps),
-    }[settings.hypergradient]()
+    inner = optax.adam(settings.inner_lr)
+    estimator = HYPERGRADIENTS[settings.hypergradient].make(inner, settings.inner_steps, _stops(settings))
     relaxed = make(settings, bench, temperature=settings.temperature)
     return bilevel.Nested(relaxed, estimator, optax.adam(settings.outer_lr), inner_start=settings.inner_start)
 
@@ -277,4 +302,5 @@ def main(settings: HiddenKeySettings) -> None:
         arms["grid"] = points[int(np.argmin([row["validation_loss"] for row in rows]))]
     for name, outer in arms.items():
         folder.once(f"results/{name}", partial(tested, name, outer))
-    summary.rates(folder, settings, bench, {name: result.history[name] for name in learned}, list(arms))
+    told = HYPERGRADIENTS[settings.hypergradient].told
+    summary.rates(folder, settings, bench, {name: result.history[name] for name in learned}, list(arms), told)

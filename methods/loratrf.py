@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,21 +33,18 @@ import optax
 import bilevel
 from methods import experiment, inside, objective, report, summary
 from methods.adapters.edit_folder import save_edit
-from methods.adapters.filters import FILTERS, Edit, Filter, init, scalars, task_vectors
+from methods.adapters.filters import FILTERS, Edit, init, scalars, task_vectors
 from methods.adapters.lora import LoRAConfig
 from methods.experiment import Bench, Settings
 from methods.flexora import gate
 from methods.models.hooks import identity
-from methods.ranges import Count, Kept, Positive
+from methods.ranges import Count, Kept, Positive, one_of
 from methods.runfolder import RunFolder
 from methods.tasks.loss import cross_entropy
 
 Outer = Literal["none", "vectors", "thresholds", "layers"]
-WITH_VECTORS = ("cosine", "sigmoid")
-"""The filters that compare with task vectors."""
 
-
-def bind(params: Any, hyper: Any, num_layers: int, kind: Filter, outer: Outer) -> Edit:
+def bind(params: Any, hyper: Any, num_layers: int, kind: str, outer: Outer) -> Edit:
     """The hook of the problem's inner and outer variable; it comes before LoRA's."""
     numbers = scalars(num_layers) | {"gate": jnp.ones(num_layers)}
     numbers |= hyper if outer == "thresholds" else {"gate": gate(hyper)} if outer == "layers" else {}
@@ -63,7 +60,7 @@ def problem(
     num_layers: int,
     *,
     rank: int = 8,
-    kind: Filter = "cosine",
+    kind: str = "cosine",
     outer: Outer = "vectors",
 ) -> bilevel.Problem:
     """LoRATRF's problem; with outer="none" one for `bilevel.fit`.
@@ -121,7 +118,7 @@ class LoRATRFSettings(Settings):
       outer_lr: learning rate of the Adam on the outer variable.
     """
 
-    filter: Filter = "cosine"
+    filter: Annotated[str, one_of(FILTERS)] = "cosine"
     place: Literal["linears", "stream"] = "linears"
     vectors: Literal["data", "random"] = "data"
     outer: Outer = "vectors"
@@ -144,7 +141,7 @@ def unused(settings: LoRATRFSettings) -> dict[str, str]:
     """Options without effect, and why."""
     search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
     none = dict.fromkeys(search, "--outer none searches nothing") if settings.outer == "none" else {}
-    without = {} if settings.filter in WITH_VECTORS else {"vectors": f"--filter {settings.filter} has no task vectors"}
+    without = {} if FILTERS[settings.filter].vectors else {"vectors": f"--filter {settings.filter} has no task vectors"}
     return none | without
 
 
@@ -160,10 +157,12 @@ def check(settings: LoRATRFSettings) -> None:
     _check_outer(settings.outer, settings.filter)
 
 
-def _check_outer(outer: Outer, kind: Filter) -> None:
-    needed = {"vectors": WITH_VECTORS, "thresholds": ("sigmoid",)}.get(outer, FILTERS)
-    if kind not in needed:
-        raise ValueError(f"Outer {outer!r} needs a filter that has them, {' or '.join(needed)}, not {kind!r}.")
+def _check_outer(outer: Outer, kind: str) -> None:
+    if outer not in ("vectors", "thresholds"):
+        return
+    having = [name for name, filter in FILTERS.items() if getattr(filter, outer)]
+    if kind not in having:
+        raise ValueError(f"Outer {outer!r} needs a filter that has them, {' or '.join(having)}, not {kind!r}.")
 
 
 def places(settings: LoRATRFSettings, config: Any, lora: LoRAConfig) -> dict[str, int]:
@@ -180,7 +179,7 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
       ValueError: if these are all of one class.
     """
     layers = bench.num_layers
-    if settings.filter not in WITH_VECTORS:
+    if not FILTERS[settings.filter].vectors:
         return {}
     if settings.vectors == "random":
         shapes = places(settings, bench.pretrained.config, bench.lora)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 
 import bilevel
@@ -48,7 +49,7 @@ class Proxy(Trained):
         """Costs `steps` inner gradients, and the score."""
         state, trace = self.trajectory(query)
         value, aux = query.outer_loss(state.params, query.outer)
-        everything = jax.tree.map(jnp.ones_like, query.outer)
+        everything = optax.tree.ones_like(query.outer)
         outer_key = jax.random.clone(query.keys.outer)
         batches = query.inner_batches, query.outer_batch
         score = self.score(query.problem, state.params, everything, *batches, outer_key)
@@ -158,6 +159,39 @@ def estimated(estimator: bilevel.Hypergradient) -> Any:
         return jax.tree.map(jnp.negative, grad)
 
     return jax.tree_util.Partial(score, estimator)
+
+
+class Given(NamedTuple):
+    """What a score may be made of.
+
+    Attributes:
+      model, weights: the frozen model.
+      bind: `bind(params, gates)`, the hook.
+      optimizer, steps: of the training that comes before a score.
+    """
+
+    model: Any
+    weights: Any
+    bind: Callable[[PyTree, Gates], Any]
+    optimizer: Any
+    steps: int
+
+
+PROXIES: dict[str, Callable[[Given], Any]] = {
+    "grad-norm": lambda given: grad_norm,
+    "constant": lambda given: constant,
+    "snip": lambda given: snip,
+    "synflow": lambda given: synflow(decoder_flow(given.model, given.weights, given.bind)),
+    "alpha-test": lambda given: alpha_test(),
+    "unrolled": lambda given: estimated(bilevel.Unrolled(given.optimizer, given.steps, checkpoint="step")),
+    "implicit": lambda given: estimated(
+        bilevel.Implicit(given.optimizer, given.steps, linear_solver=bilevel.CG(max_steps=10), damping=0.1)
+    ),
+    "first-order": lambda given: estimated(bilevel.FirstOrder(given.optimizer, given.steps)),
+}
+"""By the name that the command line knows, what makes the score; a new one is a function and an entry here."""
+BLIND = ("constant", "synflow")
+"""Those that look at no rows."""
 
 
 def gated(gates: Gates, tree: PyTree) -> PyTree:

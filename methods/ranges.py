@@ -1,6 +1,7 @@
 """What values an option can have, declared beside its type and checked before anything is loaded.
 
     rate: Annotated[float, Range(0, 1)] = 0.1
+    name: Annotated[str, one_of(BASELINES)] = "uniform"
 
 A number of a settings class without a range fails a test.
 """
@@ -11,9 +12,11 @@ import dataclasses
 import math
 import numbers
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+
+import tyro
 
 LARGEST = 2**31 - 1
 """Of a count: steps, rows and seeds are int32 on the device."""
@@ -61,18 +64,44 @@ Share = Annotated[float, Range(0, 1, above=True)]
 """A share of a whole, some of which there must be."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)  # a dict has no hash
+class Names:
+    """The names in a registry, read each time they are asked for: what is registered is a choice from then on."""
+
+    registry: Collection[str]
+    optional: bool = False
+
+    def __call__(self) -> Any:
+        """The type of which they are the values."""
+        known: Any = Literal[tuple(self.registry)]
+        return known | None if self.optional else known
+
+    def __contains__(self, value: Any) -> bool:
+        return (value is None and self.optional) or (isinstance(value, str) and value in self.registry)
+
+
+def one_of(registry: Collection[str], *, optional: bool = False) -> Any:
+    """What a text is annotated with that is a name in `registry`, a dict or another collection; `optional`, or None."""
+    # Without the hint the help shows a default in the brackets and quotes of a list.
+    hint = lambda shown: "(default: {})".format(shown.strip("[']"))  # noqa: E731
+    return tyro.conf.arg(constructor_factory=Names(registry, optional), help_behavior_hint=hint)
+
+
 def check(settings: Any) -> None:
     """Every option of a settings dataclass.
 
     Raises:
-      ValueError: for a number outside its range, or of another kind than its type says, and for a text that no file
-        can be called: an empty one, one with a NUL, or with bytes that were not UTF-8.
+      ValueError: for a number outside its range, or of another kind than its type says, for a name that is in no
+        registry, and for a text that no file can be called: an empty one, one with a NUL, or with bytes that were not
+        UTF-8.
     """
     for name, hint in hints(type(settings)).items():
         value, option = getattr(settings, name), f"--{name.replace('_', '-')}"
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, (str, Path)):
                 _check_text(option, str(text))
+        if (known := names(hint)) is not None and value not in known:
+            raise ValueError(f"{option} {value!r} is unknown: choose from {', '.join(known.registry)}.")
         kind, allowed = numeric(hint), declared(hint)
         if kind is None or allowed is None or value is None:
             continue
@@ -120,6 +149,12 @@ def numeric(hint: Any) -> type | None:
 def declared(hint: Any) -> Range | None:
     """The range that a type is annotated with."""
     return next((leaf for leaf in _leaves(hint) if isinstance(leaf, Range)), None)
+
+
+def names(hint: Any) -> Names | None:
+    """The registry that a type is annotated with."""
+    made_by = (getattr(leaf, "constructor_factory", None) for leaf in _leaves(hint))
+    return next((factory for factory in made_by if isinstance(factory, Names)), None)
 
 
 def _leaves(hint: Any) -> Iterator[Any]:

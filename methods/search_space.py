@@ -99,19 +99,6 @@ class Space:
         }
 
 
-def problem(loss: Any, weights: Any, space: Space, dtype: Any = jnp.float32) -> bilevel.Problem:
-    """The bilevel problem: `loss(weights, adapt, batch)` on both levels, all gates on at the start.
-
-    `dtype` is that of A and B.
-    """
-
-    def gated(weights, params, gates, batch, key):
-        return loss(weights, space.bind(params, gates), batch)
-
-    gated = jax.tree_util.Partial(gated, weights)
-    return bilevel.Problem(gated, gated, lambda key, gates: space.init(key, dtype), lambda key: space.gates())
-
-
 def frozen_where_off(optimizer: optax.GradientTransformation) -> Callable[[Gates], optax.GradientTransformation]:
     """`gates -> optimizer` that leaves modules alone whose gate is 0; Adam's momentum would still move them."""
 

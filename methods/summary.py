@@ -114,9 +114,14 @@ def sparsity_curve(file: Path, results: Mapping[str, Mapping[str, Any]], title: 
 
 
 def rates(
-    folder: RunFolder, settings: Any, bench: Bench, history: Mapping[str, np.ndarray], arms: Sequence[str]
+    folder: RunFolder,
+    settings: Any,
+    bench: Bench,
+    history: Mapping[str, np.ndarray],
+    arms: Sequence[str],
+    hypergradient: str,
 ) -> None:
-    """`figures/rates.png` and `report.md` of a HiddenKey run."""
+    """`figures/rates.png` and `report.md` of a HiddenKey run; `hypergradient` says in words what that was."""
     (folder.path / "figures").mkdir(exist_ok=True)
     curves(folder.path / "figures" / "rates.png", history, "outer step", "Learned dropout rates and loss weight")
     learned = [f"- {name}: {_numbers(values[-1])}" for name, values in history.items()]
@@ -127,11 +132,10 @@ def rates(
         best = min(points, key=lambda point: point["validation_loss"])
         there = ", ".join(f"{name} {value:g}" for name, value in best.items() if name != "validation_loss")
         learned.append(f"- the best of {len(points)} points of the grid: {there}")
-    kind = {"unrolled": "through the unrolled training", "implicit": "implicit", "first-order": "first order: 0"}
     made = (
         f"Rules: {'; '.join(settings.rules)}. Rates started at {settings.rate:g} and beta at {settings.beta:g}; "
         f"{settings.outer_steps} outer steps of {settings.inner_steps} inner steps, hypergradient "
-        f"{kind[settings.hypergradient]}, masks of temperature {settings.temperature:g}; hard masks afterwards."
+        f"{hypergradient}, masks of temperature {settings.temperature:g}; hard masks afterwards."
     )
     shown = {"rates.png": "rates over the search"}
     page(folder, settings, bench, "HiddenKey", "\n".join(learned), shown, arms, made)

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy import stats
 
 from benchmarks.lora.planted import auroc, mean_sd, precision
 from benchmarks.record import Record
@@ -81,9 +82,9 @@ def _place(score: str) -> float:
 
 
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Rank correlation, the order of ties by place."""
-    ranks = [np.argsort(np.argsort(x, kind="stable")) for x in (one, other)]
-    return float(np.corrcoef(ranks).ravel()[1])
+    """Rank correlation, the order of ties by place, where `scipy.stats.spearmanr` would have them share a rank."""
+    ranks = [stats.rankdata(x, method="ordinal") for x in (one, other)]
+    return float(stats.pearsonr(*ranks).statistic)  # pyright: ignore
 
 
 def _variants(record: Record) -> list[str]:

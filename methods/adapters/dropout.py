@@ -16,7 +16,7 @@ r"""Dropout inside a transformer, described by three words and learnable: where,
     rescale                 weights are divided by their sum, features by 1 - p
     stop_gradient_rescale   the same, the divisor constant in the gradient
     none                    nothing
-    kl, js                  rescale, and a term of the loss: `methods.tasks.loss.DIVERGENCES`
+    kl, js                  rescale, and a term of the loss: any of `methods.tasks.loss.DIVERGENCES`
 
 (At attention_logits the softmax that follows rescales whatever is dropped: there all five act alike on the hidden
 states.) With p the rate of a position and U uniform on (0, 1), independent or shared as the pattern says, an entry
@@ -44,10 +44,12 @@ import numpy as np
 from jax.core import Tracer
 
 from methods.held import held
+from methods.tasks.loss import DIVERGENCES
 
 POSITIONS = ("attention_logits", "attention_weights", "ffn_hidden", "linear_input", "linear_output")
 PATTERNS = ("element", "column", "span")
-COMPENSATIONS = ("rescale", "stop_gradient_rescale", "none", "kl", "js")
+COMPENSATIONS = ("rescale", "stop_gradient_rescale", "none")
+"""Those without a term of the loss; every name in `DIVERGENCES` is one more."""
 
 
 class Rule(NamedTuple):
@@ -110,16 +112,21 @@ class DropoutConfig:
         positions = self.positions
         if len(set(positions)) < len(positions):
             raise ValueError(f"Dropout has two rules for one position ({', '.join(positions)}): give one.")
-        if {"kl", "js"} <= {rule.compensation for rule in self.rules}:
-            raise ValueError("The dropout rules ask for both kl and js: two passes are compared one way, choose one.")
+        if len(terms := self._terms()) > 1:
+            raise ValueError(
+                f"The dropout rules ask for {' and '.join(terms)}: two passes are compared one way, choose one."
+            )
         if not self.temperature >= 0:
             raise ValueError(f"Dropout temperature {self.temperature} must be 0 (hard masks) or positive.")
 
     @property
     def term(self) -> str | None:
-        """The loss term that the rules ask for: "kl", "js" or None."""
-        found = {rule.compensation for rule in self.rules} & {"kl", "js"}
-        return found.pop() if found else None
+        """The loss term that the rules ask for, a name in `DIVERGENCES`, or None."""
+        return next(iter(self._terms()), None)
+
+    def _terms(self) -> list[str]:
+        asked = {rule.compensation for rule in self.rules}
+        return [name for name in DIVERGENCES if name in asked]
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -198,7 +205,7 @@ def raised(score: jax.Array, visible: jax.Array) -> jax.Array:
 
 def _rule(words: Any) -> Rule:
     words = tuple(words.split()) if isinstance(words, str) else tuple(words)
-    known = (POSITIONS, PATTERNS, COMPENSATIONS)
+    known = (POSITIONS, PATTERNS, (*COMPENSATIONS, *DIVERGENCES))
     for word, among in zip(words, known, strict=False):
         if word not in among:
             raise ValueError(f"Dropout rule {' '.join(words)!r}: unknown word {word!r}, known are {', '.join(among)}.")

@@ -196,7 +196,7 @@ def _shapes(
         kind = settings["filter"]
         return {
             "edit": init(key, edited, layers, settings["edit_rank"], kind),
-            "vectors": {s: jnp.zeros((layers, d)) for s, d in edited.items()} if kind in ("cosine", "sigmoid") else {},
+            "vectors": {s: jnp.zeros((layers, d)) for s, d in edited.items()} if FILTERS[kind].vectors else {},
             "scalars": scalars(layers) | {"gate": jnp.ones(layers)},
             "lora": config.init(key, {site: shapes[site] for site in sites}, layers),
         }

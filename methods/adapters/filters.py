@@ -18,15 +18,57 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from methods.models.hooks import Hook
 
-Filter = Literal["cosine", "sigmoid", "channel", "none"]
-FILTERS = ("cosine", "sigmoid", "channel", "none")
+
+class Filter(NamedTuple):
+    """A way to say how much of a feature is let through.
+
+    Attributes:
+      relevance: `relevance(h, params, vector, scalars) -> c(h)` in [0, 1], `[..., 1]` or `[..., d]`, at one site of one
+        layer. `params` and `scalars` are those of `Edit`; the vector is None for a filter without.
+      vectors: whether it compares with a task vector.
+      thresholds: whether it reads tau and log T.
+      factors: whether it has matrices of its own, "u" `[d, q]` and "v" `[q, d]`.
+    """
+
+    relevance: Callable[[jax.Array, Any, Any, Any], jax.Array]
+    vectors: bool = False
+    thresholds: bool = False
+    factors: bool = False
+
+
+def _cosine(h: jax.Array, params: Any, t: jax.Array, scalars: Any) -> jax.Array:
+    # A root that is smooth at h = 0, where the cosine is 0.
+    norm = jnp.sqrt((h**2).sum(axis=-1, keepdims=True) * (t**2).sum() + jnp.finfo(h.dtype).eps)
+    return jnp.clip((h @ t)[..., None] / norm, 0, 1)
+
+
+def _sigmoid(h: jax.Array, params: Any, t: jax.Array, scalars: Any) -> jax.Array:
+    scaled = (h @ t)[..., None] / h.shape[-1] ** 0.5 - scalars["tau"]
+    return jax.nn.sigmoid(scaled / jnp.exp(scalars["log_temperature"]))
+
+
+def _channel(h: jax.Array, params: Any, t: None, scalars: Any) -> jax.Array:
+    return jax.nn.sigmoid((h @ params["u"]) @ params["v"])
+
+
+def _none(h: jax.Array, params: Any, t: None, scalars: Any) -> jax.Array:
+    return jnp.ones_like(h[..., :1])
+
+
+FILTERS: dict[str, Filter] = {
+    "cosine": Filter(_cosine, vectors=True),
+    "sigmoid": Filter(_sigmoid, vectors=True, thresholds=True),
+    "channel": Filter(_channel, factors=True),
+    "none": Filter(_none),
+}
+"""By the name that the command line and an edit's folder know."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,22 +100,11 @@ class Edit:
 
     def relevance(self, site: str, h: jax.Array) -> jax.Array:
         """c(h) in [0, 1], `[..., 1]` or, by channel, `[..., d]`."""
-        if self.kind == "none":
-            return jnp.ones_like(h[..., :1])
-        if self.kind == "channel":
-            return jax.nn.sigmoid((h @ self.params[site]["u"]) @ self.params[site]["v"])
-        t = self.vectors[site]
-        product = (h @ t)[..., None]
-        if self.kind == "sigmoid":
-            scaled = product / h.shape[-1] ** 0.5 - self.scalars["tau"]
-            return jax.nn.sigmoid(scaled / jnp.exp(self.scalars["log_temperature"]))
-        # A root that is smooth at h = 0, where the cosine is 0.
-        norm = jnp.sqrt((h**2).sum(axis=-1, keepdims=True) * (t**2).sum() + jnp.finfo(h.dtype).eps)
-        return jnp.clip(product / norm, 0, 1)
+        return FILTERS[self.kind].relevance(h, self.params[site], self.vectors.get(site), self.scalars)
 
 
 def init(
-    key: jax.Array, shapes: Mapping[str, int], num_layers: int, rank: int, kind: Filter
+    key: jax.Array, shapes: Mapping[str, int], num_layers: int, rank: int, kind: str
 ) -> dict[str, dict[str, jax.Array]]:
     """Fresh edits: C (and U, V) uniform in +-1/sqrt(d), D = 0.
 
@@ -96,7 +127,7 @@ def init(
         keys = jax.random.split(jax.random.fold_in(key, index), 3)
         draw = lambda k, *shape, b=d**-0.5: jax.random.uniform(k, (num_layers, *shape), minval=-b, maxval=b)  # noqa: E731
         params[site] = {"c": draw(keys[0], d, rank), "d": jnp.zeros((num_layers, rank, d))}
-        if kind == "channel":
+        if FILTERS[kind].factors:
             params[site] |= {"u": draw(keys[1], d, rank), "v": draw(keys[2], rank, d)}
     return params
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +37,42 @@ NOISE, WIDTH = 0.1, 0.5
 STRETCH, LOW, HIGH = 2 / 3, -0.1, 1.1
 """b, gamma and zeta of the hard-concrete gate."""
 
-FAMILIES = ("stg", "hard-concrete")
+
+
+class Family(NamedTuple):
+    """A kind of gates.
+
+    Attributes:
+      start: mean of l where a gate starts.
+      activation: `activation(l, key) -> omega`, random unless the key is None.
+      probability: `probability(l) -> P`.
+    """
+
+    start: float
+    activation: Callable[[jax.Array, jax.Array | None], jax.Array]
+    probability: Callable[[jax.Array], jax.Array]
+
+
+def _stg(l: jax.Array, key: jax.Array | None) -> jax.Array:
+    noise = 0.0 if key is None else NOISE * jax.random.normal(key, l.shape, l.dtype)
+    return jnp.clip(jnp.tanh(l) + 0.5 + noise, 0, 1)
+
+
+def _hard_concrete(l: jax.Array, key: jax.Array | None) -> jax.Array:
+    if key is None:
+        s = jax.nn.sigmoid(l)
+    else:
+        s = jax.nn.sigmoid((jax.random.logistic(key, l.shape, l.dtype) + l) / STRETCH)
+    return jnp.clip(s * (HIGH - LOW) + LOW, 0, 1)
+
+
+FAMILIES: dict[str, Family] = {
+    "stg": Family(1.0, _stg, lambda l: jax.scipy.stats.norm.cdf((jnp.tanh(l) + 0.5) / WIDTH)),
+    "hard-concrete": Family(
+        3.0, _hard_concrete, lambda l: jax.nn.sigmoid(l - STRETCH * math.log(-LOW / HIGH))
+    ),
+}
+"""By the name that the command line knows."""
 
 
 class Structure(NamedTuple):
@@ -91,9 +127,13 @@ def untied(config: Any) -> dict[str, Structure]:
     return found
 
 
+GATINGS: dict[str, Callable[[Any], dict[str, Structure]]] = {"tied": tied, "untied": untied}
+"""What is gated in a model with a config, by name."""
+
+
 def init(key: jax.Array, family: str, structures: dict[str, Structure], num_layers: int) -> dict[str, jax.Array]:
     """l of every gate, `{structure: [L, size]}`: N(1, 0.1^2) for stg, N(3, 0.1^2) for hard-concrete; all open."""
-    mean = {"stg": 1.0, "hard-concrete": 3.0}[family]
+    mean = FAMILIES[family].start
     keys = dict(zip(structures, jax.random.split(key, len(structures)), strict=True))
     return {
         name: mean + 0.1 * jax.random.normal(keys[name], (num_layers, structure.size))
@@ -103,21 +143,12 @@ def init(key: jax.Array, family: str, structures: dict[str, Structure], num_laye
 
 def activation(family: str, l: jax.Array, key: jax.Array | None = None) -> jax.Array:
     """omega of gates l, any shape; random with a key."""
-    if family == "stg":
-        noise = 0.0 if key is None else NOISE * jax.random.normal(key, l.shape, l.dtype)
-        return jnp.clip(jnp.tanh(l) + 0.5 + noise, 0, 1)
-    if key is None:
-        s = jax.nn.sigmoid(l)
-    else:
-        s = jax.nn.sigmoid((jax.random.logistic(key, l.shape, l.dtype) + l) / STRETCH)
-    return jnp.clip(s * (HIGH - LOW) + LOW, 0, 1)
+    return FAMILIES[family].activation(l, key)
 
 
 def open_probability(family: str, l: jax.Array) -> jax.Array:
     """P of gates l, any shape."""
-    if family == "stg":
-        return jax.scipy.stats.norm.cdf((jnp.tanh(l) + 0.5) / WIDTH)
-    return jax.nn.sigmoid(l - STRETCH * math.log(-LOW / HIGH))
+    return FAMILIES[family].probability(l)
 
 
 def kept_shares(target: float, kappa: jax.Array) -> jax.Array:

@@ -37,7 +37,7 @@ BASELINES = {
     "mos": mos.find,
     "rac-lora": rac_lora.find,
 }
-"""By the name that the command line knows."""
+"""By the name that the command line knows; a new one is a new file and an entry here."""
 WITHOUT_BUDGET = ("autolora", "bilora", "lorta", "tied-lora")
 """Those whose size follows from the rank alone."""
 LEAST_STEPS = {"alora": alora.ROUNDS + 1, "rac-lora": rac_lora.LINKS}

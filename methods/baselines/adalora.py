@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.extend import PyTree
-from methods.baselines.base import Found, PerSite, Setting, fit, found
-from methods.baselines.importance import Smoothed, orthogonality, product, smooth, start, unsmoothed
+from methods.baselines.base import Found, PerSite, Setting
+from methods.baselines.importance import Smoothed, handed_back, product, smooth, train, unsmoothed
 
 
 class PruneState(NamedTuple):
@@ -79,15 +79,7 @@ def find(setting: Setting, key: jax.Array) -> Found:
     """One training, at the end of which only the budget's share of ranks is on."""
     setting.budget()
     target = max(1, int(setting.share * len(setting.sites) * setting.num_layers * setting.lora.rank))
-    state = fit(
-        setting,
-        key,
-        lambda key: start(setting, key, 0.0),
-        lambda params: setting.lora.bind(params["factors"], params["values"]),
-        optimizer=optax.chain(optax.adam(setting.learning_rate), prune(target, setting.steps)),
-        penalty=lambda params: 0.1 * orthogonality(params["factors"]),
-    )
+    state = train(setting, key, prune(target, setting.steps))
     pruned: PruneState = state.opt_state[-1]
     scores = {site: s.sum(1) for site, s in triplets(product(pruned.smoothed)).items()}
-    trained = state.params["adapter"]
-    return found(setting, state.params | {"adapter": trained["factors"]}, trained["values"], pruned.on, scores)
+    return handed_back(setting, state.params, pruned.on, scores)

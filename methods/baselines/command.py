@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -15,12 +15,7 @@ from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET, Setting
 from methods.baselines.base import Found
 from methods.experiment import Bench, Settings
 from methods.objective import Bound
-from methods.ranges import Share
-
-Name = Literal[
-    "uniform", "random-k", "first-k", "last-k", "lora-drop", "adalora", "increlora", "autolora", "bilora", "alora",
-    "sam", "melora", "tied-lora", "lorta", "mos", "rac-lora",
-]  # fmt: skip
+from methods.ranges import Share, one_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +27,7 @@ class BaselineSettings(Settings):
       share: the budget, as a share of the parameters of LoRA of `rank` on all modules.
     """
 
-    name: tyro.conf.Positional[Name] = "uniform"
+    name: tyro.conf.Positional[Annotated[str, one_of(BASELINES)]] = "uniform"
     share: Share = 0.25
 
 

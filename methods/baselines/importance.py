@@ -5,13 +5,14 @@ The parameters are `{"factors": LoRA's, "values": {site: [L, r]}}`; v is LoRA's 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bilevel.extend import PyTree
-from methods.baselines.base import Setting
+from methods.baselines.base import Found, PerSite, Setting, fit, found
 
 
 def start(setting: Setting, key: jax.Array, value: float) -> PyTree:
@@ -21,6 +22,27 @@ def start(setting: Setting, key: jax.Array, value: float) -> PyTree:
     drawn = [jax.random.normal(k, x.shape, x.dtype) / x.shape[1] ** 0.5 for k, x in zip(keys, factors, strict=True)]
     values = {site: jnp.full((setting.num_layers, setting.lora.rank), value, setting.dtype) for site in setting.sites}
     return {"factors": jax.tree.unflatten(tree, drawn), "values": values}
+
+
+def train(setting: Setting, key: jax.Array, spending: optax.GradientTransformationExtraArgs) -> Any:
+    """One training from v = 0, kept near orthogonal, by Adam and then `spending`: the inner state.
+
+    `spending` takes ranks away, or gives them; its own state is the last of `.opt_state`.
+    """
+    return fit(
+        setting,
+        key,
+        lambda key: start(setting, key, 0.0),
+        lambda params: setting.lora.bind(params["factors"], params["values"]),
+        optimizer=optax.chain(optax.adam(setting.learning_rate), spending),
+        penalty=lambda params: 0.1 * orthogonality(params["factors"]),
+    )
+
+
+def handed_back(setting: Setting, params: PyTree, mask: PerSite, scores: PerSite) -> Found:
+    """What `train` has trained, with the ranks of a mask."""
+    trained = params["adapter"]
+    return found(setting, params | {"adapter": trained["factors"]}, trained["values"], mask, scores)
 
 
 def orthogonality(factors: PyTree) -> jax.Array:
@@ -51,10 +73,10 @@ def smooth(state: Smoothed, params: PyTree, grads: PyTree, beta: float) -> Smoot
 
 def unsmoothed(params: PyTree) -> Smoothed:
     """Both averages at 0."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    zeros = optax.tree.zeros_like(params)
     return Smoothed(zeros, zeros)
 
 
 def product(state: Smoothed) -> PyTree:
     """Sensitivity times uncertainty, the importance of every number."""
-    return jax.tree.map(jnp.multiply, state.mean, state.spread)
+    return optax.tree.mul(state.mean, state.spread)

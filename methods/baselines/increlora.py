@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevel.extend import PyTree
-from methods.baselines.base import Found, PerSite, Setting, fit, found
-from methods.baselines.importance import Smoothed, orthogonality, smooth, start, unsmoothed
+from methods.baselines.base import Found, PerSite, Setting
+from methods.baselines.importance import Smoothed, handed_back, smooth, train, unsmoothed
 
 RESERVE = 1e-5
 """The value of a component in reserve."""
@@ -95,17 +95,8 @@ def find(setting: Setting, key: jax.Array) -> Found:
     times = -(-(target - modules) // at_once)
     warm_up = max(1, setting.steps // 10)
     interval = max(1, (4 * setting.steps // 5 - warm_up) // max(1, times))
-    state = fit(
-        setting,
-        key,
-        lambda key: start(setting, key, 0.0),
-        lambda params: setting.lora.bind(params["factors"], params["values"]),
-        optimizer=optax.chain(optax.adam(setting.learning_rate), grow(target, warm_up, interval, at_once)),
-        penalty=lambda params: 0.1 * orthogonality(params["factors"]),
-    )
+    state = train(setting, key, grow(target, warm_up, interval, at_once))
     grown: GrowState = state.opt_state[-1]
     rank = jnp.arange(setting.lora.rank, dtype=jnp.int32)[None, :]
     mask = {site: rank < ranks[:, None] for site, ranks in grown.ranks.items()}
-    trained = state.params["adapter"]
-    factors = state.params | {"adapter": trained["factors"]}
-    return found(setting, factors, trained["values"], mask, importance(grown.smoothed))
+    return handed_back(setting, state.params, mask, importance(grown.smoothed))

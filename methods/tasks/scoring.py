@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -131,23 +130,19 @@ def evaluate(
     )
 
 
-def wilson(correct: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    r"""The Wilson score interval of a binomial share p = correct/total.
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    r"""The Wilson 95 % score interval of a binomial share p = correct/total, by `scipy.stats.binomtest`.
 
-        ( p + z^2/2n -+ z sqrt( p(1-p)/n + z^2/4n^2 ) ) / ( 1 + z^2/n )
+        ( p + z^2/2n -+ z sqrt( p(1-p)/n + z^2/4n^2 ) ) / ( 1 + z^2/n ),    z = 1.96
 
-    z = 1.96 gives 95 %. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
 
     Raises:
       ValueError: unless `0 <= correct <= total` and `total >= 1`.
     """
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"{correct} correct of {total} is not a share of anything.")
-    p, n = correct / total, total
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
-    low = 0.0 if correct == 0 else (centre - half) / scale
-    high = 1.0 if correct == total else (centre + half) / scale
-    return low, high
+    from scipy import stats  # half a second
+
+    interval = stats.binomtest(correct, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from methods.adapters.lora import LoRAConfig
-from methods.baselines import BASELINES, Setting, adalora, alora, apl, autolora, increlora, lora_drop, smile, sparse
+from methods.baselines import BASELINES, Setting, adalora, alora, autolora, increlora, lora_drop, sparse
 from methods.baselines.importance import start as start_triplets
 from methods.baselines.lorta import LoRTA
 from methods.baselines.melora import MELoRA
@@ -235,62 +235,3 @@ def test_links_side_by_side_are_the_sum_of_their_updates():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), both.delta(beside(one, other)), expected
     )
-
-
-# --- merging ------------------------------------------------------------------------------------------------------
-
-
-def test_smile_sends_an_input_to_the_expert_of_its_subspace():
-    rng = np.random.default_rng(0)
-    halves = [np.zeros((L, D, 8)) for _ in range(2)]
-    halves[0][:, :4], halves[1][:, 4:] = rng.normal(size=(L, 4, 8)), rng.normal(size=(L, 4, 8))
-    hook = smile.merge([{"q_proj": jnp.asarray(h)} for h in halves], rank=4, gate_rank=4)
-    for layer in range(L):
-        for half in range(2):
-            x = np.zeros((2, 3, D))
-            x[..., 4 * half : 4 * half + 4] = rng.normal(size=(2, 3, 4))
-            at = jax.tree.map(lambda leaf, i=layer: leaf[i], hook)
-            y = jnp.ones((2, 3, 8))
-            np.testing.assert_allclose(at("q_proj", jnp.asarray(x), y), 1 + x @ halves[half][layer], rtol=1e-9)
-            assert at("o_proj", x, y) is y
-    with pytest.raises(ValueError, match=r"SMILE needs 1 <= gate_rank <= rank <= 8 and 1 <= top <= 2"):
-        smile.merge([{"q_proj": jnp.asarray(h)} for h in halves], rank=9)
-
-
-def test_smile_of_one_model_is_that_model():
-    delta = LORA.delta(trained())
-    hook = smile.merge([delta], rank=4)
-    x = setting().train[0]
-    np.testing.assert_allclose(
-        forward(setting().weights, hook, x), forward(setting().weights, sparse.Sparse(delta), x), rtol=1e-8
-    )
-
-
-def test_apl_importance_is_causal_and_its_approximation_the_derivative_of_a_gate():
-    update = jax.tree.map(lambda d: 1e-4 * d, LORA.delta(trained()))
-    value = lambda adapt, batch: loss(setting().weights, adapt, HEAD, batch)  # noqa: E731
-    approximate = apl.approximate(value, update, setting().train)
-    causal = apl.causal(value, update, setting().train)
-    for site in update:
-        np.testing.assert_allclose(np.abs(causal[site]), approximate[site], rtol=2e-2)
-    away = {**update, "v_proj": update["v_proj"].at[2].set(0.0)}
-    expected = value(sparse.Sparse(away), setting().train) - value(sparse.Sparse(update), setting().train)
-    np.testing.assert_allclose(causal["v_proj"][2], expected, rtol=1e-6)
-
-
-def test_apl_weighs_by_importance_and_drops_without_bias():
-    updates = [LORA.delta(trained(seed=s)) for s in (1, 2)]
-    ones = {site: jnp.ones(L) for site in SHAPES}
-    uneven = {"q_proj": jnp.asarray([3.0, 0, 0]), "v_proj": jnp.asarray([0, 2.0, 1.0])}
-    merged = apl.merge(updates, [ones, uneven], jax.random.key(0), drop=0.0)
-    # shares: 1/6 everywhere against 3/6 at the first module
-    expected = (updates[0]["q_proj"][0] + 3 * updates[1]["q_proj"][0]) / 4
-    np.testing.assert_allclose(merged["q_proj"][0], expected, rtol=1e-9)
-    np.testing.assert_allclose(merged["q_proj"][1], updates[0]["q_proj"][1], rtol=1e-12)
-    one = jax.jit(lambda key: apl.merge(updates[1:], [uneven], key, drop=0.5)["q_proj"][1])
-    draws = jax.vmap(one)(jax.random.split(jax.random.key(1), 4000))
-    np.testing.assert_allclose(
-        draws.mean(0), updates[1]["q_proj"][1], atol=5 * float(jnp.abs(updates[1]["q_proj"][1]).max()) / 4000**0.5
-    )
-    whole = apl.merge(updates[1:], [uneven], jax.random.key(0), drop=0.5)
-    np.testing.assert_allclose(whole["q_proj"][0], updates[1]["q_proj"][0], rtol=1e-12)  # the most important part

@@ -17,7 +17,7 @@ from methods.adapters.dropout import (
     uniform,
 )
 from methods.held import held
-from methods.tasks.loss import bidirectional_kl, jensen_shannon
+from methods.tasks.loss import DIVERGENCES, bidirectional_kl, jensen_shannon
 
 CAUSAL = jnp.tril(jnp.ones((5, 5), bool))[None, None]
 LOGITS = jax.random.normal(jax.random.key(9), (2, 3, 5, 5))
@@ -39,7 +39,8 @@ def attention(words, rate, logits=LOGITS, visible=CAUSAL, **options):
     return adapt("attention_weights", visible, jax.nn.softmax(shown))
 
 
-@pytest.mark.parametrize("position, pattern, compensation", [*itertools.product(POSITIONS, PATTERNS, COMPENSATIONS)])
+@pytest.mark.parametrize("compensation", [*COMPENSATIONS, *DIVERGENCES])
+@pytest.mark.parametrize("position, pattern", [*itertools.product(POSITIONS, PATTERNS)])
 def test_three_words_make_a_dropout(position, pattern, compensation):
     config = DropoutConfig([f"{position} {pattern} {compensation}"])
     site = config.sites(config.rules[0])[0]
@@ -265,5 +266,5 @@ def test_held_is_constant_in_the_gradient_and_not_in_its_derivative():
 
 
 def test_two_terms_are_refused():
-    with pytest.raises(ValueError, match="both kl and js"):
+    with pytest.raises(ValueError, match="ask for kl and js"):
         DropoutConfig(("attention_logits column kl", "ffn_hidden element js"))

@@ -10,7 +10,7 @@ import pytest
 
 import bilevel
 from bilevel.problem import as_pytree
-from methods import proxies, search_space
+from methods import heterolora, proxies, search_space
 from methods.adapters.lora import LoRAConfig
 from methods.models import identity
 from methods.models.decoder import Decoder, DecoderConfig
@@ -51,7 +51,7 @@ def logits(weights, adapt):
 
 
 def problem(space=SPACE):
-    return search_space.problem(loss, weights(), space, jnp.float64)
+    return heterolora.problem(loss, weights(), space, start=functools.partial(space.init, dtype=jnp.float64))
 
 
 @functools.cache
@@ -70,15 +70,10 @@ def start():
 @functools.cache
 def scores(name, params):
     """Scores at fresh or trained parameters, every gate on, on the first four rows."""
-    makers = {
-        "constant": lambda: proxies.constant,
-        "grad-norm": lambda: proxies.grad_norm,
-        "snip": lambda: proxies.snip,
-        "synflow": lambda: proxies.synflow(proxies.decoder_flow(MODEL, weights(), SPACE.bind)),
-    }
+    score = proxies.PROXIES[name](proxies.Given(MODEL, weights(), SPACE.bind, optax.sgd(0.1), 1))
     at = start() if params == "fresh" else trained()
     run = jax.jit(lambda score, p, at: score(p, at, SPACE.gates(), None, TOKENS[:4], jax.random.key(0)))
-    return run(as_pytree(makers[name]()), problem(), at)
+    return run(as_pytree(score), problem(), at)
 
 
 def some_gates():
