@@ -170,12 +170,12 @@ def broken(*_):
 
 
 FAILING = {
-    "inner_loss(inner, outer, batch, key), with inner: . f": lambda: run(problem(lambda w, o, b, k: broken())),
-    "outer_loss(inner, outer, batch, key), with inner: . f": lambda: run(problem(fit_loss, lambda *_: broken())),
-    "init_inner(key, outer), with outer: . float64[]": lambda: run(problem(init_inner=lambda key, outer: broken())),
+    "inner_loss(inner, outer, batch, key), with inner: f": lambda: run(problem(lambda w, o, b, k: broken())),
+    "outer_loss(inner, outer, batch, key), with inner: f": lambda: run(problem(fit_loss, lambda *_: broken())),
+    "init_inner(key, outer), with outer: float64[]": lambda: run(problem(init_inner=lambda key, outer: broken())),
     "init_outer(key)": lambda: run(problem(init_outer=lambda key: broken())),
-    "project(outer), with outer: . float64[]": lambda: run(problem(project=lambda outer: broken())),
-    "the optimizer, a function of outer, with outer: . float64[]": lambda: run(optimizer=lambda outer: broken()),
+    "project(outer), with outer: float64[]": lambda: run(problem(project=lambda outer: broken())),
+    "the optimizer, a function of outer, with outer: float64[]": lambda: run(optimizer=lambda outer: broken()),
     "record(state)": lambda: run(record=lambda state: broken()),
 }
 
