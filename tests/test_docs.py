@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import types
 from pathlib import Path
 
 import jax
@@ -41,8 +42,9 @@ def public_names() -> list[str]:
 
 def test_every_public_name_is_in_the_reference_and_documented():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    # What has options is the docstring of a module, in front of what it describes.
-    shown = re.findall(r"^::: bilevel\.(\w+)$(?!\n    options:)", page, re.MULTILINE)
+    # A module is its docstring, in front of what it describes.
+    named = re.findall(r"^::: bilevel\.(\w+)$", page, re.MULTILINE)
+    shown = [name for name in named if not isinstance(getattr(bilevel, name, types), types.ModuleType)]
     assert sorted(shown) == sorted(public_names())
     undocumented = [name for name in public_names() if not (getattr(bilevel, name).__doc__ or "").strip()]
     assert not undocumented
