@@ -82,8 +82,8 @@ class CG(Preconditioned):
 class NormalCG:
     r"""Conjugate gradients on the normal equations :math:`A^\top A x = A^\top b`, for any nonsingular A.
 
-    It takes indefinite and nonsymmetric A, for the square of the condition number. `tol` is relative to
-    :math:`\|b\|` for the residual :math:`A^\top(b - Ax)` of those equations. Two matvecs an iteration, one for
+    It takes indefinite and nonsymmetric A, for the square of the condition number. `tol` is for the residual
+    :math:`A^\top(b - Ax)` of those equations, relative to :math:`\|A^\top b\|`. Two matvecs an iteration, one for
     :math:`A^\top b`, two for a start, and two more if A turns out to be singular.
 
     Args:
@@ -104,9 +104,11 @@ class NormalCG:
     def solve(self, matvec, rhs, start, key, *, symmetric):
         """See `bilevel.linear_solvers`."""
         transpose = matvec if symmetric else _transpose(matvec, rhs)
-        goal = tolerance(self.tol, rhs) * global_norm(rhs)
         normal = lambda x: transpose(matvec(x))  # noqa: E731
-        solution, steps, matvecs = _conjugate_gradients(normal, transpose(rhs), start, None, goal, self.max_steps)
+        pulled = transpose(rhs)
+        # Relative to A'b and not to b, so that the units of A do not matter.
+        goal = tolerance(self.tol, rhs) * global_norm(pulled)
+        solution, steps, matvecs = _conjugate_gradients(normal, pulled, start, None, goal, self.max_steps)
         return solution, info(steps, 2 * matvecs + (1 if start is None else 3))
 
 

@@ -226,7 +226,7 @@ def test_stops_at_its_tolerance_and_counts():
 
 
 @pytest.mark.parametrize(
-    "solver", [CG(tol=1e-3), NormalCG(tol=1e-2), GMRES(tol=1e-3, restart=2), BiCGStab(tol=1e-3), Dense()], ids=repr
+    "solver", [CG(tol=1e-3), NormalCG(tol=3e-3), GMRES(tol=1e-3, restart=2), BiCGStab(tol=1e-3), Dense()], ids=repr
 )
 def test_units_of_the_system_do_not_matter(solver):
     """A tolerance is relative: in other units of A and b it stops at the same iterate, in other units."""
@@ -235,8 +235,7 @@ def test_units_of_the_system_do_not_matter(solver):
     left = np.linalg.norm(matrix @ found - rhs) / np.linalg.norm(rhs)
     assert left < 1e-14 if isinstance(solver, Dense) else 1e-9 < left < 5e-3, left
     units = [(1.0, 1e-9), (1.0, 1e12)]
-    # NormalCG's tolerance is for the residual of A'Ax = A'b, in the units of b; GMRES's is one for steps of x as well.
-    if not isinstance(solver, NormalCG | GMRES):
+    if not isinstance(solver, GMRES):  # whose tolerance is one for steps of x as well
         units += [(1e-6, 1e3), (1e6, 1e3)]
     for of_matrix, of_rhs in units:
         scaled, again = on_matrix(solver, of_matrix * matrix, of_rhs * rhs)
