@@ -50,7 +50,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 _MAPS = Path("/proc/self/maps")
-_MOST_MAPS = 30_000  # Linux allows a process 65,530 and XLA crashes at the limit; compiled programs hold most of them
+_MOST_MAPS = 20_000  # Linux allows a process 65,530 and XLA crashes at the limit; compiled programs hold most of them
 _tests = itertools.count()
 
 

@@ -1,6 +1,7 @@
 """The Makefile and the scripts: what is fetched is what is known, and no word of a variable is run by the shell."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 def make(*variables, check=True):
     command = [shutil.which("make") or pytest.skip("make is not installed"), "--dry-run", *variables, "flexora"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # As from a shell, though a make may have started this test.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode == 0) == check, done.stderr
     return done.stdout if check else done.stderr
 

@@ -161,7 +161,7 @@ def _understood(settings: Any, path: Path) -> dict[str, Any]:
     texts = lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)  # noqa: E731
     allowed = {
         "base_model": lambda v: isinstance(v, str),
-        "filter": lambda v: v in FILTERS,
+        "filter": lambda v: isinstance(v, str) and v in FILTERS,
         "num_layers": whole,
         "edit_rank": whole,
         "edit_sites": lambda v: texts(v) and v and len(set(v)) == len(v),
