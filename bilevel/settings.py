@@ -250,8 +250,14 @@ def step_size(**bounds: float) -> Rule:
     return rule
 
 
+LOOKED_AT = 2**16
+"""Steps of a schedule that are looked at, at most: half of them the first, the others evenly over a longer run."""
+
+
 def check_schedules(settings: Any, first: int, last: int) -> None:
     """Checks what the schedules among the fields of a dataclass give for the steps from `first` to `last` - 1.
+
+    Of more than `LOOKED_AT` steps only so many are looked at, the last among them.
 
     Raises:
       ValueError: names the field, the step and the value.
@@ -261,8 +267,12 @@ def check_schedules(settings: Any, first: int, last: int) -> None:
         if number is None or not callable(schedule) or first >= last:
             continue
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # a schedule is the user's
-            steps = jnp.arange(first, last, dtype=jnp.int32)
-            values = np.asarray(jax.lax.map(lambda step: jnp.asarray(schedule(step), float), steps))  # noqa: B023
+            steps = np.arange(first, min(last, first + LOOKED_AT))
+            if last - first > LOOKED_AT:
+                spread = np.linspace(first, last - 1, LOOKED_AT // 2).astype(int)
+                steps = np.unique(np.concatenate([steps[: LOOKED_AT // 2], spread]))
+            looked = jnp.asarray(steps, jnp.int32)
+            values = np.asarray(jax.lax.map(lambda step: jnp.asarray(schedule(step), float), looked))  # noqa: B023
         for at, value in sorted(zip(*np.unique(values, return_index=True)[::-1], strict=True)):
             try:
                 number(float(value))
@@ -270,7 +280,7 @@ def check_schedules(settings: Any, first: int, last: int) -> None:
                 what = shown(getattr(schedule, "func", schedule))
                 raise ValueError(
                     f"{type(settings).__name__}({field.name}={what}): the schedule gives {value:g} for step "
-                    f"{first + at}, but a value {reason}."
+                    f"{steps[at]}, but a value {reason}."
                 ) from None
 
 

@@ -151,3 +151,11 @@ def test_rules(rule, good, bad):
     for value in bad:
         with pytest.raises(settings.Unfit):
             rule(value)
+
+
+def test_the_schedules_of_a_run_without_an_end_are_looked_at_here_and_there():
+    problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
+    for wrong_from, step in ((7, 7), (2**31 - 3, 2**31 - 2)):
+        rate = lambda step, wrong_from=wrong_from: jnp.where(step < wrong_from, 0.1, -1.0)  # noqa: E731
+        with pytest.raises(ValueError, match=f"the schedule gives -1 for step {step}, but a value"):
+            settings.check_schedules(bilevel.SOBA(problem, rate, 0.1), 0, 2**31 - 1)
