@@ -9,11 +9,13 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 - `register` makes a dataclass a pytree; `setting` and `child` put the rule of a field beside it.
 - For benchmarks and loops of one's own: `chunk`, the compiled steps that `run` takes at once, at most `CAPACITY`;
   `Checkpoints`, its files; `flops` and `gradient_flops`, operations of a traced function; `resolve`, rows of `Indexed`.
+- For a `jax.custom_vjp` with `symbolic_zeros`: `is_marked`, whether a leaf is what its forward rule is given.
 """
 
 # pyright: strict
 
 from bilevel.data import resolve as resolve
+from bilevel.differentiation.tracing import is_marked as is_marked
 from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
 from bilevel.hypergradients.base import Estimator as Estimator
 from bilevel.hypergradients.base import Trained as Trained

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.custom_derivatives import CustomVJPPrimal
+
+from bilevel.extend import is_marked
 
 
 @jax.custom_vjp
@@ -28,7 +29,6 @@ def held(tree: Any, hyper: Any) -> Any:
 
 
 def _held(tree: Any, hyper: Any):
-    is_marked = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
     if any(leaf.perturbed for leaf in jax.tree.leaves(hyper, is_leaf=is_marked)):
         raise ValueError(
             "This training stops a gradient (a second pass, or the divisor of a rescaling), so that it follows no "
