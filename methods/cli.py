@@ -16,23 +16,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Command(NamedTuple):
-    """A method: its module (with `main` and `PRESETS`), the name of its settings class, and a line of help."""
+class Row(NamedTuple):
+    """A command: the module that has it as `COMMAND`, such as a `methods.driver.Method`, and a line of help."""
 
     module: str
-    settings: str
     help: str
 
 
 COMMANDS = {
-    "lora": Command("methods.baselines.lora", "LoRASettings", "train LoRA, rsLoRA or DoRA on every layer"),
-    "flexora": Command("methods.flexora", "FlexoraSettings", "select the layers that deserve LoRA"),
-    "heterolora": Command("methods.heterolora", "HeteroLoRASettings", "spend a budget on modules"),
-    "baseline": Command("methods.baselines.command", "BaselineSettings", "what methods are measured against"),
-    "hiddenkey": Command("methods.hiddenkey", "HiddenKeySettings", "learn dropout rates and their KL weight"),
-    "finegates": Command("methods.finegates", "FineGatesSettings", "close gates on frozen weights and cut them out"),
-    "loratrf": Command("methods.loratrf", "LoRATRFSettings", "edit features by a task vector (reconstructed)"),
-    "report": Command("methods.side_by_side", "ReportSettings", "put finished runs side by side"),
+    "lora": Row("methods.lora", "train LoRA, rsLoRA or DoRA on every layer"),
+    "flexora": Row("methods.flexora", "select the layers that deserve LoRA"),
+    "heterolora": Row("methods.heterolora", "spend a budget on modules"),
+    "baseline": Row("methods.baselines.command", "what methods are measured against"),
+    "hiddenkey": Row("methods.hiddenkey", "learn dropout rates and their KL weight"),
+    "finegates": Row("methods.finegates", "close gates on frozen weights and cut them out"),
+    "loratrf": Row("methods.loratrf", "edit features by a task vector (reconstructed)"),
+    "report": Row("methods.side_by_side", "put finished runs side by side"),
 }
 
 USAGE = """usage: bilevel METHOD [--preset NAME] [options]
@@ -75,11 +74,11 @@ def run(arguments: list[str]) -> int:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel" / "compiled"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        module = import_module(COMMANDS[name].module)
-        settings = _parse(module, COMMANDS[name], name, rest)
+        command = import_module(COMMANDS[name].module).COMMAND
+        settings = _parse(command, name, rest)
         if settings is None:  # help was asked for
             return 0
-        left_out = module.main(settings)
+        left_out = command.main(settings)
         _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
         return _fail(left_out) if left_out else 0
     except KeyboardInterrupt:
@@ -109,7 +108,7 @@ def _failed(error: BaseException) -> int:
     return 1
 
 
-def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> Any:
+def _parse(command: Any, name: str, arguments: list[str]) -> Any:
     """Settings that are checked, or None where help was asked for.
 
     Raises:
@@ -121,13 +120,13 @@ def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> An
     from methods.causes import BadInput, reading
 
     preset, rest = _take(arguments, "--preset", "demo")
-    if preset not in module.PRESETS:
-        raise BadInput(f"Unknown preset {preset!r}: {name} has {', '.join(module.PRESETS)}.")
-    cls: Any = getattr(module, command.settings)
+    if preset not in command.presets:
+        raise BadInput(f"Unknown preset {preset!r}: {name} has {', '.join(command.presets)}.")
+    cls: Any = command.settings
     named = any(word == "--model" or word.startswith("--model=") for word in rest)
     needed = {"model": "" if named else tyro.MISSING} if "model" in {f.name for f in dataclasses.fields(cls)} else {}
-    default = cls(**needed, **module.PRESETS[preset])
-    help_line = f"--preset {{{','.join(module.PRESETS)}}} sets other defaults (shown: {preset})."
+    default = cls(**needed, **command.presets[preset])
+    help_line = f"--preset {{{','.join(command.presets)}}} sets other defaults (shown: {preset})."
     said = io.StringIO()
     try:
         outside = reading("The command line", f"bilevel {name} --help lists what it takes")
@@ -146,8 +145,7 @@ def _parse(module: Any, command: Command, name: str, arguments: list[str]) -> An
         told = _unknown(rest, cls) or _unboxed(said.getvalue())
         raise BadInput(f"{told} (bilevel {name} --help lists the options)") from None
     ranges.check(settings)
-    without = module.unused(settings) if hasattr(module, "unused") else {}
-    for field, reason in without.items():
+    for field, reason in command.unused(settings).items():
         if getattr(settings, field) != getattr(default, field):
             raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")
     return settings

@@ -24,8 +24,7 @@ gate parametrisation and start values are those of the authors' released code; t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -34,14 +33,16 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import experiment, inside, report, summary
+from methods import figures, lora
 from methods.adapters import gates, slicing
 from methods.adapters.gates import Bias, Structure
-from methods.experiment import Bench, Settings
-from methods.models.hooks import Chain, Hook
+from methods.bench import Bench, Settings, recipe
+from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
+from methods.models.hooks import Chain, Hook, identity
+from methods.objective import Bound, Given
+from methods.pages import Page, Run
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, one_of
 from methods.runfolder import RunFolder
-from methods.tasks.loss import cross_entropy
 
 Outer = Literal["none", "gates", "sparsity"]
 WIDTH = 0.05
@@ -54,12 +55,10 @@ def hook(params: Any, values: dict[str, jax.Array], structures: dict[str, Struct
 
 
 def problem(
-    predict: Callable[..., Any],
-    weights: Any,
-    start: Callable[[jax.Array], Any],
+    given: Given,
     structures: dict[str, Structure],
-    config: Any,
     *,
+    with_lora: bool = False,
     outer: Outer = "none",
     family: str = "stg",
     target: float = 0.4,
@@ -71,24 +70,24 @@ def problem(
     or `{"log_weight", "kappa", "key"}`.
 
     Args:
-      predict: `predict(weights, adapter, adapt, batch) -> Prediction`.
-      weights: the frozen model.
-      start: `start(key) -> adapter`, LoRA's parameters, or None for none.
+      given: the model and its loss.
       structures: what is gated: `gates.tied(config)` or `gates.untied(config)`.
-      config: the model's.
+      with_lora: whether LoRA is trained beside.
       outer: see the module.
       family: "stg" or "hard-concrete".
       target: share of gates to close.
       weight: lambda_s; where it is outer, its start, and its value in the outer loss.
     """
-    layers, shapes = config.num_layers, config.site_shapes()
+    layers, shapes = given.num_layers, given.config.site_shapes()
 
     def task(weights, params, values, key, batch):
-        return cross_entropy(predict(weights, params["adapter"], hook(params, values, structures, family, key), batch))
+        gated = hook(params, values, structures, family, key)
+        return given.loss(weights, given.bind(weights, params["adapter"], after=gated), batch)
 
     def init_inner(key, outer_variable):
         keys = jax.random.split(key)
-        params = {"adapter": start(keys[0]), "bias": {s: jnp.zeros((layers, out)) for s, (_, out) in shapes.items()}}
+        adapter = given.start(keys[0]) | ({} if with_lora else {"lora": {}})
+        params = {"adapter": adapter, "bias": {s: jnp.zeros((layers, out)) for s, (_, out) in shapes.items()}}
         return params if outer == "gates" else params | {"gates": gates.init(keys[1], family, structures, layers)}
 
     if outer == "gates":
@@ -120,7 +119,7 @@ def problem(
             first = jnp.log(jnp.asarray(weight, jnp.result_type(float)))
             return {"log_weight": first, "kappa": jnp.zeros(layers), "key": key}
 
-    losses = [jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss)]
+    losses = [jax.tree_util.Partial(loss, given.weights) for loss in (inner_loss, outer_loss)]
     return bilevel.Problem(losses[0], losses[1], init_inner, init_outer)
 
 
@@ -187,19 +186,10 @@ def check(settings: FineGatesSettings) -> None:
         raise ValueError("--weight 0 must be above 0 with --outer sparsity, which searches its logarithm.")
 
 
-def make(settings: FineGatesSettings, bench: Bench, target: float) -> bilevel.Problem:
+def of(settings: FineGatesSettings, bench: Bench, target: float) -> bilevel.Problem:
     """The problem of these settings at one target."""
-    return problem(
-        inside.predictor(bench),
-        bench.pretrained.weights,
-        lambda key: experiment.start(bench, key) | ({} if settings.lora else {"lora": {}}),
-        structures(settings, bench),
-        bench.pretrained.config,
-        outer=settings.outer,
-        family=settings.family,
-        target=target,
-        weight=settings.weight,
-    )
+    level = {"with_lora": settings.lora, "outer": settings.outer, "family": settings.family, "weight": settings.weight}
+    return problem(bench.given(), structures(settings, bench), target=target, **level)
 
 
 def structures(settings: FineGatesSettings, bench: Bench) -> dict[str, Structure]:
@@ -224,43 +214,135 @@ def solver(settings: FineGatesSettings, problem: bilevel.Problem) -> bilevel.Nes
     return bilevel.Nested(problem, estimator, optax.adam(settings.gate_lr if gated else settings.outer_lr))
 
 
-def pruned(settings: FineGatesSettings, bench: Bench, target: float, folder: RunFolder) -> dict[str, Any]:
-    """One target: trained, counted, cut, saved and evaluated; a row of the results."""
-    name, what, config = f"sparsity-{target:g}", structures(settings, bench), bench.pretrained.config
-    of = make(settings, bench, target)
-    outer = of.start_outer(jax.random.key(settings.seed))
-    if settings.outer != "none":
-        outer = inside.search(settings, bench, solver(settings, of), folder, name=f"search {name}").outer
-    rest = experiment.recipe(settings).optimizer()
-    together = rest if settings.outer == "gates" else optimizer(rest, settings.gate_lr)
-    params = inside.train_inner(settings, bench, of, outer, name, folder, optimizer=together)
-    values = outer["gates"] if settings.outer == "gates" else params["gates"]
-    adapt = hook(params, values, what, settings.family, None)
-    bound = inside.bind(bench, params["adapter"], adapt)
-    row = report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound))
-    row["parameters"] = sum(leaf.size for leaf in jax.tree.leaves((params, values if "gates" not in params else ())))
-    row["removed"] = slicing.removed(values, what, settings.family, config)
-    row["open"] = {s: np.asarray((gates.activation(settings.family, l) > 0).mean(axis=1)) for s, l in values.items()}
-    if settings.gating == "tied":
-        weights = inside.merged(bench, params["adapter"])
-        small = slicing.cut(bench.pretrained.model, weights, values, what, settings.family, params["bias"])
-        slicing.save(folder.path / f"sliced-{target:g}", small[0], small[1] | {"classifier": params["adapter"]["head"]})
-        row["sliced_differs_by"] = inside.difference(bench, bound, *small)
-    return row
+def searches(settings: FineGatesSettings, bench: Bench) -> list[Search]:
+    """One for each target, if anything is outer."""
+    if settings.outer == "none":
+        return []
+    solvers = {target: solver(settings, of(settings, bench, target)) for target in settings.target_sparsity}
+    return [searching(settings, bench, each, name=f"search {_name(target)}") for target, each in solvers.items()]
 
 
-def main(settings: FineGatesSettings) -> None:
-    """A pruned model for each target, LoRA beside, report: all in `settings.out`.
+def _name(target: float) -> str:
+    return f"sparsity-{target:g}"
 
-    Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
-      FloatingPointError: if training diverges; names step and leaf.
+
+def choose(settings: FineGatesSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """A model for each target, at what its search found, and LoRA beside.
+
+    Where the sparsity weight is learned, the selection tells it, and the share of gates that each layer is to keep.
     """
-    check(settings)
-    bench = experiment.prepare(settings)
-    folder = experiment.open_run(settings, bench)
-    folder.once("results/lora", partial(inside.plain_lora, settings, bench, folder))
-    arms = [f"sparsity-{target:g}" for target in settings.target_sparsity]
-    for name, target in zip(arms, settings.target_sparsity, strict=True):
-        folder.once(f"results/{name}", partial(pruned, settings, bench, target, folder))
-    summary.pruning(folder, settings, bench, arms)
+    del tried
+    key = jax.random.key(settings.seed)
+    problems = [of(settings, bench, target) for target in settings.target_sparsity]
+    at = [result.outer for result in found] or [problem.start_outer(key) for problem in problems]
+    models = zip(settings.target_sparsity, problems, at, strict=True)
+    arms = [gated(settings, bench, problem, outer, target) for target, problem, outer in models]
+    selection = {}
+    if settings.outer == "sparsity":
+        for arm, target, outer in zip(arms, settings.target_sparsity, at, strict=True):
+            kept = np.asarray(gates.kept_shares(target, outer["kappa"]))
+            selection[arm.name] = {"weight": float(jnp.exp(outer["log_weight"])), "kept": kept}
+    return Chosen(selection, [lora.control(settings, bench), *arms])
+
+
+def gated(settings: FineGatesSettings, bench: Bench, problem: bilevel.Problem, outer: Any, target: float) -> Arm:
+    """The gated model of a target: trained, counted, cut, and saved where it can be cut."""
+    given, what, family, config = bench.given(), structures(settings, bench), settings.family, bench.pretrained.config
+    together = recipe(settings).optimizer()
+    if settings.outer != "gates":
+        together = optimizer(together, settings.gate_lr)
+
+    def values(params: Any) -> dict[str, jax.Array]:
+        return outer["gates"] if settings.outer == "gates" else params["gates"]
+
+    def bind(params: Any) -> Bound:
+        gated = hook(params, values(params), what, family, None)
+        return given.bind(given.weights, params["adapter"], after=gated)
+
+    def penalty(params: Any) -> float:
+        return settings.weight * float(gates.penalty(values(params), family, 1 - target))
+
+    def cut(params: Any) -> tuple[Any, Any]:
+        weights = merged(bench, params["adapter"]["lora"])
+        return slicing.cut(bench.pretrained.model, weights, values(params), what, family, params["bias"])
+
+    def count(params: Any) -> dict[str, Any]:
+        trained = params, () if "gates" in params else values(params)
+        row: dict[str, Any] = {
+            "on": lora.on(lora.everywhere(given)),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained)),
+            "removed": slicing.removed(values(params), what, family, config),
+            "open": {s: np.asarray((gates.activation(family, l) > 0).mean(axis=1)) for s, l in values(params).items()},
+        }
+        if settings.gating == "tied":
+            row["sliced_differs_by"] = difference(bench, bind(params), *cut(params))
+        return row
+
+    def export(folder: RunFolder, params: Any) -> None:
+        if settings.gating == "tied":
+            model, weights = cut(params)
+            slicing.save(folder.path / f"sliced-{target:g}", model, weights | {"classifier": params["adapter"]["head"]})
+
+    train = finetuning(settings, bench, problem, outer, bind, optimizer=together, penalty=penalty)
+    return Arm(_name(target), train, bind, count, export)
+
+
+def merged(bench: Bench, params: Any) -> dict[str, Any]:
+    """The model's weights with LoRA's parameters merged, if there are any."""
+    weights = bench.pretrained.weights
+    if not params:
+        return weights
+    kernels = {site: weights["blocks"][site]["kernel"] for site in bench.shapes}
+    kernels = bench.lora.merge(kernels, params)
+    blocks = {site: weights["blocks"][site] | {"kernel": kernel} for site, kernel in kernels.items()}
+    return weights | {"blocks": weights["blocks"] | blocks}
+
+
+def difference(bench: Bench, bound: Bound, model: Any, weights: Any) -> float:
+    """Largest difference between the outputs of the model with a hook and of another without, on eight outer rows."""
+    rows = jax.tree.map(lambda leaf: leaf[:8], bench.outer)
+
+    def outputs(model, weights, adapt):
+        method = "hidden" if bench.head is None else "features"
+        return np.asarray(model.apply({"params": weights}, rows.tokens, rows.mask, adapt, method=method))
+
+    one = outputs(bench.pretrained.model, bench.pretrained.weights, bound.adapt)
+    return float(np.abs(one - outputs(model, weights, identity)).max())
+
+
+def page(run: Run) -> Page:
+    """What was removed, where gates are open, and what the metric says to it."""
+    settings = run.settings
+    shown, found = {"sparsity.png": "metric against removed weights"}, []
+    figures.sparsity_curve(run.figure("sparsity.png"), run.results, f"{run.bench.task.name}: what removed weights cost")
+    for name, row in run.results.items():
+        if "open" not in row:
+            continue
+        figures.gate_map(run.figure(f"gates-{name}.png"), row["open"], f"Open gates, {name}")
+        shown[f"gates-{name}.png"] = f"open gates, {name}"
+        cut = f"; the sliced model differs from the gated one by {row.get('sliced_differs_by', 0):.1e}"
+        found.append(
+            f"- {name}: {100 * row['removed']:.1f} % of the blocks' linear weights removed (counted)"
+            + (cut if "sliced_differs_by" in row else "")
+        )
+    level = {
+        "none": "trained with the biases",
+        "gates": "chosen on the outer rows",
+        "sparsity": "trained at a learned sparsity weight",
+    }
+    made = (
+        f"Gates ({settings.gating}, {settings.family}) {level[settings.outer]}, "
+        f"{'with' if settings.lora else 'without'} LoRA; lambda_s {settings.weight:g}."
+    )
+    return Page("FineGates", "\n".join(found), shown, made)
+
+
+COMMAND = Method(
+    FineGatesSettings,
+    PRESETS,
+    choose=choose,
+    page=page,
+    searches=searches,
+    unused=unused,
+    check=check,
+)

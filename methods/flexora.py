@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from methods import experiment, ranges, report
+from methods import figures, lora, ranges
 from methods.adapters.lora import LoRAConfig
-from methods.experiment import Bench, Settings
+from methods.bench import Bench, Settings
+from methods.driver import Chosen, Method, Search, Tried, searching
 from methods.flexora_variants import (
     INNER_OPTIMIZERS,
     PAPER,
@@ -42,10 +43,10 @@ from methods.flexora_variants import (
     options,
     outer_optimizer,
 )
-from methods.objective import Trainable
+from methods.objective import Given
+from methods.pages import Page, Run
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone, one_of
-from methods.runfolder import RunFolder
-from methods.tasks import Cycled
+from methods.tasks import METRICS, Cycled
 
 
 def gate(alpha: jax.Array) -> jax.Array:
@@ -98,25 +99,11 @@ def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, floa
     }
 
 
-def problem(
-    loss: Any,
-    weights: Any,
-    lora: LoRAConfig | Trainable,
-    start: Any,
-    num_layers: int,
-    *,
-    power: int = 1,
-    sites: Sequence[str] | None = None,
-    decay: float = 0.0,
-) -> Any:
+def problem(given: Given, *, power: int = 1, sites: Sequence[str] | None = None, decay: float = 0.0) -> bilevel.Problem:
     """Flexora's bilevel problem.
 
     Args:
-      loss: `loss(weights, adapt, batch) -> scalar`, for both levels.
-      weights: the frozen model.
-      lora: the adapter, `LoRAConfig` or `objective.Trainable`: what has its `bind`.
-      start: `start(key)`, the parameters that `lora` binds.
-      num_layers: n.
+      given: the model and its loss, for both levels.
       power: how often the gate multiplies the update; 1, or 3 for the released code.
       sites: the adapted sites, for a logit a module, alpha `[sites, n]` under one softmax; None for one a layer.
       decay: of the outer level: the validation loss gets decay / 2 times the squared distance of alpha from its mean.
@@ -126,15 +113,15 @@ def problem(
     def gated(weights, params, alpha, batch, key):
         gates: Any = gate(alpha) ** power
         gates = gates if sites is None else dict(zip(sites, gates, strict=True))
-        return loss(weights, lora.bind(params, gates, base=weights["blocks"]), batch)
+        return given.loss(weights, given.bind(weights, params, gate=gates), batch)
 
     def regularised(weights, params, alpha, batch, key):
         value = gated(weights, params, alpha, batch, key)
         return value + (decay / 2 * jnp.sum((alpha - alpha.mean()) ** 2)).astype(value.dtype)
 
-    training, validation = (jax.tree_util.Partial(f, weights) for f in (gated, regularised if decay else gated))
-    shape = (num_layers,) if sites is None else (len(sites), num_layers)
-    return bilevel.Problem(training, validation, lambda key, alpha: start(key), lambda key: jnp.zeros(shape))
+    training, validation = (jax.tree_util.Partial(f, given.weights) for f in (gated, regularised if decay else gated))
+    shape = (given.num_layers,) if sites is None else (len(sites), given.num_layers)
+    return bilevel.Problem(training, validation, lambda key, alpha: given.start(key), lambda key: jnp.zeros(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,17 +196,16 @@ def used(settings: FlexoraSettings) -> Any:
     return found
 
 
-def prepare(settings: FlexoraSettings) -> Bench:
-    """Model, task and rows, encoded as the settings' variant trains on them. Raises as `experiment.prepare`."""
-    setup = used(settings)
+def check_model(settings: FlexoraSettings, config: Any, lora: LoRAConfig) -> None:
+    """Raises ValueError for a `top_k` that is more than there is to choose from."""
+    if settings.top_k is not None:
+        sites = lora.sites(config.site_shapes()) if settings.per == "module" else (None,)
+        select(np.zeros(config.num_layers * len(sites)), settings.top_k)
 
-    def check(config: Any, lora: LoRAConfig) -> None:
-        if setup.top_k is not None:
-            sites = lora.sites(config.site_shapes()) if setup.per == "module" else (None,)
-            select(np.zeros(config.num_layers * len(sites)), setup.top_k)
 
-    variant = setup.variant
-    return experiment.prepare(setup, check, end_of_text=variant.end_of_text, row_means=variant.row_means)
+def reads(settings: Any) -> dict[str, bool]:
+    """How the settings' variant encodes an answer, and takes the mean of its losses."""
+    return {"end_of_text": settings.variant.end_of_text, "row_means": settings.variant.row_means}
 
 
 _RELEASED_SIZES: dict[str, Any] = {
@@ -266,111 +252,138 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings that differ from the defaults, by preset."""
 
 
-def solver(settings: FlexoraSettings, bench: Bench) -> bilevel.Nested:
-    """The search as a solver.
-
-    Raises:
-      ValueError: for settings out of range, or a bench that was not prepared for them.
-    """
+def solver(settings: FlexoraSettings, given: Given) -> bilevel.Nested:
+    """The search as a solver. Raises ValueError for settings out of range."""
     setup = used(settings)
-    if bench.row_means != setup.variant.row_means:
-        raise ValueError("The rows were prepared for another variant of the search: methods.flexora.prepare(settings).")
+    sites = given.sites if setup.per == "module" else None
+    gated = problem(given, power=setup.variant.gate_power, sites=sites, decay=setup.outer_decay)
     inner = inner_optimizer(setup, setup.variant)
-    layers = problem(
-        experiment.loss(bench),
-        bench.pretrained.weights,
-        bench.trainable,
-        lambda key: experiment.start(bench, key),
-        bench.num_layers,
-        power=setup.variant.gate_power,
-        sites=_sites(setup, bench),
-        decay=setup.outer_decay,
-    )
     if setup.hypergradient == "first-order":
         estimator: Any = bilevel.FirstOrder(inner, setup.inner_steps)
     else:
         estimator = bilevel.Unrolled(inner, setup.inner_steps, checkpoint="step")
-    outer = outer_optimizer(setup, setup.variant)
-    return bilevel.Nested(layers, estimator, outer, inner_start=setup.inner_start)
+    return bilevel.Nested(gated, estimator, outer_optimizer(setup, setup.variant), inner_start=setup.inner_start)
 
 
-def _sites(settings: Any, bench: Bench) -> tuple[str, ...] | None:
-    return bench.lora.sites(bench.pretrained.config.site_shapes()) if settings.per == "module" else None
-
-
-def search(settings: FlexoraSettings, bench: Bench, folder: RunFolder, number: int = 0) -> np.ndarray:
-    """Stage 1: alpha after every outer step, `[T, n]`; kept in the run folder and continued from there.
-
-    With a gate a module n is sites times layers, site by site. `number` is that of the repetition.
-    """
-    setup = used(settings)
-    name = f"search-{number}" if number else "search"
-    cycled = setup.variant.outer_data == "cycled"
-    outer: Any = (Cycled if cycled else bilevel.Batches)(bench.outer, setup.outer_batch_size)
-    rows = jax.tree.map(lambda x: x[: setup.search_rows or None], bench.train)
-    result = bilevel.run(
-        solver(setup, bench),
-        inner_data=bilevel.Batches(rows, setup.batch_size),
-        outer_data=outer,
-        steps=setup.outer_steps,
-        key=jax.random.fold_in(jax.random.key(setup.seed), number) if number else jax.random.key(setup.seed),
-        callbacks=[folder.log(name)],
-        checkpoint_dir=folder.path / "checkpoints" / name,
-        record=_alpha,
-        title=name,
-    )
-    return result.history["alpha"].reshape(setup.outer_steps, -1)
-
-
-def _where(units: list[int], sites: Sequence[str] | None, num_layers: int) -> experiment.Where:
-    """Indices into alpha as layers, or as the mask of modules."""
-    if sites is None:
-        return units
-    on = np.isin(np.arange(len(sites) * num_layers), units).reshape(len(sites), num_layers)
-    return dict(zip(sites, on, strict=True))
-
-
-def _alpha(state: Any) -> dict[str, jax.Array]:
-    return {"alpha": state.outer}
-
-
-def main(settings: FlexoraSettings) -> None:
-    """Search, selection, training, evaluation, report, adapter: all in `settings.out`.
+def searches(settings: FlexoraSettings, bench: Bench) -> list[Search]:
+    """Stage 1, as often as asked for, each with a key of its own; the history has alpha after every outer step.
 
     Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
-      FloatingPointError: if training diverges; names step and leaf.
+      ValueError: for a bench that was not prepared for these settings.
     """
     setup = used(settings)
-    bench = prepare(setup)
-    sites = _sites(setup, bench)
-    count = bench.num_layers * (1 if sites is None else len(sites))
-    folder = experiment.open_run(setup, bench)
-    found = [search(setup, bench, folder, number) for number in range(setup.searches)]
-    alpha, threshold = found[0], 0.0 if setup.variant.selects == "zero" else None
-    chosen = select(alpha[-1], setup.top_k, threshold=threshold)
-    rule = f"top {setup.top_k}" if setup.top_k else "alpha > 0" if threshold is not None else "alpha > mean(alpha)"
-    selection = {"rule": rule, setup.per + "s": chosen, "alpha": alpha[-1], "gate": np.asarray(gate(alpha[-1]))}
-    if len(found) > 1:
-        every = [select(a[-1], setup.top_k, threshold=threshold) for a in found]
-        selection |= {"searches": every, "stability": stability(every, count)}
-    folder.write("selection", selection)
+    if bench.row_means != setup.variant.row_means:
+        raise ValueError("The rows were prepared for another variant of the search: COMMAND.prepare(settings).")
+    cycled, key = setup.variant.outer_data == "cycled", jax.random.key(setup.seed)
+    rows, each = jax.tree.map(lambda x: x[: setup.search_rows or None], bench.train), solver(setup, bench.given())
+    return [
+        searching(
+            setup,
+            bench,
+            each,
+            name=f"search-{number}" if number else "search",
+            inner_data=bilevel.Batches(rows, setup.batch_size),
+            outer_data=(Cycled if cycled else bilevel.Batches)(bench.outer, setup.outer_batch_size),
+            key=jax.random.fold_in(key, number) if number else key,
+            record=lambda state: {"alpha": state.outer},
+        )
+        for number in range(setup.searches)
+    ]
 
-    arms: dict[str, list[int]] = {"flexora": chosen, "all-layers": list(range(count))}
+
+def choose(settings: FlexoraSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """Stage 2: the layers, or modules, that the first search selects; beside them all, and random ones of as many."""
+    del tried
+    setup, given = used(settings), bench.given()
+    threshold = 0.0 if setup.variant.selects == "zero" else None
+    history = [result.history["alpha"].reshape(len(result.history["alpha"]), -1) for result in found]
+    every = [select(alpha[-1], setup.top_k, threshold=threshold) for alpha in history]
+    alpha, chosen, count = history[0][-1], every[0], history[0].shape[1]
+    rule = f"top {setup.top_k}" if setup.top_k else "alpha > 0" if threshold is not None else "alpha > mean(alpha)"
+    selection = {"rule": rule, setup.per + "s": chosen, "alpha": alpha, "gate": np.asarray(gate(alpha))}
+    if len(found) > 1:
+        selection |= {"searches": every, "stability": stability(every, count)}
+
+    units: dict[str, list[int]] = {"flexora": chosen, "all-layers": list(range(count))}
     for i in range(setup.random_baselines):
         rng = np.random.default_rng((setup.seed, i))
-        arms[f"random-{i}"] = sorted(int(j) for j in rng.choice(count, len(chosen), replace=False))
-    fresh = experiment.start(bench, jax.random.key(0))
-    folder.once("results/pretrained", lambda: report.arm(bench, [], experiment.evaluate(bench, fresh, [])))
-    for name, units in arms.items():
+        units[f"random-{i}"] = sorted(int(j) for j in rng.choice(count, len(chosen), replace=False))
+    of, plan = lora.problem(given), final_recipe(setup, setup.variant)
+    arms = [
+        lora.arm(setup, bench, of, name, _mask(at, given, setup.per), plan=plan, export=name == "flexora")
+        for name, at in units.items()
+    ]
+    return Chosen(selection | {"history": history[0]}, [*lora.untrained(bench, always=True), *arms])
 
-        def trained(name=name, units=units):
-            where = _where(units, sites, bench.num_layers)
-            plan = final_recipe(setup, setup.variant)
-            params = experiment.finetune(setup, bench, where, name, folder, plan)
-            if name == "flexora":
-                experiment.save_adapter(folder.path / "adapter", bench, params, where)
-            return report.arm(bench, where, experiment.evaluate(bench, params, where))
 
-        folder.once(f"results/{name}", trained)
-    report.layer_selection(folder, setup, bench, alpha, chosen, rule, ["pretrained", *arms])
+def _mask(units: list[int], given: Given, per: str) -> lora.Mask:
+    """Indices into alpha as a mask of modules."""
+    on = np.isin(np.arange(given.num_layers * (len(given.sites) if per == "module" else 1)), units)
+    each = np.broadcast_to(on.reshape(-1, given.num_layers), (len(given.sites), given.num_layers))
+    return dict(zip(given.sites, jnp.asarray(each), strict=True))
+
+
+def page(run: Run) -> Page:
+    """The selection, the way of the logits to it, and how far to trust it."""
+    setup: Any = used(run.settings)
+    alpha, chosen, rule = np.asarray(run.selection["history"]), run.selection[setup.per + "s"], run.selection["rule"]
+    figures.layer_logits(run.figure("alpha.png"), alpha, chosen)
+    figures.selected_layers(run.figure("selection.png"), alpha[-1], chosen, rule)
+    if setup.released:
+        kind = "as the released code computes it (first order, cubed gate)"
+    else:
+        kind = {"unrolled": "through the unrolled training", "first-order": "first order"}[setup.hypergradient]
+    steps, count = alpha.shape
+    trust = f"""The search took {steps} outer steps of {setup.inner_steps} inner steps each, batches of
+{setup.batch_size} training and {setup.outer_batch_size} validation rows, the hypergradient taken {kind}.
+{_halves(alpha)}{_repetitions(run.selection)}{_warning(steps, count)}"""
+    return Page(
+        "Flexora",
+        f"{len(chosen)} of {count} {setup.per}s, by the rule {rule}: {', '.join(map(str, chosen))}.",
+        {"alpha.png": "layer logits over time", "selection.png": "selection"},
+        "The final training is AdamW from scratch, the same for every row of the table. The adapter of the selected "
+        f"{setup.per}s is in `adapter/`, in PEFT's format.",
+        trust,
+    )
+
+
+def _halves(alpha: np.ndarray) -> str:
+    steps = len(alpha)
+    if steps < 4:
+        return "Too few steps to compare one half of the search with the other."
+    first, second = alpha[steps // 2 - 1], alpha[-1] - alpha[steps // 2 - 1]
+    return (
+        f"What the first and the second half of the search did to the logits has rank correlation "
+        f"{METRICS['spearman'](first, second):+.2f} (1: the same order, 0: unrelated)."
+    )
+
+
+def _repetitions(selection: Mapping[str, Any]) -> str:
+    if "stability" not in selection:
+        return ""
+    index = selection["stability"]
+    return (
+        f" Over {len(selection['searches'])} searches that differ in their seed alone the selections have a mean "
+        f"Jaccard index of {index['jaccard']:.2f}; random ones of their sizes would have {index['random']:.2f}."
+    )
+
+
+def _warning(steps: int, count: int) -> str:
+    if steps >= 3 * count:
+        return ""
+    return (
+        f"\n\n**So short a search cannot rank {count} logits.** {steps} noisy steps move them by less than the "
+        "batches' own noise; this run demonstrates the machinery. `--preset evidence` is the long one."
+    )
+
+
+COMMAND = Method(
+    FlexoraSettings,
+    PRESETS,
+    choose=choose,
+    page=page,
+    searches=searches,
+    used=used,
+    check_model=check_model,
+    reads=reads,
+)

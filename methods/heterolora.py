@@ -18,21 +18,22 @@ arXiv 2406.14956.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import bilevel
 from bilevel.extend import PyTree
-from methods import experiment, proxies, report, side_by_side
+from methods import lora, proxies, side_by_side
 from methods.adapters.lora import LoRAConfig
-from methods.experiment import Bench, Settings
-from methods.objective import Bound
+from methods.bench import Bench, Settings
+from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
+from methods.objective import Bound, Given
+from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
@@ -141,161 +142,149 @@ def _space(settings: HeteroLoRASettings, config: Any, lora: LoRAConfig) -> Space
     return Space(lora, shortcut, config.site_shapes(), config.hidden_size, config.num_layers)
 
 
+def check_model(settings: HeteroLoRASettings, config: Any, lora: LoRAConfig) -> None:
+    """Raises ValueError for a share that is not enough for one module, which the model's shapes tell."""
+    _rule(settings, _space(settings, config, lora))
+
+
 def _rule(settings: HeteroLoRASettings, space: Space) -> tuple[Any, jax.Array]:
     """The outer transformation, and the key of its ties."""
     key, separated = jax.random.key(settings.seed + 2), settings.ranking == "separated"
     return allocation(space, settings.share, key, separated=separated, normalised=settings.normalised), key
 
 
-def problem(
-    loss: Any,
-    weights: Any,
-    space: Space,
-    *,
-    bind: Callable[[PyTree, Gates], Any] | None = None,
-    start: Callable[[jax.Array], PyTree] | None = None,
-) -> bilevel.Problem:
+def problem(given: Given, space: Space, *, dtype: Any = jnp.float32) -> bilevel.Problem:
     """HeteroLoRA's bilevel problem: one loss on both levels, all gates on at the start.
 
+    The inner variable is the parameters of the space and the head, `{"lora", "shortcut", "head"}`.
+
     Args:
-      loss: `loss(weights, bind(params, gates), batch) -> scalar`.
-      weights: the frozen model.
+      given: the model and its loss.
       space: the modules that compete.
-      bind: what the loss is given of the parameters; by default the hook, `space.bind`.
-      start: `start(key)`, the parameters, those of the space among them; by default these alone, `space.init`.
+      dtype: of their parameters.
     """
-    bind, start = bind or space.bind, start or space.init
 
     def gated(weights, params, gates, batch, key):
-        return loss(weights, bind(params, gates), batch)
+        return given.loss(weights, bind(space, params, gates), batch)
 
-    gated = jax.tree_util.Partial(gated, weights)
-    return bilevel.Problem(gated, gated, lambda key, gates: start(key), lambda key: space.gates())
+    def start(key, gates):
+        return space.init(key, dtype) | {"head": given.start(key)["head"]}
 
-
-def make(bench: Bench, space: Space) -> bilevel.Problem:
-    """The problem on a bench: what is trained is the space's parameters, and a head where there is one."""
-
-    def start(key):
-        return space.init(key) | {"head": experiment.start(bench, key)["head"]}
-
-    bind = partial(bound, space)
-    return problem(experiment.loss(bench), bench.pretrained.weights, space, bind=bind, start=start)
+    gated = jax.tree_util.Partial(gated, given.weights)
+    return bilevel.Problem(gated, gated, start, lambda key: space.gates())
 
 
-def bound(space: Space, params: PyTree, gates: Gates) -> Bound:
+def bind(space: Space, params: PyTree, gates: Gates) -> Bound:
     """The space's hook, and the head."""
     return Bound(space.bind(params, gates), params["head"])
 
 
-def score(settings: HeteroLoRASettings, bench: Bench, space: Space, optimizer: Any) -> Any:
-    """The score that `settings.proxy` names."""
-    model, weights = bench.pretrained.model, bench.pretrained.weights
-    return proxies.PROXIES[settings.proxy](proxies.Given(model, weights, space.bind, optimizer, settings.interval))
-
-
-def search(settings: HeteroLoRASettings, bench: Bench, space: Space, rule: Any, folder: RunFolder) -> Any:
-    """Trains and reallocates; the history has the gates after every reallocation, `[T, L]` a site."""
+def solver(settings: HeteroLoRASettings, given: Given, space: Space, model: Any) -> bilevel.Nested:
+    """Training, and the allocation by what `settings.proxy` scores."""
     optimizer = optax.adam(settings.search_lr)
-    proxy = proxies.Proxy(
-        frozen_where_off(optimizer), settings.interval, score=score(settings, bench, space, optimizer)
-    )
+    scored = proxies.Given(model, given.weights, space.bind, optimizer, settings.interval)
+    score = proxies.PROXIES[settings.proxy](scored)
+    proxy = proxies.Proxy(frozen_where_off(optimizer), settings.interval, score=score)
+    return bilevel.Nested(problem(given, space), proxy, _rule(settings, space)[0])
+
+
+def searches(settings: HeteroLoRASettings, bench: Bench) -> list[Search]:
+    """Trains and reallocates; the history has the gates after every reallocation, `[T, L]` a site."""
+    space = search_space(settings, bench)
     rows = bench.train if settings.score_on == "train" else bench.outer
-    return bilevel.run(
-        bilevel.Nested(make(bench, space), proxy, rule),
-        inner_data=bilevel.Batches(bench.train, settings.batch_size),
-        outer_data=bilevel.Batches(rows, settings.outer_batch_size),
+    search = searching(
+        settings,
+        bench,
+        solver(settings, bench.given(), space, bench.pretrained.model),
         steps=settings.reallocations if settings.allocation == "dynamic" else 1,
-        key=jax.random.key(settings.seed),
-        callbacks=[folder.log("search")],
-        checkpoint_dir=folder.path / "checkpoints" / "search",
+        outer_data=bilevel.Batches(rows, settings.outer_batch_size),
         record=lambda state: {f"{k}.{s}": gate for k, sites in state.outer.items() for s, gate in sites.items()},
-        title="search",
     )
+    return [search]
 
 
-def finetune(
-    settings: Settings, bench: Bench, space: Space, gates: Gates, name: str, folder: RunFolder, start: PyTree = None
-) -> PyTree:
-    """The final training of the modules whose gate is 1, from `start`, or from scratch without one."""
-    of = make(bench, space)
+def choose(settings: HeteroLoRASettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """The modules whose gate is 1 in the end, and random choices of as many."""
+    del tried
+    (result,) = found
+    space, given = search_space(settings, bench), bench.given()
+    key, of = _rule(settings, space)[1], problem(given, space)
+    # Dynamic: the final training goes on from where the search ended.
+    start = result.inner.params if settings.allocation == "dynamic" else None
+    arms = [*lora.untrained(bench), allocated(settings, bench, space, of, "heterolora", result.outer, start)]
+    for i in range(settings.random_baselines):
+        separated = settings.ranking == "separated"
+        draw = allocation(space, settings.share, jax.random.fold_in(key, i), separated=separated)
+        every = space.gates()
+        updates, _ = draw.update(optax.tree.zeros_like(every), draw.init(every), every)
+        on: Any = optax.apply_updates(every, updates)
+        arms.append(allocated(settings, bench, space, of, f"random-{i}", on))
+    chosen = {kind: {s: np.asarray(g, int) for s, g in sites.items()} for kind, sites in result.outer.items()}
+    return Chosen({"proxy": settings.proxy, "on": chosen, "history": result.history}, arms)
+
+
+def allocated(
+    settings: HeteroLoRASettings,
+    bench: Bench,
+    space: Space,
+    of: bilevel.Problem,
+    name: str,
+    gates: Gates,
+    start: PyTree = None,
+) -> Arm:
+    """The modules whose gate is 1, trained from `start`, or from scratch without one."""
     if start is not None:
         of = dataclasses.replace(of, init_inner=jax.tree_util.Partial(lambda at, key, gates: at, start))
+    bound = lambda params: bind(space, params, gates)  # noqa: E731
 
-    def validate(params):
-        return experiment.validation_loss(bench, bound(space, params, gates))
+    def count(params: PyTree) -> dict[str, Any]:
+        del params
+        size, on, costs = lora.parameters(bench, {}), {}, space.costs()
+        for kind, sites in gates.items():
+            for site, gate in sites.items():
+                size += int(costs[kind][site][np.asarray(gate) > 0].sum())
+                on[site] = np.asarray(gate, int).tolist()
+        return {"on": on, "parameters": size}
 
-    return experiment.finetune_at(settings, bench, of, gates, name, folder, validate)
+    def export(folder: RunFolder, params: PyTree) -> None:
+        """LoRA in PEFT's format; shortcuts, for which PEFT has no place, in `adapter-shortcuts.safetensors`."""
+        if name != "heterolora":
+            return
+        mask = {site: gate > 0 for site, gate in gates["lora"].items()}
+        if any(bool(m.any()) for m in mask.values()):
+            lora.save(folder.path / "adapter", bench, params, mask=mask)
+        if "shortcut" in gates:
+            keep = lambda gate, below: jax.tree.map(lambda x: x * gate.astype(x.dtype)[:, None, None], below)  # noqa: E731
+            folder.write_arrays("adapter-shortcuts", jax.tree.map(keep, gates["shortcut"], params["shortcut"]))
 
-
-def row(bench: Bench, space: Space, params: PyTree, gates: Gates) -> dict[str, Any]:
-    """A row of the comparison: as `report.arm`, with the modules that are on and what they cost."""
-    found = report.arm(bench, [], experiment.evaluate_with(bench, bound(space, params, gates)))
-    costs, on = space.costs(), {}
-    for kind, sites in gates.items():
-        for site, gate in sites.items():
-            found["parameters"] += int(costs[kind][site][np.asarray(gate) > 0].sum())
-            on[site] = np.asarray(gate, int).tolist()
-    return found | {"on": on}
-
-
-def main(settings: HeteroLoRASettings) -> None:
-    """Search, allocation, training, evaluation, report, adapter: all in `settings.out`.
-
-    Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
-      FloatingPointError: if training diverges; names step and leaf.
-    """
-    check(settings)
-    # Whether the share is enough for one module is known from the model's shapes.
-    bench = experiment.prepare(settings, lambda config, lora: _rule(settings, _space(settings, config, lora)) and None)
-    space, separated = search_space(settings, bench), settings.ranking == "separated"
-    rule, key = _rule(settings, space)
-    folder = experiment.open_run(settings, bench)
-    result = search(settings, bench, space, rule, folder)
-    arms = {"heterolora": result.outer}
-    for i in range(settings.random_baselines):
-        draw, on = allocation(space, settings.share, jax.random.fold_in(key, i), separated=separated), space.gates()
-        updates, _ = draw.update(optax.tree.zeros_like(on), draw.init(on), on)
-        arms[f"random-{i}"] = optax.apply_updates(on, updates)
-    chosen = {kind: {s: np.asarray(g, int) for s, g in sites.items()} for kind, sites in result.outer.items()}
-    folder.write("selection", {"proxy": settings.proxy, "on": chosen, "history": result.history})
-    if bench.head is None:  # a fresh head knows nothing of the task
-        off = optax.tree.zeros_like(space.gates())
-        fresh = make(bench, space).start_inner(jax.random.key(0), off)
-        folder.once("results/pretrained", lambda: row(bench, space, fresh, off))
-    for name, gates in arms.items():
-
-        def trained(name=name, gates=gates):
-            going_on = name == "heterolora" and settings.allocation == "dynamic"
-            start = result.inner.params if going_on else None
-            params = finetune(settings, bench, space, gates, name, folder, start)
-            if name == "heterolora":
-                _save(folder, bench, space, params, gates)
-            return row(bench, space, params, gates)
-
-        folder.once(f"results/{name}", trained)
-    title = f"HeteroLoRA on {bench.task.name}, {Path(settings.model).name}"
-    side_by_side.page(folder.path, (folder.path,), title, _how(settings))
+    return Arm(name, finetuning(settings, bench, of, gates, bound), bound, count, export)
 
 
-def _save(folder: RunFolder, bench: Bench, space: Space, params: PyTree, gates: Gates) -> None:
-    """LoRA in PEFT's format; shortcuts, for which PEFT has no place, in `adapter-shortcuts.safetensors`."""
-    mask = {site: gate > 0 for site, gate in gates["lora"].items()}
-    if any(bool(m.any()) for m in mask.values()):
-        experiment.save_bound(folder.path / "adapter", bench, space.lora, params["lora"], params["head"], mask=mask)
-    if "shortcut" in gates:
-        keep = lambda gate, below: jax.tree.map(lambda x: x * gate.astype(x.dtype)[:, None, None], below)  # noqa: E731
-        folder.write_arrays("adapter-shortcuts", jax.tree.map(keep, gates["shortcut"], params["shortcut"]))
-
-
-def _how(settings: HeteroLoRASettings) -> str:
+def page(run: Run) -> Page:
+    """Which modules are on, and how they were scored."""
+    settings = run.settings
+    shown = side_by_side.of_run(run.folder, run.results)
+    chosen = {site: np.flatnonzero(on).tolist() for sites in run.selection["on"].values() for site, on in sites.items()}
+    found = [f"- {site}: layers {', '.join(map(str, layers)) or 'none'}" for site, layers in chosen.items()]
     times = settings.reallocations if settings.allocation == "dynamic" else 1
     going = "goes on from there" if settings.allocation == "dynamic" else "starts anew"
-    return f"""Scored by {settings.proxy}, {times} times, each after {settings.interval} training steps, on
-{settings.outer_batch_size} of the {settings.score_on} rows; {settings.share:.0%} of the modules stay on, in a
-{settings.ranking} ranking. The last training of the chosen ones {going}: {settings.finetune_steps} steps, peak learning
-rate {settings.finetune_lr:g}. The random allocations have as many modules. LoRA is in `adapter/`, in PEFT's format;
-shortcuts, for which that has no place, in `adapter-shortcuts.safetensors`. All settings: `config.json`; every step:
-`metrics.jsonl`; the allocation and its history: `selection.json`.
-"""
+    made = (
+        f"Scored by {settings.proxy}, {times} times, each after {settings.interval} training steps, on "
+        f"{settings.outer_batch_size} of the {settings.score_on} rows; {settings.share:.0%} of the modules stay on, in "
+        f"a {settings.ranking} ranking. The last training of the chosen ones {going}. The random allocations have as "
+        "many modules. LoRA is in `adapter/`, in PEFT's format; shortcuts, for which that has no place, in "
+        "`adapter-shortcuts.safetensors`."
+    )
+    return Page("HeteroLoRA", "Modules that are on:\n\n" + "\n".join(found), shown, made)
+
+
+COMMAND = Method(
+    HeteroLoRASettings,
+    PRESETS,
+    choose=choose,
+    page=page,
+    searches=searches,
+    unused=unused,
+    check=check,
+    check_model=check_model,
+)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -32,12 +32,17 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import experiment, inside, report, summary
+from methods import figures, lora
 from methods.adapters.dropout import DropoutConfig, logit
-from methods.experiment import Bench, Settings
+from methods.bench import Bench, Settings
+from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
+from methods.evaluation import validation_loss
 from methods.held import held
 from methods.models.hooks import identity
+from methods.objective import Given
+from methods.pages import Page, Run
 from methods.ranges import LARGEST_FLOAT, Count, Kept, Positive, Range, one_of
+from methods.runfolder import RunFolder
 from methods.tasks.loss import DIVERGENCES, cross_entropy
 
 RULES = ("attention_logits column kl", "ffn_hidden element kl")
@@ -62,11 +67,8 @@ def start_outer(dropout: DropoutConfig, rates: Mapping[str, Any], beta: float, k
 
 
 def problem(
-    predict: Callable[..., Any],
-    weights: Any,
-    start: Callable[[jax.Array], Any],
+    given: Given,
     init_outer: Callable[[jax.Array], Any],
-    num_layers: int,
     dropout: DropoutConfig,
     *,
     active: Any = True,
@@ -75,37 +77,42 @@ def problem(
     """HiddenKey's bilevel problem.
 
     Args:
-      predict: `predict(weights, params, adapt, batch) -> Prediction`, `adapt` a hook beside LoRA's.
-      weights: the frozen model.
-      start: `start(key) -> params`, LoRA and whatever else is trained.
+      given: the model; two passes are compared by their predictions.
       init_outer: `init_outer(key) -> outer`, as from `start_outer`.
-      num_layers: L.
       dropout: the rules, and the temperature of the masks.
       active: bool, a scalar or `[L]`: which layers drop at all.
       backward: how many of the two passes are back-propagated. With "one" there is no gradient field: use
         `Unrolled(mode="reverse")`.
+
+    Raises:
+      ValueError: for a regression, which predicts no classes.
     """
+    if (predict := given.predict) is None:
+        raise ValueError("This task is a regression: HiddenKey compares predictions of classes or of answers.")
+
+    def predicted(weights, params, hook, batch):
+        return predict(weights, given.bind(weights, params, after=hook), batch)
 
     def inner_loss(weights, params, outer, batch, key):
         del key
         masks = [jax.random.fold_in(outer["key"], i) for i in range(2)]
-        hooks = [dropout.bind(mask, outer["rates"], num_layers, active) for mask in masks]
-        first = predict(weights, params, hooks[0], batch)
+        hooks = [dropout.bind(mask, outer["rates"], given.num_layers, active) for mask in masks]
+        first = predicted(weights, params, hooks[0], batch)
         loss = cross_entropy(first)
         if dropout.term is None:
             return loss
         if backward == "one":
             params = held(params, (outer["rates"], outer["log_beta"]))
         # JS compares with the model as it is used, without dropout.
-        second = predict(weights, params, hooks[1] if dropout.term == "kl" else identity, batch)
+        second = predicted(weights, params, hooks[1] if dropout.term == "kl" else identity, batch)
         return loss + jnp.exp(outer["log_beta"]) * DIVERGENCES[dropout.term](first.logits, second.logits, first.mask)
 
     def outer_loss(weights, params, outer, batch, key):
         del outer, key
-        return cross_entropy(predict(weights, params, identity, batch))
+        return cross_entropy(predicted(weights, params, identity, batch))
 
-    inner_loss, outer_loss = (jax.tree_util.Partial(loss, weights) for loss in (inner_loss, outer_loss))
-    return bilevel.Problem(inner_loss, outer_loss, lambda key, outer: start(key), init_outer)
+    inner_loss, outer_loss = (jax.tree_util.Partial(loss, given.weights) for loss in (inner_loss, outer_loss))
+    return bilevel.Problem(inner_loss, outer_loss, lambda key, outer: given.start(key), init_outer)
 
 
 class Way(NamedTuple):
@@ -215,24 +222,20 @@ def _stops(settings: HiddenKeySettings) -> bool:
     return bool(one_pass) or any("stop_gradient" in rule for rule in settings.rules)
 
 
-def make(settings: HiddenKeySettings, bench: Bench, *, temperature: float = 0.0) -> bilevel.Problem:
-    """The problem of these settings; with hard masks unless there is a temperature."""
-    dropout = DropoutConfig(settings.rules, temperature, bench.lora.sites(bench.pretrained.config.site_shapes()))
+def of(settings: HiddenKeySettings, bench: Bench, *, temperature: float = 0.0) -> bilevel.Problem:
+    """The problem of these settings; with hard masks unless there is a temperature.
+
+    Raises:
+      ValueError: as `problem`.
+    """
+    dropout = DropoutConfig(settings.rules, temperature, bench.sites)
     rate = np.full(bench.num_layers, settings.rate) if settings.per_layer else settings.rate
     active = np.arange(bench.num_layers) >= (bench.num_layers // 2 if settings.layers == "upper-half" else 0)
-    return problem(
-        inside.predictor(bench),
-        bench.pretrained.weights,
-        lambda key: experiment.start(bench, key),
-        lambda key: start_outer(dropout, dict.fromkeys(dropout.positions, rate), settings.beta, key),
-        bench.num_layers,
-        dropout,
-        active=active,
-        backward=settings.backward,
-    )
+    start = lambda key: start_outer(dropout, dict.fromkeys(dropout.positions, rate), settings.beta, key)  # noqa: E731
+    return problem(bench.given(), start, dropout, active=active, backward=settings.backward)
 
 
-def solver(settings: HiddenKeySettings, bench: Bench) -> bilevel.Nested:
+def solver(settings: HiddenKeySettings, problem: bilevel.Problem) -> bilevel.Nested:
     """The search as a solver.
 
     Raises:
@@ -241,8 +244,7 @@ def solver(settings: HiddenKeySettings, bench: Bench) -> bilevel.Nested:
     check(settings)
     inner = optax.adam(settings.inner_lr)
     estimator = HYPERGRADIENTS[settings.hypergradient].make(inner, settings.inner_steps, _stops(settings))
-    relaxed = make(settings, bench, temperature=settings.temperature)
-    return bilevel.Nested(relaxed, estimator, optax.adam(settings.outer_lr), inner_start=settings.inner_start)
+    return bilevel.Nested(problem, estimator, optax.adam(settings.outer_lr), inner_start=settings.inner_start)
 
 
 def found(outer: Any) -> dict[str, jax.Array]:
@@ -262,45 +264,75 @@ def grid(settings: HiddenKeySettings, outer: Any) -> list[dict[str, Any]]:
     return points
 
 
-def main(settings: HiddenKeySettings) -> None:
-    """Search, training with what was found, evaluation, report: all in `settings.out`.
+def searches(settings: HiddenKeySettings, bench: Bench) -> list[Search]:
+    """One for rates and beta, with relaxed masks."""
+    relaxed = of(settings, bench, temperature=settings.temperature)
+    return [searching(settings, bench, solver(settings, relaxed), record=lambda state: found(state.outer))]
 
-    Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
-      FloatingPointError: if training diverges; names step and leaf.
-    """
-    check(settings)
-    bench = experiment.prepare(settings)
-    learner, hard = solver(settings, bench), make(settings, bench)
-    folder = experiment.open_run(settings, bench)
-    result = inside.search(settings, bench, learner, folder, record=lambda state: found(state.outer))
-    learned = found(result.outer)
-    folder.write("selection", {name: np.asarray(value) for name, value in learned.items()})
 
+def choose(settings: HiddenKeySettings, bench: Bench, searched: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """The rates where the search ended, and beside them those where it began, none, and the best of the grid."""
+    hard, outer = of(settings, bench), searched[0].outer
     first = hard.start_outer(jax.random.key(settings.seed))
     off = first | {"rates": jax.tree.map(lambda x: jnp.full_like(x, -jnp.inf), first["rates"])}
-    arms = {"hiddenkey": result.outer | {"key": first["key"]}, "start-rates": first, "no-dropout": off}
-
-    def trained(name, outer):
-        params = inside.train_inner(settings, bench, hard, outer, name, folder)
-        bound = inside.bind(bench, params)
-        return params, bound, {"validation_loss": experiment.loss_over(bench, bound, bench.outer)}
-
-    def tried(name, outer):
-        return {k: float(np.mean(value)) for k, value in found(outer).items()} | trained(name, outer)[-1]
-
-    def tested(name, outer):
-        params, bound, row = trained(name, outer)
-        if name == "hiddenkey":  # dropout acts in training alone: what is left is LoRA
-            experiment.save_bound(folder.path / "adapter", bench, bench.lora, params["lora"], params["head"])
-        return report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound)) | row
-
+    at = {"hiddenkey": outer | {"key": first["key"]}, "start-rates": first, "no-dropout": off}
+    learned = found(outer)
+    selection: dict[str, Any] = {name: np.asarray(value) for name, value in learned.items()}
+    selection["history"] = {name: searched[0].history[name] for name in learned}
     if settings.grid:
         points = grid(settings, first)
-        rows = [folder.once(f"grid/{i}", partial(tried, f"grid-{i}", point)) for i, point in enumerate(points)]
-        folder.write("grid", rows)
-        arms["grid"] = points[int(np.argmin([row["validation_loss"] for row in rows]))]
-    for name, outer in arms.items():
-        folder.once(f"results/{name}", partial(tested, name, outer))
-    told = HYPERGRADIENTS[settings.hypergradient].told
-    summary.rates(folder, settings, bench, {name: result.history[name] for name in learned}, list(arms), told)
+        means = [{name: float(np.mean(value)) for name, value in found(point).items()} for point in points]
+        arms = [trained(settings, bench, hard, f"grid-{i}", point) for i, point in enumerate(points)]
+        selection["grid"] = [tried(*each) for each in zip(arms, means, strict=True)]
+        at["grid"] = points[int(np.argmin([point["validation_loss"] for point in selection["grid"]]))]
+    return Chosen(selection, [trained(settings, bench, hard, name, outer) for name, outer in at.items()])
+
+
+def trained(settings: HiddenKeySettings, bench: Bench, hard: bilevel.Problem, name: str, outer: Any) -> Arm:
+    """LoRA trained at rates and a beta; dropout acts in training alone, so that what is left is LoRA."""
+    given = bench.given()
+    bind = partial(given.bind, given.weights)
+
+    def count(params: Any) -> dict[str, Any]:
+        everywhere = lora.everywhere(given)
+        row = {"on": lora.on(everywhere), "parameters": lora.parameters(bench, everywhere)}
+        return row | {"validation_loss": validation_loss(bench, bind(params))}
+
+    def export(folder: RunFolder, params: Any) -> None:
+        if name == "hiddenkey":
+            lora.save(folder.path / "adapter", bench, params)
+
+    return Arm(name, finetuning(settings, bench, hard, outer, bind), bind, count, export)
+
+
+def page(run: Run) -> Page:
+    """The learned rates, how they came about, and what each choice is worth on the outer rows."""
+    settings = run.settings
+    file, history = run.figure("rates.png"), run.selection["history"]
+    figures.curves(file, history, "outer step", "Learned dropout rates and loss weight")
+    lines = [
+        f"- {name}: {', '.join(f'{x:.3f}' for x in np.atleast_1d(values[-1]))}" for name, values in history.items()
+    ]
+    lines += [f"- validation loss, {name}: {row['validation_loss']:.4f}" for name, row in run.results.items()]
+    if points := run.selection.get("grid"):
+        best = min(points, key=lambda point: point["validation_loss"])
+        there = ", ".join(f"{name} {value:g}" for name, value in best.items() if name != "validation_loss")
+        lines.append(f"- the best of {len(points)} points of the grid: {there}")
+    made = (
+        f"Rules: {'; '.join(settings.rules)}. Rates started at {settings.rate:g} and beta at {settings.beta:g}; "
+        f"{settings.outer_steps} outer steps of {settings.inner_steps} inner steps, hypergradient "
+        f"{HYPERGRADIENTS[settings.hypergradient].told}, masks of temperature {settings.temperature:g}; hard masks "
+        "afterwards."
+    )
+    return Page("HiddenKey", "\n".join(lines), {file.name: "rates over the search"}, made)
+
+
+COMMAND = Method(
+    HiddenKeySettings,
+    PRESETS,
+    choose=choose,
+    page=page,
+    searches=searches,
+    unused=unused,
+    check=check,
+)

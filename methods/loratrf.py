@@ -22,25 +22,26 @@ AAAI 2025 workshop CoLoRAI, arXiv 2412.09827.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import bilevel
-from methods import experiment, inside, objective, report, summary
+from methods import figures, lora, objective
 from methods.adapters.edit_folder import save_edit
 from methods.adapters.filters import FILTERS, Edit, init, scalars, task_vectors
 from methods.adapters.lora import LoRAConfig
-from methods.experiment import Bench, Settings
+from methods.bench import Bench, Settings, check_rank
+from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.flexora import gate
-from methods.models.hooks import identity
+from methods.objective import Bound, Given
+from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, one_of
 from methods.runfolder import RunFolder
-from methods.tasks.loss import cross_entropy
 
 Outer = Literal["none", "vectors", "thresholds", "layers"]
 
@@ -52,12 +53,9 @@ def bind(params: Any, hyper: Any, num_layers: int, kind: str, outer: Outer) -> E
 
 
 def problem(
-    predict: Callable[..., Any],
-    weights: Any,
-    start: Callable[[jax.Array], Any],
+    given: Given,
     vectors: dict[str, jax.Array],
     shapes: Mapping[str, int],
-    num_layers: int,
     *,
     rank: int = 8,
     kind: str = "cosine",
@@ -68,13 +66,9 @@ def problem(
     The inner variable is `{"adapter", "edit"}`, with `"vectors"` where these are not outer.
 
     Args:
-      predict: `predict(weights, adapter, adapt, batch, before=hook) -> Prediction`, `before` a hook that comes before
-        LoRA.
-      weights: the frozen model.
-      start: `start(key) -> adapter`, LoRA's parameters.
+      given: the model and its loss.
       vectors: where the task vectors start, `{site: [L, d]}`; `{}` for a filter without.
       shapes: `{site: d}` of what is edited: outputs of linears, or of "block_hidden", the stream after a block.
-      num_layers: L.
       rank: q.
       kind: of filter.
       outer: see the module.
@@ -83,22 +77,23 @@ def problem(
       ValueError: for an outer variable that the filter does not have.
     """
     _check_outer(outer, kind)
+    layers = given.num_layers
 
     def loss(weights, params, hyper, batch, key):
         del key
-        edit = bind(params, hyper, num_layers, kind, outer)
-        return cross_entropy(predict(weights, params["adapter"], identity, batch, before=edit))
+        edit = bind(params, hyper, layers, kind, outer)
+        return given.loss(weights, given.bind(weights, params["adapter"], before=edit), batch)
 
     def init_inner(key, hyper):
         keys = jax.random.split(key)
-        params = {"adapter": start(keys[0]), "edit": init(keys[1], shapes, num_layers, rank, kind)}
+        params = {"adapter": given.start(keys[0]), "edit": init(keys[1], shapes, layers, rank, kind)}
         return params if outer == "vectors" else params | {"vectors": vectors}
 
     def init_outer(key):
-        none = jnp.zeros(num_layers)
-        return {"vectors": vectors, "thresholds": scalars(num_layers), "layers": none, "none": ()}[outer]
+        none = jnp.zeros(layers)
+        return {"vectors": vectors, "thresholds": scalars(layers), "layers": none, "none": ()}[outer]
 
-    both = jax.tree_util.Partial(loss, weights)
+    both = jax.tree_util.Partial(loss, given.weights)
     return bilevel.Problem(both, both, init_inner, init_outer)
 
 
@@ -210,59 +205,91 @@ def _share(which: jax.Array) -> jax.Array:
     return which.astype(jnp.float32) / which.sum().astype(jnp.float32)
 
 
-def edited(settings: LoRATRFSettings, bench: Bench, of: bilevel.Problem, folder: RunFolder) -> dict[str, Any]:
-    """Search, training, evaluation of `make`'s problem: a row of the results."""
-    hyper = of.start_outer(jax.random.key(settings.seed))
-    if settings.outer != "none":
-        estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
-        solver = bilevel.Nested(of, estimator, optax.adam(settings.outer_lr))
-        hyper = inside.search(settings, bench, solver, folder).outer
-    params = inside.train_inner(settings, bench, of, hyper, "loratrf", folder)
-    before = bind(params, hyper, bench.num_layers, settings.filter, settings.outer)
-    lora, head = params["adapter"]["lora"], params["adapter"]["head"]
-    save_edit(folder.path / "adapter", before, bench.lora, lora, bench.pretrained.hf_names, head)
-    bound = inside.bind(bench, params["adapter"], before=before)
-    row = report.arm(bench, list(range(bench.num_layers)), experiment.evaluate_with(bench, bound))
-    return row | {"parameters": sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))}
-
-
-def make(settings: LoRATRFSettings, bench: Bench) -> bilevel.Problem:
+def of(settings: LoRATRFSettings, bench: Bench) -> bilevel.Problem:
     """The problem of these settings.
 
     Raises:
       ValueError: as `check` and `start_vectors`.
     """
     check(settings)
-    return problem(
-        inside.predictor(bench),
-        bench.pretrained.weights,
-        lambda key: experiment.start(bench, key),
-        start_vectors(settings, bench),
-        places(settings, bench.pretrained.config, bench.lora),
-        bench.num_layers,
-        rank=settings.edit_rank,
-        kind=settings.filter,
-        outer=settings.outer,
+    vectors, edited = start_vectors(settings, bench), places(settings, bench.pretrained.config, bench.lora)
+    options = {"rank": settings.edit_rank, "kind": settings.filter, "outer": settings.outer}
+    return problem(bench.given(), vectors, edited, **options)
+
+
+def solver(settings: LoRATRFSettings, problem: bilevel.Problem) -> bilevel.Nested:
+    """The search as a solver."""
+    estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
+    return bilevel.Nested(problem, estimator, optax.adam(settings.outer_lr))
+
+
+def searches(settings: LoRATRFSettings, bench: Bench) -> list[Search]:
+    """One for the outer variable, if there is one."""
+    problem = of(settings, bench)  # refuses what does not fit also where nothing is searched
+    return [] if settings.outer == "none" else [searching(settings, bench, solver(settings, problem))]
+
+
+def choose(settings: LoRATRFSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """What the search left of the outer variable, and LoRA beside it."""
+    del tried
+    problem = of(settings, bench)
+    hyper = found[0].outer if found else problem.start_outer(jax.random.key(settings.seed))
+    told = {"thresholds": lambda: {name: np.asarray(value) for name, value in hyper.items()}}
+    told |= {"layers": lambda: {"logits": np.asarray(hyper), "gates": np.asarray(gate(hyper))}}
+    selection = told.get(settings.outer, dict)()  # task vectors are in the adapter
+    return Chosen(selection, [edited(settings, bench, problem, hyper), lora.control(settings, bench)])
+
+
+def edited(settings: LoRATRFSettings, bench: Bench, problem: bilevel.Problem, hyper: Any) -> Arm:
+    """LoRA and the edit, trained at an outer variable; it leaves the two in `adapter/`."""
+    given = bench.given()
+
+    def edit(params: Any) -> Edit:
+        return bind(params, hyper, given.num_layers, settings.filter, settings.outer)
+
+    def bound(params: Any) -> Bound:
+        return given.bind(given.weights, params["adapter"], before=edit(params))
+
+    def count(params: Any) -> dict[str, Any]:
+        numbers = sum(leaf.size for leaf in jax.tree.leaves((params, hyper)))
+        return {"on": lora.on(lora.everywhere(given)), "parameters": numbers}
+
+    def export(folder: RunFolder, params: Any) -> None:
+        plain, names = params["adapter"], bench.pretrained.hf_names
+        save_edit(folder.path / "adapter", edit(params), bench.lora, plain["lora"], names, plain["head"])
+
+    return Arm("loratrf", finetuning(settings, bench, problem, hyper, bound), bound, count, export)
+
+
+def check_model(settings: LoRATRFSettings, config: Any, lora: LoRAConfig) -> None:
+    """Raises ValueError for an edit of a larger rank than what it edits."""
+    widths = places(settings, config, lora)
+    check_rank("--edit-rank", settings.edit_rank, {s: (d, d) for s, d in widths.items()}, list(widths))
+
+
+def page(run: Run) -> Page:
+    """That it is a reconstruction, its training losses and its settings."""
+    settings = run.settings
+    file = run.figure("training.png")
+    figures.training(file, run.folder, list(run.results))
+    found = (
+        "This is a reconstruction: the paper's text and code were not to be had (see `methods.loratrf`). An edit "
+        "behind a filter depends on its input and does not merge into the weights."
     )
+    made = (
+        f"Filter {settings.filter} on {settings.place}, vectors from {settings.vectors}, edit rank "
+        f"{settings.edit_rank}; outer: {settings.outer}."
+    )
+    return Page("LoRATRF (reconstructed)", found, {file.name: "training loss"}, made)
 
 
-def main(settings: LoRATRFSettings) -> None:
-    """Search, training, evaluation beside plain LoRA, report: all in `settings.out`.
-
-    Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
-      FloatingPointError: if training diverges; names step and leaf.
-    """
-    check(settings)
-
-    def check_model(config: Any, lora: LoRAConfig) -> None:
-        widths = places(settings, config, lora)
-        experiment.check_rank("--edit-rank", settings.edit_rank, {s: (d, d) for s, d in widths.items()}, list(widths))
-
-    bench = experiment.prepare(settings, check_model)
-    of = make(settings, bench)  # refuses what does not fit before anything is written
-    jax.eval_shape(of.init_inner, jax.random.key(0), of.start_outer(jax.random.key(0)))
-    folder = experiment.open_run(settings, bench)
-    folder.once("results/loratrf", partial(edited, settings, bench, of, folder))
-    folder.once("results/lora", partial(inside.plain_lora, settings, bench, folder))
-    summary.edited(folder, settings, bench)
+COMMAND = Method(
+    LoRATRFSettings,
+    PRESETS,
+    choose=choose,
+    page=page,
+    searches=searches,
+    unused=unused,
+    check=check,
+    check_model=check_model,
+)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods.adapters.lora import Linears, LoRAConfig, PerLayer
-from methods.models.hooks import Hook
+from methods.adapters.lora import LoRAConfig, PerLayer
+from methods.models.hooks import Chain, Hook, identity
 from methods.models.loading import Pretrained
 from methods.tasks.batches import by_length
 from methods.tasks.encode import marks, opening, prefix
-from methods.tasks.loss import answer_log_likelihood_at, label_losses
+from methods.tasks.loss import Prediction, answer_log_likelihood_at, answer_prediction, label_losses
 
 
 class Bound(NamedTuple):
@@ -26,16 +25,73 @@ class Bound(NamedTuple):
     head: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Trainable:
-    """`LoRAConfig.bind` for `{"lora": ..., "head": ...}`."""
+class Given(NamedTuple):
+    """What a method is given of a model and a task; the losses of every method are made of it.
 
+    What is trained is `params`, `{"lora": adapter, "head": head}`: the head is a `Classifier`'s parameters where texts
+    are labelled, and {} where the model's own head answers; the adapter is {} where there is none. The frozen weights
+    are an argument of every loss: a program that closed over them would hold them as constants.
+
+    Attributes:
+      weights: the frozen model's.
+      lora: the adapter's fixed part.
+      config: the model's, of which `num_layers`, `hidden_size` and `site_shapes()` are read.
+      loss: `loss(weights, bound, batch) -> scalar`, in nats.
+      predict: `predict(weights, bound, batch) -> Prediction`; None for a regression, which has no classes.
+      start: `start(key) -> params`, fresh ones.
+    """
+
+    weights: Any
     lora: LoRAConfig
+    config: Any
+    loss: Callable[[Any, Bound, Any], jax.Array]
+    predict: Callable[[Any, Bound, Any], Prediction] | None
+    start: Callable[[jax.Array], Any]
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The linears that LoRA adapts."""
+        return self.lora.sites(self.config.site_shapes())
 
     def bind(
-        self, params: Any, gate: PerLayer | None = None, mask: PerLayer | None = None, base: Linears | None = None
+        self,
+        weights: Any,
+        params: Any,
+        *,
+        gate: PerLayer | None = None,
+        mask: PerLayer | None = None,
+        before: Hook = identity,
+        after: Hook = identity,
     ) -> Bound:
-        return Bound(self.lora.bind(params["lora"], gate, mask, base), params["head"])
+        """What a loss is given of `params`.
+
+        Args:
+          weights: the frozen model's, as the loss is given them.
+          params: what is trained.
+          gate: what LoRA's update is multiplied by, `[L]` or `{site: [L]}`.
+          mask: where LoRA is at all, bool, likewise.
+          before, after: hooks that come before and after LoRA's.
+        """
+        lora = self.lora.bind(params["lora"], gate, mask, base=weights["blocks"]) if params["lora"] else identity
+        return Bound(Chain((before, lora, after)), params["head"])
+
+
+def of_hook(loss: Any, weights: Any, lora: LoRAConfig, config: Any, start: Any = None) -> Given:
+    """A `Given` of a loss of the hook alone, without a head.
+
+    Args:
+      loss: `loss(weights, hook, batch) -> scalar`.
+      weights, lora, config: as of `Given`.
+      start: `start(key)`, LoRA's parameters; by default fresh ones in float32.
+    """
+    fresh = lambda key: lora.init(key, config.site_shapes(), config.num_layers)  # noqa: E731
+    drawn = fresh if start is None else start
+    bound_loss = lambda weights, bound, batch: loss(weights, bound.adapt, batch)  # noqa: E731
+    return Given(weights, lora, config, bound_loss, None, lambda key: {"lora": drawn(key), "head": {}})
 
 
 def mean_loss(model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any) -> jax.Array:
@@ -77,6 +133,16 @@ def row_losses(
     hidden = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="hidden")
     values = answer_log_likelihood_at(lambda h: model.apply(variables, h, method="head"), hidden, batch, width)
     return -values, jnp.asarray(batch.answer_mask).sum(axis=1)
+
+
+def prediction(model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any) -> Prediction:
+    """The logits of the answers to a batch, and what is right. Arguments as of `row_losses`; not for a regression."""
+    if head is not None:
+        answers = outputs(model, head, weights, bound, batch)
+        return Prediction(answers, batch.labels, jnp.ones_like(batch.labels, bool))
+    variables = {"params": weights}
+    hidden = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="hidden")
+    return answer_prediction(lambda h: model.apply(variables, h, method="head"), hidden, batch, width)
 
 
 def outputs(model: Any, head: Any, weights: Any, bound: Bound, batch: Any) -> jax.Array:

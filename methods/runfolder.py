@@ -17,7 +17,7 @@ from methods import files, fingerprint
 from methods.causes import reading
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
-FOLDERS = ("adapter", "checkpoints", "figures", "grid", "results", "validation")
+FOLDERS = ("adapter", "checkpoints", "figures", "results", "tried", "validation")
 
 
 def check(path: Path, settings: Any) -> None:

@@ -12,9 +12,9 @@ import tyro
 
 from methods import files
 from methods.causes import sentence
+from methods.figures import pyplot, save
 from methods.ranges import finite
-from methods.report import pyplot, save_figure
-from methods.runfolder import CONFIG, read_json
+from methods.runfolder import CONFIG, RunFolder, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ReportSettings:
     out: Path = Path("runs/report")
 
 
-PRESETS: dict[str, dict[str, Any]] = {"demo": {}}
+FIGURE = "side_by_side.png"
 
 
 class Row(NamedTuple):
@@ -190,35 +190,56 @@ def figure(file: Path, rows: list[Row]) -> None:
     right.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
     for ax in (middle, right):
         ax.spines[["top", "right"]].set_visible(False)
-    save_figure(fig, file, dpi=130)
+    save(fig, file, dpi=130)
 
 
-def page(folder: Path, runs: Sequence[Path], title: str, text: str) -> list[str]:
-    """`report.md` and `figures/side_by_side.png` of some runs, in `folder`; returns what was left out, a sentence each.
-
-    Raises:
-      ValueError: as `read`.
-    """
-    rows, left_out, unfinished = read(runs)
-    figure(folder / "figures" / "side_by_side.png", rows)
-    words = f"# {title}\n\n{table(rows)}\n\n![modules, accuracy, parameters](figures/side_by_side.png)\n\n{text}"
-    if others := [str(run) for run in unfinished if run != folder]:
-        words += f"\nNot finished yet, so that models may be missing: {', '.join(others)}.\n"
-    if left_out:
-        words += "\nLeft out:\n\n" + "".join(f"- {sentence}\n" for sentence in left_out)
-    files.write_text(folder / "report.md", words)
-    return left_out
+def of_run(folder: RunFolder, results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """`figure` of one run, whose results are read already; its file's name and a caption."""
+    figure(folder.path / "figures" / FIGURE, [Row(folder.path.name, arm, {}, row) for arm, row in results.items()])
+    return {FIGURE: "modules in use, accuracy, parameters"}
 
 
 def main(settings: ReportSettings) -> str | None:
-    """The page of `settings.runs`, in `settings.out`; returns what was left out, in one sentence, if anything was.
+    """`report.md` and a figure of `settings.runs`, in `settings.out`; returns what was left out, if anything was.
 
     Raises:
-      ValueError: one sentence on what is wrong.
+      ValueError: one sentence on what is wrong; and as `read`.
     """
     files.check_writable(settings.out)
     if (settings.out / CONFIG).exists():
         raise ValueError(f"{settings.out} is a run, whose own report.md this would replace: name another --out.")
-    note = "Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--test-rows` share test rows.\n"
-    left_out = page(settings.out, settings.runs, "Side by side", note)
+    rows, left_out, unfinished = read(settings.runs)
+    figure(settings.out / "figures" / FIGURE, rows)
+    words = f"""# Side by side
+
+{table(rows)}
+
+![modules, accuracy, parameters](figures/{FIGURE})
+
+Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--test-rows` share test rows.
+"""
+    if unfinished:
+        words += f"\nNot finished yet, so that models may be missing: {', '.join(map(str, unfinished))}.\n"
+    if left_out:
+        words += "\nLeft out:\n\n" + "".join(f"- {sentence}\n" for sentence in left_out)
+    files.write_text(settings.out / "report.md", words)
     return f"{settings.out / 'report.md'} leaves out: {' '.join(left_out)}" if left_out else None
+
+
+class Report(NamedTuple):
+    """The command that reads runs instead of making one."""
+
+    settings: type[ReportSettings]
+    presets: Mapping[str, Mapping[str, Any]]
+
+    def unused(self, settings: ReportSettings) -> dict[str, str]:
+        """No option is without effect."""
+        del settings
+        return {}
+
+    def main(self, settings: ReportSettings) -> str | None:
+        """As the module's `main`."""
+        return main(settings)
+
+
+COMMAND = Report(ReportSettings, {"demo": {}})

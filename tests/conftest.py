@@ -44,6 +44,8 @@ if _flag not in _flags and _is_known(_flag):
 
 import jax  # noqa: E402
 
+from tests.tiny import float32_by_default, tiny_data, tiny_glue, tiny_model  # noqa: E402, F401
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -73,18 +73,16 @@ def pretrained(model: str, repeats: int) -> dict[str, Any]:
     from methods import flexora  # these read weights, and are slow to import
     from methods.adapters.lora import LoRAConfig
     from methods.models.loading import load
+    from methods.objective import of_hook
 
     loaded, lora = load(model), LoRAConfig(rank=8)
-    layers, vocabulary = loaded.config.num_layers, loaded.config.vocab_size
+    vocabulary = loaded.config.vocab_size
 
     def loss(weights, adapt, tokens):
         logits = loaded.model.apply({"params": weights}, tokens, None, adapt)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
-    def start(key):
-        return lora.init(key, loaded.config.site_shapes(), layers)
-
-    problem = flexora.problem(loss, loaded.weights, lora, start, layers)
+    problem = flexora.problem(of_hook(loss, loaded.weights, lora, loaded.config))
     name = Path(model).name
     case = Case(name, problem, optax.adam(1e-3), lambda key: jax.random.randint(key, (8, 64), 0, vocabulary))
     programs = {"training": _training(case, STEPS), name: _hypergradient(case, STEPS, checkpoint="step")}

@@ -167,17 +167,17 @@ def main(
 def run(task: str, seed: int, method: str, core: int, out: Path) -> None:
     """One run, in this process, into `out/row.json`."""
     os.sched_setaffinity(0, {core})
-    from methods import experiment
+    from methods.bench import prepare
     from methods.runfolder import RunFolder
 
     settings = settings_of(CASES[task], seed, method, out)
     folder = RunFolder(out, settings)
-    folder.once("row", lambda: tested(settings, method, experiment.prepare(settings), folder))
+    folder.once("row", lambda: tested(settings, method, prepare(settings), folder))
 
 
 def settings_of(case: Case, seed: int, method: str, out: Path) -> Any:
     """The settings of a method; dynamic's search is the first half of its training."""
-    from methods.experiment import Settings
+    from methods.bench import Settings
     from methods.flexora import FlexoraSettings
     from methods.heterolora import HeteroLoRASettings
 
@@ -205,7 +205,7 @@ def tested(settings: Any, method: str, bench: Any, folder: Any) -> dict[str, Any
     import optax
 
     import bilevel
-    from methods import flexora, heterolora
+    from methods import driver, flexora, heterolora
     from methods.search_space import Space
 
     begun = time.perf_counter()
@@ -219,15 +219,18 @@ def tested(settings: Any, method: str, bench: Any, folder: Any) -> dict[str, Any
         updates, _ = rule.update(jax.tree.map(jnp.zeros_like, gates), rule.init(gates), gates)
         gates = optax.apply_updates(gates, updates)
     elif method == "flexora":
-        alpha = flexora.search(settings, bench, folder)[-1]
+        (search,) = flexora.searches(settings, bench)
+        alpha = driver.search(search, folder).history["alpha"][-1]
         chosen = np.isin(np.arange(bench.num_layers), flexora.select(alpha, bench.num_layers // SHARE))
         gates = jax.tree.map(lambda gate: jnp.asarray(chosen, gate.dtype), gates)
     elif method != "uniform":
-        found = heterolora.search(settings, bench, space, rule, folder)
+        (search,) = heterolora.searches(settings, bench)
+        solver = dataclasses.replace(search.solver, outer_optimizer=rule)
+        found = driver.search(search._replace(solver=solver), folder)
         gates, start = found.outer, found.inner.params if method == "dynamic" else None
     searched = time.perf_counter() - begun
-    params = heterolora.finetune(settings, bench, space, gates, method, folder, start)
-    row = heterolora.row(bench, space, params, gates)
+    of = heterolora.problem(bench.given(), space)
+    row = driver.row(heterolora.allocated(settings, bench, space, of, method, gates, start), bench, folder)
     return {
         "right": "".join("01"[int(r)] for r in row["right"]),
         "metrics": row["metrics"],

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, TypeVar
 
-from methods.experiment import Settings
+from methods.bench import Settings
 
 S = TypeVar("S", bound=Settings)
 

@@ -19,6 +19,7 @@ costs the grid is left out.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ import tyro
 import bilevel
 from benchmarks.lora import low_data
 from bilevel.extend import flops, gradient_flops
-from methods import experiment, hiddenkey, inside
+from methods import driver, evaluation, hiddenkey
+from methods.bench import Bench
 from methods.hiddenkey import HiddenKeySettings
 from methods.runfolder import RunFolder
 
@@ -89,23 +91,24 @@ class Trainer:
 
     def __init__(self, settings: HiddenKeySettings, jobs: low_data.Jobs):
         self.jobs, self.settings = jobs, settings
-        self.bench = experiment.prepare(settings)
+        self.bench = hiddenkey.COMMAND.prepare(settings)
         self.folder = RunFolder(settings.out, settings)
 
     def bound(self, name: str, problem: Any, outer: Any) -> Any:
         """What training at `outer` gives; a training of this name that is done is not done again."""
-        return inside.bind(self.bench, inside.train_inner(self.settings, self.bench, problem, outer, name, self.folder))
+        bind = partial((given := self.bench.given()).bind, given.weights)
+        return bind(driver.finetuning(self.settings, self.bench, problem, outer, bind)(self.folder, name))
 
     def validated(self, name: str, problem: Any, outer: Any) -> float:
         """The validation loss."""
-        found = lambda: experiment.validation_loss(self.bench, self.bound(name, problem, outer))  # noqa: E731
+        found = lambda: evaluation.validation_loss(self.bench, self.bound(name, problem, outer))  # noqa: E731
         return self.jobs.once(self.folder, f"validated/{name}", found)
 
     def tested(self, name: str, problem: Any, outer: Any) -> dict[str, float]:
         """The test loss and metric."""
 
         def found():
-            answered: Any = experiment.evaluate_with(self.bench, self.bound(name, problem, outer))
+            answered: Any = evaluation.evaluate(self.bench, self.bound(name, problem, outer))
             losses = optax.losses.softmax_cross_entropy_with_integer_labels(answered.outputs, answered.labels)
             return {"test": float(losses.mean()), "metric": next(iter(answered.metrics.values()))}
 
@@ -116,7 +119,7 @@ def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str,
     """One seed: losses and gradients of the grid's choice, of what was learned, and of the control."""
     trainer = Trainer(settings_of(setup, seed), jobs)
     settings, bench = trainer.settings, trainer.bench
-    hard = hiddenkey.make(settings, bench)
+    hard = hiddenkey.of(settings, bench)
     first = hard.start_outer(jax.random.key(seed))
     points = hiddenkey.grid(settings, first)
     best = int(np.argmin([trainer.validated(f"grid-{i}", hard, point) for i, point in enumerate(points)]))
@@ -133,9 +136,9 @@ def compare(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str,
     }
 
 
-def _estimate_cost(settings: HiddenKeySettings, bench: Any) -> float:
+def _estimate_cost(settings: HiddenKeySettings, bench: Bench) -> float:
     """Floating-point operations of one hypergradient, in gradients of the training loss."""
-    solver = hiddenkey.solver(settings, bench)
+    solver = hiddenkey.searches(settings, bench)[0].solver
     train = jax.tree.map(lambda rows: rows[: settings.batch_size], bench.train)
     val = jax.tree.map(lambda rows: rows[: settings.outer_batch_size], bench.outer)
     key, data = jax.random.key(0), bilevel.FullBatch(train)
@@ -151,10 +154,11 @@ def _learn(trainer: Trainer, hard: Any, burn_in: int) -> dict[str, Any]:
     settings, bench, folder = trainer.settings, trainer.bench, trainer.folder
     first = hard.start_outer(jax.random.key(settings.seed))
     short = dataclasses.replace(settings, finetune_steps=burn_in)
-    begun = inside.train_inner(short, bench, hard, first, "burn-in", folder)
-    solver = hiddenkey.solver(settings, bench)
-    from_there = dataclasses.replace(solver.problem, init_inner=lambda key, outer: begun)
-    outer = inside.search(settings, bench, dataclasses.replace(solver, problem=from_there), folder).outer
+    begun = hiddenkey.trained(short, bench, hard, "burn-in", first).train(folder, "burn-in")
+    (search,) = hiddenkey.searches(settings, bench)
+    from_there = dataclasses.replace(search.solver.problem, init_inner=lambda key, outer: begun)
+    solver = dataclasses.replace(search.solver, problem=from_there)
+    outer = driver.search(search._replace(solver=solver), folder).outer
     kept = {name: value for name, value in outer.items() if name != "key"}
     found = {name: float(np.mean(value)) for name, value in hiddenkey.found(outer).items()}
     return {"outer": jax.tree.map(lambda x: np.asarray(x).tolist(), kept), "found": found}
@@ -168,7 +172,7 @@ def positions(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[st
         for pattern in PATTERNS:
             for term in TERMS:
                 words = f"{position} {pattern} {term}"
-                problem = hiddenkey.make(dataclasses.replace(trainer.settings, rules=(words,)), trainer.bench)
+                problem = hiddenkey.of(dataclasses.replace(trainer.settings, rules=(words,)), trainer.bench)
                 outer = problem.start_outer(jax.random.key(seed))
                 rows[words] = trainer.tested(words.replace(" ", "-"), problem, outer)
                 if not rows.get("no dropout"):

@@ -17,7 +17,8 @@ from typing import Any
 import tyro
 
 from benchmarks.lora import low_data
-from methods import experiment, inside, loratrf
+from methods import driver, lora, loratrf
+from methods.bench import Bench
 from methods.loratrf import LoRATRFSettings
 from methods.runfolder import RunFolder
 
@@ -52,13 +53,19 @@ def one(setup: Setup, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any
         base = setup.settings(LoRATRFSettings, f"{setup.task}-{name.replace(' ', '-')}", setup.rows, seed)
         steps = {"inner_steps": setup.inner_steps, "outer_steps": setup.outer_steps}
         settings = dataclasses.replace(base, **steps, **changes)
-        bench, folder = experiment.prepare(settings), RunFolder(settings.out, settings)
-        of = loratrf.make(settings, bench)
-        found[name] = jobs.once(folder, "results/loratrf", partial(loratrf.edited, settings, bench, of, folder))
+        bench, folder = loratrf.COMMAND.prepare(settings), RunFolder(settings.out, settings)
+        found[name] = jobs.once(folder, "results/loratrf", partial(edited, settings, bench, folder))
         if name == "training rows":
-            matched = partial(inside.plain_lora, settings, bench, folder, found[name]["parameters"])
-            found["LoRA"] = jobs.once(folder, "results/lora", matched)
+            control = lora.control(settings, bench, parameters_of=found[name]["parameters"])
+            found["LoRA"] = jobs.once(folder, "results/lora", partial(driver.row, control, bench, folder))
     return {arm: {name: row[name] for name in ("metrics", "parameters")} for arm, row in found.items()}
+
+
+def edited(settings: LoRATRFSettings, bench: Bench, folder: RunFolder) -> dict[str, Any]:
+    """Searches what is outer, and trains and tests the edit."""
+    searched = [driver.search(each, folder) for each in loratrf.searches(settings, bench)]
+    arm, _ = loratrf.choose(settings, bench, searched, driver.trying(bench, folder)).arms
+    return driver.row(arm, bench, folder)
 
 
 def main(setup: Setup) -> None:

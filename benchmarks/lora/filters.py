@@ -36,7 +36,7 @@ from benchmarks.lora.planted import auroc
 from methods import loratrf, models
 from methods.adapters.filters import task_vectors
 from methods.adapters.lora import LoRAConfig
-from methods.models.hooks import identity
+from methods.objective import Bound, Given
 from methods.runfolder import RunFolder
 from methods.tasks.loss import Prediction, cross_entropy
 
@@ -115,11 +115,10 @@ def encoder(key: jax.Array) -> Any:
     return weights | {"embed": words + jax.random.normal(keys[2], words.shape)}
 
 
-def predict(weights: Any, params: Any, adapt: Any, batch: Any, before: Any = identity) -> Prediction:
+def predict(weights: Any, bound: Bound, batch: Any) -> Prediction:
     """The head's answer to the mean hidden state."""
-    chain = models.Chain((before, LORA.bind(params["lora"]), adapt))
-    hidden: Any = MODEL.apply({"params": weights}, batch["tokens"], None, chain, method="hidden")
-    logits: Any = HEAD.apply({"params": params["head"]}, hidden.mean(axis=1))
+    hidden: Any = MODEL.apply({"params": weights}, batch["tokens"], None, bound.adapt, method="hidden")
+    logits: Any = HEAD.apply({"params": bound.head}, hidden.mean(axis=1))
     return Prediction(logits, batch["labels"], jnp.ones_like(batch["labels"], bool))
 
 
@@ -163,14 +162,15 @@ def one(setup: Setup, seed: int) -> dict[str, dict[str, float]]:
     fit = partial(bilevel.fit, optimizer=optimizer, data=train, steps=setup.steps, key=keys[2], progress=False)
     accuracy = lambda p: float((p.logits.argmax(axis=1) == test["labels"]).mean())  # noqa: E731
 
-    loss = jax.tree_util.Partial(lambda w, p, o, b, k: cross_entropy(predict(w, p, identity, b)), weights)
+    given = Given(weights, LORA, CONFIG, lambda *args: cross_entropy(predict(*args)), predict, start)
+    answer = lambda params, **hooks: predict(weights, given.bind(weights, params, **hooks), test)  # noqa: E731
+    loss = jax.tree_util.Partial(lambda w, p, o, b, k: given.loss(w, given.bind(w, p), b), weights)
     plain = fit(bilevel.Problem(loss, loss, lambda key, outer: start(key), lambda key: ()), ()).inner.params
-    found = {"LoRA": {"accuracy": accuracy(predict(weights, plain, identity, test))}}
+    found = {"LoRA": {"accuracy": accuracy(answer(plain))}}
     for name, outer in ARMS.items():
         vectors = starts[name.partition(",")[0]]
         level = "vectors" if outer == "fixed" else outer
-        args = predict, weights, start, vectors, SITES, CONFIG.num_layers
-        problem: Any = loratrf.problem(*args, rank=4, outer=level)  # pyright: ignore[reportArgumentType]
+        problem: Any = loratrf.problem(given, vectors, SITES, rank=4, outer=level)  # pyright: ignore[reportArgumentType]
         hyper = problem.start_outer(keys[3])
         if outer == "vectors":
             solver = bilevel.Nested(problem, bilevel.Unrolled(optimizer, setup.inner_steps), optax.adam(3e-2))
@@ -183,7 +183,7 @@ def one(setup: Setup, seed: int) -> dict[str, dict[str, float]]:
         marks = [np.asarray(rows["of_one"]).ravel() for rows in seen]
         best = int(np.argmax([auroc(c.ravel(), marks[0]) for c in layers[0]]))
         found[name] = {
-            "accuracy": accuracy(predict(weights, params["adapter"], identity, test, before=edit)),
+            "accuracy": accuracy(answer(params["adapter"], before=edit)),
             "auroc": auroc(layers[1][best].ravel(), marks[1]),
         }
     return found

@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.lora import low_data_report
 from benchmarks.lora.cases import MINILM, installed
 from benchmarks.record import clock
-from methods.experiment import Settings
+from methods.bench import Settings
 from methods.runfolder import RunFolder
 
 S = TypeVar("S", bound=Settings)

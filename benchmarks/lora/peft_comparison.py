@@ -124,15 +124,16 @@ def prepared(case: Case, seed: int, folder: Path) -> tuple[Any, Any, Any]:
     """Settings, bench and start values; writes rows, batches and start values for the other side."""
     import jax
 
-    from methods import experiment
+    from methods import lora
+    from methods.bench import Settings, prepare, start
 
-    settings = case.settings(experiment.Settings, seed, folder / "run", rank=RANK, lora_alpha=ALPHA)
-    bench = experiment.prepare(settings)
+    settings = case.settings(Settings, seed, folder / "run", rank=RANK, lora_alpha=ALPHA)
+    bench = prepare(settings)
     np.savez(folder / "train.npz", **{k: np.asarray(v) for k, v in bench.train._asdict().items()})
     (folder / "test.json").write_text(json.dumps(bench.splits.test))
-    start = experiment.start(bench, jax.random.key(seed))
-    experiment.save_adapter(folder / "start", bench, start, list(range(bench.num_layers)))
-    return settings, bench, start
+    fresh = start(bench, jax.random.key(seed))
+    lora.save(folder / "start", bench, fresh)
+    return settings, bench, fresh
 
 
 def finetuned(settings: Any, bench: Any, start: Any, folder: Any) -> Any:
@@ -141,31 +142,31 @@ def finetuned(settings: Any, bench: Any, start: Any, folder: Any) -> Any:
     import jax.numpy as jnp
 
     import bilevel
-    from methods import experiment
+    from methods.bench import recipe
     from methods.training import train
 
-    mean, trainable = experiment.loss(bench), bench.trainable
+    given = bench.given()
 
     def inner_loss(weights, params, outer, batch, key):
-        return mean(weights, trainable.bind(params), batch) + 0.0 * outer
+        return given.loss(weights, given.bind(weights, params), batch) + 0.0 * outer
 
     loss = jax.tree_util.Partial(inner_loss, bench.pretrained.weights)
     problem = bilevel.Problem(loss, loss, lambda key, outer: start, lambda key: jnp.zeros(()))
     batches = Buckets(bench.train, settings.batch_size, seed=settings.seed)
     key = jax.random.key(settings.seed)
-    return train(problem, jnp.zeros(()), batches, experiment.recipe(settings), folder, "lora", key=key)
+    return train(problem, jnp.zeros(()), batches, recipe(settings), folder, "lora", key=key)
 
 
 def ours(case: Case, seed: int, folder: Path) -> dict[str, Any]:
-    from methods import experiment, report
+    from methods import evaluation
     from methods.runfolder import RunFolder
 
     settings, bench, start = prepared(case, seed, folder)
-    layers = list(range(bench.num_layers))
     begun = time.perf_counter()
     params = finetuned(settings, bench, start, RunFolder(settings.out, settings))
     seconds, mebibytes = time.perf_counter() - begun, peak()
-    found = report.arm(bench, layers, experiment.evaluate(bench, params, layers))
+    given = bench.given()
+    found = evaluation.row(evaluation.evaluate(bench, given.bind(given.weights, params)))
     losses = [json.loads(line)["inner_loss"] for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
     return {
         "metrics": found["metrics"],

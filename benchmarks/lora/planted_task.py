@@ -23,6 +23,7 @@ import bilevel
 from methods import flexora
 from methods.adapters.lora import LoRAConfig
 from methods.models.decoder import Decoder, DecoderConfig
+from methods.objective import of_hook
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,7 @@ def divergence(setup: Setup, weights: Any, adapt: Any, batch: Any) -> jax.Array:
 
 def gated(setup: Setup, task: Task) -> bilevel.Problem:
     """Flexora's problem on this task."""
-    return flexora.problem(partial(divergence, setup), task.weights, setup.lora, setup.start_lora, setup.layers)
+    return flexora.problem(of_hook(partial(divergence, setup), task.weights, setup.lora, setup.config))
 
 
 def draw(data: Any, key: jax.Array, *shape: int) -> bilevel.Indexed:

@@ -23,9 +23,10 @@ import numpy as np
 import tyro
 
 from benchmarks.lora import low_data
-from methods import experiment, finegates, inside
+from methods import driver, finegates
+from methods import lora as plain
 from methods.adapters import gates, slicing
-from methods.experiment import Bench
+from methods.bench import Bench
 from methods.finegates import FineGatesSettings
 from methods.runfolder import RunFolder
 
@@ -88,32 +89,33 @@ def settings_of(setup: Setup, rows: int, seed: int) -> FineGatesSettings:
 def one(setup: Setup, rows: int, seed: int, jobs: low_data.Jobs) -> dict[str, dict[str, Any]]:
     """One number of rows and one seed: a row for each arm and target."""
     settings = settings_of(setup, rows, seed)
-    bench = experiment.prepare(settings)
+    bench = finegates.COMMAND.prepare(settings)
     folder = RunFolder(settings.out, settings)
     structures = finegates.structures(settings, bench)
     found = {}
     for target in setup.targets:
 
         def gated(target=target):
-            return finegates.pruned(settings, bench, target, folder)
+            only = dataclasses.replace(settings, target_sparsity=(target,))
+            searched = [driver.search(each, folder) for each in finegates.searches(only, bench)]
+            _, arm = finegates.choose(only, bench, searched, driver.trying(bench, folder)).arms
+            return driver.row(arm, bench, folder)
 
         def by_magnitude(target=target):
             values = magnitude(bench, structures, target)
             frozen = dataclasses.replace(settings, outer="gates")
-            of = finegates.make(frozen, bench, target)
+            of = finegates.of(frozen, bench, target)
             outer = of.start_outer(jax.random.key(seed)) | {"gates": values}
-            params = inside.train_inner(settings, bench, of, outer, f"magnitude-{target:g}", folder)
-            adapt = finegates.hook(params, values, structures, settings.family, None)
-            evaluation = experiment.evaluate_with(bench, inside.bind(bench, params["adapter"], adapt))
-            removed = slicing.removed(values, structures, settings.family, bench.pretrained.config)
-            return {"metrics": evaluation.metrics, "removed": removed}
+            arm = finegates.gated(frozen, bench, of, outer, target)
+            return driver.row(arm._replace(name=f"magnitude-{target:g}"), bench, folder)
 
         found[f"finegates {target:g}"] = jobs.once(folder, f"results/sparsity-{target:g}", gated)
         found[f"magnitude {target:g}"] = jobs.once(folder, f"results/magnitude-{target:g}", by_magnitude)
 
     budget = next(iter(found.values()))["parameters"]
-    lora = partial(inside.plain_lora, settings, bench, folder, budget)
-    found["lora"] = {"removed": 0.0} | jobs.once(folder, "results/lora", lora)
+    control = plain.control(settings, bench, parameters_of=budget)
+    dense = jobs.once(folder, "results/lora", partial(driver.row, control, bench, folder))
+    found["lora"] = {"removed": 0.0} | dense
     return {arm: {name: row[name] for name in ("metrics", "removed")} for arm, row in found.items()}
 
 
@@ -153,7 +155,7 @@ def main(setup: Setup) -> None:
     """All runs and the timing, then the record and the page."""
     jobs = low_data.Jobs((2 * len(setup.targets) + 1) * len(setup.rows) * setup.seeds)
     runs = [{str(rows): one(setup, rows, seed, jobs) for rows in setup.rows} for seed in range(setup.seeds)]
-    times = timing(setup, experiment.prepare(settings_of(setup, setup.rows[0], 0)))
+    times = timing(setup, finegates.COMMAND.prepare(settings_of(setup, setup.rows[0], 0)))
     setup.finish(f"pruning-{setup.outer}-{setup.task}", runs, times=times)
 
 

@@ -197,7 +197,7 @@ def _settings(
     }
     endings = _endings(sites, names)
     whole = len(modules) == len(sites) * len(layers)  # the same layers at every site
-    if endings and whole and (config.layers is not None or len(layers) == num_layers):
+    if endings and whole:
         settings["target_modules"] = endings
         if len(layers) < num_layers:
             # Written as the path's component in front of the index, the only one PEFT is to count in.

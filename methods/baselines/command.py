@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 
-from methods import experiment, report, side_by_side
+import bilevel
+from methods import lora, side_by_side
 from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET, Setting
 from methods.baselines.base import Found
-from methods.experiment import Bench, Settings
+from methods.bench import Bench, Settings
+from methods.driver import Arm, Chosen, Method, Tried
 from methods.objective import Bound
+from methods.pages import Page, Run
 from methods.ranges import Share, one_of
+from methods.runfolder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +33,6 @@ class BaselineSettings(Settings):
 
     name: tyro.conf.Positional[Annotated[str, one_of(BASELINES)]] = "uniform"
     share: Share = 0.25
-
-
-PRESETS: dict[str, dict[str, Any]] = {"demo": {}}
 
 
 def unused(settings: BaselineSettings) -> dict[str, str]:
@@ -66,12 +67,12 @@ def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) ->
       ValueError: as `check`.
     """
     check(settings)
-    loss = experiment.loss(bench)
+    given = bench.given()
     return Setting(
-        lambda weights, adapt, head, batch: loss(weights, Bound(adapt, head), batch),
-        bench.pretrained.weights,
+        lambda weights, adapt, head, batch: given.loss(weights, Bound(adapt, head), batch),
+        given.weights,
         bench.lora,
-        bench.pretrained.config.site_shapes(),
+        bench.shapes,
         bench.num_layers,
         bench.train,
         bench.outer,
@@ -79,45 +80,52 @@ def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) ->
         settings.finetune_steps,
         settings.batch_size,
         settings.finetune_lr,
-        start_head=lambda key: experiment.start(bench, key)["head"],
+        start_head=lambda key: given.start(key)["head"],
         callbacks=callbacks,
     )
 
 
-def main(settings: BaselineSettings) -> None:
-    """Training, evaluation, report, adapter: all in `settings.out`.
+def choose(settings: BaselineSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """The baseline, which searches and trains by itself."""
+    del found, tried
 
-    Raises:
-      ValueError, FileNotFoundError: one sentence on what is wrong.
-      FloatingPointError: if training diverges; names step and leaf.
-    """
-    check(settings)
-    bench = experiment.prepare(settings)
-    folder = experiment.open_run(settings, bench)
+    def train(folder: RunFolder, name: str) -> Found:
+        setting = setting_of(settings, bench, [folder.log(name)])
+        return BASELINES[name](setting, jax.random.key(settings.seed + 1))
 
-    def trained() -> dict[str, Any]:
-        setting = setting_of(settings, bench, [folder.log(settings.name)])
-        found = BASELINES[settings.name](setting, jax.random.key(settings.seed + 1))
-        folder.write("selection", {"on": found.on, "scores": found.scores})
+    def count(found: Found) -> dict[str, Any]:
+        on = {site: np.asarray(share, float).tolist() for site, share in found.on.items()}
+        return {"on": on, "parameters": lora.parameters(bench, {}) + found.parameters}
+
+    def export(folder: RunFolder, found: Found) -> None:
+        if found.scores is not None:
+            folder.write("scores", found.scores)
         if found.exported is not None:
             config, params, gate, mask = found.exported
-            experiment.save_bound(folder.path / "adapter", bench, config, params, found.head, gate, mask)
-        return _row(bench, found)
+            trained = {"lora": params, "head": found.head}
+            lora.save(folder.path / "adapter", bench, trained, config=config, gate=gate, mask=mask)
 
-    folder.once(f"results/{settings.name}", trained)
-    title = f"{settings.name} on {bench.task.name}, {Path(settings.model).name}"
-    side_by_side.page(folder.path, (folder.path,), title, _how(settings))
-
-
-def _row(bench: Bench, found: Found) -> dict[str, Any]:
-    row = report.arm(bench, [], experiment.evaluate_with(bench, Bound(found.adapt, found.head)))
-    on = {site: np.asarray(share, float).tolist() for site, share in found.on.items()}
-    return row | {"on": on, "parameters": row["parameters"] + found.parameters}
+    bind = lambda found: Bound(found.adapt, found.head)  # noqa: E731
+    return Chosen({}, [Arm(settings.name, train, bind, count, export)])
 
 
-def _how(settings: BaselineSettings) -> str:
-    return f"""Trained for {settings.finetune_steps} steps of Adam, learning rate {settings.finetune_lr:g}, with a
-budget of {settings.share:.0%} of LoRA of rank {settings.rank}. The docstring of its file in `methods/baselines/` says
-what is published and what is our choice. All settings: `config.json`; the steps of its last training: `metrics.jsonl`;
-which modules are in use, and their scores: `selection.json`. If it is a LoRA, it is in `adapter/`, in PEFT's format.
-"""
+def page(run: Run) -> Page:
+    """Which modules are in use."""
+    settings = run.settings
+    made = (
+        f"Trained for {settings.finetune_steps} steps of Adam at that constant rate, with a budget of "
+        f"{settings.share:.0%} of LoRA of rank {settings.rank}. The docstring of its file in `methods/baselines/` says "
+        "what is published and what is our choice. The scores of the modules, if it has any: `scores.json`. If it is a "
+        "LoRA, it is in `adapter/`, in PEFT's format."
+    )
+    return Page(settings.name, "", side_by_side.of_run(run.folder, run.results), made)
+
+
+COMMAND = Method(
+    BaselineSettings,
+    {"demo": {}},
+    choose=choose,
+    page=page,
+    unused=unused,
+    check=check,
+)

@@ -11,14 +11,12 @@ from benchmarks.lora import dropout, edits, filters, low_data_report, pruning
 from benchmarks.lora.planted import auroc
 from methods.adapters.filters import task_vectors
 from tests.bilevel.conftest import quick_compilation  # noqa: F401
-from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
-from tests.methods.test_training import tiny_glue  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
 
 @pytest.fixture
-def common(tiny_model, tiny_glue, tmp_path):  # noqa: F811
+def common(tiny_model, tiny_glue, tmp_path):
     places = {name: tmp_path / name for name in ("out", "records", "docs")}
     sizes = {"seeds": 1, "steps": 3, "length": 24, "batch_size": 4}
     return {"task": "rte", "model": str(tiny_model), "data": str(tiny_glue), **places, **sizes}

@@ -10,11 +10,9 @@ from methods import finegates, flexora, loratrf
 from methods.adapters import filters, gates
 from methods.adapters.dropout import DropoutConfig, logit
 from methods.models.hooks import Chain
-from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
-from tests.methods.test_finegates import closed
-from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
-from tests.methods.test_hiddenkey import SMALL
-from tests.methods.test_loratrf import PLACES, vectors
+from methods.tasks.loss import bidirectional_kl, cross_entropy
+from tests.methods import small
+from tests.methods.small import CONFIG, LAYERS, PLACES, closed, given, setting, start, vectors
 
 TIED = gates.tied(CONFIG)
 DROPOUT = DropoutConfig(["attention_logits column kl", "ffn_hidden element kl"], 0.3)
@@ -22,9 +20,8 @@ DROPOUT = DropoutConfig(["attention_logits column kl", "ffn_hidden element kl"],
 
 def predict(weights, params, outer, batch, adapt):
     edit = loratrf.bind(params, outer["vectors"], LAYERS, "cosine", "vectors")
-    chain = Chain((edit, LORA.bind(params["lora"], flexora.gate(outer["layers"])), adapt))
-    logits = SMALL.apply({"params": weights}, batch, None, chain)
-    return Prediction(logits[:, :-1], batch[:, 1:], jnp.ones_like(batch[:, 1:], bool))
+    gate = flexora.gate(outer["layers"])
+    return small.predict(weights, given().bind(weights, params, gate=gate, before=edit, after=adapt), batch)
 
 
 def train_loss(weights, params, outer, batch, key):
@@ -45,7 +42,7 @@ def val_loss(weights, params, outer, batch, key):
 def init_inner(key, outer):
     biases = {site: jnp.zeros((LAYERS, out)) for site, (_, out) in CONFIG.site_shapes().items()}
     edit = filters.init(key, PLACES["linears"], LAYERS, 2, "cosine")
-    return {"lora": start(key), "edit": edit, "bias": biases}
+    return start(key) | {"edit": edit, "bias": biases}
 
 
 def init_outer(key):

@@ -1,55 +1,92 @@
-"""HeteroLoRA, the baselines and Flexora's options from the command line, and their runs side by side."""
+"""Every command: its run folder, which it continues, its page, and what is particular to it."""
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from methods import cli, flexora
-from tests.methods.test_flexora import float32_by_default, tiny_data, tiny_model  # noqa: F401
-from tests.methods.test_training import tiny_glue  # noqa: F401
+from methods import bench as benches
+from methods import cli, evaluation, flexora, hiddenkey, loratrf
+from methods.adapters import load_edit, load_peft, slicing
+from tests.methods.commands import TABLE
+from tests.methods.small import arguments
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
-
-
-def arguments(model, data, out, *more):
-    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
-    steps = "--finetune-steps 3 --rank 2".split()
-    return ["--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
 
 
 def read(file):
     return json.loads(file.read_text())
 
 
-def test_dynamic_heterolora_and_a_baseline_on_a_classification_side_by_side(tiny_model, tiny_glue, tmp_path):  # noqa: F811
-    one, other, page = (tmp_path / name for name in ("heterolora", "random", "page"))
-    options = "--task rte --reallocations 2 --interval 2 --normalised".split()
-    words = ["heterolora", *arguments(tiny_model, tiny_glue, one, *options)]
+def rows(out, stage):
+    """The logged rows of a stage."""
+    found = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if row["stage"] == stage]
+
+
+def settings_of(kind, out):
+    """The settings of a finished run."""
+    return kind(**read(out / "config.json"), out=out)
+
+
+def test_every_command_has_a_row():
+    assert set(TABLE) == set(cli.COMMANDS) - {"report"}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_it_leaves_a_whole_run_folder_and_continues_it(name, finished, command_line, capsys):
+    out, row = finished(name), TABLE[name]
+    common = "config.json", "fingerprint.json", "metrics.jsonl", "report.md"
+    for file in (*common, *row.files, *(f"results/{arm}.json" for arm in row.arms)):
+        assert (out / file).stat().st_size > 0, file
+    assert {file.stem for file in (out / "results").iterdir()} == set(row.arms)
+    page = (out / "report.md").read_text()
+    assert all(f"| {arm} |" in page for arm in row.arms)
+    for other in row.arms[1:]:  # compared with the first that was trained
+        assert f"- against {other}: " in page
+    for figure in (out / "figures").iterdir():
+        assert f"(figures/{figure.name})" in page
+    for arm in row.arms:
+        result = read(out / "results" / f"{arm}.json")
+        assert result["layers"] == [layer for layer in range(2) if any(on[layer] for on in result["on"].values())]
+        assert result["accuracy"]["total"] == 6 and result["parameters"] >= 0
+
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.suffix != ".png"}
+    words, _ = command_line(name)
+    capsys.readouterr()
     assert cli.run(words) == 0
-    row, selection = read(one / "results" / "heterolora.json"), read(one / "selection.json")
+    assert capsys.readouterr().out.count("already finished") >= len(row.arms)
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_dynamic_heterolora_keeps_its_share_of_the_modules(finished):
+    out = finished("heterolora")
+    row, selection = read(out / "results" / "heterolora.json"), read(out / "selection.json")
     sites = ["block_hidden", "ffn_input", "q_proj", "residual_attention", "residual_ffn", "v_proj"]
     assert sorted(row["on"]) == sites
     assert sum(map(sum, row["on"].values())) == 2  # a quarter of four LoRA modules and seven shortcuts
     assert len(selection["history"]["lora.q_proj"]) == 2
     sizes = {"q_proj": 32, "v_proj": 24} | dict.fromkeys(sites[:2] + sites[3:5], 32)
     assert row["parameters"] == 32 + sum(2 * sizes[site] * sum(on) for site, on in row["on"].items())
-    for name in ("adapter-shortcuts.safetensors", "metrics.jsonl", "figures/side_by_side.png", "results/random-0.json"):
-        assert (one / name).stat().st_size > 0, name
-    report = (one / "report.md").read_text()
-    assert cli.run(words) == 0 and (one / "report.md").read_text() == report
 
-    words = arguments(tiny_model, tiny_glue, other, "--task", "rte", "--share", "0.5")
-    assert cli.run(["baseline", "random-k", *words]) == 0
-    row = read(other / "results" / "random-k.json")
+
+def test_a_baseline_keeps_its_budget(finished):
+    out = finished("baseline")
+    row = read(out / "results" / "random-k.json")
     assert row["parameters"] <= 32 + 0.5 * 2 * 2 * (32 + 24)
-    assert read(other / "adapter" / "adapter_config.json")["modules_to_save"] == ["score"]
-    assert cli.run(["report", str(one), str(other), "--out", str(page)]) == 0
-    text = (page / "report.md").read_text()
-    assert "| heterolora | heterolora |" in text and "| random | random-k |" in text
+    assert read(out / "adapter" / "adapter_config.json")["modules_to_save"] == ["score"]
+    assert not (out / "scores.json").exists()  # a random choice has none
 
 
-def test_static_heterolora_without_shortcuts_is_an_adapter_of_peft(tiny_model, tiny_data, tmp_path):  # noqa: F811
+def test_finished_runs_side_by_side(finished, tmp_path):
+    runs = [str(finished(name)) for name in ("heterolora", "baseline")]
+    assert cli.run(["report", *runs, "--out", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "| heterolora | heterolora |" in text and "| baseline | random-k |" in text
+
+
+def test_static_heterolora_without_shortcuts_is_an_adapter_of_peft(tiny_model, tiny_data, tmp_path):
     out = tmp_path / "run"
     options = "--allocation static --proxy snip --shortcuts none --share 0.5 --interval 2 --random-baselines 0".split()
     assert cli.run(["heterolora", *arguments(tiny_model, tiny_data, out, *options)]) == 0
@@ -57,10 +94,10 @@ def test_static_heterolora_without_shortcuts_is_an_adapter_of_peft(tiny_model, t
     assert sum(map(sum, on.values())) == 2 and set(on) == {"q_proj", "v_proj"}
     assert not (out / "adapter-shortcuts.safetensors").exists()
     assert (out / "adapter" / "adapter_model.safetensors").stat().st_size > 0
-    assert "| run | pretrained |" in (out / "report.md").read_text()
+    assert "| pretrained |" in (out / "report.md").read_text()
 
 
-def test_flexora_chooses_modules_and_says_how_stable_the_choice_is(tiny_model, tiny_data, tmp_path):  # noqa: F811
+def test_flexora_chooses_modules_and_says_how_stable_the_choice_is(tiny_model, tiny_data, tmp_path):
     out = tmp_path / "run"
     options = "--per module --searches 2 --outer-decay 0.1 --search-rows 8 --top-k 2 --random-baselines 0".split()
     steps = "--inner-steps 2 --outer-steps 3".split()
@@ -80,7 +117,59 @@ def test_stability_is_the_mean_jaccard_index():
         flexora.stability([[0]], 4)
 
 
+def test_hiddenkey_learns_rates_beside_a_grid(finished):
+    out = finished("hiddenkey")
+    assert [row["step"] for row in rows(out, "search")] == [1, 2]
+    found = read(out / "selection.json")
+    assert set(found) == {"rate attention_logits", "rate ffn_hidden", "beta", "history", "grid"}
+    assert found["rate ffn_hidden"] != pytest.approx(0.1, abs=1e-4)
+    points = found["grid"]
+    assert len(points) == 4 and all(np.isfinite(point["validation_loss"]) for point in points)
+    best = read(out / "results" / "grid.json")
+    assert best["validation_loss"] == pytest.approx(min(point["validation_loss"] for point in points), rel=1e-5)
+    # What is left when training is over is LoRA, and goes to PEFT.
+    bench = benches.prepare(settings_of(hiddenkey.HiddenKeySettings, out))
+    config, lora, head = load_peft(out / "adapter", bench.pretrained.hf_names, bench.shapes, bench.num_layers)
+    given = bench._replace(lora=config).given()
+    bound = given.bind(given.weights, {"lora": lora, "head": head})
+    loss = read(out / "results" / "hiddenkey.json")["validation_loss"]
+    assert evaluation.validation_loss(bench, bound) == pytest.approx(loss, rel=1e-6)
+    bare = evaluation.validation_loss(bench, given.bind(given.weights, {"lora": {}, "head": {}}))
+    assert bare != pytest.approx(loss, rel=1e-4)
+
+
+def test_finegates_leaves_a_smaller_model_that_runs(finished):
+    out = finished("finegates")
+    row = read(out / "results" / "sparsity-0.5.json")
+    assert row["removed"] > 0 and row["sliced_differs_by"] < 1e-5
+    model, weights = slicing.load(out / "sliced-0.5")
+    logits = model.apply({"params": weights}, jnp.ones((1, 4), jnp.int32))
+    assert jnp.isfinite(logits).all()
+
+
+def test_loratrf_trains_an_edit_beside_lora(finished):
+    out = finished("loratrf")
+    found = {name: read(out / "results" / f"{name}.json") for name in ("loratrf", "lora")}
+    assert found["loratrf"]["parameters"] > found["lora"]["parameters"]
+    assert "reconstruction" in (out / "report.md").read_text()
+    bench = benches.prepare(settings_of(loratrf.LoRATRFSettings, out))
+    saved = load_edit(out / "adapter", bench.shapes, bench.num_layers)
+    given = bench._replace(lora=saved.config).given()
+    bound = given.bind(given.weights, {"lora": saved.params, "head": saved.head}, before=saved.edit)
+    again = evaluation.row(evaluation.evaluate(bench, bound))
+    assert again["metrics"] == pytest.approx(found["loratrf"]["metrics"])
+    assert all(leaves["d"].any() for leaves in saved.edit.params.values())
+
+
 BAD = {
+    "implicit with one pass": (["hiddenkey", "--hypergradient", "implicit"], "needs --backward both"),
+    "hard masks in the search": (["hiddenkey", "--temperature", "0"], "--temperature 0 must be above 0"),
+    "no beta": (["hiddenkey", "--beta", "0"], "--beta 0 must be above 0"),
+    "dora beside an edit": (["loratrf", "--adapter", "dora"], "stands beside LoRA or rsLoRA"),
+    "unknown rule": (["hiddenkey", "--rules", "attention_logits rows kl"], "unknown word 'rows'"),
+    "sparsity": (["finegates", "--target-sparsity", "1.0"], "--target-sparsity 1 must be at least 0 and below 1"),
+    "no outer steps": (["loratrf", "--outer-steps", "0"], "--outer-steps 0 must be at least 1"),
+    "filter": (["loratrf", "--outer", "thresholds"], "needs a filter that has them"),
     "share": (["heterolora", "--share", "0"], "--share 0 must be above 0 and at most 1"),
     "shortcut": (["heterolora", "--shortcuts", "sideways"], "--shortcuts 'sideways' is none"),
     "interval": (["heterolora", "--interval", "0"], "--interval 0 must be at least 1"),
@@ -93,7 +182,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_options_are_one_sentence(name, tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+def test_bad_options_are_one_sentence(name, tiny_model, tiny_data, tmp_path, capsys):
     (method, *more), sentence = BAD[name]
     words = [method, *more[:1], *arguments(tiny_model, tiny_data, tmp_path / "run"), *more[1:]]
     words = words if method == "baseline" else [method, *arguments(tiny_model, tiny_data, tmp_path / "run"), *more]

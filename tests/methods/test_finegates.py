@@ -10,15 +10,10 @@ import bilevel
 from methods import finegates
 from methods.adapters import gates, slicing
 from methods.models.hooks import identity
-from tests.methods.test_flexora import CONFIG, LAYERS, setting, start
-from tests.methods.test_hiddenkey import predict as predict_lora
+from tests.methods.small import CONFIG, LAYERS, closed, given, predicted, setting
 
 FAMILIES = list(gates.FAMILIES)
 KINDS = {"tied": gates.tied(CONFIG), "untied": gates.untied(CONFIG)}
-
-
-def predict(weights, adapter, adapt, batch):
-    return predict_lora(weights, start(jax.random.key(0)) if adapter is None else adapter, adapt, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,8 +22,8 @@ def test_at_the_start_it_is_the_pretrained_model(kind, family):
     weights, _, train, _ = setting()
     values = gates.init(jax.random.key(0), family, KINDS[kind], LAYERS)
     np.testing.assert_array_equal(gates.activation(family, jnp.concatenate([v.ravel() for v in values.values()])), 1.0)
-    got = predict(weights, None, gates.bind(values, KINDS[kind], family), train).logits
-    np.testing.assert_array_equal(got, predict(weights, None, identity, train).logits)
+    got = predicted(weights, None, gates.bind(values, KINDS[kind], family), train).logits
+    np.testing.assert_array_equal(got, predicted(weights, None, identity, train).logits)
     assert slicing.removed(values, KINDS[kind], family, CONFIG) == 0
 
 
@@ -83,16 +78,6 @@ def test_open_probability_of_hard_concrete_is_that_of_a_positive_gate():
     assert abs(draws.mean() - p) < 5 * np.sqrt(p * (1 - p) / draws.size)
 
 
-def closed(structures, share, seed=0):
-    """Gates of which a share is at 0, the others between 0 and 1."""
-    rng = np.random.default_rng(seed)
-    out = {}
-    for name, structure in structures.items():
-        open_ = rng.uniform(-0.3, 0.4, (LAYERS, structure.size))
-        out[name] = jnp.asarray(np.where(rng.uniform(size=open_.shape) < share, -2.0, open_))
-    return out
-
-
 def test_counted_weights():
     heads, size, d, f = CONFIG.num_heads, CONFIG.head_dim, CONFIG.hidden_size, CONFIG.intermediate_size
     total = LAYERS * sum(a * b for a, b in CONFIG.site_shapes().values())
@@ -114,9 +99,7 @@ def test_counted_weights():
 
 
 def problem(**options):
-    start_adapter = start if options.pop("lora", False) else lambda key: None
-    weights = setting()[0]
-    return finegates.problem(predict, weights, start_adapter, KINDS["tied"], CONFIG, **options)
+    return finegates.problem(given(), KINDS["tied"], **options)
 
 
 def estimate(estimator, of, **options):
@@ -132,7 +115,7 @@ def estimate(estimator, of, **options):
 
 def test_single_level_training_closes_gates():
     _, _, train, _ = setting()
-    single = problem(weight=50.0, target=0.5, lora=True)
+    single = problem(weight=50.0, target=0.5, with_lora=True)
     outer = single.start_outer(jax.random.key(1))
     optimizer = finegates.optimizer(optax.adam(1e-2), 0.2)
     result = bilevel.fit(single, outer, optimizer=optimizer, data=train, steps=30, progress=False)

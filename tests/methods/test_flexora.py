@@ -11,46 +11,12 @@ import pytest
 
 import bilevel
 from methods import cli, flexora
-from methods.adapters.lora import LoRAConfig
-from methods.models.decoder import Decoder, DecoderConfig
 from methods.runfolder import RunFolder
-
-LAYERS = 4
-LORA = LoRAConfig(rank=2, alpha=4.0)
-CONFIG = DecoderConfig(
-    vocab_size=23,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=LAYERS,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=16,
-)
-MODEL = Decoder(CONFIG, param_dtype=jnp.float64)
-
-
-@functools.cache
-def setting():
-    """`(weights, loss, train batch, validation batch)` of a small decoder in float64."""
-    tokens = [jax.random.randint(jax.random.key(i), (4, 10), 0, CONFIG.vocab_size) for i in range(2)]
-    weights = MODEL.init(jax.random.key(2), tokens[0])["params"]
-    weights = jax.tree.map(lambda w: 4.0 * w if w.ndim > 1 else w, weights)
-
-    def loss(weights, adapt, batch):
-        logits = MODEL.apply({"params": weights}, batch, None, adapt)
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:]).mean()
-
-    return weights, loss, *tokens
-
-
-def start(key):
-    return LORA.init(key, CONFIG.site_shapes(), LAYERS, jnp.float64)
+from tests.methods.small import LAYERS, LORA, given, setting, start, trained
 
 
 def problem(**options):
-    weights, loss, _, _ = setting()
-    return flexora.problem(loss, weights, LORA, start, LAYERS, **options)
+    return flexora.problem(given(), **options)
 
 
 @functools.cache
@@ -77,10 +43,11 @@ def test_gates_sum_to_the_number_of_layers():
 
 def test_alpha_zero_is_plain_lora_bit_for_bit():
     weights, loss, train, _ = setting()
-    params = jax.tree.map(lambda x: x + 0.3, start(jax.random.key(3)))
-    gated, plain = jax.jit(
-        lambda alpha: (problem().inner_value(params, alpha, train, None)[0], loss(weights, LORA.bind(params), train))
-    )(jnp.zeros(LAYERS))
+    params = trained()
+    plain_loss = lambda: loss(weights, LORA.bind(params["lora"]), train)  # noqa: E731
+    gated, plain = jax.jit(lambda alpha: (problem().inner_value(params, alpha, train, None)[0], plain_loss()))(
+        jnp.zeros(LAYERS)
+    )
     assert gated == plain
 
 
@@ -129,11 +96,12 @@ def test_gradient_descent_keeps_the_sum_of_alpha_and_adam_does_not():
 
 def test_released_gate_acts_three_times():
     _, _, train, _ = setting()
-    params = jax.tree.map(lambda x: x + 0.3, start(jax.random.key(3)))
+    params = trained()
     alpha = jnp.linspace(-0.5, 0.5, LAYERS)
+    gates = flexora.gate(alpha) ** 3
     released, _ = problem(power=3).inner_value(params, alpha, train, None)
     weights, loss, *_ = setting()
-    np.testing.assert_allclose(released, loss(weights, LORA.bind(params, flexora.gate(alpha) ** 3), train), rtol=1e-14)
+    np.testing.assert_allclose(released, loss(weights, LORA.bind(params["lora"], gates), train), rtol=1e-14)
 
 
 def test_selection():
@@ -147,91 +115,15 @@ def test_selection():
         flexora.select(np.zeros(3))
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """A folder in Hugging Face layout: a Llama of two layers with a word-level tokenizer."""
-    from safetensors.numpy import save_file
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("model")
-    words = ["[UNK]", "Question", ":", "Answer", "wash", "it", "eat", "the", "pot", "with", "soap", "a", "now", "fast"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"})
-    )
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "vocab_size": len(words),
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    rng = np.random.default_rng(0)
-    shapes = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16)}
-    tensors = {"model.embed_tokens.weight": (len(words), 16), "model.norm.weight": None}
-    for layer in range(2):
-        prefix = f"model.layers.{layer}."
-        tensors |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in shapes.items()}
-        tensors |= {f"{prefix}mlp.{name}_proj.weight": (24, 16) for name in ("gate", "up")}
-        tensors[f"{prefix}mlp.down_proj.weight"] = (16, 24)
-        tensors |= {f"{prefix}{name}.weight": None for name in ("input_layernorm", "post_attention_layernorm")}
-    save_file(
-        {
-            name: np.ones(16, np.float32) if shape is None else rng.normal(0, 0.3, shape).astype(np.float32)
-            for name, shape in tensors.items()
-        },
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny_data(tmp_path_factory):
-    """A PIQA of 40 training and 6 validation rows over the words of `tiny_model`."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "piqa").mkdir()
-    rng = np.random.default_rng(0)
-    words = ["wash", "eat", "pot", "soap", "now", "fast", "with", "the"]
-
-    def row(i):
-        goal = f"{i} " + " ".join(rng.choice(words, 3))
-        choices = ["wash it with soap", "eat the pot fast"]
-        return {"id": i, "goal": goal, "choices": choices, "label": int(rng.integers(2))}
-
-    for split, count, first in (("train", 40, 0), ("validation", 6, 100)):
-        lines = [json.dumps(row(first + i)) for i in range(count)]
-        (folder / "piqa" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 def arguments(model, data, out, *more):
     sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
     steps = "--inner-steps 2 --outer-steps 3 --finetune-steps 3 --rank 2".split()
     return ["flexora", "--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
 
 
-@pytest.fixture
-def float32_by_default():
-    """The command line as users have it, where a Python float is a float32."""
-    with jax.enable_x64(False):
-        yield
-
-
 @pytest.mark.usefixtures("float32_by_default")
-def test_command_leaves_a_whole_run_folder_and_continues_it(tiny_model, tiny_data, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert cli.run(arguments(tiny_model, tiny_data, out)) == 0
-    for name in ("config.json", "metrics.jsonl", "selection.json", "report.md", "figures/alpha.png"):
-        assert (out / name).stat().st_size > 0, name
+def test_the_command_selects_and_says_how_far_to_trust_it(finished, command_line, capsys):
+    out = finished("flexora")
     selection = json.loads((out / "selection.json").read_text())
     assert selection["layers"] == flexora.select(selection["alpha"])
     adapter = json.loads((out / "adapter" / "adapter_config.json").read_text())
@@ -239,13 +131,10 @@ def test_command_leaves_a_whole_run_folder_and_continues_it(tiny_model, tiny_dat
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if r["stage"] == "search"] == [1, 2, 3]
     report = (out / "report.md").read_text()
-    assert "So short a search cannot rank 2 layers" in report and "/6 |" in report
-
-    before = report, (out / "metrics.jsonl").read_text()
-    assert cli.run(arguments(tiny_model, tiny_data, out)) == 0
-    assert ((out / "report.md").read_text(), (out / "metrics.jsonl").read_text()) == before
+    assert "So short a search cannot rank 2 logits" in report and "/6 |" in report
     capsys.readouterr()
-    assert cli.run(arguments(tiny_model, tiny_data, out, "--seed", "1")) == 2
+    words, _ = command_line("flexora")
+    assert cli.run([*words, "--seed", "1"]) == 2
     assert "other settings (seed)" in capsys.readouterr().err
 
 

@@ -13,24 +13,15 @@ import optax
 import pytest
 
 import bilevel
-from methods import cli, experiment, flexora, flexora_variants
-from methods.experiment import Bench
+from methods import bench as benches
+from methods import cli, driver, flexora, flexora_variants
+from methods.bench import Bench
 from methods.flexora import FlexoraSettings
 from methods.models import HFNames, Pretrained
 from methods.runfolder import RunFolder
 from methods.tasks import Cycled, TokenBatch
-from tests.methods.test_flexora import (
-    CONFIG,
-    LAYERS,
-    LORA,
-    MODEL,
-    arguments,
-    float32_by_default,  # noqa: F401
-    setting,
-    start,
-    tiny_data,  # noqa: F401
-    tiny_model,  # noqa: F401
-)
+from tests.methods.small import CONFIG, LAYERS, LORA, MODEL, adapter, setting
+from tests.methods.test_flexora import arguments
 
 TRAIN, OUTER, LENGTH = 6, 5, 10
 
@@ -55,7 +46,7 @@ def bench(row_means=True):
 
 @pytest.fixture
 def float64_start(monkeypatch):
-    monkeypatch.setattr(experiment, "start", lambda bench, key: {"lora": start(jax.random.key(3)), "head": {}})
+    monkeypatch.setattr(benches, "start", lambda bench, key: {"lora": adapter(jax.random.key(3)), "head": {}})
 
 
 def row_loss(params, alpha, tokens, mask, answer):
@@ -104,6 +95,7 @@ def test_the_released_search_is_the_authors_loop_also_where_it_was_interrupted(t
     sizes = {"batch_size": TRAIN, "outer_batch_size": 3, "outer_steps": 6, "train_rows": TRAIN}
     settings = FlexoraSettings("m", released=True, **sizes)
     log, folder = RunFolder.log, RunFolder(tmp_path / "run", settings)
+    (search,) = flexora.searches(flexora.used(settings), bench())
 
     def interrupting(self, stage):
         def callback(step, state, metrics):
@@ -115,11 +107,11 @@ def test_the_released_search_is_the_authors_loop_also_where_it_was_interrupted(t
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            flexora.search(settings, bench(), folder)
+            driver.search(search, folder)
     done = len(folder.rows("search"))
     assert 1 <= done < 6
-    found = flexora.search(settings, bench(), folder)
-    wanted = released_loop(start(jax.random.key(3)), rows(0, TRAIN), rows(1, OUTER), 6, 3)
+    found = driver.search(search, folder).history["alpha"]
+    wanted = released_loop(adapter(jax.random.key(3)), rows(0, TRAIN), rows(1, OUTER), 6, 3)
     np.testing.assert_array_equal(found[0], 0.0)  # the first rate is 0, so that B is 0 and no gate can matter
     assert np.abs(wanted[-1]).min() > 1e-4
     np.testing.assert_allclose(found, wanted, rtol=1e-8)
@@ -152,16 +144,16 @@ def test_cycled_rows_come_in_their_order_and_none_is_skipped():
 def test_the_papers_inner_loop_is_gradient_descent():
     sizes = {"batch_size": TRAIN, "outer_batch_size": OUTER, "train_rows": TRAIN, "outer_steps": 1}
     settings = FlexoraSettings("m", inner_optimizer="sgd", inner_steps=2, inner_lr=0.5, outer_lr=2.0, **sizes)
-    solver = flexora.solver(settings, bench(row_means=False))
+    solver = flexora.solver(settings, bench(row_means=False).given())
     train, outer = (jax.tree.map(jnp.asarray, rows(seed, count)) for seed, count in ((0, TRAIN), (1, OUTER)))
     state = solver.init(jax.random.key(0))
     after, _ = jax.jit(solver.step)(state, bilevel.FullBatch(train), outer)
-    loss = experiment.loss(bench(row_means=False))
+    given = bench(row_means=False).given()
 
     def value(params, alpha, batch):
         gates = LAYERS * jax.nn.softmax(alpha)
         scaled = {site: p | {"b": gates[:, None, None] * p["b"]} for site, p in params["lora"].items()}
-        return loss(setting()[0], bench().trainable.bind({"lora": scaled, "head": {}}), batch)
+        return given.loss(given.weights, given.bind(given.weights, {"lora": scaled, "head": {}}), batch)
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
@@ -220,14 +212,14 @@ def test_every_preset_is_free_of_contradictions(preset):
 
 def test_rows_prepared_for_another_variant_are_refused():
     with pytest.raises(ValueError, match="The rows were prepared for another variant of the search"):
-        flexora.solver(FlexoraSettings("m", released=True), bench(row_means=False))
+        flexora.searches(FlexoraSettings("m", released=True), bench(row_means=False))
 
 
 # --- the command --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def model_with_end(tiny_model, tmp_path_factory):  # noqa: F811
+def model_with_end(tiny_model, tmp_path_factory):
     """`tiny_model`, whose tokenizer has a mark of the end: "Question", which no answer holds."""
     model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("end") / "model"))
     config = json.loads((model / "tokenizer_config.json").read_text())
@@ -235,11 +227,11 @@ def model_with_end(tiny_model, tmp_path_factory):  # noqa: F811
     return model
 
 
-def test_the_mark_of_the_end_is_trained_on(model_with_end, tiny_data):  # noqa: F811
+def test_the_mark_of_the_end_is_trained_on(model_with_end, tiny_data):
     settings = FlexoraSettings(
         str(model_with_end), data=str(tiny_data), released=True, length=24, train_rows=16, outer_rows=8, test_rows=0
     )
-    for prepared, last in ((flexora.prepare(settings), "Question"), (experiment.prepare(settings), None)):
+    for prepared, last in ((flexora.COMMAND.prepare(settings), "Question"), (benches.prepare(settings), None)):
         tokenizer = prepared.pretrained.tokenizer
         for batch in (prepared.train, prepared.outer):
             ends = np.asarray(batch.mask).sum(axis=1) - 1
@@ -247,11 +239,11 @@ def test_the_mark_of_the_end_is_trained_on(model_with_end, tiny_data):  # noqa: 
             assert np.asarray(batch.answer_mask)[rows_, ends - 1].all()
             words = {tokenizer.decode(int(token)) for token in np.asarray(batch.tokens)[rows_, ends]}
             assert words == {last} if last else words <= {"soap", "fast"}
-    assert flexora.prepare(settings).row_means
+    assert flexora.COMMAND.prepare(settings).row_means
 
 
 @pytest.mark.usefixtures("float32_by_default")
-def test_released_selects_what_is_positive_and_says_what_it_used(model_with_end, tiny_data, tmp_path):  # noqa: F811
+def test_released_selects_what_is_positive_and_says_what_it_used(model_with_end, tiny_data, tmp_path):
     out = tmp_path / "run"
     words = arguments(model_with_end, tiny_data, out, "--released", "--random-baselines", "0")
     at = words.index("--inner-steps")
@@ -281,7 +273,7 @@ def test_released_selects_what_is_positive_and_says_what_it_used(model_with_end,
         (["--inner-optimizer", "lion"], "inner-optimizer"),
     ],
 )
-def test_a_contradiction_is_one_sentence_and_nothing_is_made(more, sentence, tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+def test_a_contradiction_is_one_sentence_and_nothing_is_made(more, sentence, tiny_model, tiny_data, tmp_path, capsys):
     try:
         code = cli.run(arguments(tiny_model, tiny_data, tmp_path / "run", *more))
     except SystemExit as ended:  # the parser of options
@@ -290,7 +282,7 @@ def test_a_contradiction_is_one_sentence_and_nothing_is_made(more, sentence, tin
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_without_a_mark_of_the_end_is_refused(tiny_model, tiny_data):  # noqa: F811
+def test_a_tokenizer_without_a_mark_of_the_end_is_refused(tiny_model, tiny_data):
     settings = FlexoraSettings(
         str(tiny_model), data=str(tiny_data), released=True, length=24, train_rows=16, outer_rows=8, test_rows=0
     )

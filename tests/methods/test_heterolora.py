@@ -14,6 +14,7 @@ from methods import heterolora, proxies, search_space
 from methods.adapters.lora import LoRAConfig
 from methods.models import identity
 from methods.models.decoder import Decoder, DecoderConfig
+from methods.objective import of_hook
 from methods.search_space import SHORTCUTS, Space
 
 LAYERS = 3
@@ -51,7 +52,7 @@ def logits(weights, adapt):
 
 
 def problem(space=SPACE):
-    return heterolora.problem(loss, weights(), space, start=functools.partial(space.init, dtype=jnp.float64))
+    return heterolora.problem(of_hook(loss, weights(), space.lora, CONFIG), space, dtype=jnp.float64)
 
 
 @functools.cache
@@ -71,7 +72,7 @@ def start():
 def scores(name, params):
     """Scores at fresh or trained parameters, every gate on, on the first four rows."""
     score = proxies.PROXIES[name](proxies.Given(MODEL, weights(), SPACE.bind, optax.sgd(0.1), 1))
-    at = start() if params == "fresh" else trained()
+    at = (start() if params == "fresh" else trained()) | {"head": {}}
     run = jax.jit(lambda score, p, at: score(p, at, SPACE.gates(), None, TOKENS[:4], jax.random.key(0)))
     return run(as_pytree(score), problem(), at)
 
@@ -160,7 +161,7 @@ def test_squared_grad_norm_is_the_hypergradient_of_one_step_with_validation_equa
     score = proxies.estimated(bilevel.Unrolled(optax.sgd(eta), 1))
     data = bilevel.FullBatch(TOKENS[:4])
     run = jax.jit(lambda score, p, at: score(p, at, SPACE.gates(), data, TOKENS[:4], jax.random.key(0)))
-    found, norms = run(score, problem(), start()), scores("grad-norm", "fresh")
+    found, norms = run(score, problem(), start() | {"head": {}}), scores("grad-norm", "fresh")
     for unrolled, norm in zip(jax.tree.leaves(found), jax.tree.leaves(norms), strict=True):
         np.testing.assert_allclose(unrolled / (2 * eta), norm**2, rtol=1e-4, atol=1e-12)
 

@@ -13,18 +13,11 @@ import bilevel
 from methods import hiddenkey
 from methods.adapters.dropout import DropoutConfig
 from methods.held import held
-from methods.models.hooks import Chain, identity
-from methods.tasks.loss import Prediction, bidirectional_kl, cross_entropy
-from tests.methods.test_flexora import LAYERS, LORA, MODEL, setting, start
+from methods.models.hooks import identity
+from methods.tasks.loss import bidirectional_kl, cross_entropy
+from tests.methods.small import LAYERS, given, predicted, setting, trained
 
 KEY = jax.random.key(5)
-SMALL = MODEL.clone(remat=False)
-
-
-def predict(weights, params, adapt, batch, gate=None):
-    logits = SMALL.apply({"params": weights}, batch, None, Chain((LORA.bind(params, gate), adapt)))
-    return Prediction(logits[:, :-1], batch[:, 1:], jnp.ones_like(batch[:, 1:], bool))
-
 
 def dropout(temperature=0.3, rules=hiddenkey.RULES):
     return DropoutConfig(rules, temperature)
@@ -35,18 +28,13 @@ def outer_start(config, rate=0.1, beta=1.0):
 
 
 def problem(config, **options):
-    weights = setting()[0]
-    return hiddenkey.problem(predict, weights, start, lambda key: outer_start(config), LAYERS, config, **options)
-
-
-def trained(params_key=3):
-    return jax.tree.map(lambda x: x + 0.1, start(jax.random.key(params_key)))
+    return hiddenkey.problem(given(), lambda key: outer_start(config), config, **options)
 
 
 @functools.cache
 def compiled_loss(config):
     _, _, train, _ = setting()
-    params = trained()
+    params = trained(by=0.1)
     return jax.jit(lambda outer, active: problem(config, active=active).inner_value(params, outer, train, None)[0])
 
 
@@ -59,7 +47,7 @@ def test_without_dropout_it_is_plain_lora_and_the_two_passes_agree(rules):
     weights, _, train, _ = setting()
     config = dropout(0.0, rules)
     value = inner_loss(config, outer_start(config, rate=0.0, beta=100.0))
-    plain = jax.jit(lambda: cross_entropy(predict(weights, trained(), identity, train)))()
+    plain = jax.jit(lambda: cross_entropy(predicted(weights, trained(by=0.1), identity, train)))()
     np.testing.assert_allclose(value, plain, rtol=1e-12)
 
 
@@ -94,11 +82,11 @@ def test_one_pass_has_half_the_gradient_of_the_term_on_average():
 @pytest.mark.parametrize("backward", ["one", "both"])
 def test_one_pass_takes_the_term_without_the_gradient_of_the_second(backward):
     _, _, train, _ = setting()
-    weights, config, outer, params = setting()[0], dropout(0.0), outer_start(dropout(0.0), rate=0.3), trained()
+    weights, config, outer, params = setting()[0], dropout(0.0), outer_start(dropout(0.0), rate=0.3), trained(by=0.1)
     hooks = [config.bind(jax.random.fold_in(KEY, i), outer["rates"], LAYERS) for i in range(2)]
 
     def by_hand(params, second):
-        passes = [predict(weights, p, hook, train) for p, hook in zip((params, second), hooks, strict=True)]
+        passes = [predicted(weights, p, hook, train) for p, hook in zip((params, second), hooks, strict=True)]
         return cross_entropy(passes[0]) + bidirectional_kl(passes[0].logits, passes[1].logits, passes[0].mask)
 
     @jax.jit

@@ -12,30 +12,13 @@ import pytest
 import bilevel
 from methods import flexora, loratrf
 from methods.adapters import filters
-from methods.models.hooks import Chain, identity
+from methods.models.hooks import identity
 from methods.tasks.classify import LabelledBatch
-from methods.tasks.loss import Prediction
-from tests.methods.test_flexora import CONFIG, LAYERS, LORA, setting, start
-from tests.methods.test_hiddenkey import SMALL
-
-PLACES = {
-    "linears": {site: CONFIG.site_shapes()[site][1] for site in ("q_proj", "v_proj")},
-    "stream": {"block_hidden": CONFIG.hidden_size},
-}
+from tests.methods.small import CONFIG, LAYERS, PLACES, SMALL, given, setting, vectors
 
 
 def apply(weights, adapt, batch):
     return SMALL.apply({"params": weights}, batch, None, adapt)
-
-
-def predict(weights, adapter, adapt, batch, before=identity):
-    logits = apply(weights, Chain((before, LORA.bind(adapter), adapt)), batch)
-    return Prediction(logits[:, :-1], batch[:, 1:], jnp.ones_like(batch[:, 1:], bool))
-
-
-def vectors(place, seed=0):
-    keys = dict(zip(PLACES[place], jax.random.split(jax.random.key(seed), 2), strict=False))
-    return {site: jax.random.normal(keys[site], (LAYERS, d)) for site, d in PLACES[place].items()}
 
 
 def edit(kind, place="linears", seed=1):
@@ -98,10 +81,7 @@ def test_task_vectors_are_differences_of_means():
 
 
 def problem(outer, kind="sigmoid", place="linears"):
-    weights = setting()[0]
-    return loratrf.problem(
-        predict, weights, start, vectors(place), PLACES[place], LAYERS, rank=2, kind=kind, outer=outer
-    )
+    return loratrf.problem(given(), vectors(place), PLACES[place], rank=2, kind=kind, outer=outer)
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from methods import cli, experiment, ranges
+from methods import bench as benches
+from methods import cli, ranges
 from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET
 from methods.causes import BadInput, reading, sentence
 from methods.models import loading
-from tests.methods.test_commands import arguments
-from tests.methods.test_flexora import float32_by_default, tiny_data, tiny_model  # noqa: F401
+from tests.methods.small import arguments
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
 
 def settings_of(name):
-    return getattr(import_module(cli.COMMANDS[name].module), cli.COMMANDS[name].settings)
+    return import_module(cli.COMMANDS[name].module).COMMAND.settings
 
 
 def refused(words, capsys, out=None):
@@ -43,10 +43,10 @@ def refused(words, capsys, out=None):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_number_has_a_range_and_its_presets_are_in_it(name):
-    module, settings = import_module(cli.COMMANDS[name].module), settings_of(name)
+    command, settings = import_module(cli.COMMANDS[name].module).COMMAND, settings_of(name)
     hints = ranges.hints(settings)
     assert [option for option, hint in hints.items() if ranges.numeric(hint) and not ranges.declared(hint)] == []
-    for preset in module.PRESETS.values():
+    for preset in command.presets.values():
         ranges.check(settings(**({"model": "x"} if "model" in hints else {}), **preset))
 
 
@@ -150,7 +150,7 @@ MODEL = {
 
 @pytest.mark.parametrize("name", MODEL)
 def test_what_the_model_does_not_fit_is_said_before_its_weights_are_read(
-    name, tiny_model, tiny_data, capsys, tmp_path, monkeypatch  # noqa: F811
+    name, tiny_model, tiny_data, capsys, tmp_path, monkeypatch
 ):
     def opened(folder, open_folder=loading.open_folder):
         return dataclasses.replace(open_folder(folder), read=lambda name: pytest.fail("weights were read"))
@@ -177,7 +177,7 @@ def unwritable(tmp_path):
 def test_a_folder_that_cannot_be_written_is_said_at_once(tmp_path, capsys, monkeypatch):
     places = unwritable(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(experiment, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(benches, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     for place in places:
         said = refused(["lora", *arguments("./no-model", "./no-data", place)], capsys)
         assert "cannot be written" in said or "exists and holds no run" in said, said
@@ -197,7 +197,7 @@ def _on_a_full_disk(tmp_path, capsys, monkeypatch):
     return refused(["lora", *arguments("./no-model", "./no-data", tmp_path / "new")], capsys)
 
 
-def test_models_and_data_that_are_not_there_are_said_at_once(tiny_data, tiny_model, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_models_and_data_that_are_not_there_are_said_at_once(tiny_data, tiny_model, tmp_path, capsys, monkeypatch):
     import huggingface_hub
 
     def asked(*_, **__):
@@ -239,7 +239,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_damaged_config_is_one_sentence(name, tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_config_is_one_sentence(name, tiny_model, tiny_data, tmp_path, capsys):
     model, damage = shutil.copytree(tiny_model, tmp_path / "model"), CONFIGS[name]
     if isinstance(damage, dict):
         damage = json.dumps(json.loads((model / "config.json").read_text()) | damage)
@@ -249,14 +249,14 @@ def test_a_damaged_config_is_one_sentence(name, tiny_model, tiny_data, tmp_path,
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_damaged_row_is_one_sentence_with_its_line(name, tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+def test_a_damaged_row_is_one_sentence_with_its_line(name, tiny_model, tiny_data, tmp_path, capsys):
     data, damage = shutil.copytree(tiny_data, tmp_path / "data"), ROWS[name]
     (data / "piqa" / "train.jsonl").write_bytes(damage if isinstance(damage, bytes) else damage.encode())
     said = refused(["lora", *arguments(tiny_model, data, tmp_path / "run")], capsys, tmp_path / "run")
     assert "train.jsonl line 1 " in said
 
 
-def test_a_lone_surrogate_in_a_text_is_one_sentence(tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+def test_a_lone_surrogate_in_a_text_is_one_sentence(tiny_model, tiny_data, tmp_path, capsys):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     row = '{"id": %d, "goal": "%d \\ud800 wash", "choices": ["a", "b"], "label": 0}'
     (data / "piqa" / "train.jsonl").write_text("\n".join(row % (i, i) for i in range(60)))
@@ -371,7 +371,7 @@ def test_a_model_that_is_misspelt_as_an_option_is_found(tmp_path, capsys):
         ("--test-rows", "--test-rows 41: it must be between 1 and 6."),
     ],
 )
-def test_more_rows_than_there_are_name_option_and_length(option, sentence, tiny_model, tiny_data, tmp_path, capsys):  # noqa: F811
+def test_more_rows_than_there_are_name_option_and_length(option, sentence, tiny_model, tiny_data, tmp_path, capsys):
     words = [*arguments(tiny_model, tiny_data, tmp_path / "run"), option, "41"]
     said = refused(["lora", *words], capsys, tmp_path / "run")
     assert sentence in said and ("fit into --length 24: raise --length" in said) == (option != "--test-rows")

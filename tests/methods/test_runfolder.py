@@ -11,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from methods import cli, experiment, files, fingerprint, runfolder
+from methods import cli, driver, files, fingerprint, runfolder
 from methods.runfolder import RunFolder
-from tests.methods.test_commands import arguments
-from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
-from tests.methods.test_training import tiny_glue  # noqa: F401
+from tests.methods.small import arguments
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,11 +168,11 @@ def test_arrays_are_told_apart_by_shape_type_and_content():
 
 
 @pytest.mark.usefixtures("float32_by_default")
-def test_a_command_refuses_its_folder_when_data_or_model_changed(tiny_model, tiny_glue, tmp_path, capsys, monkeypatch):  # noqa: F811
-    def interrupted(*_):
+def test_a_command_refuses_its_folder_when_data_or_model_changed(tiny_model, tiny_glue, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment, "finetune", interrupted)
+    monkeypatch.setattr(driver, "train", interrupted)
     model, data = shutil.copytree(tiny_model, tmp_path / "model"), shutil.copytree(tiny_glue, tmp_path / "data")
     words = ["lora", *arguments(model, data, tmp_path / "run", "--task", "rte")]
     assert cli.run(words) == 130 and "the same command continues it" in capsys.readouterr().err

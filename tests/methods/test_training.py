@@ -17,12 +17,12 @@ from scipy.stats import binomtest
 
 import bilevel
 from bilevel.running.chunks import chunk
-from methods import cli, experiment, report
-from methods.baselines.lora import LoRASettings
+from methods import bench as benches
+from methods import cli, evaluation, pages
+from methods.lora import LoRASettings
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets, LabelledBatch, generation
 from methods.training import Recipe, train
-from tests.methods.test_flexora import float32_by_default, tiny_model  # noqa: F401
 
 ROWS = 24
 LABELS = np.random.default_rng(0).normal(size=ROWS).astype(np.float32)
@@ -193,24 +193,6 @@ def test_recipe_errors_are_one_sentence(make, message):
 # --- on a task ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_glue(tmp_path_factory):
-    """An RTE and an STS-B over the words of `tiny_model`."""
-    folder = tmp_path_factory.mktemp("glue")
-    rng = np.random.default_rng(0)
-    words = ["wash", "eat", "pot", "soap", "now", "fast", "with", "the"]
-    for name, label in (("rte", lambda: int(rng.integers(2))), ("stsb", lambda: float(rng.integers(6)))):
-        (folder / f"glue_{name}").mkdir()
-        for split, count in (("train", 40), ("validation", 6)):
-            rows = [
-                {"sentence1": f"{split} {i} {' '.join(rng.choice(words, 3))}", "sentence2": "the pot", "label": label()}
-                for i in range(count)
-            ]
-            lines = [json.dumps(row) for row in rows]
-            (folder / f"glue_{name}" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
-
-
 def arguments(model, data, out, *more):
     sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
     steps = "--finetune-steps 4 --rank 2 --validate-every 2".split()
@@ -219,7 +201,7 @@ def arguments(model, data, out, *more):
 
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.parametrize(("task", "adapter"), [("rte", "dora"), ("stsb", "rslora")])
-def test_plain_lora_with_a_head_leaves_a_whole_run_folder(tiny_model, tiny_glue, tmp_path, task, adapter):  # noqa: F811
+def test_plain_lora_with_a_head_leaves_a_whole_run_folder(tiny_model, tiny_glue, tmp_path, task, adapter):
     out = tmp_path / "run"
     words = ["lora", *arguments(tiny_model, tiny_glue, out, "--task", task, "--adapter", adapter)]
     assert cli.run(words) == 0
@@ -240,7 +222,7 @@ def test_plain_lora_with_a_head_leaves_a_whole_run_folder(tiny_model, tiny_glue,
 
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.parametrize("task", ["rte", "stsb"])
-def test_flexora_with_a_head(tiny_model, tiny_glue, tmp_path, task):  # noqa: F811
+def test_flexora_with_a_head(tiny_model, tiny_glue, tmp_path, task):
     search = "--inner-steps 2 --outer-steps 2 --random-baselines 0".split()
     words = arguments(tiny_model, tiny_glue, tmp_path / "run", "--task", task, *search)
     assert cli.run(["flexora", *words]) == 0
@@ -269,16 +251,16 @@ def test_paired_difference_is_the_two_sided_exact_sign_test():
         first, second = rng.random(size) < share, rng.random(size) < 0.4
         wins = sum(bool(a and not b) for a, b in zip(first, second, strict=True))
         losses = sum(bool(b and not a) for a, b in zip(first, second, strict=True))
-        found = report.paired_difference(first.astype(int).tolist(), second)
+        found = pages.paired_difference(first.astype(int).tolist(), second)
         assert found[:2] == (wins, losses)
         # Twice the smaller tail of n tosses of a fair coin, in whole numbers.
         n, k = wins + losses, min(wins, losses)
         wanted = min(1.0, float(2 * Fraction(sum(math.comb(n, i) for i in range(k + 1)), 2**n)))
         np.testing.assert_allclose(found[2], wanted, rtol=1e-12)
     # By hand: 5 heads of 5 are as rare as 5 tails; nothing in dispute says nothing; a draw says nothing either.
-    assert report.paired_difference([1] * 5 + [0], [0] * 5 + [0]) == (5, 0, 2 / 32)
-    assert report.paired_difference([1, 0], [1, 0]) == (0, 0, 1.0)
-    assert report.paired_difference([1, 0], [0, 1]) == (1, 1, 1.0)
+    assert pages.paired_difference([1] * 5 + [0], [0] * 5 + [0]) == (5, 0, 2 / 32)
+    assert pages.paired_difference([1, 0], [1, 0]) == (0, 0, 1.0)
+    assert pages.paired_difference([1, 0], [0, 1]) == (1, 1, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +281,7 @@ def tiny_writing(tmp_path_factory):
 @pytest.mark.parametrize(
     ("task", "metrics"), [("gsm8k", ["exact"]), ("e2e_nlg", ["bleu", "nist", "rouge_l", "meteor", "cider"])]
 )
-def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_writing, tmp_path, monkeypatch, task, metrics):  # noqa: F811
+def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_writing, tmp_path, monkeypatch, task, metrics):
     monkeypatch.setitem(generation.METRICS, "meteor", lambda predictions, targets: 0.0)  # which needs WordNet
     model, out = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "run"
     config = json.loads((model / "config.json").read_text())
@@ -315,7 +297,7 @@ def test_plain_lora_on_a_task_that_writes(tiny_model, tiny_writing, tmp_path, mo
 
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.parametrize("task", ["piqa", "rte", "gsm8k"])
-def test_what_the_model_does_not_take_is_counted_and_said(tiny_model, tmp_path, monkeypatch, task):  # noqa: F811
+def test_what_the_model_does_not_take_is_counted_and_said(tiny_model, tmp_path, monkeypatch, task):
     rows = {
         "piqa": lambda text: {"goal": text, "choices": ["wash it", "eat it"], "label": 0},
         "rte": lambda text: {"sentence1": text, "sentence2": "it", "label": 1},
@@ -330,23 +312,25 @@ def test_what_the_model_does_not_take_is_counted_and_said(tiny_model, tmp_path, 
     ):
         lines = [json.dumps(rows[task](text)) for text in texts]
         (tmp_path / folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    monkeypatch.setattr(experiment, "WRITTEN", 2)
+    for module in (benches, evaluation):
+        monkeypatch.setattr(module, "WRITTEN", 2)
     sizes = {"train_rows": 4, "outer_rows": 2, "outer_batch_size": 2, "test_rows": 0, "length": 24}
-    bench = experiment.prepare(LoRASettings(str(tiny_model), task, str(tmp_path), **sizes))
+    bench = benches.prepare(LoRASettings(str(tiny_model), task, str(tmp_path), **sizes))
     cut = 2 if task == "piqa" else 1  # a question is read once a choice
     longest = 62 if task == "gsm8k" else 64
     with pytest.warns(UserWarning, match=f"{cut} texts of {task}'s test have more than the {longest} tokens"):
-        found = experiment.evaluate(bench, experiment.start(bench, jax.random.key(0)), [])
+        given = bench.given()
+        found = evaluation.evaluate(bench, given.bind(given.weights, given.start(jax.random.key(0))))
     assert found.cut == cut
-    row = report.arm(bench, [], found)
+    row = {"layers": [], "parameters": 0} | evaluation.row(found)
     assert row["cut"] == cut
     said = f"**{cut} test texts were longer than the model takes and were cut.**"
-    assert said in report.accuracy_table({"pretrained": row})
-    assert said not in report.accuracy_table({"pretrained": row | {"cut": 0}})
+    assert said in pages.table({"pretrained": row})
+    assert said not in pages.table({"pretrained": row | {"cut": 0}})
 
 
 @pytest.fixture
-def copies(tiny_model, tiny_glue, tiny_writing, tmp_path):  # noqa: F811
+def copies(tiny_model, tiny_glue, tiny_writing, tmp_path):
     """A model and data to damage."""
     for folder in (tiny_glue, tiny_writing):
         shutil.copytree(folder, tmp_path / "data", dirs_exist_ok=True)

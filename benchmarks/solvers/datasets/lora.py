@@ -26,6 +26,7 @@ class Dataset(BaseDataset):
         from methods import flexora
         from methods.adapters import LoRAConfig
         from methods.models import Decoder, DecoderConfig
+        from methods.objective import of_hook
 
         width, vocab, length, rank = 32, 32, 8, 4
         config = DecoderConfig(
@@ -62,9 +63,7 @@ class Dataset(BaseDataset):
         )
         target = target.reshape(*tokens.shape, vocab)
         inner, outer, test = ({"tokens": t, "target": y} for t, y in zip(tokens, target, strict=True))
-        layers = flexora.problem(
-            loss, weights, lora, lambda key: lora.init(key, config.site_shapes(), self.layers), self.layers
-        )
+        layers = flexora.problem(of_hook(loss, weights, lora, config))
         decay = self.decay
 
         def decayed(gated, z, x, batch, key):

@@ -1,18 +1,13 @@
-"""What every method's experiment stands on: model, data, losses, the final training, evaluation, the run folder.
+"""What every command stands on: its settings, and the model, the task and the rows that they name.
 
 The rows of a task are cut into three: *train*, which the inner loss sees; *outer*, the validation rows of the outer
 loss; and *test*, the published validation set, which only the last evaluation sees.
-
-What is trained is `{"lora": adapter, "head": head}`: the head is a `Classifier`'s parameters where texts are labelled,
-and {} where the model's own head answers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,29 +17,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-import bilevel
 from methods import fingerprint, ranges, runfolder, tasks
-from methods.adapters.lora import LoRAConfig, PerLayer
-from methods.adapters.peft import save_peft
+from methods.adapters.lora import LoRAConfig
 from methods.causes import reading
 from methods.models.loading import Pretrained, load, locate
-from methods.objective import (
-    Bound,
-    Trainable,
-    jitted_outputs,
-    jitted_row_losses,
-    mean_loss,
-    mean_of_row_means,
-    room,
-    write,
-)
+from methods.objective import Given, mean_loss, mean_of_row_means, prediction, room
 from methods.ranges import Count, CountOrNone, Positive, Range, Seed
 from methods.runfolder import RunFolder
-from methods.tasks.batches import POOL, by_length, cut
 from methods.tasks.loss import answer_width
-from methods.training import Recipe, train
+from methods.training import Recipe
 
 WRITTEN = 256
 """Most tokens of a written answer."""
@@ -135,12 +117,23 @@ class Bench(NamedTuple):
         return self.pretrained.config.num_layers
 
     @property
-    def trainable(self) -> Trainable:
-        return Trainable(self.lora)
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """`{site: (in, out)}` of the model's linears."""
+        return self.pretrained.config.site_shapes()
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The linears that LoRA adapts."""
+        return self.lora.sites(self.shapes)
 
-Where = list[int] | Mapping[str, Any]
-"""Where LoRA is: indices of layers, or modules as a mask `{site: [L]}`."""
+    def given(self) -> Given:
+        """What a method's losses are made of."""
+        model, head, width = self.pretrained.model, self.head, self.width
+        loss = partial(mean_of_row_means if self.row_means else mean_loss, model, head, width)
+        # A regression has no classes to predict.
+        classes = head is None or bool(self.task.classes)  # pyright: ignore[reportAttributeAccessIssue]
+        predict = partial(prediction, model, head, width) if classes else None
+        return Given(self.pretrained.weights, self.lora, self.pretrained.config, loss, predict, partial(start, self))
 
 
 ROWS = "The text of a row", "look at the rows, and at the model's tokenizer"
@@ -294,6 +287,21 @@ def open_run(settings: Settings, bench: Bench) -> RunFolder:
     return RunFolder(settings.out, settings, bench.inputs, bench.files)
 
 
+def recipe(settings: Settings) -> Recipe:
+    """The recipe of the final training. Raises ValueError."""
+    counts = settings.accumulate, settings.validate_every, settings.patience
+    return Recipe(settings.finetune_steps, settings.finetune_lr, *counts)
+
+
+def start(bench: Bench, key: jax.Array) -> dict[str, Any]:
+    """What is trained, fresh: A random, B = 0; a head with kernels drawn from N(0, 0.02^2) and biases 0."""
+    lora = bench.lora.init(key, bench.shapes, bench.num_layers, base=bench.pretrained.weights["blocks"])
+    if bench.head is None:
+        return {"lora": lora, "head": {}}
+    features = jnp.zeros((1, bench.pretrained.config.hidden_size))
+    return {"lora": lora, "head": bench.head.init(jax.random.fold_in(key, 1), features)["params"]}
+
+
 @reading(*ROWS)
 def _fitting(
     task: Any, rows: list[Any], tokenizer: Any, settings: Settings, end: list[int]
@@ -314,201 +322,3 @@ def _fitting(
     return [row for unit in units if all([next(fit) for _ in unit]) for row in unit], len(chosen)
 
 
-def loss(bench: Bench) -> Any:
-    """`loss(weights, bound, batch)`: `objective.mean_loss`, or `mean_of_row_means`, of this model and head."""
-    return partial(mean_of_row_means if bench.row_means else mean_loss, bench.pretrained.model, bench.head, bench.width)
-
-
-def answer_loss(bench: Bench) -> Any:
-    """`loss(weights, adapt, batch)`: mean negative log-likelihood of the answer tokens, in nats, of a hook alone."""
-    mean = loss(bench)
-    return lambda weights, adapt, batch: mean(weights, Bound(adapt, {}), batch)
-
-
-def start(bench: Bench, key: jax.Array) -> dict[str, Any]:
-    """What is trained, fresh: A random, B = 0; a head with kernels drawn from N(0, 0.02^2) and biases 0."""
-    if bench.head is None:
-        return {"lora": start_adapter(bench, key), "head": {}}
-    features = jnp.zeros((1, bench.pretrained.config.hidden_size))
-    head = bench.head.init(jax.random.fold_in(key, 1), features)["params"]
-    return {"lora": start_adapter(bench, key), "head": head}
-
-
-def start_adapter(bench: Bench, key: jax.Array) -> Any:
-    """Fresh LoRA parameters: A random, B = 0."""
-    shapes = bench.pretrained.config.site_shapes()
-    return bench.lora.init(key, shapes, bench.num_layers, base=bench.pretrained.weights["blocks"])
-
-
-def recipe(settings: Settings) -> Recipe:
-    """The recipe of the final training. Raises ValueError."""
-    counts = settings.accumulate, settings.validate_every, settings.patience
-    return Recipe(settings.finetune_steps, settings.finetune_lr, *counts)
-
-
-def finetune(
-    settings: Settings, bench: Bench, where: Where, name: str, folder: RunFolder, plan: Recipe | None = None
-) -> dict[str, Any]:
-    """Trains LoRA from scratch on `where` alone, and the head if there is one; returns what is trained.
-
-    By `plan`, or else by the settings' recipe. The modules are a mask, an outer variable that does not move, so that
-    every choice is the same compiled program.
-    """
-    mean, trainable = loss(bench), bench.trainable
-
-    def inner_loss(weights, params, mask, batch, key):
-        return mean(weights, trainable.bind(params, mask=mask, base=weights["blocks"]), batch)
-
-    inner_loss = jax.tree_util.Partial(inner_loss, bench.pretrained.weights)
-    mask = modules(bench, where)
-    problem = bilevel.Problem(inner_loss, inner_loss, lambda key, mask: start(bench, key), lambda key: mask)
-    validate = lambda params: validation_loss(bench, masked(bench, params, where))  # noqa: E731
-    return finetune_at(settings, bench, problem, mask, name, folder, validate, plan=plan)
-
-
-def finetune_at(
-    settings: Settings,
-    bench: Bench,
-    problem: bilevel.Problem,
-    outer: Any,
-    name: str,
-    folder: RunFolder,
-    validate: Callable[[Any], float],
-    optimizer: optax.GradientTransformation | None = None,
-    plan: Recipe | None = None,
-) -> Any:
-    """Trains `problem` at a constant `outer` by `plan`, or else by the settings' recipe.
-
-    The rest as in `methods.training.train`.
-    """
-    plan = recipe(settings) if plan is None else plan
-    return train(
-        problem,
-        outer,
-        tasks.Buckets(bench.train, settings.batch_size, seed=settings.seed, pool=POOL if plan.by_length else 1),
-        plan,
-        folder,
-        name,
-        key=jax.random.key(settings.seed + 1),
-        validate=validate,
-        optimizer=optimizer,
-    )
-
-
-def modules(bench: Bench, where: Where) -> dict[str, jax.Array]:
-    """bool `{site: [L]}`, True at the modules that `where` means."""
-    sites = bench.lora.sites(bench.pretrained.config.site_shapes())
-    if isinstance(where, Mapping):
-        return {site: jnp.asarray(where[site], bool) for site in sites}
-    return dict.fromkeys(sites, jnp.isin(jnp.arange(bench.num_layers), jnp.asarray(where, jnp.int32)))
-
-
-def masked(bench: Bench, params: dict[str, Any], where: Where) -> Bound:
-    """What is trained, on `where` alone; nowhere is the model as it came."""
-    return bench.trainable.bind(params, mask=modules(bench, where), base=bench.pretrained.weights["blocks"])
-
-
-def validation_loss(bench: Bench, bound: Bound) -> float:
-    """The loss over all outer rows."""
-    return loss_over(bench, bound, bench.outer)
-
-
-def loss_over(bench: Bench, bound: Bound, rows: Any, batch_size: int = 16) -> float:
-    """The loss over all of `rows`, encoded as `bench.outer` is.
-
-    Raises:
-      FloatingPointError: if it is not finite.
-    """
-    weights, rows = bench.pretrained.weights, jax.tree.map(np.asarray, rows)
-    total, count = 0.0, 0
-    for index, length in by_length(rows.mask.sum(axis=1), batch_size, 32, rows.mask.shape[1]):
-        batch = cut(rows, np.resize(index, batch_size), length)
-        losses, counts = jitted_row_losses(bench.pretrained.model, bench.head, bench.width, weights, bound, batch)
-        losses, counts = np.asarray(losses)[: len(index)], np.asarray(counts)[: len(index)]
-        if bench.row_means:
-            losses, counts = losses / counts, np.ones_like(counts)
-        total, count = total + float(losses.sum()), count + int(counts.sum())
-    if not np.isfinite(total):
-        raise FloatingPointError(f"The loss over the {len(rows.mask)} validation rows of {bench.task.name} is {total}.")
-    return total / count
-
-
-def evaluate(bench: Bench, params: dict[str, Any], where: Where) -> tasks.Evaluation | tasks.Classified | tasks.Written:
-    """The task's metrics on the test rows, of what is trained on `where`; nowhere is the model as it came."""
-    return evaluate_with(bench, masked(bench, params, where))
-
-
-def evaluate_with(bench: Bench, bound: Bound) -> tasks.Evaluation | tasks.Classified | tasks.Written:
-    """The task's metrics on the test rows, of a hook and a head."""
-    weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
-    task: Any = bench.task
-    longest = bench.pretrained.config.max_positions
-    if bench.head is not None:
-        answer = partial(jitted_outputs, bench.pretrained.model, bench.head, weights, bound)
-        found: Any = tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
-    elif isinstance(task, tasks.Generation):
-        cut = 0
-
-        def written(prompts):
-            nonlocal cut
-            texts, cut = write(bench.pretrained, bound.adapt, prompts, tokens=WRITTEN)
-            return texts
-
-        found = tasks.evaluate_written(written, task, rows)
-        found = dataclasses.replace(found, cut=cut)
-        longest -= WRITTEN
-    else:
-        score = partial(_score, bench.pretrained.model, weights, bound.adapt)
-        size = min(8, 2 * len(rows))
-        found = tasks.evaluate(score, task, rows, tokenizer, batch_size=size, max_length=longest)
-    if found.cut:
-        warnings.warn(cut_sentence(task.name, found.cut, longest), stacklevel=2)
-    return found
-
-
-def cut_sentence(task: str, cut: int, longest: int) -> str:
-    """What is said of test texts that did not fit into the model."""
-    return (
-        f"{cut} texts of {task}'s test have more than the {longest} tokens that the model leaves for them, and were "
-        "cut: prompts at their beginning, texts to classify at their end."
-    )
-
-
-def _score(model, weights, adapt, tokens, mask, answer_mask):
-    width = -(-int(answer_mask.sum(axis=1).max()) // 32) * 32  # few widths, so few compilations
-    bound, batch = Bound(adapt, {}), tasks.TokenBatch(tokens, mask, answer_mask)
-    losses, _ = jitted_row_losses(model, None, width, weights, bound, batch)
-    return -losses
-
-
-def trainable_parameters(bench: Bench, where: Where) -> int:
-    """Parameters trained: LoRA's on `where`, and the head's."""
-    head = jax.eval_shape(lambda: start(bench, jax.random.key(0)))["head"]
-    shapes, size = bench.pretrained.config.site_shapes(), sum(leaf.size for leaf in jax.tree.leaves(head))
-    for site, mask in modules(bench, where).items():
-        if layers := np.flatnonzero(mask).tolist():
-            size += dataclasses.replace(bench.lora, targets=[site], layers=layers).size(shapes, bench.num_layers)
-    return size
-
-
-def save_adapter(folder: str | os.PathLike[str], bench: Bench, params: dict[str, Any], where: Where) -> Path:
-    """What was trained on `where`, as PEFT's folder."""
-    if isinstance(where, Mapping):
-        return save_bound(folder, bench, bench.lora, params["lora"], params["head"], mask=modules(bench, where))
-    config = dataclasses.replace(bench.lora, layers=None if len(where) == bench.num_layers else where)
-    return save_bound(folder, bench, config, params["lora"], params["head"])
-
-
-def save_bound(
-    folder: str | os.PathLike[str],
-    bench: Bench,
-    config: LoRAConfig,
-    params: Any,
-    head: Any,
-    gate: PerLayer | None = None,
-    mask: PerLayer | None = None,
-) -> Path:
-    """`config.bind(params, gate, mask)` and a head, as PEFT's folder."""
-    task_type = "CAUSAL_LM" if bench.head is None else "SEQ_CLS"
-    names = bench.pretrained.hf_names
-    return save_peft(folder, config, params, names, gate=gate, mask=mask, head=head, task_type=task_type)

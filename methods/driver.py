@@ -1,0 +1,270 @@
+"""What every command does with a method: search, choose, train the arms, test them, write the page.
+
+A method is a `Method`: its settings, and functions that say what is searched, what is chosen of what was found, and
+what its page tells. All else is here, once, and all of it is kept in the run folder: the same command continues a run
+that was interrupted, at any moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import optax
+
+import bilevel
+from methods import evaluation, pages
+from methods.bench import Bench, Settings, open_run, prepare, recipe
+from methods.objective import Bound
+from methods.pages import Page, Run
+from methods.runfolder import RunFolder
+from methods.tasks import Buckets
+from methods.tasks.batches import POOL
+from methods.training import Recipe, train
+
+
+class Search(NamedTuple):
+    """A search that the driver runs.
+
+    Attributes:
+      name: of its rows in `metrics.jsonl`, of its checkpoints and of its progress bar.
+      solver: what searches.
+      steps: outer steps.
+      key: as of `bilevel.run`.
+      inner_data, outer_data: likewise.
+      record: likewise.
+    """
+
+    name: str
+    solver: Any
+    steps: int
+    key: jax.Array
+    inner_data: Any
+    outer_data: Any
+    record: Callable[[Any], dict[str, Any]] | None = None
+
+
+class Train(Protocol):
+    """A training, kept in the run folder under a name and continued from there."""
+
+    def __call__(self, folder: RunFolder, name: str, /) -> Any:
+        """What was trained."""
+        ...
+
+
+def _nothing(folder: RunFolder, trained: Any) -> None:
+    del folder, trained
+
+
+class Arm(NamedTuple):
+    """A model that is trained, tested and told of: a row of the results.
+
+    Attributes:
+      name: of the row, and of the training.
+      train: what makes it, as `finetuning` gives it.
+      bind: `bind(trained) -> Bound`, the model that is tested.
+      count: `count(trained) -> row`, what the row tells beside the test: "on", the share of each module in use,
+        `{site: [L]}`; "parameters", how many were trained; and what else the method counts.
+      export: `export(folder, trained)` writes what others read.
+    """
+
+    name: str
+    train: Train
+    bind: Callable[[Any], Bound]
+    count: Callable[[Any], dict[str, Any]]
+    export: Callable[[RunFolder, Any], None] = _nothing
+
+
+class Chosen(NamedTuple):
+    """What came of the searches.
+
+    Attributes:
+      selection: what `selection.json` holds; there is none where it is {}.
+      arms: what is trained with it, and what that is compared with.
+    """
+
+    selection: Mapping[str, Any]
+    arms: Sequence[Arm]
+
+
+Tried = Callable[[Arm, Mapping[str, Any]], dict[str, Any]]
+"""`tried(arm, words)`: `words`, and the "validation_loss" of the arm after its training; to choose by trying."""
+
+
+def _no_search(settings: Any, bench: Bench) -> Sequence[Search]:
+    del settings, bench
+    return ()
+
+
+def _no_check(*_: Any) -> None:
+    pass
+
+
+def _no_options(settings: Any) -> dict[str, Any]:
+    del settings
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method, as the driver and the command line read it.
+
+    Args:
+      settings: a dataclass of the options, a subclass of `Settings`.
+      presets: by name, the options that differ from their defaults; "demo" is one of them.
+      choose: `choose(settings, bench, found, tried) -> Chosen`, `found` holding a `bilevel.Result` for each search.
+      page: `page(run) -> Page`, which also draws its figures.
+      searches: `searches(settings, bench)`; none by default.
+      used: `used(settings)`, settings in which nothing is left open. Raises ValueError.
+      unused: `unused(settings)`, options without effect, and why.
+      check: `check(settings)` raises ValueError for what is wrong whatever the model is.
+      check_model: `check_model(settings, config, lora)`, for what is wrong with that model, before it is loaded.
+      reads: `reads(settings)`, options of `bench.prepare`.
+    """
+
+    settings: type[Settings]
+    presets: Mapping[str, Mapping[str, Any]]
+    choose: Callable[[Any, Bench, list[bilevel.Result], Tried], Chosen]
+    page: Callable[[Run], Page]
+    searches: Callable[[Any, Bench], Sequence[Search]] = _no_search
+    used: Callable[[Any], Any] = lambda settings: settings
+    unused: Callable[[Any], Mapping[str, str]] = _no_options
+    check: Callable[[Any], None] = _no_check
+    check_model: Callable[[Any, Any, Any], None] = _no_check
+    reads: Callable[[Any], Mapping[str, Any]] = _no_options
+
+    def prepare(self, settings: Any) -> Bench:
+        """The bench of settings, once all that can be wrong with them has been looked at.
+
+        Raises:
+          ValueError, FileNotFoundError: one sentence on what is wrong.
+        """
+        setup = self.used(settings)
+        self.check(setup)
+        return prepare(setup, lambda config, lora: self.check_model(setup, config, lora), **self.reads(setup))
+
+    def main(self, settings: Any) -> None:
+        """Search, choice, training, test, page: all in `settings.out`.
+
+        Raises:
+          ValueError, FileNotFoundError: one sentence on what is wrong.
+          FloatingPointError: if a training diverges; names step and leaf.
+        """
+        setup = self.used(settings)
+        bench = self.prepare(setup)
+        searches = self.searches(setup, bench)
+        for each in searches:  # what does not fit is refused before anything is written
+            jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
+        folder = open_run(setup, bench)
+        chosen = self.choose(setup, bench, [search(each, folder) for each in searches], trying(bench, folder))
+        if chosen.selection:
+            folder.write("selection", chosen.selection)
+        once = {arm.name: partial(row, arm, bench, folder) for arm in chosen.arms}
+        results = {name: folder.once(f"results/{name}", make) for name, make in once.items()}
+        selection = folder.read("selection") if chosen.selection else {}
+        run = Run(setup, bench, folder, selection, results)
+        pages.write(run, self.page(run))
+
+
+def _start(problem: bilevel.Problem, key: jax.Array) -> Any:
+    outer = problem.start_outer(key)
+    return problem.start_inner(key, outer), outer
+
+
+def searching(settings: Any, bench: Bench, solver: Any, *, name: str = "search", **other: Any) -> Search:
+    """A search by the settings: `outer_steps` of batches from the training rows and the outer rows, by `seed`.
+
+    `other` replaces what `Search` has.
+    """
+    by_settings = {
+        "key": jax.random.key(settings.seed),
+        "inner_data": bilevel.Batches(bench.train, settings.batch_size),
+        "outer_data": bilevel.Batches(bench.outer, settings.outer_batch_size),
+    }
+    steps = {} if "steps" in other else {"steps": settings.outer_steps}
+    return Search(name, solver, **by_settings | steps | other)
+
+
+def search(each: Search, folder: RunFolder) -> bilevel.Result:
+    """Runs a search; kept in the run folder and continued from there."""
+    return bilevel.run(
+        each.solver,
+        inner_data=each.inner_data,
+        outer_data=each.outer_data,
+        steps=each.steps,
+        key=each.key,
+        callbacks=[folder.log(each.name)],
+        checkpoint_dir=folder.path / "checkpoints" / each.name.replace(" ", "-"),
+        record=each.record,
+        title=each.name,
+    )
+
+
+def finetuning(
+    settings: Settings,
+    bench: Bench,
+    problem: bilevel.Problem,
+    outer: Any,
+    bind: Callable[[Any], Bound],
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+    plan: Recipe | None = None,
+    penalty: Callable[[Any], float] = lambda params: 0.0,
+) -> Train:
+    """The final training: the inner loss of `problem` at a constant `outer`; gives the inner variable.
+
+    Args:
+      settings, bench: of the run.
+      problem, outer: what is trained, and where.
+      bind: the model whose loss over all outer rows a validation looks at, where the settings ask for some.
+      optimizer: in place of the recipe's.
+      plan: in place of the settings' recipe.
+      penalty: what a validation adds to that loss.
+    """
+    plan = recipe(settings) if plan is None else plan
+
+    def train_at(folder: RunFolder, name: str) -> Any:
+        return train(
+            problem,
+            outer,
+            Buckets(bench.train, settings.batch_size, seed=settings.seed, pool=POOL if plan.by_length else 1),
+            plan,
+            folder,
+            name,
+            key=jax.random.key(settings.seed + 1),
+            validate=lambda params: evaluation.validation_loss(bench, bind(params)) + penalty(params),
+            optimizer=optimizer,
+        )
+
+    return train_at
+
+
+def row(arm: Arm, bench: Bench, folder: RunFolder) -> dict[str, Any]:
+    """Trains, exports and tests an arm: its row of the results."""
+    trained = arm.train(folder, arm.name)
+    arm.export(folder, trained)
+    test = evaluation.evaluate(bench, arm.bind(trained))
+    counted = arm.count(trained)
+    return {"layers": _layers(counted["on"])} | counted | evaluation.row(test)
+
+
+def _layers(on: Mapping[str, Any]) -> list[int]:
+    """The layers in which any module is in use, of `{site: [L]}`."""
+    return np.flatnonzero(np.any([np.asarray(each) > 0 for each in on.values()], axis=0)).tolist()
+
+
+def trying(bench: Bench, folder: RunFolder) -> Tried:
+    """What trains an arm and tells its validation loss, `tried/<name>.json`."""
+
+    def tried(arm: Arm, words: Mapping[str, Any]) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            bound = arm.bind(arm.train(folder, arm.name))
+            return {**words, "validation_loss": evaluation.validation_loss(bench, bound)}
+
+        return folder.once(f"tried/{arm.name}", make)
+
+    return tried

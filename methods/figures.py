@@ -1,0 +1,128 @@
+"""The figures of the pages; every one is written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from methods import files
+from methods.runfolder import RunFolder
+
+
+def curves(file: Path, history: Mapping[str, np.ndarray], xlabel: str, title: str) -> None:
+    """One panel for each name: `[T]`, or `[T, L]` with colour by depth."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, len(history), figsize=(3.6 * len(history), 3.0), layout="constrained", squeeze=False)
+    for ax, (name, values) in zip(axes[0], history.items(), strict=True):
+        values = np.asarray(values)
+        lines = values if values.ndim == 2 else values[:, None]
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, lines.shape[1]))
+        for line, colour in zip(lines.T, colours, strict=True):
+            ax.plot(np.arange(1, len(line) + 1), line, color=colour, lw=1.4, marker="o" if len(line) < 20 else "", ms=3)
+        ax.set(xlabel=xlabel, ylabel=name)
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.suptitle(title)
+    save(fig, file)
+
+
+def training(file: Path, folder: RunFolder, arms: Sequence[str]) -> None:
+    """Training loss over batches, smoothed over a twentieth of them, with the validation losses as dots."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    for name in arms:
+        rows = folder.rows(f"finetune {name}")
+        if not rows:
+            continue
+        loss = np.array([row["inner_loss"] for row in rows])
+        window = max(1, len(loss) // 20)
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        (line,) = ax.plot(np.arange(window, len(loss) + 1), smooth, lw=1.2, label=f"{name}, training")
+        if (folder.path / f"validation/{name}.json").is_file():
+            points = folder.read(f"validation/{name}")
+            at, values = [p["step"] for p in points], [p["loss"] for p in points]
+            ax.plot(at, values, "o--", ms=4, lw=0.8, color=line.get_color(), label=f"{name}, validation")
+    ax.set(xlabel="batch", ylabel="loss", title="Loss")
+    ax.legend(frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
+def layer_logits(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
+    """Layer logits over outer steps, colour by depth, the selected ones drawn through, the others dashed."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    path = np.concatenate([np.zeros((1, alpha.shape[1]), alpha.dtype), alpha])
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.95, alpha.shape[1]))
+    for layer, colour in enumerate(colours):
+        selected = layer in chosen
+        ax.plot(path[:, layer], color=colour, lw=1.6 if selected else 0.8, ls="-" if selected else (0, (3, 2)))
+    scale = plt.cm.ScalarMappable(norm=plt.Normalize(0, alpha.shape[1] - 1), cmap="viridis")
+    fig.colorbar(scale, ax=ax, label="layer")
+    ax.set(xlabel="outer step", ylabel=r"layer logit $\alpha$", title="Layer logits (dashed: not selected)")
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
+def selected_layers(file: Path, alpha: np.ndarray, chosen: list[int], rule: str) -> None:
+    """Final layer logits as bars, the selected ones filled."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
+    colours = ["#2a6f97" if layer in chosen else "#d0d5da" for layer in range(len(alpha))]
+    ax.bar(np.arange(len(alpha)), alpha, color=colours)
+    ax.axhline(alpha.mean(), color="black", lw=0.8, ls=":")
+    title = f"Selected: {len(chosen)} of {len(alpha)} layers ({rule}; dotted: mean)"
+    ax.set(xlabel="layer", ylabel=r"$\alpha$", title=title)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
+def gate_map(file: Path, shares: Mapping[str, np.ndarray], title: str) -> None:
+    """Share of open gates, `{structure: [L]}`, as a map of layers and structures."""
+    plt = pyplot()
+    table = np.stack([np.asarray(share) for share in shares.values()])
+    fig, ax = plt.subplots(figsize=(1.6 + 0.45 * table.shape[1], 1.6 + 0.32 * table.shape[0]), layout="constrained")
+    image = ax.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    ax.set(xlabel="layer", title=title, yticks=range(len(shares)), yticklabels=list(shares))
+    ax.set_xticks(range(table.shape[1]))
+    for (row, column), share in np.ndenumerate(table):
+        ax.text(
+            column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color="white" if share > 0.6 else "black"
+        )
+    fig.colorbar(image, ax=ax, label="share open")
+    save(fig, file)
+
+
+def sparsity_curve(file: Path, results: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """The primary metric against the counted share of removed weights; models that remove none as lines."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    metric = next(iter(next(iter(results.values()))["metrics"]))
+    points = sorted((row["removed"], row["metrics"][metric]) for row in results.values() if "removed" in row)
+    ax.plot([x for x, _ in points], [y for _, y in points], "o-", color="#2a6f97", label="gated")
+    dense = [(name, row) for name, row in results.items() if "removed" not in row]
+    for (name, row), style in zip(dense, (":", "--", "-."), strict=False):
+        ax.axhline(row["metrics"][metric], color="black", lw=0.9, ls=style, label=name)
+    ax.set(xlabel="share of linear weights removed (counted)", ylabel=metric, title=title)
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
+def save(fig: Any, file: Path, dpi: int = 150) -> None:
+    """Writes a figure, whole or not at all, and lets go of it."""
+    with files.replacing(file) as part:
+        fig.savefig(part, dpi=dpi)
+    pyplot().close(fig)
+
+
+def pyplot() -> Any:
+    """matplotlib's, without a display."""
+    import matplotlib  # half a second, and only needed at the end
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
