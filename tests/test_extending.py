@@ -1,4 +1,4 @@
-"""A new estimator, or a new solver, is one new file, one line of exports and one row of a table of the tests.
+"""A new estimator, solver or method is one new file, one line where it is registered, and one row of a test table.
 
 Each of the page's examples is made a part of a copy of this package, as the page says; what has changed there is
 counted, and the tests of the table are run on the new row.
@@ -19,21 +19,35 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/extending.md").read_
 
 
 def block(name: str) -> str:
-    """The code block of the page that defines the class `name`, without what uses it."""
+    """The code block of the page that defines `name`, a class or a function, without what uses it."""
     (found,) = (text for text in BLOCKS if f"\nclass {name}(" in text)
     return found.partition("\n\n\nsolver =")[0].rstrip() + "\n"
 
 
+EXPORTS = "bilevel/__init__.py", "from bilevel.solvers.base import Solver as Solver\n"
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """What is added: the class, its module, the table and the row there, and the tests that are run."""
+    """What is added.
+
+    Attributes:
+      name: the class that its block of the page defines.
+      module: where it goes.
+      registry: the file of its line, the line before, and the line.
+      table: the file of its row, the line before, and the row.
+      head: what its block takes from the blocks before.
+      tests: the tests that are run on it.
+      least: how many of them there are.
+    """
 
     name: str
     module: str
-    table: str
-    row: str
+    registry: tuple[str, str, str]
+    table: tuple[str, str, str]
     head: str
     tests: tuple[str, ...]
+    least: int = 7
 
     @property
     def file(self) -> str:
@@ -43,9 +57,12 @@ class Example:
 ESTIMATOR = Example(
     "IdentityHessian",
     "bilevel.hypergradients.identity",
-    "tests/bilevel/estimators.py",
+    (*EXPORTS, "from bilevel.hypergradients.identity import IdentityHessian as IdentityHessian\n"),
     # At the trained point, Quadratic.first_order + C' A (w_K - c), and 0 for what acts inside training alone.
-    """    Row(
+    (
+        "tests/bilevel/estimators.py",
+        "\nTABLE = [\n",
+        """    Row(
         "IdentityHessian",
         bilevel.IdentityHessian,
         lambda q, outer, steps, **at: q.first_order(outer, steps)
@@ -53,14 +70,22 @@ ESTIMATOR = Example(
         blind=within,
     ),
 """,
+    ),
     "",
-    ("hypergradients/test_estimators.py", "hypergradients/test_keys.py", "differentiation/test_loss_checks.py"),
+    (
+        "tests/bilevel/hypergradients/test_estimators.py",
+        "tests/bilevel/hypergradients/test_keys.py",
+        "tests/bilevel/differentiation/test_loss_checks.py",
+    ),
 )
 SOLVER = Example(
     "OneStepDescent",
     "bilevel.solvers.one_step_descent",
-    "tests/bilevel/solvers/table.py",
-    """    Row(
+    (*EXPORTS, "from bilevel.solvers.one_step_descent import OneStepDescent as OneStepDescent\n"),
+    (
+        "tests/bilevel/solvers/table.py",
+        "\nTABLE = [\n",
+        """    Row(
         bilevel.OneStepDescent,
         lambda s, at: vars(s).update(
             w=s.w - at.rho * at.f[0].w(s.w, s.lam),
@@ -69,9 +94,30 @@ SOLVER = Example(
         lambda k, p: (1, 1, 0, 1),
     ),
 """,
-    # What its block takes from the blocks before.
+    ),
     "import dataclasses\n\nfrom bilevel.extend import register\n",
-    ("solvers/test_solver_steps.py", "solvers/test_solvers.py", "hypergradients/test_keys.py"),
+    (
+        "tests/bilevel/solvers/test_solver_steps.py",
+        "tests/bilevel/solvers/test_solvers.py",
+        "tests/bilevel/hypergradients/test_keys.py",
+    ),
+)
+METHOD = Example(
+    "BestLinearSettings",
+    "methods.best_linear",
+    (
+        "methods/cli.py",
+        "\nCOMMANDS = {\n",
+        '    "best-linear": Row("methods.best_linear", "find the linear that deserves LoRA"),\n',
+    ),
+    (
+        "tests/methods/commands.py",
+        "\nTABLE = {\n",
+        '    "best-linear": Row("--inner-steps 2 --outer-steps 2", ("selection.json",), ("best-linear", "lora")),\n',
+    ),
+    "import dataclasses\n\nimport jax\nimport jax.numpy as jnp\nimport optax\n\nimport bilevel\n",
+    ("tests/methods/test_commands.py", "tests/methods/test_misuse.py"),
+    3,
 )
 
 
@@ -90,10 +136,10 @@ def call(*command: str, cwd: Path) -> str:
 
 
 def copied(tmp: Path) -> Path:
-    """The engine and its tests, under version control."""
-    for folder in ("bilevel", "tests/bilevel"):
+    """The packages and their tests, under version control."""
+    for folder in ("bilevel", "methods", "tests/bilevel", "tests/methods"):
         shutil.copytree(ROOT / folder, tmp / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py"):
+    for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/tiny.py"):
         shutil.copy(ROOT / file, tmp / file)
     call("git", "init", "--quiet", cwd=tmp)
     call("git", "add", ".", cwd=tmp)
@@ -103,15 +149,14 @@ def copied(tmp: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", [ESTIMATOR, SOLVER], ids=lambda example: example.name)
-def test_one_file_one_export_and_one_row(example, tmp_path):
+@pytest.mark.parametrize("example", [ESTIMATOR, SOLVER, METHOD], ids=lambda example: example.name)
+def test_one_file_one_line_and_one_row(example, tmp_path):
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     tree, text = copied(tmp_path), example.head + block(example.name)
     (tree / example.file).write_text(text, encoding="utf-8")
-    export = f"from {example.module} import {example.name} as {example.name}\n"
-    insert(tree / "bilevel/__init__.py", "from bilevel.solvers.base import Solver as Solver\n", export)
-    insert(tree / example.table, "\nTABLE = [\n", example.row)
+    for file, before, line in (example.registry, example.table):
+        insert(tree / file, before, line)
 
     call("git", "add", "--intent-to-add", ".", cwd=tree)
     changed = {}
@@ -120,11 +165,12 @@ def test_one_file_one_export_and_one_row(example, tmp_path):
         changed[name] = int(added), int(removed)
     assert changed == {
         example.file: (len(text.splitlines()), 0),
-        "bilevel/__init__.py": (1, 0),
-        example.table: (len(example.row.splitlines()), 0),
+        example.registry[0]: (1, 0),
+        example.table[0]: (len(example.table[2].splitlines()), 0),
     }
 
-    files = [f"tests/bilevel/{file}" for file in example.tests]
     options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"
-    said = call(sys.executable, "-m", "pytest", *options, *files, "-k", example.name, cwd=tree)
-    assert int(re.search(r"(\d+) passed", said)[1]) >= 7
+    chosen = "best-linear" if example is METHOD else example.name
+    said = call(sys.executable, "-m", "pytest", *options, *example.tests, "-k", chosen, cwd=tree)
+    passed = re.search(r"(\d+) passed", said)
+    assert passed and int(passed[1]) >= example.least

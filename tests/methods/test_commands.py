@@ -45,7 +45,7 @@ def test_it_leaves_a_whole_run_folder_and_continues_it(name, finished, command_l
     assert all(f"| {arm} |" in page for arm in row.arms)
     for other in row.arms[1:]:  # compared with the first that was trained
         assert f"- against {other}: " in page
-    for figure in (out / "figures").iterdir():
+    for figure in (out / "figures").glob("*"):
         assert f"(figures/{figure.name})" in page
     for arm in row.arms:
         result = read(out / "results" / f"{arm}.json")
