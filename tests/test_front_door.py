@@ -98,3 +98,10 @@ def test_arrows_point_down(room):
         if path.name not in ("__init__.py", "extend.py", "testing.py"):
             rooms = {name.split(".")[1] for name in of_engine(path.read_text()) if "." in name} & {*ROOMS}
             assert not rooms, path
+
+
+def test_what_tests_share_is_in_no_file_of_tests():
+    """Fixtures and helpers are in conftest.py or a module of their own."""
+    pattern = re.compile(r"^\s*(?:from tests[\w.]*\.test_\w+ import|from tests[\w.]* import .*\btest_\w+)", re.M)
+    found = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py") if pattern.search(p.read_text())]
+    assert found == []

@@ -1,12 +1,16 @@
-"""Runs of whole commands, which several tests look at."""
+"""What several files of tests look at: runs of whole commands, models of torch and ours, a stack of layers."""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from methods import cli
+from methods import cli, models
+from tests.conftest import require
 from tests.methods import commands
+from tests.methods.lora_files import L
+from tests.methods.peft_oracle import Llama
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,53 @@ def finished(command_line):
         return out
 
     return run
+
+
+@pytest.fixture
+def stack():
+    key = jax.random.key(7)
+    return jax.random.normal(key, (L, 6, 8), jnp.float64), jax.random.normal(key, (2, 5, 6), jnp.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A random Llama as torch makes it, and the same one as we load it."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            initializer_range=0.2,
+        )
+    ).eval()
+    folder = tmp_path_factory.mktemp("llama")
+    theirs.save_pretrained(folder)
+    return folder, models.load(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A random BERT with three classes as torch makes it, and the same one as we load it."""
+    torch, transformers = require("torch"), require("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, num_labels=3, **sizes)
+    config.initializer_range = 0.2
+    folder = tmp_path_factory.mktemp("bert")
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder, models.load(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_llama):
+    """Our tiny Llama, PEFT's way to write an adapter of it, and its merged weights of a folder."""
+    torch, transformers, peft = require("torch"), require("transformers"), require("peft")
+    folder, ours = tiny_llama
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
+    return Llama(ours, theirs, torch, peft)

@@ -103,3 +103,9 @@ def arguments(model, data, out, *more):
     sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
     steps = "--finetune-steps 3 --rank 2".split()
     return ["--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
+
+
+def flexora_words(model, data, out, *more):
+    """A short search by Flexora on `tiny_model`."""
+    steps = "--inner-steps 2 --outer-steps 3".split()
+    return ["flexora", *arguments(model, data, out), *steps, *more]

@@ -13,10 +13,7 @@ from methods import models
 from methods.adapters import LoRAConfig, filters, load_edit, load_peft, save_edit, save_peft
 from methods.models import HFNames
 from tests.conftest import require
-from tests.methods import test_peft
-from tests.methods.test_adapters import SHAPES, L, same_bits, trained
-
-tiny_llama, tiny_bert = test_peft.tiny_llama, test_peft.tiny_bert
+from tests.methods.lora_files import NAMES, SHAPES, L, old_name, same_bits, settings_of, trained
 
 
 def moved(config, ours, scale=0.2):
@@ -27,7 +24,7 @@ def moved(config, ours, scale=0.2):
     return jax.tree.map(noise, params)
 
 
-@test_peft.old_name
+@old_name
 def test_the_base_model_is_found_from_another_folder(tiny_llama, tmp_path, monkeypatch):
     torch, peft = require("torch"), require("peft")
     folder, _ = tiny_llama
@@ -38,7 +35,7 @@ def test_the_base_model_is_found_from_another_folder(tiny_llama, tmp_path, monke
     config = LoRAConfig(rank=4, targets=["q_proj", "down_proj"])
     params = moved(config, ours)
     save_peft(tmp_path / "adapter", config, params, ours.hf_names)
-    assert test_peft.settings_of(tmp_path / "adapter")["base_model_name_or_path"] == str(folder.resolve())
+    assert settings_of(tmp_path / "adapter")["base_model_name_or_path"] == str(folder.resolve())
     model, tokens = peft.AutoPeftModelForCausalLM.from_pretrained("adapter").eval(), np.arange(12)[None]
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
@@ -48,9 +45,9 @@ def test_the_base_model_is_found_from_another_folder(tiny_llama, tmp_path, monke
 
 def test_a_name_on_the_hub_stays_one(tmp_path):
     config = LoRAConfig(rank=2)
-    names = HFNames("owner/model", test_peft.NAMES.modules)
+    names = HFNames("owner/model", NAMES.modules)
     save_peft(tmp_path / "adapter", config, trained(config), names)
-    assert test_peft.settings_of(tmp_path / "adapter")["base_model_name_or_path"] == "owner/model"
+    assert settings_of(tmp_path / "adapter")["base_model_name_or_path"] == "owner/model"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def gpt2_logits(ours, config, params):
     return ours.model.apply({"params": ours.weights}, jnp.arange(12)[None], None, hook)
 
 
-@test_peft.old_name
+@old_name
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"use_rslora": True}])
 def test_a_joint_linear_that_peft_adapted(tiny_gpt2, tmp_path, fields):
     torch, transformers, peft = require("torch"), require("transformers"), require("peft")
@@ -96,7 +93,7 @@ def test_a_joint_linear_that_peft_adapted(tiny_gpt2, tmp_path, fields):
     np.testing.assert_allclose(gpt2_logits(ours, found.config, found.params), wanted, atol=1e-4)
 
 
-@test_peft.old_name
+@old_name
 @pytest.mark.parametrize("kind", ["dora", "rslora"])
 def test_a_joint_linear_that_peft_is_to_adapt(tiny_gpt2, tmp_path, kind):
     torch, (folder, ours) = require("torch"), tiny_gpt2
@@ -113,7 +110,7 @@ def test_a_joint_linear_that_peft_is_to_adapt(tiny_gpt2, tmp_path, kind):
     np.testing.assert_allclose(gpt2_logits(ours, again.config, again.params), theirs, atol=1e-4)
 
 
-@test_peft.old_name
+@old_name
 def test_an_olora_of_gpt2_is_refused(tiny_gpt2, tmp_path):
     _, transformers, peft = require("torch"), require("transformers"), require("peft")
     folder, ours = tiny_gpt2
@@ -123,7 +120,7 @@ def test_an_olora_of_gpt2_is_refused(tiny_gpt2, tmp_path):
         load_peft(tmp_path / "a", ours.hf_names, ours.config.site_shapes(), 2, base=ours.weights["blocks"])
 
 
-@test_peft.old_name
+@old_name
 def test_an_adapter_of_a_model_without_head(tiny_bert, tmp_path):
     """What sentence-transformers and AutoModel leave: the base model's modules without its prefix."""
     torch, transformers, peft = require("torch"), require("transformers"), require("peft")
@@ -145,7 +142,7 @@ def test_an_adapter_of_a_model_without_head(tiny_bert, tmp_path):
     np.testing.assert_allclose(hidden, wanted, atol=1e-4)
 
 
-@test_peft.old_name
+@old_name
 def test_a_head_that_is_not_whole_is_refused(tiny_bert, tmp_path):
     _, transformers, peft = require("torch"), require("transformers"), require("peft")
     folder, ours = tiny_bert

@@ -6,41 +6,7 @@ import numpy as np
 import pytest
 
 from methods.adapters import LoRAConfig
-
-SHAPES = {"q_proj": (6, 8), "v_proj": (6, 4), "down_proj": (10, 6)}
-L = 3
-BASE = {
-    site: {"kernel": jax.random.normal(jax.random.key(i), (L, *shape)), "bias": jnp.ones((L, shape[1]))}
-    for i, (site, shape) in enumerate(SHAPES.items())
-}
-
-
-def trained(config, seed=0, dtype=jnp.float64):
-    """Parameters with B != 0, as after some training."""
-    params = config.init(jax.random.key(seed), SHAPES, L, dtype, BASE)
-    keys = jax.random.split(jax.random.key(seed + 1), len(params))
-    noise = {site: jax.random.normal(k, params[site]["b"].shape, dtype) for k, site in zip(keys, params, strict=True)}
-    return {site: {**leaves, "b": noise[site]} for site, leaves in params.items()}
-
-
-def forward(hook, weights, x):
-    """A stack of L layers scanned with the hook beside them, as a model does it."""
-
-    def layer(carry, sliced):
-        w, adapt = sliced
-        return carry + jnp.tanh(adapt("q_proj", carry, carry @ w))[..., :6], None
-
-    return jax.lax.scan(layer, x, (weights, hook))[0]
-
-
-@pytest.fixture
-def stack():
-    key = jax.random.key(7)
-    return jax.random.normal(key, (L, 6, 8), jnp.float64), jax.random.normal(key, (2, 5, 6), jnp.float64)
-
-
-def same_bits(left, right):
-    return np.asarray(left).tobytes() == np.asarray(right).tobytes()
+from tests.methods.lora_files import BASE, SHAPES, L, forward, same_bits, trained
 
 
 def test_init_is_kaiming_uniform_and_zero():

@@ -17,7 +17,7 @@ import pytest
 from methods import models
 from methods.models.checkpoints import open_gguf
 from tests.methods import checkpoint_files as files
-from tests.methods.test_checkpoints import PLAIN, draw, save_gguf
+from tests.methods.decoder_files import PLAIN, draw, save_gguf
 
 MUTANTS = 300
 SECONDS = 5.0

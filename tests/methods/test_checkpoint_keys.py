@@ -14,7 +14,7 @@ from methods.models.gguf_tokenizer import build
 from methods.models.loading import FAMILIES
 from tests.conftest import require
 from tests.methods import checkpoint_files as files
-from tests.methods.test_checkpoints import PLAIN, draw, save_folder, save_gguf
+from tests.methods.decoder_files import PLAIN, draw, save_folder, save_gguf
 
 KINDS = list(files.SETTINGS)
 

@@ -14,103 +14,11 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from methods import models
-from methods.models import llama
 from methods.models.checkpoints import open_gguf
 from methods.models.gguf_tokenizer import build
 from methods.models.weights import aligned
+from tests.methods.decoder_files import PLAIN, draw, save_folder, save_gguf
 from tests.methods.helpers import MASK, TOKENS, logits
-from tests.methods.test_models import TINY, draw
-
-PLAIN = dataclasses.replace(
-    TINY, windows=(), qkv_bias=False, qk_norm=False, vocab_size=260, tied=False, norm_eps=2**-17
-)
-
-
-def save_folder(path: Path, config, weights, kind="llama", **settings):
-    """A Hugging Face folder, written from our weights by the family's own table of names."""
-    path.mkdir(exist_ok=True)
-    tensors = {}
-    for tensor in llama.tensors(config):
-        array = weights
-        for key in tensor.path:
-            array = array[key]
-        for layer, one in enumerate(array) if tensor.stacked else [(None, array)]:
-            tensors[tensor.hf.format(layer=layer)] = np.ascontiguousarray(one.T if tensor.transpose else one)
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": kind,
-                "vocab_size": config.vocab_size,
-                "hidden_size": config.hidden_size,
-                "intermediate_size": config.intermediate_size,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "num_key_value_heads": config.num_kv_heads,
-                "head_dim": config.head_dim,
-                "max_position_embeddings": config.max_positions,
-                "rms_norm_eps": config.norm_eps,
-                "rope_theta": config.rope_theta,
-                "tie_word_embeddings": config.tied,
-            }
-            | settings
-        )
-    )
-    return path
-
-
-ADD = {str: "string", bool: "bool", int: "uint32", float: "float32"}
-
-
-def save_gguf(path: Path, config, weights, kind="llama", tokens=None, scores=None, keys=None, **settings):
-    """A GGUF file as llama.cpp's converter writes it: rotary pairs of llama side by side, Gemma's norms plus 1.
-
-    keys: more of them, or others in the place of some; the architecture's own without its name.
-    """
-    writer = gguf.GGUFWriter(path, kind)
-    writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    tokens = tokens or ["<s>", "</s>", *(chr(0x100 + i) for i in range(config.vocab_size - 2))]
-    writer.add_tokenizer_model("llama" if scores else "gpt2")
-    writer.add_tokenizer_pre(settings.get("pre", "gpt-2"))
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    if scores:
-        writer.add_token_scores(scores)
-    else:
-        writer.add_token_merges([])
-    writer.add_bos_token_id(0)
-    for key, value in (keys or {}).items():
-        key = key if key.startswith(("general.", "split.", "tokenizer.")) else f"{kind}.{key}"
-        writer.kv_data[0].pop(key, None)
-        getattr(writer, f"add_{ADD[type(value)]}")(key, value)
-    if "window" in settings:
-        writer.add_sliding_window(settings["window"])
-    for tensor in llama.tensors(config):
-        array = weights
-        for key in tensor.path:
-            array = array[key]
-        for layer, one in enumerate(array) if tensor.stacked else [(None, array)]:
-            one = np.asarray(one.T if tensor.transpose else one, np.float32)
-            if tensor.interleaved_heads and kind == "llama":
-                one = one.reshape(tensor.interleaved_heads, 2, -1, *one.shape[1:]).swapaxes(1, 2).reshape(one.shape)
-            if tensor.path[-1] == "scale" and kind.startswith("gemma"):
-                one = one + 1
-            name = tensor.gguf.format(layer=layer)
-            if name != settings.get("leave_out"):
-                writer.add_tensor(name, one)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
 
 GEMMA = {"tied": True, "norm_offset": True, "activation": "gelu_tanh"}
 KINDS = {  # what the config has beside PLAIN's, and what else config.json says

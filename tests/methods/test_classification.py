@@ -7,8 +7,7 @@ import pytest
 from methods import tasks
 from methods.tasks import METRICS, Buckets, encode_labelled, evaluate_labelled
 from methods.tasks.batches import by_length
-from tests.methods.test_encoding import tokenizer
-from tests.methods.test_tasks import write
+from tests.methods.texts import tokenizer, write
 
 RTE, STSB = tasks.get("rte"), tasks.get("stsb")
 GLUE = [task for task in tasks.TASKS.values() if isinstance(task, tasks.Classification)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from methods import tasks
@@ -23,24 +23,9 @@ from methods.tasks.loss import (
     answer_loss_at,
     answer_width,
 )
-from tests.methods.test_tasks import PIQA, question
+from tests.methods.texts import PIQA, question, tokenizer
 
 encode_module = sys.modules["methods.tasks.encode"]  # whose name in the package is that of its function
-
-
-def tokenizer(merges=(), ends=False):
-    """A byte-level tokenizer, one token a byte but for `merges`; with `ends`, <s> and </s> around every text."""
-    vocab = {"<s>": 0, "</s>": 1}
-    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in merges]:
-        vocab[symbol] = len(vocab)
-    inner = Tokenizer(models.BPE(vocab, list(merges)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    if ends:
-        inner.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
 # --- encoding -----------------------------------------------------------------------------------------------------

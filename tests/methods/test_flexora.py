@@ -12,7 +12,7 @@ import pytest
 import bilevel
 from methods import cli, flexora
 from methods.runfolder import RunFolder
-from tests.methods.small import LAYERS, LORA, given, setting, start, trained
+from tests.methods.small import LAYERS, LORA, flexora_words, given, setting, start, trained
 
 
 def problem(**options):
@@ -115,12 +115,6 @@ def test_selection():
         flexora.select(np.zeros(3))
 
 
-def arguments(model, data, out, *more):
-    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
-    steps = "--inner-steps 2 --outer-steps 3 --finetune-steps 3 --rank 2".split()
-    return ["flexora", "--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
-
-
 @pytest.mark.usefixtures("float32_by_default")
 def test_the_command_selects_and_says_how_far_to_trust_it(finished, command_line, capsys):
     out = finished("flexora")
@@ -141,7 +135,7 @@ def test_the_command_selects_and_says_how_far_to_trust_it(finished, command_line
 @pytest.mark.usefixtures("float32_by_default")
 def test_interrupted_and_continued_is_never_interrupted(tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
     def files(out):
-        assert cli.run(arguments(tiny_model, tiny_data, out, "--random-baselines", "0")) == 0
+        assert cli.run(flexora_words(tiny_model, tiny_data, out, "--random-baselines", "0")) == 0
         names = "metrics.jsonl", "selection.json", "results/flexora.json", "adapter/adapter_model.safetensors"
         return [(out / name).read_bytes() for name in names]
 
@@ -158,7 +152,7 @@ def test_interrupted_and_continued_is_never_interrupted(tiny_model, tiny_data, t
     out = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "log", interrupting)
-        assert cli.run(arguments(tiny_model, tiny_data, out, "--random-baselines", "0")) == 130
+        assert cli.run(flexora_words(tiny_model, tiny_data, out, "--random-baselines", "0")) == 130
     assert "what is done is kept" in capsys.readouterr().err
     assert [row["step"] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())] == [1, 2]
     assert files(out) == files(tmp_path / "whole")
@@ -185,7 +179,7 @@ BAD = {
 def test_bad_input_is_one_sentence_and_code_2(name, tiny_model, tiny_data, tmp_path, capsys):
     more, sentence = BAD[name]
     out = tmp_path / "run"
-    words = more if name in ("unknown method", "unknown preset") else arguments(tiny_model, tiny_data, out, *more)
+    words = more if name in ("unknown method", "unknown preset") else flexora_words(tiny_model, tiny_data, out, *more)
     assert cli.run(words) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("bilevel: ") and sentence in said, said
@@ -201,7 +195,7 @@ def test_truncated_gguf_is_one_sentence(smollm2_gguf, tiny_data, tmp_path, capsy
     broken = tmp_path / "broken.gguf"
     with open(smollm2_gguf, "rb") as file:
         broken.write_bytes(file.read(3_000_000))
-    assert cli.run(arguments(broken, tiny_data, tmp_path / "run")) == 2
+    assert cli.run(flexora_words(broken, tiny_data, tmp_path / "run")) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1 and "broken.gguf" in said[0]
     assert not (tmp_path / "run").exists()

@@ -20,8 +20,7 @@ from methods.flexora import FlexoraSettings
 from methods.models import HFNames, Pretrained
 from methods.runfolder import RunFolder
 from methods.tasks import Cycled, TokenBatch
-from tests.methods.small import CONFIG, LAYERS, LORA, MODEL, adapter, setting
-from tests.methods.test_flexora import arguments
+from tests.methods.small import CONFIG, LAYERS, LORA, MODEL, adapter, flexora_words, setting
 
 TRAIN, OUTER, LENGTH = 6, 5, 10
 
@@ -245,7 +244,7 @@ def test_the_mark_of_the_end_is_trained_on(model_with_end, tiny_data):
 @pytest.mark.usefixtures("float32_by_default")
 def test_released_selects_what_is_positive_and_says_what_it_used(model_with_end, tiny_data, tmp_path):
     out = tmp_path / "run"
-    words = arguments(model_with_end, tiny_data, out, "--released", "--random-baselines", "0")
+    words = flexora_words(model_with_end, tiny_data, out, "--released", "--random-baselines", "0")
     at = words.index("--inner-steps")
     del words[at : at + 2]
     # The gradients of two layers under one softmax are opposite, and so are Adam's steps: just one alpha is positive.
@@ -275,7 +274,7 @@ def test_released_selects_what_is_positive_and_says_what_it_used(model_with_end,
 )
 def test_a_contradiction_is_one_sentence_and_nothing_is_made(more, sentence, tiny_model, tiny_data, tmp_path, capsys):
     try:
-        code = cli.run(arguments(tiny_model, tiny_data, tmp_path / "run", *more))
+        code = cli.run(flexora_words(tiny_model, tiny_data, tmp_path / "run", *more))
     except SystemExit as ended:  # the parser of options
         code = ended.code
     assert code == 2 and sentence in capsys.readouterr().err

@@ -14,8 +14,7 @@ from methods.tasks import evaluate_written, generation
 from methods.tasks.arithmetic import letter, number
 from tests.conftest import require
 from tests.methods import helpers
-from tests.methods.test_encoding import tokenizer
-from tests.methods.test_tasks import write
+from tests.methods.texts import tokenizer, write
 
 MATHS = ("gsm8k", "svamp", "mawps", "aqua")
 

@@ -9,29 +9,11 @@ import numpy as np
 import pytest
 
 from methods import models
-from methods.models import Chain, Decoder, DecoderConfig
+from methods.models import Chain, Decoder
 from tests.conftest import require
 from tests.methods import helpers
+from tests.methods.decoder_files import TINY, draw
 from tests.methods.helpers import MASK, TOKENS, Scale, logits
-
-TINY = DecoderConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    max_positions=32,
-    windows=(0, 3, 4),
-    qkv_bias=True,
-    qk_norm=True,
-)
-
-
-def draw(config, dtype=np.float64):
-    return helpers.draw(Decoder(config), dtype)
-
 
 # --- against transformers ------------------------------------------------------------------------------------------
 

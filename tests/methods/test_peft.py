@@ -12,27 +12,10 @@ import safetensors.numpy as safetensors_numpy
 
 from methods import models
 from methods.adapters import LoRAConfig, load_peft, save_peft
-from methods.models import HFNames
 from methods.objective import Bound, outputs
 from methods.tasks import LabelledBatch
 from tests.conftest import require
-from tests.methods import test_adapters
-from tests.methods.test_adapters import SHAPES, L, forward, same_bits, trained
-
-stack = test_adapters.stack
-
-NAMES = HFNames(
-    "base",
-    {
-        "q_proj": "model.layers.{layer}.self_attn.q_proj",
-        "v_proj": "model.layers.{layer}.self_attn.v_proj",
-        "down_proj": "model.layers.{layer}.mlp.down_proj",
-    },
-)
-
-
-def settings_of(folder):
-    return json.loads((folder / "adapter_config.json").read_text())
+from tests.methods.lora_files import NAMES, SHAPES, L, forward, old_name, same_bits, settings_of, trained
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16])
@@ -195,32 +178,6 @@ def test_exporting_nothing_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory):
-    """A random Llama as torch makes it, and the same one as we load it."""
-    torch, transformers = require("torch"), require("transformers")
-    torch.manual_seed(0)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            initializer_range=0.2,
-        )
-    ).eval()
-    folder = tmp_path_factory.mktemp("llama")
-    theirs.save_pretrained(folder)
-    return folder, models.load(folder)
-
-
-# PEFT 0.21 still asks transformers for a name that is to go.
-old_name = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
-
 @old_name
 @pytest.mark.parametrize("case", ["all", "layers", "gates", "rslora", "dora", "patterns"])
 def test_peft_gives_the_same_logits(tiny_llama, tmp_path, case):
@@ -282,19 +239,6 @@ def test_our_import_of_an_adapter_that_peft_wrote(tiny_llama, tmp_path, kind):
     logits = ours.model.apply({"params": ours.weights}, jnp.asarray(tokens), None, hook)
     with torch.no_grad():
         np.testing.assert_allclose(logits, adapted(torch.tensor(tokens)).logits.numpy(), atol=1e-4)
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    """A random BERT with three classes as torch makes it, and the same one as we load it."""
-    torch, transformers = require("torch"), require("transformers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=32, num_labels=3, **sizes)
-    config.initializer_range = 0.2
-    folder = tmp_path_factory.mktemp("bert")
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    return folder, models.load(folder)
 
 
 def classified(ours, config, params, head, tokens):

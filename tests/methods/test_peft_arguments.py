@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from methods.adapters import LoRAConfig, load_edit, load_peft, save_peft
-from tests.methods.test_peft import NAMES, SHAPES, L, trained
+from tests.methods.lora_files import NAMES, SHAPES, L, trained
 
 CONFIG = LoRAConfig(rank=2)
 PARAMS = trained(CONFIG)

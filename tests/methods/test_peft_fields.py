@@ -1,96 +1,17 @@
 """Every field of PEFT's config: with each value that is read the weights that PEFT gets; others refused by name."""
 
-import copy
 import dataclasses
 import json
 import time
-import warnings
 
 import numpy as np
 import pytest
 import safetensors.numpy as safetensors_numpy
 
-from methods import models
 from methods.adapters import load_peft
 from methods.adapters.patterns import compiled
 from methods.adapters.peft_fields import FIELDS
-from tests.conftest import require
-from tests.methods import test_peft
-
-tiny_llama = test_peft.tiny_llama
-
-
-@pytest.fixture(scope="module")
-def llama(tiny_llama):
-    """Our tiny Llama, PEFT's way to write an adapter of it, and its merged weights of a folder."""
-    torch, transformers, peft = require("torch"), require("transformers"), require("peft")
-    folder, ours = tiny_llama
-    theirs = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
-    return Llama(ours, theirs, torch, peft)
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama:
-    ours: models.Pretrained
-    theirs: object
-    torch: object
-    peft: object
-
-    def write(self, folder, seed=1, **fields):
-        """An adapter as PEFT writes it, every number of it moved."""
-        torch = self.torch
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = self.peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "down_proj"], **fields})
-            adapted = self.peft.get_peft_model(copy.deepcopy(self.theirs), config)
-            with torch.no_grad():
-                for name, parameter in adapted.named_parameters():
-                    if "lora_" in name:
-                        parameter.add_(0.2 * torch.randn_like(parameter))
-            adapted.save_pretrained(folder)
-        return folder
-
-    def merged(self, folder):
-        """{module: W [in, out]} of the base model with what PEFT reads from the folder."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = self.peft.PeftModel.from_pretrained(copy.deepcopy(self.theirs), folder).merge_and_unload()
-        weights = model.state_dict()
-        return {name: weights[f"{name}.weight"].numpy().T for name in self.modules()}
-
-    def read(self, folder):
-        """What `load_peft` makes of the folder."""
-        config, blocks = self.ours.config, self.ours.weights["blocks"]
-        return load_peft(folder, self.ours.hf_names, config.site_shapes(), config.num_layers, base=blocks)
-
-    def ours_merged(self, adapter):
-        """As `merged`, of what `read` gives, by the formulas of `methods.adapters.hook`."""
-        config, kernels = adapter.config, {}
-        for site in self.ours.hf_names.modules:
-            for layer, kernel in enumerate(np.asarray(self.ours.weights["blocks"][site]["kernel"])):
-                if site in adapter.params and (config.layers is None or layer in config.layers):
-                    a, b, *m = (np.asarray(leaf[layer]) for leaf in adapter.params[site].values())
-                    rank = config.module(site, layer)[0]
-                    kernel = kernel + config.module_scale(site, layer) * (a[:, :rank] @ b[:rank])
-                    kernel = kernel * (m[0] / np.linalg.norm(kernel, axis=0))[None] if m else kernel
-                kernels[self.ours.hf_names.module(site, layer)] = kernel
-        return kernels
-
-    def modules(self):
-        names = self.ours.hf_names
-        return [names.module(site, layer) for site in names.modules for layer in range(self.ours.config.num_layers)]
-
-    def check(self, folder, changed=True):
-        """Ours and PEFT's weights agree, and something was adapted."""
-        wanted, found = self.merged(folder), self.ours_merged(self.read(folder))
-        base = {name: module.weight.detach().numpy().T for name, module in self.linears()}
-        for name in wanted:
-            np.testing.assert_allclose(found[name], wanted[name], atol=1e-5, err_msg=name)
-        assert changed == any(np.abs(wanted[name] - base[name]).max() > 0.05 for name in wanted)
-
-    def linears(self):
-        return [(name, self.theirs.get_submodule(name)) for name in self.modules()]
+from tests.methods.lora_files import old_name
 
 
 def edit(folder, fields=(), remove=()):
@@ -152,14 +73,14 @@ READ = {
 }
 
 
-@test_peft.old_name
+@old_name
 @pytest.mark.parametrize(("field", "index"), [(field, i) for field, values in READ.items() for i in range(len(values))])
 def test_what_is_read_gives_the_weights_that_peft_gets(llama, tmp_path, field, index):
     llama.check(llama.write(tmp_path / "adapter", **READ[field][index]))
 
 
 # What PEFT passes over when it reads a file (or an older version wrote), put into the file.
-@test_peft.old_name
+@old_name
 @pytest.mark.parametrize(
     ("fields", "remove"),
     [
@@ -294,7 +215,7 @@ def rewritten(folder, rename=lambda name: name, add=(), convert=lambda tensor: t
     return folder
 
 
-@test_peft.old_name
+@old_name
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_other_precisions_are_computed_in_float32(llama, tmp_path, dtype, dora):
@@ -306,7 +227,7 @@ def test_other_precisions_are_computed_in_float32(llama, tmp_path, dtype, dora):
     assert str(llama.read(folder).params["q_proj"]["a"].dtype) == ("float64" if dtype == "float64" else "float32")
 
 
-@test_peft.old_name
+@old_name
 def test_spellings_that_peft_reads(llama, tmp_path):
     folder = llama.write(tmp_path / "adapter", use_dora=True)
     llama.check(
@@ -368,7 +289,7 @@ def test_no_tensor_is_passed_over(llama, tmp_path, name, shape, message):
         llama.read(rewritten(llama.write(tmp_path / "adapter"), add={name: np.ones(shape, np.float32)}))
 
 
-@test_peft.old_name
+@old_name
 def test_modules_saved_whole_are_refused_for_what_they_are(llama, tmp_path):
     for saved in (["lm_head"], ["embed_tokens"], ["norm"]):
         folder = llama.write(tmp_path / saved[0], modules_to_save=saved)
@@ -388,7 +309,7 @@ def test_weights_that_are_not_finite_are_named(llama, tmp_path, bad):
         llama.read(rewritten(folder, add={f"{LINEAR}.lora_A.weight": np.ones((4, 32), np.int64)}))
 
 
-@test_peft.old_name
+@old_name
 def test_starts_from_the_base_need_it(llama, tmp_path):
     names, config = llama.ours.hf_names, llama.ours.config
     for start in ("pissa", "olora"):

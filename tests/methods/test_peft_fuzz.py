@@ -7,9 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.methods import test_peft, test_peft_fields
-
-tiny_llama, llama = test_peft.tiny_llama, test_peft_fields.llama
+from tests.methods.lora_files import old_name
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 VALUES = (None, True, False, 0, 1, 2, 4, -1, 3.5, 10**12, 10**400, float("nan"), float("inf"), "", "x", "q_proj", "(")
@@ -93,7 +91,7 @@ def of_weights(rng, path):
     path.write_bytes(bytes(data))
 
 
-@test_peft.old_name
+@old_name
 @pytest.mark.parametrize("file", [SETTINGS, WEIGHTS])
 def test_three_hundred_mutants(llama, tmp_path, file):
     plain = llama.write(tmp_path / "plain", rank_pattern={"layers.1.*q_proj": 2}, use_dora=False)

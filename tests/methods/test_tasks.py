@@ -11,13 +11,7 @@ from huggingface_hub import constants
 
 from methods import tasks
 from methods.tasks import Pair
-
-PIQA = tasks.get("piqa")
-
-
-def question(goal, choices=("one", "two"), label=0):
-    return {"goal": goal, "choices": list(choices), "label": label}
-
+from tests.methods.texts import PIQA, question, write
 
 # --- rows and prompts ---------------------------------------------------------------------------------------------
 
@@ -63,12 +57,6 @@ def test_published_rows(data_dir, name, train, test):
     rows = tasks.load(task, "train", data_dir)
     assert len(rows) == train and len(tasks.load(task, task.test, data_dir)) == test
     assert all(pair.prompt and pair.answer.startswith(" ") for row in rows for pair in task.pairs(row))
-
-
-def write(folder, rows, name="train.jsonl"):
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    (folder / name).write_bytes(b"".join(line + b"\n" for line in lines))
 
 
 def test_sources_in_their_order(tmp_path, monkeypatch):
