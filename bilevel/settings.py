@@ -346,13 +346,33 @@ def having(words: str, *names: str) -> Rule:
     """An object with attributes of these names, which `words` describe; not the class of such objects."""
 
     def rule(value):
-        if isinstance(value, type) and any(hasattr(value, name) for name in names):
+        missing = [name for name in names if not hasattr(value, name)]
+        if isinstance(value, type) and len(missing) < len(names):
             raise Unfit(f"must be {words}: call the class, {value.__name__}(...)")
-        if isinstance(value, type) or not all(hasattr(value, name) for name in names):
+        if isinstance(value, type) or len(missing) == len(names):
             raise Unfit(f"must be {words}")
+        if missing:
+            raise Unfit(f"must be {words}, but has no {', '.join(missing)}")
         return value
 
     return rule
+
+
+def pytree(rule: Rule) -> Rule:
+    """What `rule` takes, if it is a pytree of arrays all the way down, so that a compiled function can be given it."""
+
+    def whole(value):
+        value = rule(value)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            if not isinstance(leaf, (bool, int, float, complex)) and not hasattr(leaf, "dtype"):
+                where = f" in {jax.tree_util.keystr(path)}" if path else ""
+                raise Unfit(
+                    f"holds a {type(leaf).__name__}{where}, which is neither an array nor a pytree: make its class a "
+                    "frozen dataclass with bilevel.extend.register above it, and what is no array a field by setting()"
+                )
+        return value
+
+    return whole
 
 
 def function(*arguments: str, result: str = "") -> Rule:

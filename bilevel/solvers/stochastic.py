@@ -62,8 +62,8 @@ class State(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Oracle calls of one outer iteration, in batches: gradients of both losses, Hessian-vector products (H v) and mixed
-    products (C v, the mixed second derivative times a vector).
+    """Oracle calls of one outer iteration, in batches: gradients of both losses, Hessian-vector products (H v), and
+    mixed products (C v, the mixed second derivative times a vector).
 
     A pass over a whole data set of N rows counts as ceil(N / b) calls, b being the rows of a batch.
     """
@@ -219,7 +219,8 @@ class Stochastic:
                 reverse_gradient(point._replace(outer=lam)).grad,
                 at.outer_value(at.w, lam, at.outer_draws[0]),
             )
-            report(reached, at.lam, name, None, [False] * len(reached), lost, marks(seen, at.lam))
+            nothing = [None] * len(reached)
+            report(reached, at.lam, name, nothing, [False] * len(reached), lost, marks(seen, at.lam))
         return dataclasses.replace(at, commutes=rule is None)
 
     def init(self, key: jax.Array) -> State:
