@@ -31,10 +31,22 @@ class Unfit(Exception):
 def register(cls: Class) -> Class:
     """Registers a dataclass as a pytree: fields made with `setting` are its structure, all others its children.
 
+    A field of plain `int`, `bool` or `str` must be made with `setting` or `child`: as a child it is a traced array
+    inside a compiled function, which no loop of Python can count by.
+
     Unlike `jax.tree_util.register_dataclass`, a tree transformation does not call `__init__`: what it puts into the
     fields (placeholders, axes, labels) is not what a user has written, and is not checked.
     """
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"register: {cls.__name__} is no dataclass: put @dataclasses.dataclass(frozen=True) below it.")
     fields = dataclasses.fields(cls)
+    for field in fields:
+        if not field.metadata and _is_fixed(field.type):
+            raise TypeError(
+                f"{cls.__name__}.{field.name}: a field of {getattr(field.type, '__name__', field.type)} must say "
+                "what it is inside a compiled function: dataclasses.field(metadata=setting(rule)) for a constant of "
+                "the program, or child(rule) for an array."
+            )
     children = [field.name for field in fields if not field.metadata.get("static")]
     rest = [field.name for field in fields if field.metadata.get("static")]
     keys = [jax.tree_util.GetAttrKey(name) for name in children]
@@ -57,6 +69,12 @@ def register(cls: Class) -> Class:
     if "__init__" in vars(cls):
         cls.__init__ = _with_signature(cls, cls.__init__)
     return cls
+
+
+def _is_fixed(kind: Any) -> bool:
+    """Whether the annotation of a field, a type or its text, is of integers, booleans or texts alone."""
+    names = (kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))).split("|")
+    return {name.strip() for name in names} <= {"int", "bool", "str", "None"}
 
 
 def _with_signature(cls: type, init: Callable[..., None]) -> Callable[..., None]:

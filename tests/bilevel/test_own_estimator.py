@@ -259,7 +259,19 @@ def test_only_duties_that_there_are():
     assert set(BROKEN) <= set(DUTIES)
 
 
+APART = ("domains", "own rules", "frozen")
+"""Duties that the other tests of the table do not try on every row."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.tasks], ids=lambda row: row.name)
 def test_estimators_of_the_table_keep_the_contract(row):
-    assert check_estimator(row.make).unmet == ()
+    assert check_estimator(row.make, duties=APART).unmet == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reverse", "evolution"])
+def test_no_duty_is_found_unmet_where_all_are_met(name):
+    check = check_estimator(ROWS[name].make)
+    assert check.unmet == () and check.tried == tuple(DUTIES)
+    assert str(check).endswith("are as a hypergradient must have them")
