@@ -31,10 +31,22 @@ class Unfit(Exception):
 def register(cls: Class) -> Class:
     """Registers a dataclass as a pytree: fields made with `setting` are its structure, all others its children.
 
+    A field of plain `int`, `bool` or `str` must be made with `setting` or `child`: as a child it is a traced array
+    inside a compiled function, which no loop of Python can count by.
+
     Unlike `jax.tree_util.register_dataclass`, a tree transformation does not call `__init__`: what it puts into the
     fields (placeholders, axes, labels) is not what a user has written, and is not checked.
     """
+    if not dataclasses.is_dataclass(cls):
+        raise TypeError(f"register: {cls.__name__} is no dataclass: put @dataclasses.dataclass(frozen=True) below it.")
     fields = dataclasses.fields(cls)
+    for field in fields:
+        if not field.metadata and _is_fixed(field.type):
+            raise TypeError(
+                f"{cls.__name__}.{field.name}: a field of {getattr(field.type, '__name__', field.type)} must say "
+                "what it is inside a compiled function: dataclasses.field(metadata=setting(rule)) for a constant of "
+                "the program, or child(rule) for an array."
+            )
     children = [field.name for field in fields if not field.metadata.get("static")]
     rest = [field.name for field in fields if field.metadata.get("static")]
     keys = [jax.tree_util.GetAttrKey(name) for name in children]
@@ -57,6 +69,12 @@ def register(cls: Class) -> Class:
     if "__init__" in vars(cls):
         cls.__init__ = _with_signature(cls, cls.__init__)
     return cls
+
+
+def _is_fixed(kind: Any) -> bool:
+    """Whether the annotation of a field, a type or its text, is of integers, booleans or texts alone."""
+    names = (kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))).split("|")
+    return {name.strip() for name in names} <= {"int", "bool", "str", "None"}
 
 
 def _with_signature(cls: type, init: Callable[..., None]) -> Callable[..., None]:
@@ -346,13 +364,33 @@ def having(words: str, *names: str) -> Rule:
     """An object with attributes of these names, which `words` describe; not the class of such objects."""
 
     def rule(value):
-        if isinstance(value, type) and any(hasattr(value, name) for name in names):
+        missing = [name for name in names if not hasattr(value, name)]
+        if isinstance(value, type) and len(missing) < len(names):
             raise Unfit(f"must be {words}: call the class, {value.__name__}(...)")
-        if isinstance(value, type) or not all(hasattr(value, name) for name in names):
+        if isinstance(value, type) or len(missing) == len(names):
             raise Unfit(f"must be {words}")
+        if missing:
+            raise Unfit(f"must be {words}, but has no {', '.join(missing)}")
         return value
 
     return rule
+
+
+def pytree(rule: Rule) -> Rule:
+    """What `rule` takes, if it is a pytree of arrays all the way down, so that a compiled function can be given it."""
+
+    def whole(value):
+        value = rule(value)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(value)[0]:
+            if not isinstance(leaf, (bool, int, float, complex)) and not hasattr(leaf, "dtype"):
+                where = f" in {jax.tree_util.keystr(path)}" if path else ""
+                raise Unfit(
+                    f"holds a {type(leaf).__name__}{where}, which is neither an array nor a pytree: make its class a "
+                    "frozen dataclass with bilevel.extend.register above it, and what is no array a field by setting()"
+                )
+        return value
+
+    return whole
 
 
 def function(*arguments: str, result: str = "") -> Rule:

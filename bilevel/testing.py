@@ -1,4 +1,9 @@
-"""Checking hypergradients: a family with closed forms, central differences of the whole training, a verdict."""
+"""Checking hypergradients.
+
+- `check_hypergradient`: an estimate on your problem against central differences of the whole training, with a verdict.
+- `check_estimator`: what `Hypergradient` asks of an estimator of your own, tried duty by duty on small problems.
+- `quadratic`: a family of problems with closed forms.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,12 @@ from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
+from bilevel.measuring.conformance import EstimatorCheck as EstimatorCheck
+from bilevel.measuring.conformance import check_estimator as check_estimator
+from bilevel.measuring.duties import DUTIES as DUTIES
 from bilevel.measuring.point import Point
+from bilevel.measuring.quadratic import Quadratic as Quadratic
+from bilevel.measuring.quadratic import quadratic as quadratic
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_arguments, integer, real
 from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition
@@ -28,142 +38,6 @@ STEP = 3e-4
 
 UNDECIDED = 1e-2
 """Relative uncertainty from which central differences confirm nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Quadratic:
-    r"""A bilevel problem whose training by gradient descent, and every hypergradient of it, has a closed form.
-
-    .. math:: f(w, \lambda) = \tfrac12 w^\top H w - (b + C \lambda)^\top w, \qquad
-              F(w, \lambda) = \tfrac12 (w - c)^\top A (w - c) + \tfrac12 |\lambda|^2 .
-
-    `outer` is a dict: `tilt` is :math:`\lambda`; `rate`, if there, the learning rate :math:`\eta`; `start`, if
-    there, the initial point :math:`w_0`. With :math:`M = I - \eta H`, :math:`\bar w = H^{-1}(b + C\lambda)` and
-    :math:`v = A(w_K - c)`,
-
-    .. math:: w_K = \bar w + M^K (w_0 - \bar w).
-
-    The methods return what an estimator should: dicts of NumPy arrays with the keys of `outer`, computed in float64
-    from these formulas and not by differentiation. `rate` and `start` are used where `outer` does not have them.
-
-    Attributes:
-      H, b, C, A, c: the coefficients, NumPy arrays; H and A symmetric and positive definite.
-      start: :math:`w_0` where `outer` has no `start`.
-    """
-
-    H: np.ndarray
-    b: np.ndarray
-    C: np.ndarray
-    A: np.ndarray
-    c: np.ndarray
-    start: np.ndarray
-
-    @property
-    def problem(self) -> Problem:
-        """The problem; its `init_outer` gives `{"tilt": 0}`."""
-        bind = jax.tree_util.Partial
-        return Problem(
-            bind(_quadratic_inner, *map(jnp.asarray, (self.H, self.b, self.C))),
-            bind(_quadratic_outer, *map(jnp.asarray, (self.A, self.c))),
-            bind(_quadratic_start, jnp.asarray(self.start)),
-            bind(_quadratic_tilt, jnp.zeros(self.C.shape[1])),
-        )
-
-    def trained(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> np.ndarray:
-        """:math:`w_K` for K = `steps`."""
-        rest, decay, begin = self._training(outer, rate, start)
-        return rest + np.linalg.matrix_power(decay, steps) @ (begin - rest)
-
-    def value(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> float:
-        """:math:`F(w_K, \\lambda)`."""
-        away = self.trained(outer, steps, rate=rate, start=start) - self.c
-        return 0.5 * away @ self.A @ away + 0.5 * np.sum(np.square(outer["tilt"]))
-
-    def unrolled(
-        self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None, truncate: int | None = None
-    ) -> dict[str, np.ndarray]:
-        r"""The derivative of T = `truncate` last steps; of all K by default. With :math:`w_{K-T}` held constant,
-
-        .. math:: \lambda + C^\top H^{-1} (I - M^T) v, \qquad
-                  -T\, v^\top H M^{T-1} (w_{K-T} - \bar w), \qquad M^K v \text{ if } T = K, \text{ else } 0
-
-        are those with respect to `tilt`, `rate` and `start`. A warm `start=` is a constant.
-        """
-        last = steps if truncate is None else truncate
-        rest, decay, _ = self._training(outer, rate, start)
-        power = partial(np.linalg.matrix_power, decay)
-        v = self._pull(outer, steps, rate, start)
-        before = self.trained(outer, steps - last, rate=rate, start=start)
-        solved = np.linalg.solve(self.H, v - power(last) @ v)
-        return _only(
-            outer,
-            tilt=np.asarray(outer["tilt"]) + self.C.T @ solved,
-            rate=-last * v @ self.H @ power(last - 1) @ (before - rest),
-            start=power(steps) @ v if last == steps and start is None else np.zeros_like(v),
-        )
-
-    def implicit(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
-        r""":math:`\lambda + C^\top H^{-1} v` at :math:`w_K`; 0 for `rate` and `start`."""
-        v = self._pull(outer, steps, rate, start)
-        tilt = np.asarray(outer["tilt"]) + self.C.T @ np.linalg.solve(self.H, v)
-        return _only(outer, tilt=tilt, rate=np.zeros(()), start=np.zeros_like(v))
-
-    def first_order(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
-        r"""The direct term :math:`\lambda`; 0 for `rate` and `start`."""
-        del steps, rate, start
-        return _only(outer, tilt=np.asarray(outer["tilt"]), rate=np.zeros(()), start=np.zeros_like(self.start))
-
-    def _training(self, outer, rate, start):
-        rate = outer["rate"] if rate is None else rate
-        begin = outer.get("start", self.start) if start is None else start
-        rest = np.linalg.solve(self.H, self.b + self.C @ np.asarray(outer["tilt"]))
-        return rest, np.eye(len(self.b)) - float(rate) * self.H, np.asarray(begin)
-
-    def _pull(self, outer, steps, rate, start):
-        return self.A @ (self.trained(outer, steps, rate=rate, start=start) - self.c)
-
-
-def quadratic(size: int = 4, outer_size: int = 3, *, condition: float = 10.0, seed: int = 0) -> Quadratic:
-    """A random `Quadratic`: the eigenvalues of H and A lie in `[1 / condition, 1]`, so that any rate < 2 is stable.
-
-    >>> q = quadratic()
-    >>> q.unrolled({"tilt": np.ones(3)}, 10, rate=0.5)["tilt"].shape
-    (3,)
-    """
-    rng = np.random.default_rng(seed)
-
-    def definite():
-        basis, _ = np.linalg.qr(rng.normal(size=(size, size)))
-        return (basis * np.geomspace(1 / condition, 1.0, size)) @ basis.T
-
-    return Quadratic(
-        H=definite(),
-        b=rng.normal(size=size),
-        C=rng.normal(size=(size, outer_size)),
-        A=definite(),
-        c=rng.normal(size=size),
-        start=rng.normal(size=size),
-    )
-
-
-def _quadratic_inner(H, b, C, inner, outer, batch, key):
-    return 0.5 * inner @ H @ inner - (b + C @ outer["tilt"]) @ inner
-
-
-def _quadratic_outer(A, c, inner, outer, batch, key):
-    return 0.5 * (inner - c) @ A @ (inner - c) + 0.5 * jnp.sum(outer["tilt"] ** 2)
-
-
-def _quadratic_start(start, key, outer):
-    return outer.get("start", start)
-
-
-def _quadratic_tilt(tilt, key):
-    return {"tilt": tilt}
-
-
-def _only(outer, **values):
-    return {name: values[name] for name in outer}
 
 
 def central_differences(

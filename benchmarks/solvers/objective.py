@@ -7,7 +7,7 @@ class Objective(BaseObjective):
     """A bilevel problem and its data; what is measured is the data set's own `metrics(inner, outer)`.
 
     Every curve also carries `steps` and the oracle calls made so far (`inner_gradients`, `outer_gradients`, `hvps`,
-    `cross_products`, and their sum `oracle_calls`), any of which can be the horizontal axis instead of seconds.
+    `mixed_products`, and their sum `oracle_calls`), any of which can be the horizontal axis instead of seconds.
     """
 
     name = "bilevel"

@@ -25,7 +25,7 @@ def report(
     reached: list[bool],
     moving: PyTree,
     estimator: str,
-    remedy: str | None,
+    remedies: Sequence[str | None],
     acts: list[bool],
     lost: Callable[[], list[str | None]] | None = None,
     flat: Sequence[Mark] = (),
@@ -35,7 +35,7 @@ def report(
     Args:
       reached: for each leaf of `moving`, whether it is reached.
       estimator: its name, for the message.
-      remedy: what the estimator does not see, and what to use instead.
+      remedies: for each leaf, what the estimator does not see, and what to use instead.
       acts: for each leaf, whether it has an influence that the estimator does not see.
       lost: for each leaf, where its influence is lost; asked only where one is.
       flat: for each leaf the operation without a slope that its influence ends in, as flat.py marks it.
@@ -50,8 +50,8 @@ def report(
         return
     reasons = lost() if lost else [None] * len(reached)
     reasons = [why or (f and flatness(f)) for why, f in zip(reasons, flat or [None] * len(reached), strict=True)]
-    rows = list(zip(leaf_names(moving), reached, acts, reasons, strict=True))
-    dead = [(name, reason) for name, is_reached, does_act, reason in rows if not is_reached and not does_act]
+    rows = list(zip(leaf_names(moving), reached, acts, remedies, reasons, strict=True))
+    dead = [(name, reason) for name, is_reached, does_act, _, reason in rows if not is_reached and not does_act]
     if dead and len(dead) == len(rows):
         if known := [f"{'outer' if name == '.' else name} ({reason})" for name, reason in dead if reason]:
             raise ValueError(
@@ -63,7 +63,7 @@ def report(
             "captured from outside, and no operation without a derivative in between (sign, round, stop_gradient)."
         )
     groups: dict[str, list[str]] = {}
-    for name, is_reached, does_act, reason in rows:
+    for name, is_reached, does_act, remedy, reason in rows:
         if not is_reached:
             why = (remedy if does_act else reason) or "nothing that is trained or evaluated depends on it"
             groups.setdefault(why, []).append(name)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
@@ -113,12 +115,13 @@ def detached(closed: Any) -> Any:
 
 def evaluate(jaxpr: Any, *inputs: Any) -> list[Any]:
     """The outputs of a `detached` jaxpr."""
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*inputs)
+    return evaluate_closed(jex.ClosedJaxpr(jaxpr, ()), *inputs)
 
 
 def evaluate_closed(closed: Any, *inputs: Any) -> list[Any]:
     """The outputs of a jaxpr that holds the values of its constants."""
-    return jex.jaxpr_as_fun(closed)(*inputs)
+    # An output that is a number of the program itself comes as an object of another class, without methods of arrays.
+    return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in jex.jaxpr_as_fun(closed)(*inputs)]
 
 
 def used(jaxpr: Any, outputs: Sequence[bool]) -> list[bool]:

@@ -25,6 +25,7 @@ from bilevel.settings import (
     instance,
     integer,
     optional,
+    pytree,
     random_key,
     real,
     shown,
@@ -94,7 +95,16 @@ def _callbacks(value: Any) -> Any:
 
 
 _RUN = {
-    "solver": having("a solver, such as bilevel.Nested(...)", "problem", "init", "step"),
+    "solver": pytree(
+        having(
+            "a solver, such as bilevel.Nested(...)",
+            "problem",
+            "init",
+            "step",
+            "inner_batches_per_step",
+            "outer_batches_per_step",
+        )
+    ),
     "steps": integer(1),
     "key": optional(random_key),
     "progress": boolean,

@@ -1,4 +1,4 @@
-"""The contract of a hypergradient, and the template that fulfils it.
+"""What estimators are derived from: `Estimator`, the template, and `Trained`, where an optimizer trains.
 
 A new estimator is a frozen dataclass under `Estimator` (or `Trained`, where the inner problem is trained by an
 optimizer) with one method, `differentiate`. Everything else that `Hypergradient` asks for is done here, once.
@@ -13,223 +13,28 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.core import Tracer
 
 from bilevel.data import slots
 from bilevel.differentiation import optimizers
-from bilevel.differentiation.flat import PASSES
 from bilevel.differentiation.gradients import Point, reverse_gradient
-from bilevel.differentiation.influence import arrives, refuse_reverse_rules, replayed_marks, report
-from bilevel.differentiation.loss_checks import (
-    ORDERS,
-    explained,
-    refuse_captured,
-    traced_losses,
-    warn_if_misplaced,
-)
+from bilevel.differentiation.influence import arrives
 from bilevel.differentiation.optimizers import Optimizer
-from bilevel.differentiation.tracing import detached, evaluate, reading
-from bilevel.hypergradients.arguments import check_call, check_estimate, refuse_complex_variables
-from bilevel.hypergradients.query import Answer, Query, split_keys
+from bilevel.hypergradients.answers import Unmet
+from bilevel.hypergradients.arguments import check_call
+from bilevel.hypergradients.contract import Aux as Aux
+from bilevel.hypergradients.contract import Estimate as Estimate
+from bilevel.hypergradients.contract import Hypergradient as Hypergradient
+from bilevel.hypergradients.contract import is_hypergradient as is_hypergradient
+from bilevel.hypergradients.estimator import Estimator as Estimator
+from bilevel.hypergradients.optimality import require_constant_held, trained_part
+from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
-from bilevel.settings import check_fields, checked, having, integer, register, setting
-from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step
-
-
-class Aux(NamedTuple):
-    """What came with an estimate.
-
-    Attributes:
-      inner: what `inner_loss` returned beside its value, stacked over the inner steps; None without `has_aux`.
-      outer: what `outer_loss` returned beside its value; None without `has_aux`.
-      info: the estimator's own numbers; always `inner_loss[steps]`.
-    """
-
-    inner: Inner
-    outer: Outer
-    info: dict[str, Any]
-
-
-class Estimate(NamedTuple):
-    """A hypergradient.
-
-    Attributes:
-      value: the outer loss at the trained point, a scalar.
-      grad: estimate of d value / d outer, a tree like `outer` with None at leaves that are not inexact.
-      inner_state: the inner problem after its `steps` steps.
-      aux: an `Aux`.
-    """
-
-    value: jax.Array
-    grad: PyTree
-    inner_state: InnerState
-    aux: Aux
-
-
-class Hypergradient(Protocol):
-    """A way to estimate d outer_loss / d outer. Every estimator in `bilevel` has these three methods and `steps`.
-
-    What whoever calls them relies on, and the tests try on every estimator:
-
-    - All three are pure functions of their arguments that can be jitted; the estimator itself is a pytree.
-    - `inner_batches` leads with an axis of length `steps`, or is `Indexed(data, index)`, a `FullBatch`, or None.
-    - With `inner_state=None`, `estimate` starts the inner problem itself, so that `init_inner`'s dependence on `outer`
-      is a part of what is differentiated. An `inner_state` that is given is a constant.
-    - Optimizer state that depends on `outer` is made anew at the `outer` given, or the state is refused.
-    - Keys are those of `split_keys(key, steps)`. No key is consumed twice; recomputations clone them.
-    - `grad` has an entry for every inexact leaf of `outer` and None for others, which are constants.
-    - A leaf whose hypergradient is 0 by construction is warned of (`StructuralZeroWarning`); if all are, ValueError.
-    - A loss that captured `outer`, or that cannot be differentiated as needed, is refused in a sentence.
-    - Where the inner loss has a derivative of its own (`jax.custom_vjp`), the estimate is right or refused.
-    - `aux.info` has `inner_loss[steps]`, and whatever tells how exact the estimate is.
-
-    `Estimator` does most of this for one that is derived from it.
-    """
-
-    @property
-    def steps(self) -> int:
-        """K, inner steps an outer iteration."""
-        ...
-
-    def init(self, problem: Problem, outer: Outer, key: Key) -> InnerState:
-        """The inner state before any training."""
-        ...
-
-    def solve(
-        self, problem: Problem, inner_state: InnerState | None, outer: Outer, inner_batches: Batch, key: Key
-    ) -> InnerState:
-        """Trains K steps from `inner_state` (None: from the start), as a function that may be differentiated again."""
-        ...
-
-    def estimate(
-        self,
-        problem: Problem,
-        inner_state: InnerState | None,
-        outer: Outer,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        key: Key,
-    ) -> Estimate:
-        """Trains as `solve` does, then the outer loss, its hypergradient and the state that training has reached."""
-        ...
-
-
-is_hypergradient = having("a hypergradient, such as bilevel.Unrolled(...)", "steps", "init", "solve", "estimate")
-"""The rule of a setting that is a `Hypergradient`."""
-
-
-class Estimator:
-    """The base of an estimator: all of a `Hypergradient` but `steps`, `init`, `solve` and `differentiate`."""
-
-    blind: ClassVar[str | None] = None
-    """How a leaf of `outer` may act that this estimator does not see, and what to use there; None if it sees all."""
-
-    takes_complex: ClassVar[bool] = False
-    """Whether inner and outer variables may be complex."""
-
-    takes_constants: ClassVar[bool] = False
-    """Whether `outer` may hold nothing that is differentiated, so that only training is done."""
-
-    steps: int
-    """K, inner steps an outer iteration."""
-
-    def differentiate(self, query: Query) -> Answer:
-        """Trains, and differentiates the outer loss.
-
-        It calls `query.outer_loss` for the outer loss; whatever of `grad` that loss's derivative does not reach is
-        taken for 0 by construction, and is warned of.
-        """
-        raise NotImplementedError
-
-    def estimate(
-        self,
-        problem: Problem,
-        inner_state: InnerState | None,
-        outer: Outer,
-        inner_batches: Batch,
-        outer_batch: Batch,
-        key: Key,
-    ) -> Estimate:
-        """See `Hypergradient`.
-
-        Warns:
-          StructuralZeroWarning: names leaves of `outer` whose hypergradient is 0 whatever their value.
-
-        Raises:
-          ValueError: if every leaf's is; if a loss captured a leaf of `outer` from outside; if a loss holds an
-            operation that cannot be differentiated as it is needed: names it.
-        """
-        check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
-        params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
-        refuse_complex_variables(self, problem.split(params)[0], outer)
-        losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
-        refuse_captured(losses, outer)
-        if not isinstance(key, Tracer):  # where it is traced, `run` has looked at them
-            warn_if_misplaced(losses)
-        heeds = type(self).meet_custom_rule is not Estimator.meet_custom_rule
-        for loss in losses:
-            if heeds and loss.name == "inner_loss" and (name := loss.custom_rule()):
-                self.meet_custom_rule(name)
-        keys = split_keys(key, self.steps)
-        query = Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys)
-        with explained(losses, ORDERS):
-            answer = self._answer(query)
-        info = {"inner_loss": answer.trace.value} | answer.info
-        return Estimate(answer.value, answer.grad, answer.state, Aux(answer.trace.aux, answer.aux, info))
-
-    def _answer(self, query: Query) -> Answer:
-        """`differentiate`, with a warning for every leaf of the hypergradient that the outer loss does not reach."""
-        weight, count = jnp.ones(()), len(jax.tree.leaves(query.moving))
-        # What is looked at is then evaluated, so that nothing is traced twice.
-        closed, shape = jax.make_jaxpr(
-            lambda weight: self.differentiate(dataclasses.replace(query, weight=weight)), return_shape=True
-        )(weight)
-        refuse_reverse_rules(closed.jaxpr)
-        reached = self.reached(query)
-        if reached is None:
-            grads = range(1, 1 + count)  # after the value
-            reached = [reads[0] for reads in reading(closed.jaxpr, grads)]
-        leaves = evaluate(detached(closed), *closed.consts, weight)
-        answer = jax.tree.unflatten(jax.tree.structure(shape), leaves)
-        if not all(reached):
-            self._report(query, answer, reached)
-        return answer
-
-    def _report(self, query: Query, answer: Answer, reached: list[bool]) -> None:
-        """Says why the hypergradient of some leaves is 0: what it does not see, or where an influence ends."""
-        params = answer.state.params
-        trained = lambda moving: self.trained(query, moving)  # noqa: E731
-        direct = lambda moving: query.outer_loss(params, query.at(moving))[0]  # noqa: E731
-        if self.blind is None:
-            acts = [False] * len(reached)
-            flat = replayed_marks(lambda moving: (trained(moving), direct(moving)), query.moving)
-        else:
-            inside = replayed_marks(trained, query.moving)
-            acts = [mark == PASSES for mark in inside]
-            flat = [a or b for a, b in zip(inside, replayed_marks(direct, query.moving), strict=True)]
-        report(reached, query.moving, type(self).__name__, self.blind, acts, lambda: self.lost(query), flat)
-
-    def reached(self, query: Query) -> list[bool] | None:
-        """For each leaf of `query.moving`, whether it has an influence that the estimator sees; None: by the trace."""
-        return None
-
-    def trained(self, query: Query, moving: Outer) -> PyTree:
-        """What training gives, as a function of the inexact leaves of `outer`: only looked at, never evaluated."""
-        raise NotImplementedError
-
-    def lost(self, query: Query) -> list[str | None]:
-        """For each leaf of `query.moving`, where its influence is lost, if it has one that no derivative shows."""
-        return [None] * len(jax.tree.leaves(query.moving))
-
-    def meet_custom_rule(self, name: str) -> None:
-        """Told where the inner loss has a derivative of its own, by a function of this name, so that its second
-        derivatives need not commute: to warn or to refuse."""
-
+from bilevel.settings import check_fields, checked, integer, register, setting
+from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step, combine, leaf_names, named
 
 _WARM = (
     "it acts through init_inner, and a warm start is a constant: start training anew at each outer step, with "
@@ -241,8 +46,14 @@ _BETWEEN = (
     "gradient (lion and other sign methods): use another optimizer"
 )
 
-INSIDE_TRAINING = "it acts only inside training, where this estimator does not look; use Unrolled or Implicit"
-"""`blind` of an estimator that sees the direct influence on the outer loss alone."""
+_LEFT_OUT = (
+    "it acts through the gradient of inner_loss, from which no derivative leads on to the hypergradient: outer_loss "
+    "does not depend on what it moves, or this estimator leaves that out (its `blind` should then say so)"
+)
+
+INSIDE_TRAINING = "it acts only inside training, where this estimator does not look; use Unrolled"
+"""`blind` of an estimator that sees the direct influence on the outer loss alone. ("or Implicit" is added where a leaf
+acts through the gradient of the inner loss.)"""
 
 
 @register
@@ -281,6 +92,36 @@ class Trained(Estimator):
         problem, outer, batches = query.problem, query.outer, query.inner_batches
         return train(problem, self.optimizer, self.resume(query), outer, batches, query.keys.inner, **options)
 
+    def trainable(self, query: Query, state: InnerState) -> tuple[PyTree, Callable[[PyTree], Inner]]:
+        """The part of the inner variable that the optimizer moves, and the way back to all of it.
+
+        Returns:
+          `(params, whole)`: the leaves of `state.params` that are trained and not frozen, and a function
+          `whole(params)` that gives the inner variable of these, everything else being constant. (Of a leaf that is
+          frozen in part, derivatives by `params` are 0 at the entries that do not move.)
+
+        Raises:
+          ValueError: if nothing is ever moved, or if the start makes leaves from `outer` that are then never moved.
+        """
+        query.ledger.divided = True
+        problem, name = query.problem, type(self).__name__
+        division, params = trained_part(name, problem, self.optimizer, query.outer, state)
+        if query.inner_state is None:
+            require_constant_held(name, problem, division, query.outer, query.keys.start)
+        trained, rest = problem.split(state.params)
+        rest = combine(division.split(trained)[1], rest)
+        return params, lambda params: combine(division.pinned(params), rest)
+
+    def refuse_frozen(self, query: Query, state: InnerState) -> None:
+        division, _ = trained_part(type(self).__name__, query.problem, self.optimizer, query.outer, state)
+        names = leaf_names(query.problem.split(state.params)[0])
+        if frozen := [name for name, kind in zip(names, division.kinds, strict=True) if kind != "moving"]:
+            raise Unmet(
+                f"the optimizer never moves {named('inner', *frozen)} (at least in part), and this estimator does not "
+                "say that it heeds that: use Unrolled or Implicit; if it is yours, take the part that moves from "
+                "self.trainable(query, state), or set takes_frozen = True if it differentiates the training steps"
+            )
+
     def resume(self, query: Query) -> InnerState:
         """The inner state ready for a step at `query.outer`; a start of its own where there is none."""
         problem, state, outer = query.problem, query.inner_state, query.outer
@@ -296,29 +137,46 @@ class Trained(Estimator):
         moved = dataclasses.replace(query, outer=query.at(moving))
         return self.trajectory(moved, gradient=reverse_gradient)[0].params
 
+    def unseen(self, query: Query) -> list[str | None]:
+        if self.blind != INSIDE_TRAINING:
+            return super().unseen(query)
+        return [INSIDE_TRAINING + " or Implicit" * acts for acts in self._by_gradient(query)]
+
     def lost(self, query: Query) -> list[str | None]:
         problem, keys = query.problem, query.keys
 
         def start(moving: Outer) -> Inner:
             return problem.split(problem.start_inner(keys.start, query.at(moving)))[0]
 
-        def gradient(moving: Outer) -> Inner:
-            state = jax.lax.stop_gradient(self.resume(query))
-            params, rest = problem.split(state.params)
-            xs, bind = slots(query.inner_batches, self.steps)
-            batch = bind(jax.tree.map(lambda x: x[0], xs))
-            fixed = at_step(query.fixed, 0)
-            return reverse_gradient(Point(params, moving, rest, fixed, problem, batch, keys.inner[0])).grad
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warm = query.inner_state is not None
             by_start = arrives(start, query.moving) if warm else [False] * len(jax.tree.leaves(query.moving))
-            by_gradient = arrives(gradient, query.moving)
+        rows = zip(by_start, self._by_gradient(query), self._by_gradient(query, updated=True), strict=True)
         return [
-            _WARM if starts else (self.between() if inside else None)
-            for starts, inside in zip(by_start, by_gradient, strict=True)
+            _WARM if starts else (_LEFT_OUT if moves else self.between()) if inside else None
+            for starts, inside, moves in rows
         ]
+
+    def _by_gradient(self, query: Query, *, updated: bool = False) -> list[bool]:
+        """For each leaf of `query.moving`, whether the first inner gradient has a derivative by it; if `updated`,
+        whether the update of the optimizer has one through that gradient."""
+
+        def first(moving: Outer) -> PyTree:
+            state = jax.lax.stop_gradient(self.resume(query))
+            params, rest = query.problem.split(state.params)
+            xs, bind = slots(query.inner_batches, self.steps)
+            batch, fixed = bind(jax.tree.map(lambda x: x[0], xs)), at_step(query.fixed, 0)
+            point = Point(params, moving, rest, fixed, query.problem, batch, query.keys.inner[0])
+            result = reverse_gradient(point)
+            if not updated:
+                return result.grad
+            transform = optimizers.transformation(self.optimizer, query.outer)
+            return optimizers.update(transform, result.grad, state.opt_state, params, result.value)[0]
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return arrives(first, query.moving)
 
     def between(self) -> str:
         """What is between the inner gradient, which a leaf enters, and the hypergradient, which it does not reach."""

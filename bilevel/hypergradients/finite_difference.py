@@ -25,6 +25,8 @@ class _Differences(Trained):
 
     radius: float = dataclasses.field(default=0.01, kw_only=True, metadata=setting(real(above=0.0)))
 
+    takes_frozen: ClassVar[bool] = True
+
     def meet_custom_rule(self, name: str) -> None:
         """Refuses an inner loss with a derivative of its own, by a function of this name."""
         raise ValueError(
@@ -34,7 +36,8 @@ class _Differences(Trained):
         )
 
     blind: ClassVar[str | None] = (
-        "it does not act through the gradient of inner_loss, where alone this estimator looks; use OneStep or Unrolled"
+        "it does not act through the gradient of inner_loss, where alone this estimator looks; use Unrolled, or "
+        "OneStep if it acts in the last step"
     )
 
     def differentiate(self, query: Query) -> Answer:

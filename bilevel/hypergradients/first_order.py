@@ -34,7 +34,12 @@ class FirstOrder(Trained):
 
     takes_complex: ClassVar[bool] = True
 
+    takes_frozen: ClassVar[bool] = True
+
     blind: ClassVar[str | None] = INSIDE_TRAINING
+
+    def meet_custom_rule(self, name: str) -> None:
+        """Nothing is differentiated twice."""
 
     def differentiate(self, query: Query) -> Answer:
         """Costs `steps` inner gradients and one outer gradient."""

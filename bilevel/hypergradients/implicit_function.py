@@ -25,7 +25,7 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.optimality import FixedPointOf, MeanLoss, Stationary
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace
-from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
+from bilevel.linear_solvers.base import LinearSolver, is_linear_solver, solved
 from bilevel.settings import boolean, child, real, register, setting
 from bilevel.trees import PyTree, cast_like, global_norm, widened
 
@@ -117,7 +117,7 @@ def _attach_jvp(residual, primals, tangents):
         return backward.damped(image, x)
 
     def solve(matvec, rhs):
-        return backward.linear_solver.solve(matvec, rhs, None, backward.key, symmetric=residual.symmetric)[0]
+        return solved(backward.linear_solver, matvec, rhs, None, backward.key, symmetric=residual.symmetric)[0]
 
     solution = jax.lax.custom_linear_solve(matvec, rhs, solve, transpose_solve=solve, symmetric=residual.symmetric)
     return z, jax.tree.map(lambda x, z: -x.astype(z.dtype), solution, z)
@@ -172,8 +172,9 @@ def answer(
     rhs = widened(toward_z)
     product = lambda x: cast_like(pull_z(cast_like(x, left))[0], x)  # noqa: E731
     start = state.extra if warm_start and _alike(state.extra, rhs) else None
-    adjoint, solved = backward.linear_solver.solve(
-        lambda x: backward.damped(product(x), x), rhs, start, backward.key, symmetric=condition.symmetric
+    damped = lambda x: backward.damped(product(x), x)  # noqa: E731
+    adjoint, counts = solved(
+        backward.linear_solver, damped, rhs, start, backward.key, symmetric=condition.symmetric
     )
     # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
     image, cross = pull_both(cast_like(adjoint, left))
@@ -182,8 +183,8 @@ def answer(
         "stationarity": global_norm(left),
         "stationarity_relative": _ratio(global_norm(left), global_norm(product(cast_like(z, rhs)))),
         "linear_residual": _ratio(global_norm(jax.tree.map(jnp.subtract, rhs, image)), global_norm(rhs)),
-        "linear_iterations": solved["iterations"],
-        "hvps": condition.loss.terms * (solved["matvecs"] + 2),
+        "linear_iterations": counts["iterations"],
+        "hvps": condition.loss.terms * (counts["matvecs"] + 2),
     }
     new_state = state._replace(extra=adjoint if warm_start else None)
     return Answer(value, jax.tree.map(jnp.subtract, direct, cross), new_state, trace, aux, info)
@@ -214,6 +215,11 @@ class AtSolution(Trained):
         validate(type(self).__name__, self.linear_solver, symmetric=self.symmetric)
 
     blind: ClassVar[str | None] = BLIND
+
+    takes_frozen: ClassVar[bool] = True
+
+    def meet_custom_rule(self, name: str) -> None:
+        """`system` looks at the mean loss, and refuses solvers of symmetric systems."""
 
     def differentiate(self, query: Query) -> Answer:
         """Costs `steps` inner gradients, and `info["hvps"]` Hessian-vector products."""

@@ -64,6 +64,9 @@ class ImplicitSolve(Estimator):
 
     blind: ClassVar[str | None] = implicit_function.BLIND
 
+    def meet_custom_rule(self, name: str) -> None:
+        """As for `Implicit`: `system` looks at it."""
+
     def __post_init__(self):
         check_fields(self)
         implicit_function.validate("ImplicitSolve", self.linear_solver, symmetric=self.rest is None)

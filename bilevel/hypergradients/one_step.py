@@ -41,6 +41,8 @@ class OneStep(Trained):
 
     takes_constants: ClassVar[bool] = True
 
+    takes_frozen: ClassVar[bool] = True
+
     @property
     def _unrolled(self) -> Unrolled:
         return Unrolled(self.optimizer, self.steps, truncate=1)

@@ -99,14 +99,26 @@ class MeanLoss:
 def mean_loss(problem: Problem, params: PyTree, outer: PyTree, batches: PyTree, keys: jax.Array) -> MeanLoss:
     """The `MeanLoss` of one estimate. `params`: the whole inner variable; `keys`: those that training saw."""
     fixed = problem.split(params)[1]
-    same_data = batches is None or isinstance(batches, FullBatch)
-    xs, bind = slots(batches, keys.shape[0])
-    first = bind(jax.tree.map(lambda x: x[0], xs))
-    constant = keys.shape[0] == 1 or (same_data and not _is_random(problem, params, outer, first, replayed(keys)[0]))
+    constant = same_terms(problem, params, outer, batches, keys)
+    first = _first(batches, keys)
     outer_moving, outer_fixed = partition(outer)
     outer_fixed, key = at_step(outer_fixed, 0), replayed(keys)[0]
     point = Point(problem.split(params)[0], outer_moving, fixed, outer_fixed, problem, first, key)
     return MeanLoss(problem, outer, fixed, batches, keys, constant, own_rule(point))
+
+
+def same_terms(problem: Problem, params: PyTree, outer: PyTree, batches: PyTree, keys: jax.Array) -> bool:
+    """Whether the inner loss is the same at all steps: on one batch, without randomness. Decided from its trace."""
+    same_data = batches is None or isinstance(batches, FullBatch)
+    return keys.shape[0] == 1 or (
+        same_data and not _is_random(problem, params, outer, _first(batches, keys), replayed(keys)[0])
+    )
+
+
+def _first(batches: PyTree, keys: jax.Array) -> PyTree:
+    """The batch of the first step."""
+    xs, bind = slots(batches, keys.shape[0])
+    return bind(jax.tree.map(lambda x: x[0], xs))
 
 
 def _is_random(problem, params, outer, batch, key) -> bool:

@@ -84,6 +84,12 @@ class PerTask:
         state = self.init(problem, outer, start_key) if inner_state is None else inner_state
         return Estimate(mean(each.value), mean(each.grad), state, each.aux._replace(info=info))
 
+    def first_task(self, inner_batches: PyTree, key: jax.Array) -> tuple[Hypergradient, Any, Any, jax.Array]:
+        """Of the first task: its estimator, inner batches, outer batch and key."""
+        (support, query), keys, _ = self._tasks(inner_batches, key)
+        support, query = jax.tree.map(lambda x: x[0], (support, query))
+        return self.hypergradient, self._repeated(support), query, keys[0]
+
     def _repeated(self, support: PyTree) -> Any:
         return None if support is None else FullBatch(support)
 

@@ -123,6 +123,9 @@ class Reversible(Estimator):
     def lost(self, query: Query) -> list[str | None]:
         return self._trained.lost(query)
 
+    def meet_custom_rule(self, name: str) -> None:
+        """Its inner gradients are differentiated in reverse mode there."""
+
     def differentiate(self, query: Query) -> Answer:
         """Costs 2 `steps` inner gradients and `steps` Hessian-vector products."""
 

@@ -79,6 +79,8 @@ class Unrolled(Trained):
     takes_complex: ClassVar[bool] = True
 
     takes_constants: ClassVar[bool] = True
+
+    takes_frozen: ClassVar[bool] = True
     """An outer variable without a floating-point leaf has no hypergradient: `grad` is None, and training is done."""
 
     def __post_init__(self):

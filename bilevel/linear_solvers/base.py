@@ -1,6 +1,7 @@
 """The contract of a linear solver."""
 
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnnecessaryIsInstance=false
 
 from __future__ import annotations
 
@@ -10,25 +11,70 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from bilevel.settings import having
-from bilevel.trees import PyTree
+from bilevel.settings import having, pytree
+from bilevel.trees import PyTree, shapes, unlike_array
 
 Matvec = Callable[[PyTree], PyTree]
 
 
 class LinearSolver(Protocol):
-    """A way to solve A x = b; see `bilevel.linear_solvers`. `symmetric_only` says that A must equal its transpose."""
+    """A way to solve A x = b; see `bilevel.linear_solvers`.
+
+    It is a pytree, a frozen dataclass with `register` above it, since it is an argument of compiled functions.
+    """
 
     @property
-    def symmetric_only(self) -> bool: ...
+    def symmetric_only(self) -> bool:
+        """Whether A must equal its transpose."""
+        ...
 
     def solve(
         self, matvec: Matvec, rhs: PyTree, start: PyTree | None, key: jax.Array, *, symmetric: bool
-    ) -> tuple[PyTree, dict[str, jax.Array]]: ...
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        """The solution, and `{"iterations": int, "matvecs": int}`: how many it took.
+
+        Args:
+          matvec: A as a function of trees like `rhs`.
+          rhs: b, a tree of arrays.
+          start: where to begin, a tree like `rhs`; None for nowhere in particular.
+          key: of the solver's own randomness.
+          symmetric: whether A equals its transpose.
+
+        Returns:
+          `(x, info)`: x a tree like `rhs`, of the same shapes and dtypes.
+        """
+        ...
 
 
-is_linear_solver = having("a linear solver, such as bilevel.CG()", "solve", "symmetric_only")
+is_linear_solver = pytree(having("a linear solver, such as bilevel.CG()", "solve", "symmetric_only"))
 """The rule of a setting that is a `LinearSolver`."""
+
+
+def solved(
+    solver: LinearSolver, matvec: Matvec, rhs: PyTree, start: PyTree | None, key: jax.Array, *, symmetric: bool
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """`solver.solve(...)`, with what it returned understood or refused.
+
+    Raises:
+      ValueError: names the class of the solver, and what is not as `LinearSolver` says.
+    """
+    name = type(solver).__name__
+    result: Any = solver.solve(matvec, rhs, start, key, symmetric=symmetric)
+    must = 'must return a pair: x, a tree like rhs, and {"iterations": int, "matvecs": int}'
+    if not isinstance(result, tuple) or len(result) != 2:
+        found = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"no pair, but {shapes(result)}"
+        raise ValueError(f"{name}.solve returned {found}: it {must}.")
+    x, report = result
+    found, wanted = shapes(x), shapes(rhs)
+    if jax.tree.structure(x) != jax.tree.structure(rhs) or found != wanted:
+        raise ValueError(f"{name}.solve returned an x that is {found}, where rhs is {wanted}: it {must}.")
+    for count in ("iterations", "matvecs"):
+        number: Any = report.get(count) if isinstance(report, dict) else None
+        integral = unlike_array(number) is None and jnp.issubdtype(jnp.result_type(number), jnp.integer)
+        if not integral or jnp.shape(number):
+            what = f"{count} {'is no integer' if number is not None else 'is missing'}"
+            raise ValueError(f"{name}.solve: {what} in the second of what it returned: it {must}.")
+    return x, report | info(report["iterations"], report["matvecs"])
 
 
 def info(iterations: Any, matvecs: Any) -> dict[str, jax.Array]:

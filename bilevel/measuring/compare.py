@@ -11,11 +11,12 @@ import jax
 import numpy as np
 
 from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
+from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops, operations
 from bilevel.measuring.point import Point
-from bilevel.measuring.variance import variance
+from bilevel.measuring.variance import require_batches, variance
 from bilevel.problem import Problem
 from bilevel.settings import checked, integer, optional, shown
 from bilevel.trees import Outer, PyTree, global_norm
@@ -33,11 +34,11 @@ class Row:
       relative_error: |g - g_ref| / |g_ref|.
       variance: `Variance.relative`, over batches; None where it was not asked for.
       seconds: least time of an estimate, compiled and warm.
-      gradients: its floating-point operations, in those of one inner gradient. An iterative linear solver counts as
-        many products as it took.
+      gradients: its floating-point operations, in those of one inner gradient (of `PerTask`, of one task's). An
+        iterative linear solver counts as many products as it took.
       at_least: whether `gradients` is only a lower bound: a loop without a known length, in a loss or in a solver of
         your own, counts one turn.
-      hvps: Hessian-vector products it took of one batch's loss.
+      hvps: Hessian-vector products it took of one batch's loss, of all tasks together.
       temporary: bytes of temporary memory.
       compile_seconds: of tracing and compiling.
       grad: the gradient.
@@ -142,6 +143,8 @@ def compare(
         checked("compare", f"hypergradients[{name!r}]", estimator, is_hypergradient)
     checked("compare", "repeats", repeats, integer(1))
     checked("compare", "samples", samples, optional(integer(2)))
+    if samples is not None:
+        require_batches("compare(samples=...)", inner_data, outer_data)
     compiled, costs, results = {}, {}, {}
     for name, estimator in hypergradients.items():
         arguments = estimator, *point.arguments(estimator.steps)
@@ -191,19 +194,24 @@ def _counts(
 ) -> dict[str, Any]:
     """`gradients`, `at_least` and `hvps` of a `Row`."""
     unit = gradient_flops(problem, hypergradient, outer, batches, key)
-    hvps = int(estimate.aux.info.get("hvps", 0))
+    each = np.asarray(estimate.aux.info.get("hvps", 0))  # of `PerTask` there is a number for each task
+    hvps = int(each.sum())
     if "linear_iterations" not in estimate.aux.info:
         whole = jax.make_jaxpr(_estimate)(hypergradient, problem, inner_state, outer, batches, outer_batch, key).jaxpr
         return {"gradients": operations(whole) / unit, "at_least": has_while(whole), "hvps": hvps}
     # The loop of the linear solver has a length that only the run knows: its products are counted by that.
     training = jax.make_jaxpr(hypergradient.solve)(problem, inner_state, outer, batches, key).jaxpr
 
+    alone, own_key = hypergradient, key
+    if isinstance(hypergradient, PerTask):
+        alone, _, outer_batch, own_key = hypergradient.first_task(batches, key)
+
     def evaluate(params, outer):
-        keys = split_keys(key, hypergradient.steps)
-        return outer_value(problem, hypergradient.steps, params, outer, outer_batch, keys)[0]
+        keys = split_keys(own_key, alone.steps)
+        return outer_value(problem, alone.steps, params, outer, outer_batch, keys)[0]
 
     trained = estimate.inner_state.params
-    last = flops(jax.grad(evaluate, argnums=(0, 1), allow_int=True), trained, outer)
+    last = each.size * flops(jax.grad(evaluate, argnums=(0, 1), allow_int=True), trained, outer)
     product = hvp_flops(problem, hypergradient, outer, batches, key)
     total = operations(training) + last + hvps * product
     return {"gradients": total / unit, "at_least": has_while(training), "hvps": hvps}

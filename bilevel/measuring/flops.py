@@ -13,6 +13,7 @@ import numpy as np
 from bilevel.data import slots
 from bilevel.differentiation.tracing import jaxprs, operation, without_unused
 from bilevel.hypergradients.base import Hypergradient
+from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import split_keys
 from bilevel.problem import Problem
 from bilevel.trees import PyTree, at_step, combine
@@ -31,7 +32,7 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
 def gradient_flops(
     problem: Problem, hypergradient: Hypergradient, outer: PyTree, inner_batches: PyTree, key: jax.Array
 ) -> float:
-    """Floating-point operations of one gradient of the inner loss, the unit that costs are told in."""
+    """Floating-point operations of one gradient of the inner loss (of `PerTask`: of one task's), the unit of costs."""
 
     def gradient(problem, outer, inner_batches, key):
         value, at = _first_loss(problem, hypergradient, outer, inner_batches, key)
@@ -55,6 +56,8 @@ def hvp_flops(
 
 def _first_loss(problem, hypergradient, outer, inner_batches, key):
     """The inner loss of the first step as a function of what is trained, and where that starts."""
+    if isinstance(hypergradient, PerTask):
+        hypergradient, inner_batches, _, key = hypergradient.first_task(inner_batches, key)
     xs, bind = slots(inner_batches, hypergradient.steps)
     batch = bind(jax.tree.map(lambda x: x[0], xs))
     moving, fixed = problem.split(problem.start_inner(key, outer))

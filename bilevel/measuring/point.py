@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 
 from bilevel.arguments import check_outer
 from bilevel.data import draw, draw_one
+from bilevel.differentiation.loss_checks import traced_losses
 from bilevel.hypergradients.arguments import check_call, check_data, check_start
 from bilevel.problem import Problem, is_problem
+from bilevel.running.unsteady import refuse_changing
 from bilevel.settings import checked, optional, random_key
 from bilevel.trees import Outer
 
@@ -53,7 +56,14 @@ class Point(NamedTuple):
         return cls(problem, inner_state, outer, inner_data, outer_data, tuple(keys))
 
     def arguments(self, steps: int) -> tuple[Any, ...]:
-        """The arguments of `estimate` for an estimator of so many inner steps."""
+        """The arguments of `estimate` for an estimator of so many inner steps.
+
+        Raises:
+          ValueError: for a loss that is another function at each call, which a trace would hold as it was at one.
+        """
         start, inner, outer = self.keys
         batches = draw(self.inner_data, inner, 0, steps), draw_one(self.outer_data, outer, 0)
+        params = getattr(self.inner_state, "params", None)
+        traced = partial(traced_losses, self.problem, params, self.outer, *batches, start, steps)
+        refuse_changing(traced(), lambda: traced(anew=True))
         return self.problem, self.inner_state, self.outer, *batches, start

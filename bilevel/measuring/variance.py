@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.data import columns, draw, draw_one
+from bilevel.data import Batches, columns, draw, draw_one
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
@@ -57,18 +57,21 @@ def variance(
       problem, hypergradient: what to look at.
       outer: the point; by default `problem.start_outer(key)`.
       inner_state: a warm start; None for a cold one.
-      inner_data, outer_data: as for `run`, without iterators; at least one of them `Batches`.
+      inner_data, outer_data: as for `run`, without iterators; at least one of them `Batches`, since there is nothing to
+        vary otherwise.
       key: randomness; None is `jax.random.key(0)`.
       samples: n >= 2.
 
     Raises:
-      ValueError: for samples < 2.
+      ValueError: for samples < 2, or if neither data is `Batches`.
       FloatingPointError: if a hypergradient is not finite; names the outer leaf.
     """
     point = Point.of("variance", problem, outer, inner_state, inner_data, outer_data, key)
     checked("variance", "hypergradient", hypergradient, is_hypergradient)
     checked("variance", "samples", samples, integer(2))
+    require_batches("variance", inner_data, outer_data)
     inner, held_out = (jax.tree.map(jnp.asarray, columns(data)) for data in (inner_data, outer_data))
+    point.arguments(hypergradient.steps)  # looks at the losses
     mean, spread = _moments(point._replace(inner_data=inner, outer_data=held_out), hypergradient, samples)
     if names := not_finite("outer", mean):
         raise FloatingPointError(
@@ -78,6 +81,15 @@ def variance(
     total = float(sum(jnp.sum(x) for x in jax.tree.leaves(widened(spread))))
     size = float(global_norm(mean)) ** 2
     return Variance(mean, spread, total, total / size if size else float("inf") if total else 0.0)
+
+
+def require_batches(what: str, inner_data: Any, outer_data: Any) -> None:
+    """Raises ValueError if neither of the data is `Batches`, so that all samples are the same."""
+    if not any(isinstance(data, Batches) for data in (inner_data, outer_data)):
+        raise ValueError(
+            f"{what}: neither inner_data nor outer_data is Batches(arrays, size), so that every sample would see the "
+            "same data and the variance over batches be 0: give one of them in mini-batches."
+        )
 
 
 @partial(jax.jit, static_argnums=(2,))

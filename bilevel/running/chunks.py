@@ -14,6 +14,7 @@ from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled
 from bilevel.differentiation.tracing import evaluate_closed
 from bilevel.solvers.base import Solver
+from bilevel.solvers.states import checked_step
 from bilevel.trees import is_inexact
 
 CAPACITY = 512
@@ -103,7 +104,7 @@ def _unpacked(like, vectors):
 
 def step(solver, state, data):
     """Takes one step of `solver`, on the batches that belong to the number of that step."""
-    return solver.step(state, *batches(solver, state, data))
+    return checked_step(solver, state, solver.step(state, *batches(solver, state, data)))
 
 
 def wanted_batches(solver):

@@ -29,6 +29,7 @@ from bilevel.running.steep import warn_if_steep
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings import check_schedules
 from bilevel.solvers.base import Solver
+from bilevel.solvers.states import check_counts, check_state
 from bilevel.trees import Outer, replayed
 
 CHUNK_SECONDS = 1.0
@@ -118,6 +119,7 @@ def run(
     store = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
     note = store.note(steps) if store else None
     state, done, history, due = solver.init(solver_key), 0, History(), False
+    check_state(solver, state)
     data = _first(solver, feeds, note)
     losses = _losses(solver, state, data)
     refuse_captured(losses, state.outer)
@@ -174,6 +176,7 @@ def run(
                     rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
                     left = holes, np.asarray(new_holes)
                     refuse_failed(solver, record, capacity, state, data, done, rows, *left, earlier)
+                    check_counts(solver, int(state.step), int(new.step), count)
                     looked = looked or warn_if_steep(solver, record, capacity, state, data, rows)
                     # All at once, after the device is done: an interrupt or a failure before leaves what was done.
                     history.append(rows, count)

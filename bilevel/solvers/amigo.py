@@ -26,7 +26,7 @@ class AmIGO(Stochastic):
     every inner call on a batch of its own.
 
     Constant steps, and batches that grow where noise is to vanish. Unbiased in the limit for any T and N.
-    Cost per iteration: T inner gradients, 1 outer gradient, N Hessian-vector products, 1 cross product; T + N + 1 inner
+    Cost per iteration: T inner gradients, 1 outer gradient, N Hessian-vector products, 1 mixed product; T + N + 1 inner
     batches. `State.memory` is v.
 
     Args:

@@ -13,7 +13,15 @@ from bilevel.trees import Batch, Key, Outer
 
 
 class SolverState(Protocol):
-    """What every solver state has."""
+    """What every solver state has; a `NamedTuple`, or another pytree, with these attributes and others.
+
+    Attributes:
+      outer: the outer variable, which `Result.outer` is.
+      inner: the inner problem: an `InnerState`, or whatever else the solver trains. (`run` traces the losses at
+        `inner.params`; without `params` it does so at what `init_inner` returns.)
+      step: outer iterations taken, an integer that `step` adds 1 to: batches are drawn by it.
+      key: randomness.
+    """
 
     outer: Outer
     inner: Any
@@ -22,7 +30,11 @@ class SolverState(Protocol):
 
 
 class Solver(Protocol):
-    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function."""
+    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function.
+
+    Its state is a pytree with the attributes of `SolverState`: outer, inner, step and key. A step returns a state of
+    the same structure, shapes and dtypes.
+    """
 
     @property
     def problem(self) -> Problem:
@@ -40,7 +52,7 @@ class Solver(Protocol):
         ...
 
     def init(self, key: Key) -> Any:
-        """The state before the first step."""
+        """The state before the first step, a `SolverState`."""
         ...
 
     def step(self, state: Any, inner_batches: Batch, outer_batch: Batch) -> tuple[Any, dict[str, jax.Array]]:

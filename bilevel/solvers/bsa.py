@@ -23,7 +23,7 @@ class BSA(Stochastic):
 
     The paper's steps are `Power(rho, 1/2)` inside and `Power(gamma, 1/2)` outside, :math:`\eta` constant. Biased by the
     remainder of the series, :math:`(I - \eta H)^Q H^{-1} \partial_w F`; its variance grows with Q.
-    Cost per iteration: T inner gradients, 1 outer gradient, p Hessian-vector products ((Q - 1)/2 on average), 1 cross
+    Cost per iteration: T inner gradients, 1 outer gradient, p Hessian-vector products ((Q - 1)/2 on average), 1 mixed
     product; T + Q inner batches. No memory.
 
     Args:

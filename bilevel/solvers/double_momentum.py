@@ -16,7 +16,7 @@ from bilevel.trees import PyTree
 class DoubleMomentum(Stochastic):
     """Recursive momentum on both variables; a subclass says how v is found.
 
-    `State.memory` is `((w, lam) before the last update, d_w, d_lam)`. Inner gradients and cross products are taken on
+    `State.memory` is `((w, lam) before the last update, d_w, d_lam)`. Inner gradients and mixed products are taken on
     inner draw 0.
 
     Args:
@@ -47,7 +47,7 @@ class DoubleMomentum(Stochastic):
         outside = [at.outer_gradient(w, lam, at.outer_draws[0]) for w, lam in points]
         adjoints, hvps = self.invert(at, points, [o.inner for o in outside])
         inside = [at.products(w, lam, v, at.draws[0]) for (w, lam), v in zip(points, adjoints, strict=True)]
-        new, old = (minus(o.outer, i.cross) for o, i in zip(outside, inside, strict=True))
+        new, old = (minus(o.outer, i.mixed) for o, i in zip(outside, inside, strict=True))
         d_inner = momentum(inside[0].grad, inside[1].grad, d_inner, eta, at.step)
         d_outer = momentum(new, old, d_outer, eta, at.step)
         return Iterate(

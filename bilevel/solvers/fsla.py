@@ -24,7 +24,7 @@ class FSLA(Stochastic):
         \lambda_{k+1} &= \lambda_k - \gamma\, d_k .
 
     The paper's steps are `Power(., 1/2)` for all four. At the first iteration :math:`\eta = 1`.
-    Cost per iteration: 1 inner gradient, 3 outer gradients, 1 Hessian-vector product, 2 cross products; 3 inner and 2
+    Cost per iteration: 1 inner gradient, 3 outer gradients, 1 Hessian-vector product, 2 mixed products; 3 inner and 2
     outer batches. `State.memory` is `(v, lam before the last update, d)`.
 
     Args:
@@ -59,8 +59,8 @@ class FSLA(Stochastic):
         v = descend(v_old, at.linear_step, minus(hv, outside.inner))
 
         def direction(w, lam, v):
-            cross = at.products(w, lam, v, at.draws[2]).cross
-            return minus(at.outer_gradient(w, lam, at.outer_draws[1]).outer, cross)
+            mixed = at.products(w, lam, v, at.draws[2]).mixed
+            return minus(at.outer_gradient(w, lam, at.outer_draws[1]).outer, mixed)
 
         new, old = direction(w, at.lam, v), direction(at.w, lam_old, v_old)
         d = momentum(new, old, d, size(self.eta, at.step), at.step)

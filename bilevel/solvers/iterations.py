@@ -31,14 +31,14 @@ class Directions(NamedTuple):
 def directions(at: Iteration, point: tuple[PyTree, PyTree, PyTree], draw: Draw, outer_draw: Draw) -> Directions:
     r""":math:`\partial_w f`, :math:`H v - \partial_w F` and :math:`\partial_\lambda F - C v` at `(w, lam, v)`.
 
-    One inner gradient, one outer gradient, one Hessian-vector product, one cross product.
+    One inner gradient, one outer gradient, one Hessian-vector product, one mixed product.
     """
     w, lam, v = point
     inside, outside = at.products(w, lam, v, draw), at.outer_gradient(w, lam, outer_draw)
     return Directions(
         inside.grad,
         minus(inside.hvp, outside.inner),
-        minus(outside.outer, inside.cross),
+        minus(outside.outer, inside.mixed),
         inside.value,
         outside.value,
     )
@@ -116,8 +116,8 @@ def double_loop(at: Iteration, steps: int, solve: Callable[[PyTree, PyTree], tup
     outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
     v, hvps = solve(w, outside.inner)
     inside = at.products(w, at.lam, v, at.draws[-1])
-    direction = minus(outside.outer, inside.cross)
-    calls = Calls(inner_gradients=steps, outer_gradients=1, hvps=hvps, cross_products=1)
+    direction = minus(outside.outer, inside.mixed)
+    calls = Calls(inner_gradients=steps, outer_gradients=1, hvps=hvps, mixed_products=1)
     return Iterate(w, at.move_outer(direction), v, direction, inside.value, outside.value, calls)
 
 

@@ -24,7 +24,7 @@ class MASOBA(Stochastic):
 
     The paper's steps are all of order `Power(., 1/2)`, or constants of order one over the root of the number of
     iterations; the average takes away SOBA's need for smooth second derivatives of F.
-    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 cross product.
+    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 mixed product.
     `State.memory` is `(v, h)`.
 
     Args:

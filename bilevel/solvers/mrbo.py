@@ -25,7 +25,7 @@ class MRBO(DoubleMomentum):
 
     The paper's steps are `Power(., 1/3)` for w and lambda and `Power(eta, 2/3)`, the series' step constant. At the
     first iteration :math:`\eta = 1`. Biased by the remainder of the series.
-    Cost per iteration: 2 inner gradients, 2 outer gradients, 2Q Hessian-vector products, 2 cross products; 1 + Q inner
+    Cost per iteration: 2 inner gradients, 2 outer gradients, 2Q Hessian-vector products, 2 mixed products; 1 + Q inner
     batches. `State.memory` is `((w, lam) before the last update, d_w, d_lam)`.
 
     Args:

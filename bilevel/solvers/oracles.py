@@ -4,8 +4,9 @@ Second derivatives come from one linearisation: with p = (w, lambda),
 
     d/de grad_p f(w + e v, lambda)  at e = 0   is   (H v, C v),   H = d2f/dw2,  C = d2f/(dlambda dw),
 
-and the same forward-mode derivative holds grad_w f(w, lambda) as its value. So the inner gradient, the Hessian-vector
-product and the cross product together cost one forward-over-reverse pass (what is not used, XLA drops). Second
+and the same forward-mode derivative holds grad_w f(w, lambda) as its value. H v is called the Hessian-vector product,
+and C v, the mixed second derivative times a vector, the mixed product. So the inner gradient and both products
+together cost one forward-over-reverse pass (what is not used, XLA drops). Second
 derivatives commute, so this equals the pullback of v through (w, lambda) -> grad_w f, without storing its graph. Where
 the loss has a derivative of its own they need not commute, and it is that pullback which is taken: H v then stands for
 the transpose of the Jacobian of grad_w f, as the hypergradient wants it.
@@ -80,7 +81,7 @@ class Products(NamedTuple):
     value: jax.Array
     grad: PyTree
     hvp: PyTree
-    cross: PyTree
+    mixed: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Oracles:
         return _gradient(self._outer, w, lam, draw)
 
     def products(self, w: PyTree, lam: PyTree, v: PyTree, draw: Draw) -> Products:
-        """One inner gradient, one Hessian-vector product and one cross product; count those that are used."""
+        """One inner gradient, one Hessian-vector product and one mixed product; count those that are used."""
         if not self.commutes:
             grad, pull, value = jax.vjp(lambda w, lam: self._gradient(w, lam, draw), w, lam, has_aux=True)
             return Products(value, grad, *pull(v))
@@ -113,8 +114,8 @@ class Oracles:
             value, grads = jax.value_and_grad(self._inner, argnums=(0, 1))(w, lam, draw)
             return value, *grads
 
-        (value, grad, _), (_, hvp, cross) = jax.jvp(gradients, (w,), (v,))
-        return Products(value, grad, hvp, cross)
+        (value, grad, _), (_, hvp, mixed) = jax.jvp(gradients, (w,), (v,))
+        return Products(value, grad, hvp, mixed)
 
     def hvp(self, w: PyTree, lam: PyTree, v: PyTree, draw: Draw) -> PyTree:
         """H v alone: one Hessian-vector product."""

@@ -41,7 +41,7 @@ class SABA(Stochastic):
     others, whose effect vanishes with the differences that a table corrects by. Tables start at 0.
 
     Constant steps; linear convergence on strongly convex finite sums.
-    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 cross product.
+    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 mixed product.
     `State.memory` is `(v, inner tables, outer tables)`; with n and m mini-batches, P moving numbers in w and D in
     lambda, the tables hold n(2P + D) + m(P + D) numbers.
 
@@ -73,17 +73,17 @@ class SABA(Stochastic):
 
         def inside(draw):
             p = at.products(at.w, at.lam, v, draw)
-            return (p.grad, p.hvp, p.cross), p.value
+            return (p.grad, p.hvp, p.mixed), p.value
 
         def outside(draw):
             g = at.outer_gradient(at.w, at.lam, draw)
             return (g.inner, g.outer), g.value
 
         new, inner_loss = inner_block.call(inside)
-        (grad, hvp, cross), inner_table = inner_block.saga(inner_table, new)
+        (grad, hvp, mixed), inner_table = inner_block.saga(inner_table, new)
         new, outer_loss = outer_block.call(outside)
         (outer_inner, outer_outer), outer_table = outer_block.saga(outer_table, new)
-        d = Directions(grad, minus(hvp, outer_inner), minus(outer_outer, cross), inner_loss, outer_loss)
+        d = Directions(grad, minus(hvp, outer_inner), minus(outer_outer, mixed), inner_loss, outer_loss)
         return follow(at, v, d, Calls(1, 1, 1, 1), lambda v: (v, inner_table, outer_table))
 
 

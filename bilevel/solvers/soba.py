@@ -25,7 +25,7 @@ class SOBA(Stochastic):
 
     The paper's steps are `Power(rho, 1/2)` and `Power(gamma, 1/2)`; constant ones leave a plateau in proportion to
     them.
-    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 cross product.
+    Cost per iteration: 1 inner gradient, 1 outer gradient, 1 Hessian-vector product, 1 mixed product.
     `State.memory` is v.
 
     Args:

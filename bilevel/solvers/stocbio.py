@@ -22,7 +22,7 @@ class StocBiO(Stochastic):
     every inner call on a batch of its own.
 
     Constant steps. Biased by the remainder of the series, :math:`(I - \eta H)^{Q+1} H^{-1} \partial_w F`.
-    Cost per iteration: T inner gradients, 1 outer gradient, Q Hessian-vector products, 1 cross product; T + Q + 1 inner
+    Cost per iteration: T inner gradients, 1 outer gradient, Q Hessian-vector products, 1 mixed product; T + Q + 1 inner
     batches. No memory.
 
     Args:

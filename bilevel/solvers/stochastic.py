@@ -62,7 +62,8 @@ class State(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Oracle calls of one outer iteration, in batches.
+    """Oracle calls of one outer iteration, in batches: gradients of both losses, Hessian-vector products (H v), and
+    mixed products (C v, the mixed second derivative times a vector).
 
     A pass over a whole data set of N rows counts as ceil(N / b) calls, b being the rows of a batch.
     """
@@ -70,7 +71,7 @@ class Calls(NamedTuple):
     inner_gradients: Any = 0
     outer_gradients: Any = 0
     hvps: Any = 0
-    cross_products: Any = 0
+    mixed_products: Any = 0
 
 
 class Iterate(NamedTuple):
@@ -129,8 +130,9 @@ class Stochastic:
       inner_step: step size rho of the inner variable, a number or a schedule.
       outer_step: step size gamma of the outer variable, likewise.
 
-    Metrics of a step: `outer_loss`, `inner_loss` (on this step's batches), `hypergradient_norm` (of the direction that
-    `outer` moved along), and the oracle calls made: `inner_gradients`, `outer_gradients`, `hvps`, `cross_products`.
+    Metrics of a step: `outer_loss`, `inner_loss` (on this step's batches), `direction_norm` (of the direction that
+    `outer` moved along, which momentum makes longer than the hypergradient), and the oracle calls made:
+    `inner_gradients`, `outer_gradients`, `hvps`, `mixed_products`.
 
     Warns:
       StructuralZeroWarning: at a step, for a leaf of `outer` that has no influence on either loss with a derivative.
@@ -190,7 +192,7 @@ class Stochastic:
         if rule and self.commuting:
             raise ValueError(f"{name}: inner_loss has a derivative of its own (`{rule}`), {_REFUSED}.")
 
-        def cross(v):
+        def mixed(v):
             if rule is None:  # forward over reverse, as the iteration takes it
                 by_outer = lambda w: jax.grad(lambda lam: at.inner_value(w, lam, draw))(at.lam)  # noqa: E731
                 return jax.jvp(by_outer, (at.w,), (v,))[1]
@@ -198,7 +200,7 @@ class Stochastic:
 
         def direction(one, v):
             outside = jax.vjp(lambda lam: at.outer_value(at.w, lam, at.outer_draws[0]), at.lam)[1](one)[0]
-            return list(zip(jax.tree.leaves(outside), jax.tree.leaves(cross(v)), strict=True))
+            return list(zip(jax.tree.leaves(outside), jax.tree.leaves(mixed(v)), strict=True))
 
         def start(lam):
             return partition(self.problem.start_inner(state.key, combine(lam, at.outer_fixed)))[0]
@@ -217,7 +219,8 @@ class Stochastic:
                 reverse_gradient(point._replace(outer=lam)).grad,
                 at.outer_value(at.w, lam, at.outer_draws[0]),
             )
-            report(reached, at.lam, name, None, [False] * len(reached), lost, marks(seen, at.lam))
+            nothing = [None] * len(reached)
+            report(reached, at.lam, name, nothing, [False] * len(reached), lost, marks(seen, at.lam))
         return dataclasses.replace(at, commutes=rule is None)
 
     def init(self, key: jax.Array) -> State:
@@ -274,7 +277,7 @@ class Stochastic:
         metrics = {
             "outer_loss": new.outer_loss,
             "inner_loss": new.inner_loss,
-            "hypergradient_norm": global_norm(new.direction),
+            "direction_norm": global_norm(new.direction),
             **{name: jnp.asarray(n, jnp.int32) for name, n in new.calls._asdict().items()},
         }
         return State(new.outer, inner, new.memory, state.step + 1, state.key), metrics

@@ -19,7 +19,7 @@ class SUSTAIN(DoubleMomentum):
     the same p and the same batches at the old and the new point.
 
     Steps and bias as for `MRBO`.
-    Cost per iteration: 2 inner gradients, 2 outer gradients, 2p Hessian-vector products, 2 cross products; 1 + Q inner
+    Cost per iteration: 2 inner gradients, 2 outer gradients, 2p Hessian-vector products, 2 mixed products; 1 + Q inner
     batches. `State.memory` is `((w, lam) before the last update, d_w, d_lam)`.
 
     Args:

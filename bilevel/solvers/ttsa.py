@@ -23,7 +23,7 @@ class TTSA(Stochastic):
 
     The paper's steps are `Power(rho, 2/5)` inside and `Power(gamma, 3/5)` outside, :math:`\eta` constant. Bias as for
     `BSA`.
-    Cost per iteration: 1 inner gradient, 1 outer gradient, p Hessian-vector products, 1 cross product; 1 + Q inner
+    Cost per iteration: 1 inner gradient, 1 outer gradient, p Hessian-vector products, 1 mixed product; 1 + Q inner
     batches. No memory.
 
     Args:

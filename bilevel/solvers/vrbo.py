@@ -30,7 +30,7 @@ class VRBO(Stochastic):
     where :math:`(w^-, \lambda^-)` is the point before: at first that before the outer step.
 
     Constant steps. Biased by the remainder of the series.
-    Cost per iteration: 2T inner gradients, 2T outer gradients, 2TQ Hessian-vector products, 2T cross products; T(1 + Q)
+    Cost per iteration: 2T inner gradients, 2T outer gradients, 2TQ Hessian-vector products, 2T mixed products; T(1 + Q)
     inner and T outer batches; at every q-th, in addition, a pass over both data sets (Q over the inner ones for the
     series), each in one call. `State.memory` is `(d_w, d_lam)`.
 
@@ -100,5 +100,5 @@ class VRBO(Stochastic):
         outside = [at.outer_gradient(*point, outer_draw) for point in points]
         adjoints = neumann(at, points, [o.inner for o in outside], self.terms, series)
         inside = [at.products(*point, v, draw) for point, v in zip(points, adjoints, strict=True)]
-        pairs = [(i.grad, minus(o.outer, i.cross)) for i, o in zip(inside, outside, strict=True)]
+        pairs = [(i.grad, minus(o.outer, i.mixed)) for i, o in zip(inside, outside, strict=True)]
         return pairs, (inside[0].value, outside[0].value)

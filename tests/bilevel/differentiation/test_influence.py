@@ -90,26 +90,38 @@ def seen_by(case):
 
 
 CASES = {
-    "outer loss": True,
-    "inner loss": False,
-    "learning rate": False,
-    "injected learning rate": False,
-    "weight decay": False,
-    "momentum": False,
-    "start": False,
-    "value alone": False,
-    "dropout rate": False,
+    "outer loss": "directly",
+    "inner loss": "by the gradient",
+    "learning rate": "by the optimizer",
+    "injected learning rate": "by the optimizer",
+    "weight decay": "by the optimizer",
+    "momentum": "by the optimizer",
+    "start": "by the start",
+    "value alone": "by the optimizer",
+    "dropout rate": "by the gradient",
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_only_what_an_estimator_cannot_see_is_named(case):
-    direct = CASES[case]
     built, optimizer, extra = seen_by(case)
     for mode in ("mixed", "reverse"):
         assert told(Unrolled(optimizer, 3, mode=mode), built, FIRST | extra) == []
-    names = ["['a']"] if direct else ["['a'], ['x']"]
+    # What acts otherwise than by the gradient is told apart, since Implicit does not see it either.
+    names = {"directly": ["['a']"], "by the gradient": ["['a'], ['x']"]}.get(CASES[case], ["['a']", "['x']"])
     assert told(FirstOrder(optimizer, 3), built, FIRST | extra) == names
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case] != "directly"])
+def test_the_estimator_that_is_advised_sees_the_leaf(case):
+    built, optimizer, extra = seen_by(case)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        FirstOrder(optimizer, 3).estimate(built, None, FIRST | extra, None, None, KEY)
+    (said,) = (str(w.message) for w in caught if "['x']" in str(w.message))
+    assert said.endswith("use Unrolled or Implicit." if CASES[case] == "by the gradient" else "use Unrolled.")
+    if "Implicit" in said:
+        assert bilevel.Implicit(optimizer, 3).estimate(built, None, FIRST | extra, None, None, KEY).grad["x"] != 0
 
 
 def test_the_remedy_is_in_the_message():

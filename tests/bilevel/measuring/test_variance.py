@@ -53,12 +53,12 @@ def test_it_is_that_of_the_batches():
     np.testing.assert_allclose(found.relative, found.total / size, rtol=1e-10)
 
 
-def test_the_whole_data_has_none_and_smaller_batches_have_more():
+def test_batches_of_all_rows_have_none_and_smaller_batches_have_more():
     def total(data, outer_data=HELD_OUT):
         hypergradient = Unrolled(optax.sgd(RATE), STEPS)
         return bilevel.variance(case(), hypergradient, inner_data=data, outer_data=outer_data, samples=32).total
 
-    assert total(ROWS) < 1e-28
+    assert total(Batches(ROWS, 12)) < 1e-28
     # Without replacement the variance of a mean of s of N rows is proportional to (1 / s - 1 / N).
     ratio = total(Batches(ROWS, 1)) / total(Batches(ROWS, 6))
     assert 4 < ratio < 40  # 11, from 32 samples of each
@@ -67,6 +67,15 @@ def test_the_whole_data_has_none_and_smaller_batches_have_more():
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="samples=1"):
         bilevel.variance(case(), Unrolled(optax.sgd(RATE), STEPS), inner_data=ROWS, samples=1)
+
+
+@pytest.mark.parametrize("data", [ROWS, None, bilevel.FullBatch(ROWS)], ids=["arrays", "none", "full batch"])
+def test_data_that_do_not_vary_are_refused(data):
+    estimator = Unrolled(optax.sgd(RATE), STEPS)
+    with pytest.raises(ValueError, match=r"variance: neither inner_data nor outer_data is Batches"):
+        bilevel.variance(case(), estimator, inner_data=data, outer_data=HELD_OUT)
+    with pytest.raises(ValueError, match=r"compare\(samples=...\): neither inner_data nor outer_data is Batches"):
+        bilevel.compare(case(), {"a": estimator}, reference="a", inner_data=data, samples=4)
 
 
 def test_a_hypergradient_that_is_not_finite_is_told():

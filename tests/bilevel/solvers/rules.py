@@ -195,8 +195,8 @@ def saba(s, at):
         mean = [sum(len(b) / total * row[i] for b, row in zip(blocks, table, strict=True)) for i in range(len(new))]
         estimates += [n - t + m for n, t, m in zip(new, table[j], mean, strict=True)]
         table[j] = new
-    grad, hvp, cross, outer_w, outer_lam = estimates
-    follow(s, at, [grad, hvp - outer_w, outer_lam - cross])
+    grad, hvp, mixed, outer_w, outer_lam = estimates
+    follow(s, at, [grad, hvp - outer_w, outer_lam - mixed])
 
 
 def srba(s, at):

@@ -72,7 +72,7 @@ def test_steps_are_those_of_the_paper(row):
         # What the step reports: the length of lambda's direction, and losses where they were differentiated, on this
         # step's batches and not at the point before.
         norm = np.linalg.norm(start[1] - s.lam) / now.gamma
-        np.testing.assert_allclose(metrics["hypergradient_norm"], norm, rtol=1e-10)
+        np.testing.assert_allclose(metrics["direction_norm"], norm, rtol=1e-10)
         for name, losses in (("inner_loss", [*f, now.all_f]), ("outer_loss", [*F, now.all_F])):
             here = [g.value(*at) for g in losses for at in g.seen if not all(map(np.array_equal, at, before))]
             assert np.isclose(here, metrics[name], rtol=1e-12).any(), f"{name} of step {k}"

@@ -186,7 +186,7 @@ def tree_problem(counts, split):
         @mark.defjvp
         def _(weight, primals, tangents):
             w, lam = tangents[0]
-            return mark(*primals, weight), (call("hvps", weight, w), call("cross_products", weight, lam))
+            return mark(*primals, weight), (call("hvps", weight, w), call("mixed_products", weight, lam))
 
         @partial(jax.custom_vjp, nondiff_argnums=(1,))
         def tap(pair, weight):
@@ -265,7 +265,7 @@ def test_run_takes_any_solver_and_traces_it_once(row):
     problem = dataclasses.replace(PROBLEM, outer_loss=loss)
     data = {"inner_data": SMALL[0], "outer_data": SMALL[1], "progress": False}
     result = bilevel.run(row.make(problem, data=SMALL, **row.small), steps=3, **data)
-    assert set(result.history) == {"outer_loss", "inner_loss", "hypergradient_norm", *Calls._fields}
+    assert set(result.history) == {"outer_loss", "inner_loss", "direction_norm", *Calls._fields}
     assert result.history["hvps"].shape == (3,)
     before = traces["outer_loss"]
     bilevel.run(row.make(problem, step=0.2, data=SMALL, **row.small), steps=3, **data)
@@ -344,7 +344,7 @@ def test_bad_input_ends_in_one_sentence():
 
 
 def test_a_step_size_that_diverges_stops_the_run_with_the_step_and_the_norm():
-    with pytest.raises(FloatingPointError, match=r"Outer step \d+: .*hypergradient_norm was .*lower the step sizes"):
+    with pytest.raises(FloatingPointError, match=r"Outer step \d+: .*direction_norm was .*lower the step sizes"):
         bilevel.run(
             bilevel.SOBA(PROBLEM, 50.0, 0.1), inner_data=DATA, outer_data=OUTER_DATA, steps=2000, progress=False
         )

@@ -1,0 +1,102 @@
+"""The contract of a hypergradient: what an estimator is asked for, and what whoever calls it relies on."""
+
+# pyright: strict, reportUnknownMemberType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownVariableType=false, reportUnknownLambdaType=false
+# (Every parameter and result has a type; what jax returns has not always one that is known.)
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from bilevel.hypergradients.training import InnerState
+from bilevel.problem import Problem
+from bilevel.settings import having
+from bilevel.trees import Batch, Inner, Key, Outer, PyTree
+
+
+class Aux(NamedTuple):
+    """What came with an estimate.
+
+    Attributes:
+      inner: what `inner_loss` returned beside its value, stacked over the inner steps; None without `has_aux`.
+      outer: what `outer_loss` returned beside its value; None without `has_aux`.
+      info: the estimator's own numbers; always `inner_loss[steps]`.
+    """
+
+    inner: Inner
+    outer: Outer
+    info: dict[str, Any]
+
+
+class Estimate(NamedTuple):
+    """A hypergradient.
+
+    Attributes:
+      value: the outer loss at the trained point, a scalar.
+      grad: estimate of d value / d outer, a tree like `outer` with None at leaves that are not inexact.
+      inner_state: the inner problem after its `steps` steps.
+      aux: an `Aux`.
+    """
+
+    value: jax.Array
+    grad: PyTree
+    inner_state: InnerState
+    aux: Aux
+
+
+class Hypergradient(Protocol):
+    """A way to estimate d outer_loss / d outer. Every estimator in `bilevel` has these three methods and `steps`.
+
+    What whoever calls them relies on, and the tests try on every estimator:
+
+    - All three are pure functions of their arguments that can be jitted; the estimator itself is a pytree.
+    - `inner_batches` leads with an axis of length `steps`, or is `Indexed(data, index)`, a `FullBatch`, or None.
+    - With `inner_state=None`, `estimate` starts the inner problem itself, so that `init_inner`'s dependence on `outer`
+      is a part of what is differentiated. An `inner_state` that is given is a constant.
+    - Optimizer state that depends on `outer` is made anew at the `outer` given, or the state is refused.
+    - Keys are those of `split_keys(key, steps)`. No key is consumed twice; recomputations clone them.
+    - `grad` has an entry for every inexact leaf of `outer` and None for others, which are constants.
+    - A leaf whose hypergradient is 0 by construction is warned of (`StructuralZeroWarning`). If no leaf acts on
+      anything, that is a ValueError; where one acts in a way that the estimator does not see, it is warned of.
+    - A loss that captured `outer`, or that cannot be differentiated as needed, is refused in a sentence.
+    - Where the inner loss has a derivative of its own (`jax.custom_vjp`), or the optimizer freezes a part of the inner
+      variable (`optax.set_to_zero`, masks), the estimate is what it is without, or it is refused.
+    - `aux.info` has `inner_loss[steps]`, and whatever tells how exact the estimate is, as arrays.
+    - `inner_state` comes back with the structure that `init` gave it, `extra` included, so that a loop can carry it.
+
+    `Estimator` does most of this for one that is derived from it, and `bilevel.testing.check_estimator` says in
+    sentences which of it an estimator does not do.
+    """
+
+    @property
+    def steps(self) -> int:
+        """K, inner steps an outer iteration."""
+        ...
+
+    def init(self, problem: Problem, outer: Outer, key: Key) -> InnerState:
+        """The inner state before any training."""
+        ...
+
+    def solve(
+        self, problem: Problem, inner_state: InnerState | None, outer: Outer, inner_batches: Batch, key: Key
+    ) -> InnerState:
+        """Trains K steps from `inner_state` (None: from the start), as a function that may be differentiated again."""
+        ...
+
+    def estimate(
+        self,
+        problem: Problem,
+        inner_state: InnerState | None,
+        outer: Outer,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        key: Key,
+    ) -> Estimate:
+        """Trains as `solve` does, then the outer loss, its hypergradient and the state that training has reached."""
+        ...
+
+
+is_hypergradient = having("a hypergradient, such as bilevel.Unrolled(...)", "steps", "init", "solve", "estimate")
+"""The rule of a setting that is a `Hypergradient`."""
