@@ -257,12 +257,13 @@ LOOKED_AT = 2**16
 def check_schedules(settings: Any, first: int, last: int) -> None:
     """Checks what the schedules among the fields of a dataclass give for the steps from `first` to `last` - 1.
 
-    Of more than `LOOKED_AT` steps only so many are looked at, the last among them.
+    Of more than `LOOKED_AT` steps only so many are looked at, the last among them. Steps are counted in 32 bits.
 
     Raises:
       ValueError: names the field, the step and the value.
     """
     for field in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+        last = min(last, jnp.iinfo(jnp.int32).max)
         number, schedule = getattr(field.metadata.get("check"), "number", None), getattr(settings, field.name)
         if number is None or not callable(schedule) or first >= last:
             continue

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from bilevel.captures import forget_outdated, look_again
 from bilevel.data import slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.flat import PASSES
@@ -165,11 +166,14 @@ class Estimator:
             operation that cannot be differentiated as it is needed: names it.
         """
         check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
+        compiled = isinstance(key, Tracer)  # by whoever calls it, who has to look at what it reads
+        if not compiled:
+            forget_outdated(self, problem, outer)
         params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
         refuse_complex_variables(self, problem.split(params)[0], outer)
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
-        if not isinstance(key, Tracer):  # where it is traced, `run` has looked at them
+        if not compiled:  # otherwise `run` has looked at them
             warn_if_misplaced(losses)
         heeds = type(self).meet_custom_rule is not Estimator.meet_custom_rule
         for loss in losses:
@@ -179,6 +183,8 @@ class Estimator:
         query = Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys)
         with explained(losses, ORDERS):
             answer = self._answer(query)
+        if not compiled:
+            look_again(self, problem, outer)
         info = {"inner_loss": answer.trace.value} | answer.info
         return Estimate(answer.value, answer.grad, answer.state, Aux(answer.trace.aux, answer.aux, info))
 

@@ -38,7 +38,7 @@ def chunk(solver, record, capacity, state, data, count):
 
     Returns:
       The state; name -> rows of metrics, of which the first `count` are meant; and for each inexact leaf of the state
-      how many of its entries are not finite.
+      how many of its entries are not finite, and how many are NaN, `[leaves, 2]`.
     """
     # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
     data = [
@@ -79,7 +79,9 @@ def chunk_capacity(solver: Solver) -> int:
 
 def _holes(state):
     leaves = [leaf for leaf in jax.tree.leaves(state) if is_inexact(leaf)]
-    return jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves] or [jnp.zeros((), jnp.int32)])
+    # An infinity from the start may be meant (a mask); a NaN that comes of it is none.
+    holes = [[jnp.sum(hole, dtype=jnp.int32) for hole in (~jnp.isfinite(x), jnp.isnan(x))] for x in leaves]
+    return jnp.asarray(holes or [[0, 0]], jnp.int32)
 
 
 def _packed(metrics):

@@ -36,7 +36,8 @@ def refuse_failed(solver, record, capacity, before, data, done, rows, holes, new
       earlier: the outer variable before the last steps that led to `before`; None if there were none.
       done: the number of its first step.
       rows: the metrics of the chunk.
-      holes, new_holes: how many entries of each inexact leaf of the state are not finite: from the start, and now.
+      holes, new_holes: how many entries of each inexact leaf of the state are not finite, and how many NaN: from the
+        start, and now.
     """
     numbers = {n: v for n, v in rows.items() if np.issubdtype(v.dtype, np.inexact)}
     bad = [
