@@ -13,6 +13,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -354,6 +355,13 @@ def having(words: str, *names: str) -> Rule:
         return value
 
     return rule
+
+
+def is_folder(value: Any) -> Any:
+    """The rule of a setting that names a folder: a text or a `Path`, and not the empty text, which would be here."""
+    if not isinstance(value, (str, Path)) or value == "":
+        raise Unfit("must be the name of a folder ('.' for this one)")
+    return value
 
 
 def function(*arguments: str, result: str = "") -> Rule:

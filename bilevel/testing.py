@@ -201,7 +201,8 @@ def central_differences(
 def _derivatives(arguments: tuple, leaf: int, directions: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of the training map along `directions` of one leaf, and how far they may be off."""
     x = np.asarray(jax.tree.leaves(partition(arguments[3])[0])[leaf])
-    size = step * (np.sqrt(np.mean(x**2)) or 1.0)
+    finite = x[np.isfinite(x)]  # an infinity is a mask, which no step moves
+    size = step * (np.sqrt(np.mean(finite**2)) if finite.any() else 1.0)
     offsets = size * np.array([-4, -2, -1, 1, 2, 4])
     moves = jnp.asarray((offsets[:, None, *[None] * x.ndim] * directions).reshape(-1, *x.shape), x.dtype)
     values = np.asarray(_values_moved(*arguments, leaf, moves)).reshape(6, len(directions))

@@ -14,7 +14,7 @@ from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
 from bilevel.problem import Problem
-from bilevel.running.failures import not_finite
+from bilevel.running.holes import not_finite
 from bilevel.settings import checked, integer
 from bilevel.trees import Outer, PyTree, global_norm, widened
 

@@ -21,6 +21,7 @@ import numpy as np
 from bilevel.running.feeds import noted
 from bilevel.running.fingerprint import differences
 from bilevel.running.interrupts import uninterrupted
+from bilevel.settings import checked, is_folder
 from bilevel.trees import PyTree, is_key
 
 _HASHES = "sha256.json"
@@ -41,10 +42,11 @@ class Checkpoints:
     may lie there too, with a number for a name: only what holds a checkpoint is read, renamed or removed.
 
     Raises:
-      ValueError: if the folder cannot be made or written.
+      ValueError: if it is no folder, or cannot be made or written.
     """
 
     def __init__(self, folder: str | Path):
+        checked("Checkpoints", "folder", folder, is_folder)
         self._folder = Path(folder).absolute()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

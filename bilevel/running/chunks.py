@@ -14,7 +14,7 @@ from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled
 from bilevel.differentiation.tracing import evaluate_closed
 from bilevel.solvers.base import Solver
-from bilevel.trees import is_inexact
+from bilevel.trees import as_arrays, is_inexact, is_key
 
 CAPACITY = 512
 """Most steps between two returns to the host."""
@@ -48,7 +48,7 @@ def chunk(solver, record, capacity, state, data, count):
 
     def one(state):
         state, metrics = step(solver, state, data)
-        return state, metrics | (_recorded(record, state, metrics) if record else {})
+        return state, metrics | (recorded(record, state, metrics) if record else {})
 
     # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
     body_jaxpr, shapes = jax.make_jaxpr(one, return_shape=True)(state)
@@ -178,12 +178,27 @@ def _rows_of(rows: Mapping[str, np.ndarray]) -> str:
     return kinds({name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in rows.items()})
 
 
-def _recorded(record: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What `record` says of `state`; names that are its own."""
+def recorded(record: Any, state: Any, metrics: dict[str, Any]) -> dict[str, jax.Array]:
+    """What `record` says of `state`, as arrays.
+
+    Raises:
+      ValueError: if it is no dict of arrays and numbers by name, or a name is that of a metric.
+    """
     with telling("tracing record(state)"):
         rows = record(state)
+    wanted = "but must return {name: array}"
     if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
-        raise ValueError(f"run(record=...): record returned a {type(rows).__name__}, but must return {{name: array}}.")
+        raise ValueError(f"run(record=...): record returned a {type(rows).__name__}, {wanted}.")
+    for name, value in rows.items():
+        if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise ValueError(
+                f"run(record=...): record returned {'None' if value is None else f'a {type(value).__name__}'} as "
+                f"{name!r}, {wanted}, one array or number for each name."
+            )
+        if is_key(value):
+            raise ValueError(
+                f"run(record=...): record returned random keys as {name!r}, {wanted}: record jax.random.key_data(keys)."
+            )
     if taken := sorted(set(rows) & set(metrics)):
         raise ValueError(f"run(record=...): {', '.join(taken)} is a metric of the solver: record it by another name.")
-    return rows
+    return as_arrays(rows, "run(record=...): record returned")

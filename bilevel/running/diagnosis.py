@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from bilevel.running.chunks import chunk
-from bilevel.running.failures import describe_failure, holding_nan, inner_of, nan_weights, where_of
+from bilevel.running.failures import describe_failure, inner_of, nan_weights, where_of
+from bilevel.running.holes import holding_nan
 from bilevel.trees import PyTree, is_inexact, leaf_names, replayed
 
 

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel.arguments import telling
 from bilevel.captures import forget_outdated, look_again
 from bilevel.data import slots
 from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
 from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses, warn_if_misplaced
 from bilevel.hypergradients.arguments import check_run
 from bilevel.running.checkpoints import Checkpoints
-from bilevel.running.chunks import History, batches, chunk, chunk_capacity, kinds, wanted_batches
+from bilevel.running.chunks import History, batches, chunk, chunk_capacity, kinds, recorded, wanted_batches
 from bilevel.running.diagnosis import refuse_failed, refuse_start
 from bilevel.running.feeds import Feed
 from bilevel.running.fingerprint import fingerprint
@@ -128,10 +127,9 @@ def run(
     refuse_changing(reads, losses, anew, lambda: list(programs(solver, state, record)))
     warn_if_misplaced(losses, learned=getattr(solver, "learns_outer", True))
     warn_if_swapped(solver, losses, state.outer, replayed(state.key))
-    with telling("tracing record(state)"):
-        recorded = kinds(jax.eval_shape(record, state)) if record else "none"
+    rows_of = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
     if store:
-        store.claim(fingerprint(solver, key, state, losses, feeds, record), recorded, note)
+        store.claim(fingerprint(solver, key, state, losses, feeds, record), rows_of, note)
         if note:
             state, rows = store.restore(note["step"], state)
             done, history, due, called = note["step"], History(rows), note["due"], note["called"]
@@ -159,7 +157,7 @@ def run(
         # checkpoint is whole and it is known here.
         with uninterrupted():
             rows = history.rows(0, done)
-            if store.save(done, state, rows, positions, due=due, called=called, record=recorded):
+            if store.save(done, state, rows, positions, due=due, called=called, record=rows_of):
                 written = done
 
     with terminable():
