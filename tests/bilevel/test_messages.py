@@ -1,5 +1,6 @@
 """Misuse is told where it begins: which argument, which data, which function of the user's."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import bilevel
+import bilevel.extend
 from bilevel import Batches, FullBatch, StructuralZeroWarning, Unrolled
 from tests.bilevel.helpers import KEY
 
@@ -240,6 +242,40 @@ def test_a_loss_that_is_another_at_each_call_is_refused(kind):
         run(problem(CHANGING[kind]()))
     with pytest.raises(ValueError, match="outer_loss is another function at each call"):
         run(problem(outer_loss=CHANGING[kind]()))
+
+
+DRAWING = {
+    "init_inner": lambda: {"init_inner": lambda key, outer: np.random.normal(size=3)},
+    "init_outer": lambda: {"init_outer": lambda key: 0.5 + 0.1 * np.random.normal()},
+    "project": lambda: {"project": lambda outer: outer * random.random()},
+    "domain": lambda: {"domain": Drawing()},
+}
+
+
+@bilevel.extend.register
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    def forward(self, u):
+        return u * random.random()
+
+    def inverse(self, value):
+        return value / random.random()
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_is_called_beside_the_losses_is_a_function_of_its_arguments_too(name, monkeypatch):
+    monkeypatch.setattr(bilevel.bijectors, "check", lambda domain, outer: None)  # which would refuse this one
+    with pytest.raises(ValueError, match=f"{name} is another function at each call"):
+        run(problem(**DRAWING[name]()))
+
+
+def test_an_optimizer_or_a_record_that_draws_with_numpy_is_refused():
+    with pytest.raises(ValueError, match=r"solver\.hypergradient\.optimizer is another function at each call"):
+        run(problem(), optimizer=lambda outer: optax.sgd(0.01 * random.random()))
+    solver = bilevel.Nested(problem(), Unrolled(optax.sgd(0.01), 2), optax.sgd(0.01))
+    with pytest.raises(ValueError, match="record is another function at each call"):
+        record = lambda state: {"x": state.outer * random.random()}  # noqa: E731
+        bilevel.run(solver, inner_data=DATA, outer_data=DATA, steps=1, progress=False, record=record)
 
 
 def test_what_a_loss_counts_or_draws_without_effect_is_its_own_business():
