@@ -22,7 +22,7 @@ from jax.core import Tracer
 from bilevel.captures import forget_outdated, look_again
 from bilevel.data import slots
 from bilevel.differentiation import optimizers
-from bilevel.differentiation.flat import PASSES
+from bilevel.differentiation.flat import PASSES, of_loss
 from bilevel.differentiation.gradients import Point, reverse_gradient
 from bilevel.differentiation.influence import arrives, refuse_reverse_rules, replayed_marks, report
 from bilevel.differentiation.loss_checks import (
@@ -39,7 +39,7 @@ from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_fields, checked, having, integer, register, setting
-from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step
+from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step, combine
 
 
 class Aux(NamedTuple):
@@ -211,6 +211,13 @@ class Estimator:
         params = answer.state.params
         trained = lambda moving: self.trained(query, moving)  # noqa: E731
         direct = lambda moving: query.outer_loss(params, query.at(moving))[0]  # noqa: E731
+        own, rest = query.problem.split(params)
+        by_inner = replayed_marks(lambda own: query.outer_loss(combine(own, rest), query.outer)[0], own)
+        if PASSES not in by_inner and (end := next(filter(None, by_inner), None)):  # no estimator sees training then
+            lost = [mark if mark is None else of_loss(end) for mark in replayed_marks(trained, query.moving)]
+            nothing = [False] * len(reached)
+            report(reached, query.moving, type(self).__name__, None, nothing, lambda: lost)
+            return
         if self.blind is None:
             acts = [False] * len(reached)
             flat = replayed_marks(lambda moving: (trained(moving), direct(moving)), query.moving)

@@ -300,6 +300,40 @@ def test_losses_that_do_not_depend_on_inner_are_told():
         Unrolled(optax.sgd(0.1), 2).estimate(aside, None, jnp.asarray(0.5), FullBatch(DATA), DATA, KEY)
 
 
+FLAT = {
+    "`sign`": lambda w: jnp.sum(jnp.sign(w)),
+    "`round`": lambda w: jnp.sum(jnp.round(w)),
+    "a comparison (`gt`)": lambda w: jnp.mean((w > 0.5).astype(float)),
+    "`stop_gradient`": lambda w: jnp.sum(jax.lax.stop_gradient(w) ** 2),
+}
+
+
+def decayed(w, outer, batch, key):
+    return jnp.sum((w - 1.0) ** 2) + outer["decay"] * jnp.sum(w**2)
+
+
+@pytest.mark.parametrize("operation", FLAT)
+@pytest.mark.parametrize("estimator", [Unrolled, bilevel.Implicit, bilevel.OneStep])
+def test_an_outer_loss_without_a_slope_in_inner_is_told_by_its_operation(estimator, operation):
+    """Whatever the estimator: neither its optimizer nor the way it looks is to blame."""
+    hypergradient = estimator(optax.sgd(0.1), 3)
+    said = re.escape(f"outer_loss reads inner through {operation} alone, whose derivative is 0 everywhere")
+
+    def gradient(outer, direct):
+        loss = lambda w, outer, batch, key: FLAT[operation](w) + direct * outer.get("direct", 0.0)  # noqa: E731
+        flat = bilevel.Problem(decayed, loss, lambda key, outer: jnp.zeros(3), lambda key: outer)
+        return hypergradient.estimate(flat, None, outer, None, None, KEY).grad
+
+    with pytest.raises(ValueError, match=rf"every outer leaf is exactly 0 by construction: \['decay'\] \({said}"):
+        gradient({"decay": jnp.asarray(0.1)}, 0.0)
+    if operation == "`sign`":  # with a leaf that is learned all the same, and one that is not used
+        several = {name: jnp.asarray(0.1) for name in ("decay", "direct", "unused")}
+        with pytest.warns(StructuralZeroWarning, match=rf"leaf \['decay'\] is exactly 0 by construction: {said}"):
+            with pytest.warns(StructuralZeroWarning, match=r"leaf \['unused'\] is .*: nothing that is trained or eval"):
+                grad = gradient(several, 3.0)
+        assert grad["direct"] == 3.0 and grad["decay"] == grad["unused"] == 0.0
+
+
 def test_losses_in_each_others_places_are_told():
     with pytest.warns(StructuralZeroWarning, match="Only outer_loss depends on outer, and the training does not"):
         run(problem(test_loss, fit_loss))

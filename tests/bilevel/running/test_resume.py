@@ -487,7 +487,8 @@ def test_what_is_no_checkpoint_is_neither_removed_nor_renamed(tmp_path):
     (tmp_path / "0" / "results.txt").write_text("mine")
     (tmp_path / "2").write_text("mine")
     (tmp_path / "12.damaged").mkdir()
-    before = {path: path.read_bytes() for seed in ("0", "1", "12") for path in (tmp_path / seed).rglob("*") if path.is_file()}
+    files = (path for seed in ("0", "1", "12") for path in (tmp_path / seed).rglob("*"))
+    before = {path: path.read_bytes() for path in files if path.is_file()}
     longer = run(LINE_SOLVER, 9, checkpoint_dir=tmp_path, checkpoint_every=0, callbacks=[lambda *_: None])
     assert_equal(longer.state, run(LINE_SOLVER, 9).state)
     assert before and before == {path: path.read_bytes() for path in before}
