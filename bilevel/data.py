@@ -117,7 +117,8 @@ def columns(data: Any) -> PyTree:
       ValueError: for a column that is no array (text, lists of different lengths, missing values), by name.
     """
     # Known by what it can do: the engine does not import datasets.
-    if isinstance(data, dict) and (sets := [name for name, x in data.items() if hasattr(x, "with_format")]):
+    whole: Any = data
+    if isinstance(whole, dict) and (sets := [name for name, x in whole.items() if hasattr(x, "with_format")]):
         raise ValueError(
             f"A {type(data).__name__} of {', '.join(map(repr, sets))} is several data sets: give one of them, as in "
             f"data[{sets[0]!r}]."

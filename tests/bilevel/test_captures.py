@@ -21,7 +21,7 @@ from tests.bilevel.helpers import KEY
 
 VALUE: Any = 1.0
 TABLE: dict[str, Any] = {"deep": [0, {"value": 1.0}]}
-HELPERS = types.ModuleType("helpers_of_a_user")
+HELPERS: Any = types.ModuleType("helpers_of_a_user")
 HELPERS.VALUE = 1.0
 sys.modules["helpers_of_a_user"] = HELPERS
 
@@ -40,7 +40,7 @@ def compiled(x):
 
 
 def imported_inside():
-    import helpers_of_a_user
+    import helpers_of_a_user  # pyright: ignore[reportMissingImports]
 
     return helpers_of_a_user.VALUE
 
