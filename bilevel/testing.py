@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.arguments import check_outer
+from bilevel.captures import forget_outdated
 from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
@@ -319,6 +320,7 @@ def check_hypergradient(
     given = {"problem": problem, "hypergradient": hypergradient, "directions": directions, "tolerance": tolerance}
     check_arguments("check_hypergradient", rules, **given)
     with jax.enable_x64(True):
+        forget_outdated(problem, hypergradient)
         point = Point.of("check_hypergradient", problem, outer, inner_state, inner_data, outer_data, key)
         _, state, outer, inner_batches, outer_batch, start_key = point.arguments(hypergradient.steps)
         init = jax.tree_util.Partial(_start_wide, problem.init_inner)

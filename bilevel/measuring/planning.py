@@ -20,6 +20,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from bilevel.captures import forget_outdated
 from bilevel.data import narrow
 from bilevel.differentiation import checkpointing
 from bilevel.differentiation.binomial import evaluations
@@ -122,6 +123,7 @@ def plan(
     """
     if not isinstance(hypergradient, Unrolled):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
+    forget_outdated(problem, hypergradient)
     point = Point.of("plan", problem, outer, inner_state, inner_data, outer_data, key)
     return planned(hypergradient, *point.arguments(hypergradient.steps))
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel.captures import forget_outdated
 from bilevel.data import columns, draw, draw_one
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
@@ -65,6 +66,7 @@ def variance(
       ValueError: for samples < 2.
       FloatingPointError: if a hypergradient is not finite; names the outer leaf.
     """
+    forget_outdated(problem, hypergradient)
     point = Point.of("variance", problem, outer, inner_state, inner_data, outer_data, key)
     checked("variance", "hypergradient", hypergradient, is_hypergradient)
     checked("variance", "samples", samples, integer(2))

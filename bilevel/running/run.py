@@ -88,9 +88,9 @@ def run(
       callback_every: steps between two calls. A call makes the device wait: where a step takes microseconds, 100.
       checkpoint_dir: folder to save the state in, now and then and at the end, by Ctrl-C and SIGTERM too, and to
         resume from. It holds two checkpoints, and `fingerprint.json`: settings, losses, optimizers, data, key and
-        versions, which a resumed run must share (callbacks, which look on, may be others). Whatever else lies there is
-        left alone. Without this file (delete it
-        where a difference is meant, such as a newer JAX) a run is resumed unchecked, with a warning.
+        versions, which a resumed run must share (callbacks, which look on, may be others). Without this file
+        (delete it where a difference is meant, such as a newer JAX) a run is resumed unchecked, with a warning. What
+        else lies there is left alone.
       checkpoint_every: least seconds between two checkpoints.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
@@ -104,7 +104,8 @@ def run(
     Raises:
       ValueError: for steps < 1, a negative `checkpoint_every`, a schedule of the solver that leaves its range within
         `steps` (names the step and the value), unusable data, a loss that captured the outer variable instead of
-        reading it, a function of the solver that is another at each call, a folder that cannot be written, or checkpoints of another run: names what differs.
+        reading it, a function that is another at each call, a folder that cannot be written, or checkpoints of another
+        run: names what differs.
       FloatingPointError: if a metric, a number of `record` or the state is not finite; names the step, the inner step
         and leaf where it began, and the leaf of outer whose last move did it.
       KeyboardInterrupt: by Ctrl-C, after a line on stderr on what is saved and how to go on; so does SIGTERM.

@@ -162,6 +162,25 @@ def rate(step):
     return VALUE * 0.25
 
 
+MEASURES = {
+    "variance": lambda problem, estimator: bilevel.variance(problem, estimator, samples=2).mean,
+    "compare": lambda problem, estimator: bilevel.compare(problem, {"a": estimator}, reference="a").rows[0].grad,
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_measuring_alone_looks_at_the_value_that_is_there(measure):
+    problem, estimator = problem_of(lambda: 1.0), bilevel.Unrolled(optax.sgd(rate), 2)
+    try:
+        for value in (1.0, 2.0):
+            written("VALUE")(value)
+            seen = 1 - (1 - 0.5 * value) ** 2
+            found = MEASURES[measure](problem, estimator)
+            np.testing.assert_allclose(found, 2 * seen * (3 * seen - 1), rtol=1e-12)
+    finally:
+        written("VALUE")(1.0)
+
+
 def after_a_step(rate=0.25, outer_rate=0.1, start=0.0, outer=3.0, project=1.0):
     """`outer` after a step of descent on (w_2 - 1)^2, w_2 being that of two steps of descent on (w - outer)^2."""
     left = (1 - 2 * rate) ** 2
