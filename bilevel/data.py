@@ -117,6 +117,12 @@ def columns(data: Any) -> PyTree:
       ValueError: for a column that is no array (text, lists of different lengths, missing values), by name.
     """
     # Known by what it can do: the engine does not import datasets.
+    whole: Any = data
+    if isinstance(whole, dict) and (sets := [name for name, x in whole.items() if hasattr(x, "with_format")]):
+        raise ValueError(
+            f"A {type(data).__name__} of {', '.join(map(repr, sets))} is several data sets: give one of them, as in "
+            f"data[{sets[0]!r}]."
+        )
     if not (hasattr(data, "with_format") and hasattr(data, "features")):
         return data
     if not hasattr(data, "num_rows"):
@@ -156,6 +162,10 @@ def as_data(what: str, data: Any) -> PyTree:
       ValueError: in a sentence that `what` begins, for a list of batches, a leaf that is no array of numbers, or
         numbers that the enabled types do not hold; as `columns`.
     """
+    sources = (Batches, FullBatch, Indexed, Shuffled)
+    for x in jax.tree.leaves(data, is_leaf=lambda node: isinstance(node, sources)):
+        if isinstance(x, sources):
+            raise ValueError(f"{what} was given {type(x).__name__}, which is made of data: give the arrays themselves.")
     data = columns(data)
     for name, x in zip(leaf_names(data), jax.tree.leaves(data), strict=True):
         if isinstance(x, (bool, int, float, complex)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,9 @@ class Problem:
     def start_outer(self, key: Key) -> PyTree:
         """`init_outer(key)`, its numbers made arrays.
 
+        Warns:
+          UserWarning: if a leaf looks like the words of a random key, which would stay as they are.
+
         Raises:
           ValueError: if a leaf is no array, or one is outside its domain.
         """
@@ -106,6 +110,7 @@ class Problem:
             outer = self.init_outer(key)
         refuse_modules("init_outer returned", outer)
         outer = as_arrays(outer, "init_outer returned")
+        _warn_if_words(outer)
         bijectors.check(self.domain, outer)
         return outer
 
@@ -302,6 +307,17 @@ def _tracing(call: str, function: Any) -> str:
     """Words for the call of a user's function, with the name that it has."""
     own = getattr(getattr(function, "func", function), "__name__", "<lambda>")
     return f"tracing {call}" + f" (the function {own})" * (own not in ("<lambda>", call.partition("(")[0]))
+
+
+def _warn_if_words(outer: PyTree) -> None:
+    for name, x in _leaves(outer).items():
+        if jnp.result_type(x) == jnp.uint32 and jnp.shape(x) == (2,):
+            warnings.warn(
+                f"init_outer returned uint32[2]{in_leaf(name)}, a constant: if it is a random key of "
+                "jax.random.PRNGKey, its noise is the same at every outer step; make it with jax.random.key.",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 def _leaves(tree: PyTree) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -275,12 +276,13 @@ LOOKED_AT = 2**16
 def check_schedules(settings: Any, first: int, last: int) -> None:
     """Checks what the schedules among the fields of a dataclass give for the steps from `first` to `last` - 1.
 
-    Of more than `LOOKED_AT` steps only so many are looked at, the last among them.
+    Of more than `LOOKED_AT` steps only so many are looked at, the last among them. Steps are counted in 32 bits.
 
     Raises:
       ValueError: names the field, the step and the value.
     """
     for field in dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ():
+        last = min(last, jnp.iinfo(jnp.int32).max)
         number, schedule = getattr(field.metadata.get("check"), "number", None), getattr(settings, field.name)
         if number is None or not callable(schedule) or first >= last:
             continue
@@ -391,6 +393,13 @@ def pytree(rule: Rule) -> Rule:
         return value
 
     return whole
+
+
+def is_folder(value: Any) -> Any:
+    """The rule of a setting that names a folder: a text or a `Path`, and not the empty text, which would be here."""
+    if not isinstance(value, (str, Path)) or value == "":
+        raise Unfit("must be the name of a folder ('.' for this one)")
+    return value
 
 
 def function(*arguments: str, result: str = "") -> Rule:

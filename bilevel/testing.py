@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.arguments import check_outer
+from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
@@ -75,7 +76,8 @@ def central_differences(
 def _derivatives(arguments: tuple, leaf: int, directions: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Derivatives of the training map along `directions` of one leaf, and how far they may be off."""
     x = np.asarray(jax.tree.leaves(partition(arguments[3])[0])[leaf])
-    size = step * (np.sqrt(np.mean(x**2)) or 1.0)
+    finite = x[np.isfinite(x)]  # an infinity is a mask, which no step moves
+    size = step * (np.sqrt(np.mean(finite**2)) if finite.any() else 1.0)
     offsets = size * np.array([-4, -2, -1, 1, 2, 4])
     moves = jnp.asarray((offsets[:, None, *[None] * x.ndim] * directions).reshape(-1, *x.shape), x.dtype)
     values = np.asarray(_values_moved(*arguments, leaf, moves)).reshape(6, len(directions))
@@ -192,6 +194,7 @@ def check_hypergradient(
     given = {"problem": problem, "hypergradient": hypergradient, "directions": directions, "tolerance": tolerance}
     check_arguments("check_hypergradient", rules, **given)
     with jax.enable_x64(True):
+        forget_outdated(problem, hypergradient)
         point = Point.of("check_hypergradient", problem, outer, inner_state, inner_data, outer_data, key)
         _, state, outer, inner_batches, outer_batch, start_key = point.arguments(hypergradient.steps)
         init = jax.tree_util.Partial(_start_wide, problem.init_inner)

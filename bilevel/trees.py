@@ -45,6 +45,8 @@ def as_arrays(tree: PyTree, what: str = "The tree holds") -> PyTree:
         fit into the types that are enabled; with its name.
     """
     for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(f"{what} a ShapeDtypeStruct{in_leaf(name)}, which is the shape of an array and not one.")
         if (reason := unlike_array(x)) is not None:
             raise ValueError(f"{what} {reason}{in_leaf(name)}.")
     return jax.tree.map(lambda x: x if is_key(x) else jnp.asarray(x, jnp.result_type(x)), tree)

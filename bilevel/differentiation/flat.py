@@ -41,6 +41,15 @@ def reason(operation: str) -> str:
     )
 
 
+def of_loss(operation: str) -> str:
+    """Why whatever acts on training has a hypergradient of 0 where `outer_loss` reads inner through `operation`."""
+    return (
+        f"outer_loss reads inner through {operation} alone, whose derivative is 0 everywhere: use a smooth loss in its "
+        "place (a cross-entropy for an accuracy), give it a derivative by jax.custom_jvp, or use EvolutionStrategies, "
+        "which needs none"
+    )
+
+
 def _joined(found: Sequence[Mark]) -> Mark:
     """The mark of what is computed from values of these marks, by an operation with a derivative."""
     there = [mark for mark in found if mark is not None]

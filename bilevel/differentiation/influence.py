@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from bilevel.differentiation.flat import Mark, marks
 from bilevel.differentiation.flat import reason as flatness
 from bilevel.differentiation.tracing import jaxprs, operation, used
+from bilevel.settings import shown
 from bilevel.trees import PyTree, leaf_names, named
 
 
@@ -129,7 +130,12 @@ def warn_if_inexact(
 
     Warns:
       InexactHypergradientWarning: once for each, with the largest value and the remedy.
+
+    Raises:
+      ValueError: if `info` is not numbers by name.
     """
+    if not isinstance(info, Mapping):
+        raise ValueError(f"warn_if_inexact(info={shown(info)}): must be Estimate.aux.info, numbers by name.")
     limits = {
         "stationarity_relative": (stationarity, "the inner problem is not solved", "train more steps, or use Unrolled"),
         "linear_residual": (linear, "the linear system is not solved", _UNSOLVED),

@@ -188,7 +188,10 @@ def _why_it_failed(error: Exception) -> str:
             "(line searches, sophia): use one without, for example optax.adam(learning_rate), or "
             "optax.lbfgs(learning_rate, linesearch=None)."
         )
-    return f"The optimizer cannot update these parameters: {said}."
+    return (
+        f"The optimizer cannot update these parameters: {said.rstrip('.')} (a learning rate and the like are numbers, "
+        "arrays or schedules)."
+    )
 
 
 def _refuse_evaluation_parameters(state: PyTree) -> None:

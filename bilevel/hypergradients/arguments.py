@@ -7,7 +7,6 @@ other's places, states of other estimators, sources of batches for batches, numb
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from bilevel.settings import (
     having,
     instance,
     integer,
+    is_folder,
     optional,
     pytree,
     random_key,
@@ -66,9 +66,16 @@ def check_estimate(
     check_call(method, problem=problem, inner_state=inner_state, outer=outer, key=key)
     if not getattr(estimator, "takes_constants", False):
         check_outer(f"{method} was given", outer)
+    _refuse_shapes(f"{method}(outer=...)", outer)
     for name, batches in (("the inner batches", inner_batches), ("the outer batch", outer_batch)):
         refuse_sources(f"{method}: {name}", batches)
         check_batch(f"{method}: {name[4:]}", batches)
+
+
+def _refuse_shapes(what: str, tree: Any) -> None:
+    for name, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ValueError(f"{what} holds a ShapeDtypeStruct{in_leaf(name)}, the shape of an array: give the array.")
 
 
 def refuse_complex(who: str, what: str, tree: PyTree, remedy: str) -> None:
@@ -110,7 +117,7 @@ _RUN = {
     "progress": boolean,
     "callbacks": _callbacks,
     "callback_every": integer(1),
-    "checkpoint_dir": optional(instance((str, Path), "a folder")),
+    "checkpoint_dir": optional(is_folder),
     "checkpoint_every": real(low=0.0, infinite=True),
     "record": optional(function("state", result="{name: array}")),
     "title": instance(str, "a text"),

@@ -52,6 +52,8 @@ class Hypergradient(Protocol):
     What whoever calls them relies on, and the tests try on every estimator:
 
     - All three are pure functions of their arguments that can be jitted; the estimator itself is a pytree.
+    - `estimate` computes with what the losses read from outside now; where the caller compiles it, with what they read
+      when it was traced.
     - `inner_batches` leads with an axis of length `steps`, or is `Indexed(data, index)`, a `FullBatch`, or None.
     - With `inner_state=None`, `estimate` starts the inner problem itself, so that `init_inner`'s dependence on `outer`
       is a part of what is differentiated. An `inner_state` that is given is a constant.

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from bilevel.differentiation.flat import PASSES
+from bilevel.differentiation.captures import forget_outdated, look_again
+from bilevel.differentiation.flat import PASSES, of_loss
 from bilevel.differentiation.influence import refuse_reverse_rules, replayed_marks, report
 from bilevel.differentiation.loss_checks import (
     ORDERS,
@@ -29,7 +30,7 @@ from bilevel.hypergradients.contract import Aux, Estimate
 from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem
-from bilevel.trees import Batch, Key, Outer, PyTree
+from bilevel.trees import Batch, Key, Outer, PyTree, combine
 
 
 class Estimator:
@@ -80,11 +81,14 @@ class Estimator:
             has to: says what.
         """
         check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
+        compiled = isinstance(key, Tracer)  # by whoever calls it, who has to look at what it reads
+        if not compiled:
+            forget_outdated(self, problem, outer)
         params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
         refuse_complex_variables(self, problem.split(params)[0], outer)
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
-        if not isinstance(key, Tracer):  # where it is traced, `run` has looked at them
+        if not compiled:  # otherwise `run` has looked at them
             warn_if_misplaced(losses)
         for loss in losses:
             if self._heeds_rules and loss.name == "inner_loss" and (name := loss.custom_rule()):
@@ -96,6 +100,8 @@ class Estimator:
                 answer = self._answer(query, params)
         except Unmet as unmet:
             raise ValueError(f"{type(self).__name__}: {unmet}.") from None
+        if not compiled:
+            look_again(self, problem, outer)
         info = {"inner_loss": answer.trace.value} | answer.info
         return Estimate(answer.value, answer.grad, answer.state, Aux(answer.trace.aux, answer.aux, info))
 
@@ -137,6 +143,13 @@ class Estimator:
         params = answer.state.params
         trained = lambda moving: self.trained(query, moving)  # noqa: E731
         direct = lambda moving: query.outer_loss(params, query.at(moving))[0]  # noqa: E731
+        own, rest = query.problem.split(params)
+        by_inner = replayed_marks(lambda own: query.outer_loss(combine(own, rest), query.outer)[0], own)
+        if PASSES not in by_inner and (end := next(filter(None, by_inner), None)):  # no estimator sees training then
+            lost = [mark if mark is None else of_loss(end) for mark in replayed_marks(trained, query.moving)]
+            nothing = [False] * len(reached)
+            report(reached, query.moving, type(self).__name__, [None] * len(reached), nothing, lambda: lost)
+            return
         if self.blind is None:
             acts = [False] * len(reached)
             flat = replayed_marks(lambda moving: (trained(moving), direct(moving)), query.moving)

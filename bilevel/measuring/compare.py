@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel.differentiation.captures import forget_outdated
 from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import outer_value, split_keys
@@ -136,6 +137,7 @@ def compare(
     """
     if isinstance(hypergradients, Mapping) and reference not in hypergradients:
         raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")
+    forget_outdated(problem, hypergradients)
     point = Point.of("compare", problem, outer, inner_state, inner_data, outer_data, key)
     if not isinstance(hypergradients, Mapping):
         raise ValueError(f"compare(hypergradients={shown(hypergradients)}): must be a dict, name -> estimator.")

@@ -23,6 +23,7 @@ from rich.table import Table
 from bilevel.data import narrow
 from bilevel.differentiation import checkpointing
 from bilevel.differentiation.binomial import evaluations
+from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
 from bilevel.differentiation.tracing import is_literal, jaxprs, operation, read, scan_counts, without_unused
 from bilevel.hypergradients.training import InnerState
@@ -122,6 +123,7 @@ def plan(
     """
     if not isinstance(hypergradient, Unrolled):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
+    forget_outdated(problem, hypergradient)
     point = Point.of("plan", problem, outer, inner_state, inner_data, outer_data, key)
     return planned(hypergradient, *point.arguments(hypergradient.steps))
 

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import Batches, columns, draw, draw_one
+from bilevel.differentiation.captures import forget_outdated
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
 from bilevel.problem import Problem
-from bilevel.running.failures import not_finite
+from bilevel.running.holes import not_finite
 from bilevel.settings import checked, integer
 from bilevel.trees import Outer, PyTree, global_norm, widened
 
@@ -66,6 +67,7 @@ def variance(
       ValueError: for samples < 2, or if neither data is `Batches`.
       FloatingPointError: if a hypergradient is not finite; names the outer leaf.
     """
+    forget_outdated(problem, hypergradient)
     point = Point.of("variance", problem, outer, inner_state, inner_data, outer_data, key)
     checked("variance", "hypergradient", hypergradient, is_hypergradient)
     checked("variance", "samples", samples, integer(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from bilevel.running.feeds import noted
 from bilevel.running.fingerprint import differences
 from bilevel.running.interrupts import uninterrupted
+from bilevel.settings import checked, is_folder
 from bilevel.trees import PyTree, is_key
 
 _HASHES = "sha256.json"
@@ -36,13 +38,15 @@ class Checkpoints:
     """Numbered checkpoints of a pytree in `folder`, the newest two kept, and the fingerprint of their run.
 
     Saving is orbax's: it writes beside and renames, so that a run killed at any moment leaves whole checkpoints only.
-    Hashes of the files are added after that, so that damage is seen before anything is read.
+    Hashes of the files are added after that, so that damage is seen before anything is read. Other files and folders
+    may lie there too, with a number for a name: only what holds a checkpoint is read, renamed or removed.
 
     Raises:
-      ValueError: if the folder cannot be made or written.
+      ValueError: if it is no folder, or cannot be made or written.
     """
 
     def __init__(self, folder: str | Path):
+        checked("Checkpoints", "folder", folder, is_folder)
         self._folder = Path(folder).absolute()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ class Checkpoints:
         return max(self._steps(), default=None)
 
     def note(self, steps: int) -> dict[str, Any] | None:
-        """What was noted with the newest whole checkpoint (`step`, `due`, `record`, `feeds`); None if there is none.
+        """What `save` noted with the newest whole checkpoint, by its names; None if there is none.
 
         Warns:
           RuntimeWarning: if a newer one is damaged; names it.
@@ -72,6 +76,8 @@ class Checkpoints:
         # Killed between orbax's renaming and the hashes: whole as far as anybody knows, and taken if there is no other.
         new = [step for step, why in damaged.items() if why == _UNHASHED]
         if not (usable := whole or new):
+            # What has the name of a checkpoint and is none would be in the way of those to come.
+            damaged = damaged or {step: "it is no checkpoint" for step in self._steps(ours=False)}
             if not damaged:
                 return None
             told = "; ".join(f"{step}: {why}" for step, why in sorted(damaged.items()))
@@ -103,13 +109,15 @@ class Checkpoints:
           ValueError: if it holds checkpoints of another run: names what differs.
         """
         file = self._folder / _FINGERPRINT
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder, where the fingerprint of the run belongs: move it away.")
         if note:
             if note["record"] != record:
                 raise ValueError(
                     f"{self._folder} holds a run that recorded {note['record']}, but record= gives {record} now: "
                     "record the same to continue it, or name another checkpoint_dir."
                 )
-            if not file.is_file():
+            if not file.exists():
                 warnings.warn(
                     f"{self._folder} has no {_FINGERPRINT}: whether its checkpoints are of this run is not checked.",
                     RuntimeWarning,
@@ -126,12 +134,23 @@ class Checkpoints:
 
     def _differences(self, file: Path, fingerprint: Mapping[str, str]) -> list[str]:
         try:
-            return differences(_read_json(file), fingerprint)
-        except (OSError, ValueError, AttributeError) as error:
+            old = _read_json(file)
+            if not isinstance(old, dict) or not all(isinstance(value, str) for value in old.values()):
+                raise ValueError(f"{file.name} is damaged (it holds no texts by name)")
+            return differences(old, fingerprint)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{_line(error)}: delete {file} to continue its run unchecked.") from None
 
     def save(
-        self, step: int, state: PyTree, history: dict[str, np.ndarray], positions: list[Any], *, due: bool, record: str
+        self,
+        step: int,
+        state: PyTree,
+        history: dict[str, np.ndarray],
+        positions: list[Any],
+        *,
+        due: bool,
+        called: int,
+        record: str,
     ) -> bool:
         """Saves checkpoint `step`; whether it could. Signals wait until it is whole.
 
@@ -141,13 +160,14 @@ class Checkpoints:
           history: the rows of metrics so far.
           positions: `Feed.position` of each feed.
           due: whether callbacks have yet to be called for this step, or have stopped the run.
+          called: the step that callbacks were called for last.
           record: what the run records.
 
         Warns:
           RuntimeWarning: if it cannot be written. Those that are there stay.
         """
         args, folder = self._ocp.args, self._folder / str(step)
-        note = {"step": step, "due": due, "record": record, "feeds": [noted(at) for at in positions]}
+        note = {"step": step, "due": due, "called": called, "record": record, "feeds": [noted(at) for at in positions]}
         items = args.Composite(
             state=args.StandardSave(_without_keys(state)),
             history=args.StandardSave(history),
@@ -155,10 +175,14 @@ class Checkpoints:
         )
         with uninterrupted():
             try:
+                if folder.exists() and not _is_checkpoint(folder):
+                    raise FileExistsError("something that is no checkpoint has its name: move it away")
                 with _quiet():
                     self._manager.save(step, args=items, force=True)
                 hashes = {str(file.relative_to(folder)): _hash(file) for file in _files(folder)}
                 _write(folder / _HASHES, json.dumps(hashes))
+                for old in sorted(self._steps())[:-_KEPT]:
+                    shutil.rmtree(self._folder / str(old))
             except Exception as error:  # a full disk comes as many kinds
                 self._clear()
                 warnings.warn(
@@ -178,8 +202,8 @@ class Checkpoints:
         args = self._ocp.args
         for other in self._steps():
             if other > step:  # damaged: out of the way of those to come
-                aside = self._folder / f"{other}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
+                names = (f"{other}.damaged{f'-{i}' * (i > 1)}" for i in itertools.count(1))
+                aside = next(path for name in names if not (path := self._folder / name).exists())
                 os.replace(self._folder / str(other), aside)
         target = jax.tree.map(_abstract, _without_keys(like))
         items = args.Composite(state=args.StandardRestore(target), history=args.StandardRestore())
@@ -204,24 +228,28 @@ class Checkpoints:
     def _manager(self) -> Any:
         if self._managed is None:
             self._clear()
-            options = self._ocp.CheckpointManagerOptions(max_to_keep=_KEPT, enable_async_checkpointing=False)
+            # It would count, and remove, every folder with a number for a name: old ones are removed by `save`.
+            options = self._ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
             self._managed = self._ocp.CheckpointManager(self._folder, options=options)
         return self._managed
 
     def _clear(self) -> None:
         """Removes what an interrupted or failed save has left."""
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.name.partition(".")[0].isdecimal():
+                shutil.rmtree(path, ignore_errors=True)
         self._managed = None
 
-    def _steps(self) -> list[int]:
-        return [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()]
+    def _steps(self, *, ours: bool = True) -> list[int]:
+        found = [path for path in self._folder.iterdir() if path.name.isdecimal()]
+        return [int(path.name) for path in found if not ours or _is_checkpoint(path)]
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint; None if nothing is."""
         folder = self._folder / str(step)
         try:
-            self._read_note(step)
+            if (noted := self._read_note(step)["step"]) != step:
+                return f"it is the one of step {noted}"
             if not (folder / _HASHES).is_file():
                 return _UNHASHED
             for name, value in _read_json(folder / _HASHES).items():
@@ -235,7 +263,7 @@ class Checkpoints:
 
     def _read_note(self, step: int) -> dict[str, Any]:
         note = _read_json(self._folder / str(step) / "note" / "metadata")
-        return {name: note[name] for name in ("step", "due", "record", "feeds")}
+        return {name: note[name] for name in ("step", "due", "record", "feeds")} | {"called": note.get("called", 0)}
 
 
 @contextlib.contextmanager
@@ -248,6 +276,19 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether `path` is one of our checkpoints, by what is in it: damaged ones and empty folders included."""
+    if not path.is_dir() or str(int(path.name)) != path.name:
+        return False
+    if ((path / "note" / "metadata").is_file() and (path / "state").is_dir()) or not any(path.iterdir()):
+        return True
+    try:
+        hashes = _read_json(path / _HASHES)
+    except (OSError, ValueError):
+        return False
+    return isinstance(hashes, dict) and "note/metadata" in hashes
 
 
 def _files(folder: Path) -> list[Path]:

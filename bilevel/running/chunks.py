@@ -15,7 +15,7 @@ from bilevel.data import Batches, FullBatch, Indexed, Shuffled
 from bilevel.differentiation.tracing import evaluate_closed
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import checked_step
-from bilevel.trees import is_inexact
+from bilevel.trees import as_arrays, is_inexact, is_key
 
 CAPACITY = 512
 """Most steps between two returns to the host."""
@@ -39,7 +39,7 @@ def chunk(solver, record, capacity, state, data, count):
 
     Returns:
       The state; name -> rows of metrics, of which the first `count` are meant; and for each inexact leaf of the state
-      how many of its entries are not finite.
+      how many of its entries are not finite, and how many are NaN, `[leaves, 2]`.
     """
     # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
     data = [
@@ -49,7 +49,7 @@ def chunk(solver, record, capacity, state, data, count):
 
     def one(state):
         state, metrics = step(solver, state, data)
-        return state, metrics | (_recorded(record, state, metrics) if record else {})
+        return state, metrics | (recorded(record, state, metrics) if record else {})
 
     # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
     body_jaxpr, shapes = jax.make_jaxpr(one, return_shape=True)(state)
@@ -80,7 +80,9 @@ def chunk_capacity(solver: Solver) -> int:
 
 def _holes(state):
     leaves = [leaf for leaf in jax.tree.leaves(state) if is_inexact(leaf)]
-    return jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int32) for leaf in leaves] or [jnp.zeros((), jnp.int32)])
+    # An infinity from the start may be meant (a mask); a NaN that comes of it is none.
+    holes = [[jnp.sum(hole, dtype=jnp.int32) for hole in (~jnp.isfinite(x), jnp.isnan(x))] for x in leaves]
+    return jnp.asarray(holes or [[0, 0]], jnp.int32)
 
 
 def _packed(metrics):
@@ -177,12 +179,27 @@ def _rows_of(rows: Mapping[str, np.ndarray]) -> str:
     return kinds({name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in rows.items()})
 
 
-def _recorded(record: Any, state: Any, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What `record` says of `state`; names that are its own."""
+def recorded(record: Any, state: Any, metrics: dict[str, Any]) -> dict[str, jax.Array]:
+    """What `record` says of `state`, as arrays.
+
+    Raises:
+      ValueError: if it is no dict of arrays and numbers by name, or a name is that of a metric.
+    """
     with telling("tracing record(state)"):
         rows = record(state)
+    wanted = "but must return {name: array}"
     if not isinstance(rows, dict) or not all(isinstance(name, str) for name in rows):
-        raise ValueError(f"run(record=...): record returned a {type(rows).__name__}, but must return {{name: array}}.")
+        raise ValueError(f"run(record=...): record returned a {type(rows).__name__}, {wanted}.")
+    for name, value in rows.items():
+        if not isinstance(value, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)):
+            raise ValueError(
+                f"run(record=...): record returned {'None' if value is None else f'a {type(value).__name__}'} as "
+                f"{name!r}, {wanted}, one array or number for each name."
+            )
+        if is_key(value):
+            raise ValueError(
+                f"run(record=...): record returned random keys as {name!r}, {wanted}: record jax.random.key_data(keys)."
+            )
     if taken := sorted(set(rows) & set(metrics)):
         raise ValueError(f"run(record=...): {', '.join(taken)} is a metric of the solver: record it by another name.")
-    return rows
+    return as_arrays(rows, "run(record=...): record returned")

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from bilevel.running.chunks import chunk
-from bilevel.running.failures import describe_failure, holding_nan, inner_of, nan_weights, where_of
+from bilevel.running.failures import describe_failure, inner_of, nan_weights, where_of
+from bilevel.running.holes import holding_nan
 from bilevel.trees import PyTree, is_inexact, leaf_names, replayed
 
 
@@ -36,7 +37,8 @@ def refuse_failed(solver, record, capacity, before, data, done, rows, holes, new
       earlier: the outer variable before the last steps that led to `before`; None if there were none.
       done: the number of its first step.
       rows: the metrics of the chunk.
-      holes, new_holes: how many entries of each inexact leaf of the state are not finite: from the start, and now.
+      holes, new_holes: how many entries of each inexact leaf of the state are not finite, and how many NaN: from the
+        start, and now.
     """
     numbers = {n: v for n, v in rows.items() if np.issubdtype(v.dtype, np.inexact)}
     bad = [

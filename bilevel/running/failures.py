@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,26 +17,13 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.problem import Problem
 from bilevel.running.chunks import batches, step, wanted_batches
+from bilevel.running.culprits import projection, steep_function
+from bilevel.running.holes import holding_nan, named_leaves, newly, not_finite
 from bilevel.running.replay import Instead, asked_for
 from bilevel.running.steep import REMEDY, steep_leaves, why
-from bilevel.trees import PyTree, at_step, combine, global_norm, is_inexact, leaf_names, named
+from bilevel.trees import PyTree, at_step, combine, global_norm, named
 
 _AT_ZERO = "look for a root, norm, logarithm or division at 0"
-
-
-def not_finite(root: str, tree: PyTree) -> list[str]:
-    """Names of the leaves of `tree`, which is called `root`, that hold a NaN or an infinity."""
-    return [name for name, leaf in _named(root, tree) if not np.isfinite(np.asarray(leaf)).all()]
-
-
-def holding_nan(root: str, tree: PyTree) -> list[str]:
-    return [name for name, leaf in _named(root, tree) if np.isnan(np.asarray(leaf)).any()]
-
-
-def _named(root: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
-    for name, leaf in zip(leaf_names(tree, root), jax.tree.leaves(tree), strict=True):
-        if is_inexact(leaf):
-            yield name, leaf
 
 
 def where_of(solver: Any, number: int) -> str:
@@ -64,7 +51,7 @@ def describe_failure(
     if said := _training(solver, state, data) or _losses(solver, state, data):
         return where + said.sentence(moved)
     kept: list[Any] = []
-    replayed = solver
+    listening = solver
     if hasattr(solver, "hypergradient"):
         hypergradient = solver.hypergradient
 
@@ -72,20 +59,23 @@ def describe_failure(
             kept.append(hypergradient.estimate(*args))
             return kept[-1]
 
-        replayed = dataclasses.replace(solver, hypergradient=Instead(hypergradient, recorded))
-    new, metrics = step(replayed, state, data)
+        listening = dataclasses.replace(solver, hypergradient=Instead(hypergradient, recorded))
+    new, metrics = step(listening, state, data)
     for estimate in kept:
-        if said := _estimate(estimate, steep_leaves(solver, state, data)):
+        if said := _estimate(estimate, steep_leaves(solver, state, data), lambda: steep_function(solver, state, data)):
             return where + said.sentence(moved)
     names = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
     by_record = [name for name in metrics_at_fault if name not in metrics]
-    leaves = not_finite("outer", new.outer) + not_finite("inner", inner_of(new)) or _newly("state", state, new)
+    leaves = newly("outer", state.outer, new.outer) + newly("inner", inner_of(state), inner_of(new))
+    leaves = leaves or newly("state", state, new)
     before = f"; before it {norms}" if norms else ""
     if by_record and not names and not leaves:
         return where + (
-            f"record returned {', '.join(by_record)} not finite, while the state it was given and all metrics are "
-            "finite: look for a root, logarithm or division at 0 in record."
+            f"record returned {', '.join(by_record)} not finite, while all metrics are finite and nothing in the state "
+            f"it was given has become infinite or NaN{_masked(state)}."
         )
+    if not names and (said := projection(solver, state, data, leaves)):
+        return where + said
     if not names:
         mover = "the outer optimizer" if kept else "the update"
         return where + (
@@ -99,11 +89,12 @@ def describe_failure(
     )
 
 
-def _newly(root: str, before: PyTree, after: PyTree) -> list[str]:
-    """Names of leaves that hold more that is not finite than before: an infinity from the start may be meant."""
-    was = {name: np.isfinite(np.asarray(x)).sum() for name, x in _named(root, before)}
-    found = [(name, np.asarray(x)) for name, x in _named(root, after)]
-    return [name for name, x in found if np.isfinite(x).sum() < was.get(name, x.size)]
+def _masked(state: Any) -> str:
+    """Where infinities that were there from the start are, which `record` may have handed on; what to look for."""
+    names = not_finite("state.outer", state.outer) + not_finite("state.inner", inner_of(state))
+    if names:
+        return f": {', '.join(names)} holds an infinity from the start, which record has to leave out"
+    return ": look for a root, logarithm or division at 0 in record"
 
 
 def nan_weights(solver: Any) -> str:
@@ -149,7 +140,7 @@ class _Looked(NamedTuple):
 
 def _range(tree: PyTree) -> str:
     """That infinite numbers of `tree` are of a type too short for them; empty where they are not."""
-    infinite = {x.dtype for _, x in _named("", tree) if np.isinf(np.asarray(x)).any()}
+    infinite = {x.dtype for _, x in named_leaves("", tree) if np.isinf(np.asarray(x)).any()}
     short = any(float(jnp.finfo(dtype).max) < 1e5 for dtype in infinite)
     return " (float16 holds no number above 65504: compute in float32)" if short else ""
 
@@ -184,7 +175,7 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
         inner, _ = batches(solver, state, data)
         asked = solver.problem, state.inner, state.outer, inner, None, jax.random.split(state.key)[1]
     problem, inner_state, outer, inner_batches, outer_batch, key = asked
-    keys = split_keys(key, estimator.steps)
+    keys, warm = split_keys(key, estimator.steps), inner_state
     inner_state = estimator.resume(Query(problem, estimator.steps, inner_state, outer, inner_batches, None, keys))
     xs, bind = slots(inner_batches, estimator.steps)
     transform = optimizers.transformation(estimator.optimizer, outer)
@@ -195,7 +186,8 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
         batch, seen = bind(jax.tree.map(lambda x: x[t], xs)), at_step(outer, t)  # noqa: B023
         looked = _look("inner_loss", problem, params, seen, batch, keys.inner[t], at_inner(t))
         if looked.said:
-            return looked.said
+            began = not_finite("inner", params) if t == 0 and warm is None else []
+            return _began(began) if began else looked.said
         moving, rest = problem.split(params)
         updates, new_state = change(looked.grad, opt_state, moving, looked.value)
         moving = optimizers.apply(moving, updates)
@@ -204,12 +196,12 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
         if found := not_finite("inner", moving):
             return _Said(f"the inner optimizer made {', '.join(found)} not finite{finite}{_range(moving)}", rate)
         # Before the state of the run itself, which would be blamed on whoever moves last.
-        if found := _newly("state.inner.opt_state", opt_state, new_state):
+        if found := newly("state.inner.opt_state", opt_state, new_state):
             return _Said(f"the update made {', '.join(found)} of the inner optimizer not finite{finite}", rate)
         opt_state = new_state
         if problem.mutable:
             carried = problem.inner_outcome(params, seen, batch, keys.inner[t])[1]
-            if found := _newly("inner", problem.carried(params), carried):
+            if found := newly("inner", problem.carried(params), carried):
                 what = f"inner_loss returned the mutable {', '.join(found)} not finite{finite}"
                 return _Said(what, f": {_AT_ZERO} in what it computes of them")
             rest = rest | carried
@@ -217,6 +209,12 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
     if alone is not None:
         return None
     return _look("outer_loss", problem, params, at_step(outer, estimator.steps), outer_batch, keys.outer).said
+
+
+def _began(leaves: list[str]) -> _Said:
+    """What to say of a start that is not finite."""
+    what = f"init_inner returned {', '.join(leaves)} not finite"
+    return _Said(what, f": {_AT_ZERO} in init_inner", beside=True)
 
 
 def _losses(solver: Any, state: Any, data: Any) -> _Said | None:
@@ -233,8 +231,13 @@ def _losses(solver: Any, state: Any, data: Any) -> _Said | None:
     return None
 
 
-def _estimate(estimate: Any, steep: list[str]) -> _Said | None:
-    """What in an `Estimate` is not finite; None if all is. `steep`: leaves of which `bilevel.running.steep` tells."""
+def _estimate(estimate: Any, steep: list[str], where: Callable[[], str]) -> _Said | None:
+    """What in an `Estimate` is not finite; None if all is.
+
+    Args:
+      steep: leaves of which `bilevel.running.steep` tells.
+      where: in which function a derivative that is not finite is.
+    """
     losses = np.asarray(estimate.aux.info.get("inner_loss", ()))
     remedy = "; lower the inner learning rate, or check the data for values that are not finite"
     if not np.isfinite(losses).all():
@@ -246,7 +249,7 @@ def _estimate(estimate: Any, steep: list[str]) -> _Said | None:
     if not np.isfinite(estimate.value):
         return _Said(f"outer_loss is {estimate.value} at a finite point", "; check outer_loss and its data")
     finite = "while both losses and the inner gradients are finite"
-    grads = [x for _, x in _named("", estimate.grad)]
+    grads = [x for _, x in named_leaves("", estimate.grad)]
     names = not_finite("", estimate.grad)
     if steep and not (names or np.isfinite(np.asarray(global_norm(grads)))):
         return _Said(f"the hypergradient is too large for its norm to be finite: {why(steep)}", f"; {REMEDY}")
@@ -256,7 +259,7 @@ def _estimate(estimate: Any, steep: list[str]) -> _Said | None:
         return _Said(f"{what} {largest:.5g}, the largest number of its type", f"; {REMEDY}, or compute in float32")
     if names:
         what = f"the hypergradient is not finite at {named('outer', *names)} {finite}{_range(estimate.grad)}"
-        return _Said(what, f"; {_AT_ZERO} in a loss")
+        return _Said(what, f"; {_AT_ZERO} in {where()}")
     if names := not_finite("state.inner.extra", estimate.inner_state.extra):
         return _Said(
             f"what the estimator carries on, {', '.join(names)}, is not finite {finite}",

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel.differentiation import optimizers
 from bilevel.differentiation.custom_rules import RULES
 from bilevel.differentiation.tracing import evaluate_closed, is_jaxpr, is_literal, jaxprs, operation
 from bilevel.problem import Problem
 from bilevel.running.code import code_hash
 from bilevel.running.feeds import Feed, described, digest, shortest
-from bilevel.trees import PyTree, is_inexact, is_key, leaf_names, partition
+from bilevel.running.programs import programs
+from bilevel.trees import PyTree, is_inexact, is_key, leaf_names
 
 if TYPE_CHECKING:
     from bilevel.differentiation.loss_checks import TracedLoss
@@ -31,19 +31,21 @@ _VERSIONS = "jax", "bilevel"
 
 
 def fingerprint(
-    solver: Any, key: jax.Array, state: Any, losses: list[TracedLoss], feeds: tuple[Feed, ...]
+    solver: Any, key: jax.Array, state: Any, losses: list[TracedLoss], feeds: tuple[Feed, ...], record: Any = None
 ) -> dict[str, str]:
     """Settings, arrays, computations, data, key and versions of a run.
 
     Args:
-      solver: the solver. Its settings and arrays are looked at by name; losses, optimizers, start and projection as
-        what they compute (their jaxpr, and that of their derivatives where a function has a rule of its own), so that
-        the learning rate in an optimizer is seen; other functions as code, with what they hold.
+      solver: the solver. Its settings and arrays are looked at by name; losses, optimizers, starts, projection, domain
+        and `record` as what they compute (their jaxpr, and that of their derivatives where a function has a rule of its
+        own), so that the learning rate in an optimizer is seen; other functions, and those that JAX cannot trace, as
+        code, with what they hold.
         The rematerialisation schedule changes no number and is left out.
       key: of the run.
       state: what `solver.init` returned.
       losses: both, traced.
       feeds: the data.
+      record: as for `run`.
     """
     items = {
         "bilevel": _version(),
@@ -53,7 +55,14 @@ def fingerprint(
     }
     for feed in feeds:
         items |= feed.fingerprint()
-    _settings("solver", solver, items, state)
+    _settings("solver", solver, items)
+    for program in programs(solver, state, record):
+        if program.name in items or f"{program.name}{_CODE}" in items:
+            continue
+        if (closed := program.traced()) is not None:
+            _computation(program.name, closed, items)
+        else:
+            items[f"{program.name}{_CODE}"] = code_hash(program.source)
     for name, leaf in zip(leaf_names(solver, "solver"), jax.tree.leaves(solver), strict=True):
         items[name] = described(leaf)
     for loss in losses:
@@ -93,62 +102,31 @@ def _change(before: str, after: str) -> str:
     return f"{before} -> {after}"
 
 
-def _settings(name: str, value: Any, items: dict[str, str], state: Any) -> None:
-    """Adds the settings of `value`, and what the functions in it compute; its arrays come apart."""
+def _settings(name: str, value: Any, items: dict[str, str]) -> None:
+    """Adds the settings of `value`; its arrays, optimizers and the functions of a problem come apart."""
     if isinstance(value, Problem):
-        _problem(value, items, state)
+        what = f"has_aux={value.has_aux}, mutable={value.mutable}, domain={_structure(value.domain)}"
+        items["problem"] = what
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items[name] = type(value).__qualname__
         if not type(value).__module__.startswith("bilevel."):
             items[f"{name}{_CODE}"] = code_hash(type(value))
         for field in dataclasses.fields(value):
-            if field.name == "checkpoint":
-                continue
             inside = getattr(value, field.name)
-            if field.name.endswith("optimizer"):
-                _optimizer(f"{name}.{field.name}", inside, items, state)
-            elif field.metadata.get("static") or not jax.tree_util.all_leaves([inside]):
-                _settings(f"{name}.{field.name}", inside, items, state)
+            if field.name == "checkpoint" or field.name.endswith("optimizer"):
+                continue
+            if field.metadata.get("static") or not jax.tree_util.all_leaves([inside]):
+                _settings(f"{name}.{field.name}", inside, items)
     elif value is None or isinstance(value, bool | int | float | str | np.generic):
         items[name] = repr(value)
     elif isinstance(value, tuple | list | dict):
         for at, inside in value.items() if isinstance(value, dict) else enumerate(value):
-            _settings(f"{name}[{at!r}]", inside, items, state)
+            _settings(f"{name}[{at!r}]", inside, items)
     elif callable(value):
         items[f"{name}{_CODE}"] = code_hash(value)
     else:
         items[name] = type(value).__qualname__
         items[f"{name}{_CODE}"] = code_hash(value)
-
-
-def _problem(problem: Problem, items: dict[str, str], state: Any) -> None:
-    items["problem"] = f"has_aux={problem.has_aux}, mutable={problem.mutable}, domain={_structure(problem.domain)}"
-    _trace("init_outer", lambda p, key: p.init_outer(key), (problem, state.key), items)
-    _trace("init_inner", lambda p, key, outer: p.init_inner(key, outer), (problem, state.key, state.outer), items)
-    if problem.project:
-        _trace("project", lambda p, outer: p.project(outer), (problem, state.outer), items)
-
-
-def _optimizer(name: str, optimizer: Any, items: dict[str, str], state: Any) -> None:
-    """Describes an optimizer by the traced program of its first update."""
-    params = partition(state.outer if "outer" in name.rpartition(".")[2] else getattr(state.inner, "params", ()))[0]
-
-    def program(outer, params):
-        transform = optimizers.transformation(optimizer, outer)
-        value = jax.numpy.zeros(())
-        return transform.update(params, transform.init(params), params, value=value, grad=params)
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        _trace(name, program, (state.outer, params), items)
-
-
-def _trace(name: str, function: Callable[..., Any], arguments: tuple[Any, ...], items: dict[str, str]) -> None:
-    try:
-        closed = jax.make_jaxpr(function)(*arguments)
-    except Exception:  # whatever a function of the user's may raise where it is traced; the run will say so, or not
-        items[f"{name}{_CODE}"] = code_hash(function)
-        return
-    _computation(name, closed, items)
 
 
 def _computation(name: str, closed: Any, items: dict[str, str]) -> None:

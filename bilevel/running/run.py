@@ -12,25 +12,26 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bilevel.arguments import telling
 from bilevel.data import slots
+from bilevel.differentiation.captures import forget_outdated, look_again
 from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
 from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses, warn_if_misplaced
 from bilevel.hypergradients.arguments import check_run
 from bilevel.running.checkpoints import Checkpoints
-from bilevel.running.chunks import History, batches, chunk, chunk_capacity, kinds, wanted_batches
+from bilevel.running.chunks import History, batches, chunk, chunk_capacity, kinds, recorded, wanted_batches
 from bilevel.running.diagnosis import refuse_failed, refuse_start
 from bilevel.running.feeds import Feed
 from bilevel.running.fingerprint import fingerprint
-from bilevel.running.interrupts import Terminated, terminable
+from bilevel.running.interrupts import Terminated, terminable, uninterrupted
+from bilevel.running.programs import programs
 from bilevel.running.progress import Callback, Progress
 from bilevel.running.singular import undetermined
 from bilevel.running.steep import warn_if_steep
-from bilevel.running.unsteady import refuse_changing, warn_if_swapped
-from bilevel.settings import check_schedules
+from bilevel.running.unsteady import are_steady, refuse_changing, warn_if_swapped
+from bilevel.settings import check_schedules, shown
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_counts, check_state
-from bilevel.trees import Outer, replayed
+from bilevel.trees import Outer, is_key, replayed
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""
@@ -88,8 +89,9 @@ def run(
       callback_every: steps between two calls. A call makes the device wait: where a step takes microseconds, 100.
       checkpoint_dir: folder to save the state in, now and then and at the end, by Ctrl-C and SIGTERM too, and to
         resume from. It holds two checkpoints, and `fingerprint.json`: settings, losses, optimizers, data, key and
-        versions, which a resumed run must share (callbacks, which look on, may be others). Without this file (delete it
-        where a difference is meant, such as a newer JAX) a run is resumed unchecked, with a warning.
+        versions, which a resumed run must share (callbacks, which look on, may be others). Without this file
+        (delete it where a difference is meant, such as a newer JAX) a run is resumed unchecked, with a warning. What
+        else lies there is left alone.
       checkpoint_every: least seconds between two checkpoints.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
@@ -103,13 +105,15 @@ def run(
     Raises:
       ValueError: for steps < 1, a negative `checkpoint_every`, a schedule of the solver that leaves its range within
         `steps` (names the step and the value), unusable data, a loss that captured the outer variable instead of
-        reading it, a folder that cannot be written, or checkpoints of another run: names what differs.
+        reading it, a function that is another at each call, a folder that cannot be written, or checkpoints of another
+        run: names what differs.
       FloatingPointError: if a metric, a number of `record` or the state is not finite; names the step, the inner step
         and leaf where it began, and the leaf of outer whose last move did it.
       KeyboardInterrupt: by Ctrl-C, after a line on stderr on what is saved and how to go on; so does SIGTERM.
     """
     check_run("run", **locals())
-    key = jax.random.key(0) if key is None else key
+    reads = forget_outdated(solver, record)
+    key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
     inner_title = getattr(solver, "data_title", "")
     feeds = (
@@ -118,21 +122,21 @@ def run(
     )
     store = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
     note = store.note(steps) if store else None
-    state, done, history, due = solver.init(solver_key), 0, History(), False
+    state, done, history, due, called = solver.init(solver_key), 0, History(), False, 0
     check_state(solver, state)
     data = _first(solver, feeds, note)
     losses = _losses(solver, state, data)
     refuse_captured(losses, state.outer)
-    refuse_changing(losses, lambda: _losses(solver, state, data, anew=True))
+    anew = lambda: _losses(solver, state, data, anew=True)  # noqa: E731
+    refuse_changing(reads, losses, anew, lambda: list(programs(solver, state, record)))
     warn_if_misplaced(losses, learned=getattr(solver, "learns_outer", True))
     warn_if_swapped(solver, losses, state.outer, replayed(state.key))
-    with telling("tracing record(state)"):
-        recorded = kinds(jax.eval_shape(record, state)) if record else "none"
+    rows_of = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
     if store:
-        store.claim(fingerprint(solver, key, state, losses, feeds), recorded, note)
+        store.claim(fingerprint(solver, key, state, losses, feeds, record), rows_of, note)
         if note:
             state, rows = store.restore(note["step"], state)
-            done, history, due = note["step"], History(rows), note["due"]
+            done, history, due, called = note["step"], History(rows), note["due"], note["called"]
     check_schedules(solver, done, steps)
 
     every = callback_every if callbacks else steps
@@ -141,17 +145,24 @@ def run(
     positions, holes, looked, stop, earlier = [feed.position() for feed in feeds], None, False, False, None
 
     def call_back() -> bool:
+        nonlocal called
         # Copies: what a callback writes into them is its own.
-        rows = {name: rows.copy() for name, rows in history.rows((done - 1) // every * every).items()}
-        return any([callback(done, state, rows) for callback in callbacks])
+        rows = {name: rows.copy() for name, rows in history.rows(called, done).items()}
+        if any([_truth(callback(done, state, rows)) for callback in callbacks]):
+            return True
+        called = done
+        return False
 
     def save() -> None:
         nonlocal written
         if not store or done == written:
             return
-        # An interrupt may have come between the rows of a step and its state.
-        if store.save(done, state, history.rows(0, done), positions, due=due, record=recorded):
-            written = done
+        # An interrupt may have come between the rows of a step and its state; one that comes now waits until both the
+        # checkpoint is whole and it is known here.
+        with uninterrupted():
+            rows = history.rows(0, done)
+            if store.save(done, state, rows, positions, due=due, called=called, record=rows_of):
+                written = done
 
     with terminable():
         interrupted = False
@@ -171,6 +182,7 @@ def run(
                         data = [feed.next(n, done) for feed, n in zip(feeds, wanted_batches(solver), strict=True)]
                     if holes is None:  # no step: compiled, and what is not finite from the start
                         holes = np.asarray(chunk(solver, record, capacity, *replayed((state, data)), 0)[2])
+                        are_steady(look_again(solver, record))
                         refuse_start(solver, state, holes, done)
                     new, buffer, new_holes = chunk(solver, record, capacity, state, data, count)
                     rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
@@ -199,8 +211,7 @@ def run(
             # An interrupt keeps what is done.
             save()
             if interrupted:
-                kept = f"are saved in {checkpoint_dir}" if written == done else f"are lost after step {written}"
-                print(_farewell(title, done, steps, kept if store else None), file=sys.stderr, flush=True)
+                print(_farewell(title, done, steps, written, checkpoint_dir), file=sys.stderr, flush=True)
     if len(history):
         last = history.rows(len(history) - 1)
         exactness = {name: last[name][-1] for name in EXACTNESS if name in last}
@@ -208,12 +219,29 @@ def run(
     return Result(state.outer, state.inner, history.rows(), state)
 
 
-def _farewell(title: str, done: int, steps: int, kept: str | None) -> str:
-    """What an interrupted run says last: what there is of it, and how to go on. `kept`: in its folder; None without."""
+def _farewell(title: str, done: int, steps: int, written: int, folder: Any) -> str:
+    """What an interrupted run says last: what there is of it, how much of it is `written`, and how to go on."""
+    if not done:
+        return f"{title}: interrupted before the first of {steps} was done: the same call begins anew."
     stopped = f"{title}: interrupted after {done} of {steps}, which "
-    if kept is None:
+    if folder is None:
         return stopped + "are not saved: give checkpoint_dir=, and the same call goes on where it was interrupted."
+    kept = f"are saved in {folder}" if written == done else f"are lost after step {written}"
     return stopped + kept + ": the same call goes on from there."
+
+
+def _truth(answer: Any) -> bool:
+    """Whether a callback asks for an end.
+
+    Raises:
+      ValueError: if it returned what is neither true nor false.
+    """
+    try:
+        return bool(answer)
+    except Exception:
+        raise ValueError(
+            f"run(callbacks=...): a callback returned {shown(answer)}, but must return True to stop the run, or None."
+        ) from None
 
 
 def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:

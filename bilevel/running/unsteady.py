@@ -1,13 +1,12 @@
-"""Losses that are not what was meant, told from their traces: they change between calls, or stand in the wrong place.
+"""Functions that are not what was meant, told from their traces: they change between calls, or stand in wrong places.
 
-JAX traces a loss and from then on repeats what it computed: a random number of NumPy's, or a counter, is a constant of
-the program. Two traces of the same loss show it, and cost no run of it.
+JAX traces a function and from then on repeats what it computed: a random number of NumPy's, or a counter, is a constant
+of the program. Two traces of the same function show it, and cost no run of it.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,42 +15,60 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from bilevel.differentiation.captures import Reads
 from bilevel.differentiation.influence import StructuralZeroWarning, dependence
 from bilevel.differentiation.loss_checks import TracedLoss
 from bilevel.running.fingerprint import parts
+from bilevel.running.programs import Program
 from bilevel.trees import PyTree, is_inexact, is_key
 
-_LOOKED_AT: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Traces that were compared with another of the same loss: a run that is repeated is not traced again."""
+_LOOKED_AT: set[int] = set()
+"""Functions, with what they read, that were traced twice: a run that is repeated is not traced again."""
 
 
-def refuse_changing(losses: list[TracedLoss], again: Callable[[], list[TracedLoss]]) -> None:
-    """Refuses losses that are another computation when they are traced anew.
+def refuse_changing(
+    reads: Reads, losses: list[TracedLoss], again: Callable[[], list[TracedLoss]], others: Callable[[], list[Program]]
+) -> None:
+    """Refuses functions that are another computation when they are traced anew.
 
     Args:
+      reads: what all of them read.
       losses: as JAX remembers them.
       again: traces them anew.
+      others: what is called beside them.
 
     Raises:
-      ValueError: names the loss, and what is different.
+      ValueError: names the function, and what is different.
     """
-    new = [loss for loss in losses if loss.closed.jaxpr not in _LOOKED_AT]
-    if not new:
+    if reads.whole and reads.number in _LOOKED_AT:
         return
-    if (changed := _changed(new, again())) is None:
-        _LOOKED_AT.update(loss.closed.jaxpr for loss in new)
-        return
-    name, what = changed
-    if _changed(again(), again()):
-        raise ValueError(
-            f"{name} is another function at each call ({what}), but JAX traces it once and repeats what it did then, "
-            "so that what it draws with NumPy or Python, or counts, would stay as it was: draw with jax.random from "
-            "its argument key, and carry what changes as Problem(mutable=...) says."
-        )
-    raise ValueError(
-        f"{name} has changed since JAX traced it in this process ({what}), and the old one would be run: pass what "
-        "changes as an argument (jax.tree_util.Partial(loss, value)), define the loss anew, or jax.clear_caches()."
-    )
+    if (changed := _changed(losses, again())) is not None:
+        name, what = changed
+        if not _changed(again(), again()):
+            raise ValueError(
+                f"{name} has changed since JAX traced it in this process ({what}), and the old one would be run: pass "
+                "what changes as an argument (jax.tree_util.Partial(loss, value)), define the loss anew, or "
+                "jax.clear_caches()."
+            )
+        raise ValueError(_UNSTEADY.format(name, what, f"{_DRAW}, and carry what changes as Problem(mutable=...) says"))
+    for program in others():
+        old, new = program.traced(), program.traced()
+        if old and new and (what := _difference(parts(old), parts(new))):
+            remedy = _DRAW if program.name.startswith("init_") else "let it be a function of its arguments alone"
+            raise ValueError(_UNSTEADY.format(program.name, what, remedy))
+
+
+def are_steady(reads: Reads) -> None:
+    """Takes note that functions which read this have passed `refuse_changing`."""
+    if reads.whole:
+        _LOOKED_AT.add(reads.number)
+
+
+_UNSTEADY = (
+    "{} is another function at each call ({}), but JAX traces it once and repeats what it did then, so that what it "
+    "draws with NumPy or Python, or counts, would stay as it was: {}."
+)
+_DRAW = "draw with jax.random from its argument key"
 
 
 def _changed(before: list[TracedLoss], now: list[TracedLoss]) -> tuple[str, str] | None:

@@ -1,5 +1,6 @@
 """Misuse is told where it begins: which argument, which data, which function of the user's."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import bilevel
+import bilevel.extend
 from bilevel import Batches, FullBatch, StructuralZeroWarning, Unrolled
 from tests.bilevel.helpers import KEY
 
@@ -242,6 +244,40 @@ def test_a_loss_that_is_another_at_each_call_is_refused(kind):
         run(problem(outer_loss=CHANGING[kind]()))
 
 
+DRAWING = {
+    "init_inner": lambda: {"init_inner": lambda key, outer: np.random.normal(size=3)},
+    "init_outer": lambda: {"init_outer": lambda key: 0.5 + 0.1 * np.random.normal()},
+    "project": lambda: {"project": lambda outer: outer * random.random()},
+    "domain": lambda: {"domain": Drawing()},
+}
+
+
+@bilevel.extend.register
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    def forward(self, u):
+        return u * random.random()
+
+    def inverse(self, value):
+        return value / random.random()
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_what_is_called_beside_the_losses_is_a_function_of_its_arguments_too(name, monkeypatch):
+    monkeypatch.setattr(bilevel.bijectors, "check", lambda domain, outer: None)  # which would refuse this one
+    with pytest.raises(ValueError, match=f"{name} is another function at each call"):
+        run(problem(**DRAWING[name]()))
+
+
+def test_an_optimizer_or_a_record_that_draws_with_numpy_is_refused():
+    with pytest.raises(ValueError, match=r"solver\.hypergradient\.optimizer is another function at each call"):
+        run(problem(), optimizer=lambda outer: optax.sgd(0.01 * random.random()))
+    solver = bilevel.Nested(problem(), Unrolled(optax.sgd(0.01), 2), optax.sgd(0.01))
+    with pytest.raises(ValueError, match="record is another function at each call"):
+        record = lambda state: {"x": state.outer * random.random()}  # noqa: E731
+        bilevel.run(solver, inner_data=DATA, outer_data=DATA, steps=1, progress=False, record=record)
+
+
 def test_what_a_loss_counts_or_draws_without_effect_is_its_own_business():
     traces = []
 
@@ -262,6 +298,40 @@ def test_losses_that_do_not_depend_on_inner_are_told():
     with pytest.warns(StructuralZeroWarning, match="outer_loss does not depend on inner"):
         aside = problem(outer_loss=lambda w, outer, batch, key: outer**2)
         Unrolled(optax.sgd(0.1), 2).estimate(aside, None, jnp.asarray(0.5), FullBatch(DATA), DATA, KEY)
+
+
+FLAT = {
+    "`sign`": lambda w: jnp.sum(jnp.sign(w)),
+    "`round`": lambda w: jnp.sum(jnp.round(w)),
+    "a comparison (`gt`)": lambda w: jnp.mean((w > 0.5).astype(float)),
+    "`stop_gradient`": lambda w: jnp.sum(jax.lax.stop_gradient(w) ** 2),
+}
+
+
+def decayed(w, outer, batch, key):
+    return jnp.sum((w - 1.0) ** 2) + outer["decay"] * jnp.sum(w**2)
+
+
+@pytest.mark.parametrize("operation", FLAT)
+@pytest.mark.parametrize("estimator", [Unrolled, bilevel.Implicit, bilevel.OneStep])
+def test_an_outer_loss_without_a_slope_in_inner_is_told_by_its_operation(estimator, operation):
+    """Whatever the estimator: neither its optimizer nor the way it looks is to blame."""
+    hypergradient = estimator(optax.sgd(0.1), 3)
+    said = re.escape(f"outer_loss reads inner through {operation} alone, whose derivative is 0 everywhere")
+
+    def gradient(outer, direct):
+        loss = lambda w, outer, batch, key: FLAT[operation](w) + direct * outer.get("direct", 0.0)  # noqa: E731
+        flat = bilevel.Problem(decayed, loss, lambda key, outer: jnp.zeros(3), lambda key: outer)
+        return hypergradient.estimate(flat, None, outer, None, None, KEY).grad
+
+    with pytest.raises(ValueError, match=rf"every outer leaf is exactly 0 by construction: \['decay'\] \({said}"):
+        gradient({"decay": jnp.asarray(0.1)}, 0.0)
+    if operation == "`sign`":  # with a leaf that is learned all the same, and one that is not used
+        several = {name: jnp.asarray(0.1) for name in ("decay", "direct", "unused")}
+        with pytest.warns(StructuralZeroWarning, match=rf"leaf \['decay'\] is exactly 0 by construction: {said}"):
+            with pytest.warns(StructuralZeroWarning, match=r"leaf \['unused'\] is .*: nothing that is trained or eval"):
+                grad = gradient(several, 3.0)
+        assert grad["direct"] == 3.0 and grad["decay"] == grad["unused"] == 0.0
 
 
 def test_losses_in_each_others_places_are_told():

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 import bilevel
+import bilevel.extend
 from bilevel import Problem, Unrolled
 from bilevel.testing import check_hypergradient
 from tests.bilevel.helpers import KEY, LINE, LINE_SOLVER
@@ -49,6 +51,15 @@ def estimate(*args, using=IMPLICIT):
 
 def run(solver=LINE_SOLVER, **changes):
     return bilevel.run(solver, **({"steps": 1, "progress": False} | changes))
+
+
+def recording(value):
+    return run(record=lambda state: value)
+
+
+ROWS = bilevel.Batches(np.ones(4), 2)
+SHAPE = jax.ShapeDtypeStruct((2,), jnp.float64)
+SPLITS = datasets.DatasetDict({name: datasets.Dataset.from_dict({"x": [1.0, 2.0]}) for name in ("train", "test")})
 
 
 def writes(w, o, b, k):
@@ -209,6 +220,36 @@ MISUSE = {
     "one sample": (lambda: bilevel.variance(LINE, IMPLICIT, samples=1), "samples=1"),
     "an iterator for the variance": (lambda: bilevel.variance(LINE, IMPLICIT, inner_data=iter([1])), "iterator"),
     "directions of truth": (lambda: check_hypergradient(LINE, IMPLICIT, directions=True), "directions=True"),
+    # Records, folders, sources of sources
+    "a folder without a name": (lambda: run(checkpoint_dir=""), "checkpoint_dir=''.*name of a folder"),
+    "a number for a folder": (lambda: bilevel.extend.Checkpoints(3), r"Checkpoints\(folder=3\).*name of a folder"),
+    "a record that is a list": (lambda: recording([1.0]), "record returned a list, but must return {name: array}"),
+    "a record that is an array": (lambda: recording(jnp.ones(2)), "record returned a .*, but must return {name"),
+    "a record that is nothing": (lambda: recording(None), "record returned a NoneType, but must"),
+    "a record of nothing": (lambda: recording({"a": None}), "record returned None as 'a', but must"),
+    "a record of a dict": (lambda: recording({"a": {"b": 1.0}}), "record returned a dict as 'a', but must"),
+    "a record of a text": (lambda: recording({"a": "x"}), "record returned a str as 'a', but must"),
+    "a record of a key": (lambda: recording({"a": KEY}), "record returned random keys as 'a'.*key_data"),
+    "a record of a state": (lambda: run(record=lambda state: {"a": state.inner}), "a InnerState as 'a', but must"),
+    "a record by a number": (lambda: recording({1: 1.0}), "record returned a dict, but must return {name: array}"),
+    "a callback of many answers": (
+        lambda: run(callbacks=[lambda *_: np.array([True, False])]),
+        r"callbacks=.*returned bool\[2\], but must return True",
+    ),
+    "batches of batches": (lambda: bilevel.Batches(ROWS, 1), "Batches was given Batches.*arrays themselves"),
+    "batches of full batches": (lambda: bilevel.Batches(bilevel.FullBatch(np.ones(4)), 1), "was given FullBatch"),
+    "a full batch of batches": (lambda: bilevel.FullBatch((ROWS, ROWS)), "FullBatch was given Batches"),
+    "data in sources": (lambda: run(inner_data={"a": ROWS}), "inner_data was given Batches"),
+    "several data sets": (lambda: run(inner_data=SPLITS), r"DatasetDict of 'train', 'test'.*data\['train'\]"),
+    "a data set in a dict": (lambda: bilevel.Batches({"a": SPLITS["train"]}, 1), r"dict of 'a' is several data sets"),
+    "no numbers to look at": (lambda: bilevel.warn_if_inexact(3), "info=3.*numbers by name"),
+    "nothing to look at": (lambda: bilevel.warn_if_inexact(None), "info=None.*numbers by name"),
+    "a shape for a start": (lambda: start_outer(SHAPE), "init_outer returned a ShapeDtypeStruct"),
+    "a shape for outer": (lambda: estimate(LINE, None, SHAPE), r"outer=.*ShapeDtypeStruct.*give the array"),
+    "a text for a rate": (
+        lambda: estimate(using=Unrolled(optax.sgd("0.1"), 2)),
+        r"optimizer cannot update .*\(a learning rate and the like are numbers",
+    ),
     # Outer transformations
     "a budget that is NaN": (lambda: bilevel.allocate(np.nan, key=KEY), "budget=nan"),
     "a seed for ties": (lambda: bilevel.allocate(1, key=0), "key=0"),
@@ -227,6 +268,18 @@ def test_misuse_is_refused_in_one_sentence(name):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_python_are_recorded_as_they_are():
+    found = run(record=lambda state: {"float": 0.5, "integer": 3, "numpy": np.float32(2)}, steps=2).history
+    for name, value in {"float": 0.5, "integer": 3, "numpy": 2}.items():
+        np.testing.assert_array_equal(found[name], [value, value])
+
+
+def test_a_raw_random_key_in_outer_is_told_to_be_a_constant():
+    raw = {"a": OUTER, "key": jax.random.PRNGKey(0)}
+    with pytest.warns(UserWarning, match=r"init_outer returned uint32\[2\] in leaf \['key'\], a constant"):
+        start_outer(raw)
 
 
 def test_scores_that_are_nan_are_refused_or_told():

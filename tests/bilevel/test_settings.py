@@ -159,3 +159,10 @@ def test_the_schedules_of_a_run_without_an_end_are_looked_at_here_and_there():
         rate = lambda step, wrong_from=wrong_from: jnp.where(step < wrong_from, 0.1, -1.0)  # noqa: E731
         with pytest.raises(ValueError, match=f"the schedule gives -1 for step {step}, but a value"):
             settings.check_schedules(bilevel.SOBA(problem, rate, 0.1), 0, 2**31 - 1)
+
+
+def test_schedules_of_more_steps_than_are_counted_are_looked_at_as_far_as_they_are():
+    """Steps are integers of 32 bits: a number beyond them would be taken for a negative one."""
+    problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
+    settings.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 0, 10**12)
+    settings.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 10**12, 10**13)

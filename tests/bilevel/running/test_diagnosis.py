@@ -11,6 +11,7 @@ import pytest
 
 import bilevel
 from bilevel import Batches, Nested, Unrolled
+from bilevel.testing import check_hypergradient
 from tests.bilevel.estimators import ROWS
 from tests.bilevel.helpers import KEY, LINE
 from tests.bilevel.trainings import run
@@ -431,3 +432,66 @@ def test_a_loss_beyond_half_precision_is_told_by_the_cause():
     message = r"inner_loss is inf .*\(float16 holds no number above 65504: compute in"
     with pytest.raises(FloatingPointError, match=message):
         bilevel.fit(problem, jnp.ones((), jnp.float16), optimizer=optax.adam(0.1), steps=1, progress=False)
+
+
+MASK = jnp.array([0.3, -jnp.inf])
+
+
+def masked(**changes):
+    """A problem whose outer variable holds an infinity from the start, that means something."""
+    given = {
+        "inner_loss": lambda w, o, b, k: jnp.sum((w - jnp.exp(o)) ** 2),
+        "outer_loss": LINE.outer_loss,
+        "init_inner": LINE.init_inner,
+        "init_outer": lambda key: MASK,
+    }
+    return bilevel.Problem(**given | changes)
+
+
+def test_an_infinity_that_was_meant_and_becomes_nan_is_told_at_its_step():
+    """With weight decay: 0 times infinity."""
+    fine = run(Nested(masked(), Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1)), 2)
+    np.testing.assert_array_equal(jnp.isfinite(fine.outer), [True, False])
+    solver = Nested(masked(), Unrolled(optax.sgd(0.1), 2), optax.adamw(0.1, weight_decay=0.1))
+    with pytest.raises(FloatingPointError, match="step 0: the outer optimizer made outer not finite"):
+        run(solver, 1)
+
+
+def test_a_record_that_hands_on_an_infinity_that_was_meant_is_told_so():
+    solver = Nested(masked(), Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1))
+    message = r"step 0: record returned x not finite, .*: state\.outer holds an infinity from the start, which record"
+    with pytest.raises(FloatingPointError, match=message):
+        run(solver, 2, record=lambda state: {"x": state.outer})
+
+
+def test_what_is_infinite_by_meaning_does_not_spoil_a_check():
+    assert check_hypergradient(masked(), Unrolled(optax.sgd(0.1), 2)).verdict == "exact"
+
+
+def test_a_projection_that_returns_nan_is_named():
+    problem = masked(init_outer=lambda key: jnp.full(2, 0.3), project=lambda outer: jnp.log(outer - 1.0))
+    message = "step 0: project made outer not finite, while the step before it is finite: look for .* in project"
+    with pytest.raises(FloatingPointError, match=message):
+        run(Nested(problem, Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1)), 2)
+
+
+def start(function, first, **settings):
+    """A run whose `init_inner` is `function` of outer, at each step anew."""
+    given = {"init_inner": lambda key, outer: function(outer), "init_outer": lambda key: jnp.full(2, first)}
+    problem = masked(inner_loss=lambda w, o, b, k: jnp.sum((w - 1.0) ** 2), **given)
+    run(Nested(problem, Unrolled(optax.sgd(0.1), 2), optax.sgd(0.5), inner_start="cold"), 9, **settings)
+
+
+def test_a_start_that_is_nan_later_is_told_as_one():
+    """Descent on the square of .64 (sqrt(o) + 1) goes below 0 at once."""
+    with pytest.raises(FloatingPointError, match=r"step \d: init_inner returned inner not finite.* in init_inner"):
+        start(lambda outer: jnp.sqrt(outer) + 2.0, 0.2)
+
+
+def test_a_derivative_that_is_infinite_beside_the_losses_is_told_by_the_function():
+    with pytest.raises(FloatingPointError, match=r"step 0: the hypergradient is not finite .* at 0 in init_inner\."):
+        start(jnp.sqrt, 0.0)
+    problem = masked(init_outer=lambda key: {"rate": 0.0}, inner_loss=lambda w, o, b, k: jnp.sum((w - 1.0) ** 2))
+    solver = Nested(problem, Unrolled(lambda outer: optax.sgd(jnp.sqrt(outer["rate"])), 2), optax.sgd(0.1))
+    with pytest.raises(FloatingPointError, match=r"at 0 in the optimizer, which is a function of outer\."):
+        run(solver, 2)

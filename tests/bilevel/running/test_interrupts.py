@@ -1,5 +1,6 @@
 """A process that is told to end, or simply ends, loses nothing that was saved or could be."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -151,6 +152,39 @@ def test_an_interrupted_run_that_could_not_be_saved_says_so(tmp_path, capfd, mon
     with pytest.raises(KeyboardInterrupt), pytest.warns(RuntimeWarning, match="No space left"):
         run(LINE_SOLVER, 9, checkpoint_dir=tmp_path, callbacks=[interrupting(signal.SIGINT)])
     assert "interrupted after 3 of 9, which are lost after step 2: the same call" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_checkpoint_is_written_finds_it_saved(tmp_path, number):
+    """It waits until the checkpoint is whole, and is then told of as saved, without a second attempt."""
+    program = f"""
+    import os, orbax.checkpoint as ocp
+    from tests.bilevel.helpers import LINE_SOLVER
+    from tests.bilevel.trainings import run
+    save = ocp.CheckpointManager.save
+    def interrupted(self, step, **settings):
+        if step == 3:
+            os.kill(os.getpid(), {int(number)})
+        return save(self, step, **settings)
+    ocp.CheckpointManager.save = interrupted
+    settings = dict(checkpoint_dir={str(tmp_path)!r}, checkpoint_every=0, callbacks=[lambda *_: None])
+    run(LINE_SOLVER, 9, **settings)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=ROOT)
+    assert f"interrupted after 3 of 9, which are saved in {tmp_path}: the same call" in ended.stderr
+    assert "could not be written" not in ended.stderr and ended.returncode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "fingerprint.json"]
+
+
+def test_an_interrupt_before_the_first_step_says_that_there_is_nothing(tmp_path, capfd, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("bilevel.running.run"), "chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(LINE_SOLVER, 9, checkpoint_dir=tmp_path)
+    said = capfd.readouterr().err
+    assert said == "outer steps: interrupted before the first of 9 was done: the same call begins anew.\n"
 
 
 def test_a_run_without_a_folder_that_is_terminated_says_so_and_ends_as_it_would_have():

@@ -1,5 +1,6 @@
 """Interrupted and resumed runs equal those that were not; what is not the same run is refused."""
 
+import dataclasses
 import importlib
 import json
 import logging
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import bilevel
+import bilevel.extend
 from bilevel import Batches, Nested, Unrolled
 from bilevel.running.fingerprint import differences
 from tests.bilevel.helpers import LINE, LINE_SOLVER, assert_equal
@@ -475,3 +477,113 @@ def test_numbers_are_told_as_they_were_written(tmp_path):
     run(make(0.01), 1, checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match=r"inner_loss computation, numbers: 0\.01 -> 0\.02[;:]"):
         run(make(0.02), 2, checkpoint_dir=tmp_path)
+
+
+def test_what_is_no_checkpoint_is_neither_removed_nor_renamed(tmp_path):
+    """A search in a folder, and runs of other seeds in numbered folders below it."""
+    run(LINE_SOLVER, 3, checkpoint_dir=tmp_path)
+    for seed in ("0", "1", "12"):
+        run(LINE_SOLVER, 2, checkpoint_dir=tmp_path / seed)
+    (tmp_path / "0" / "results.txt").write_text("mine")
+    (tmp_path / "2").write_text("mine")
+    (tmp_path / "12.damaged").mkdir()
+    files = (path for seed in ("0", "1", "12") for path in (tmp_path / seed).rglob("*"))
+    before = {path: path.read_bytes() for path in files if path.is_file()}
+    longer = run(LINE_SOLVER, 9, checkpoint_dir=tmp_path, checkpoint_every=0, callbacks=[lambda *_: None])
+    assert_equal(longer.state, run(LINE_SOLVER, 9).state)
+    assert before and before == {path: path.read_bytes() for path in before}
+    assert (tmp_path / "2").read_text() == "mine" and (tmp_path / "12.damaged").is_dir()
+    ours = [path.name for path in tmp_path.iterdir() if (path / "sha256.json").is_file()]
+    assert sorted(ours) == ["8", "9"]
+
+
+def test_what_stands_in_the_way_of_a_checkpoint_is_named(tmp_path):
+    run(LINE_SOLVER, 3, checkpoint_dir=tmp_path)
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "mine.txt").write_text("mine")
+    with pytest.warns(RuntimeWarning, match=r"4 could not be written \(something that is no checkpoint has its name"):
+        run(LINE_SOLVER, 4, checkpoint_dir=tmp_path)
+    assert (tmp_path / "4" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("what", ["moved", "copied"])
+def test_a_checkpoint_of_another_step_than_its_name_is_damaged(line_whole, tmp_path, what):
+    folder = shutil.copytree(line_whole, tmp_path / "copy")
+    if what == "moved":
+        (folder / "4").rename(folder / "5")
+    else:
+        shutil.rmtree(folder / "4")
+        shutil.copytree(folder / "2", folder / "4")
+    with pytest.warns(RuntimeWarning, match=r"it is the one of step [24]\): the run goes on from 2"):
+        resumed = run(LINE_SOLVER, 6, checkpoint_dir=folder)
+    assert_equal(resumed.history, run(LINE_SOLVER, 6).history)
+
+
+@pytest.mark.parametrize(("text", "said"), [("[1]", "holds no texts"), ("{", "is damaged"), (None, "is a folder")])
+def test_a_fingerprint_that_is_none_is_refused_in_a_sentence(line_whole, tmp_path, text, said):
+    folder = shutil.copytree(line_whole, tmp_path / "copy")
+    (folder / "fingerprint.json").unlink()
+    (folder / "fingerprint.json").mkdir() if text is None else (folder / "fingerprint.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"fingerprint\.json .*{said}") as caught:
+        run(LINE_SOLVER, 6, checkpoint_dir=folder)
+    assert "\n" not in str(caught.value)
+
+
+def scaled(factor):
+    @bilevel.extend.register
+    @dataclasses.dataclass(frozen=True)
+    class Scaled:
+        def forward(self, u):
+            return factor * u
+
+        def inverse(self, value):
+            return value / factor
+
+    return Scaled()
+
+
+def on_the_host(start):
+    """`init_outer` that JAX cannot trace."""
+    return lambda key: np.full(2, start + 0.0 * np.asarray(jax.random.key_data(key))[0])
+
+
+OTHERS = {
+    "domain": lambda x: {"domain": scaled(x)},
+    "init_outer": lambda x: {"init_outer": on_the_host(x)},
+    "project": lambda x: {"project": lambda outer: outer * x},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_body_of_a_function_of_the_problem_is_another_run(tmp_path, name):
+    def solver(value):
+        return dataclasses.replace(LINE_SOLVER, problem=dataclasses.replace(LINE, **OTHERS[name](value)))
+
+    run(solver(0.5), 2, checkpoint_dir=tmp_path)
+    run(solver(0.5), 2, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match=rf"holds another run, which differs in {name}"):
+        run(solver(0.25), 4, checkpoint_dir=tmp_path)
+
+
+def test_another_body_of_record_is_another_run(tmp_path):
+    run(LINE_SOLVER, 2, checkpoint_dir=tmp_path, record=lambda state: {"x": state.outer})
+    run(LINE_SOLVER, 3, checkpoint_dir=tmp_path, record=lambda state: {"x": state.outer})
+    with pytest.raises(ValueError, match="holds another run, which differs in record computation"):
+        run(LINE_SOLVER, 4, checkpoint_dir=tmp_path, record=lambda state: {"x": 1000 * state.outer})
+
+
+def test_a_key_is_the_same_typed_or_as_words(tmp_path):
+    whole = run(LINE_SOLVER, 4, key=jax.random.key(3))
+    run(LINE_SOLVER, 2, key=jax.random.PRNGKey(3), checkpoint_dir=tmp_path)
+    assert_equal(run(LINE_SOLVER, 4, key=jax.random.key(3), checkpoint_dir=tmp_path).state, whole.state)
+    with pytest.raises(ValueError, match=r"differs in key: threefry2x32 \[0, 3\] -> threefry2x32 \[0, 4\]: rep"):
+        run(LINE_SOLVER, 5, key=jax.random.PRNGKey(4), checkpoint_dir=tmp_path)
+
+
+def test_callbacks_are_given_each_row_once_however_a_run_was_extended(tmp_path):
+    rows: list[Any] = []
+    callback = lambda step, state, new: rows.append((step, new["outer_loss"].tolist()))  # noqa: E731
+    for steps in (4, 7, 8):
+        run(LINE_SOLVER, steps, checkpoint_dir=tmp_path, callbacks=[callback], callback_every=3)
+    assert [step for step, _ in rows] == [3, 4, 6, 7, 8]
+    assert [x for _, new in rows for x in new] == run(LINE_SOLVER, 8).history["outer_loss"].tolist()
