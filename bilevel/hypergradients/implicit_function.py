@@ -60,8 +60,9 @@ def refuse_symmetric(estimator: str, linear_solver: Any, loss: MeanLoss) -> None
     if loss.own_rule is not None and getattr(linear_solver, "symmetric_only", False):
         raise ValueError(
             f"{estimator}: inner_loss has a derivative of its own (`{loss.own_rule}`, by jax.custom_vjp or "
-            f"custom_jvp), so the matrix of its linear system is not symmetric, which {type(linear_solver).__name__} "
-            "takes for granted: use GMRES, BiCGStab, NormalCG or Dense, or Unrolled."
+            "custom_jvp) which is not known to be that of its values, so the matrix of its linear system need not be "
+            f"symmetric, which {type(linear_solver).__name__} takes for granted: use GMRES, BiCGStab, NormalCG or "
+            "Dense, or Unrolled."
         )
 
 
