@@ -30,7 +30,16 @@ import optax
 from jax.core import Tracer
 
 from bilevel.differentiation.agreement import agree, pull_back
-from bilevel.differentiation.tracing import bind, detached, evaluate, is_literal, jaxprs, operation, silent
+from bilevel.differentiation.tracing import (
+    bind,
+    detached,
+    evaluate,
+    evaluate_closed,
+    is_literal,
+    jaxprs,
+    operation,
+    silent,
+)
 from bilevel.trees import is_inexact
 
 RULES = ("custom_vjp_call", "custom_jvp_call")
@@ -38,7 +47,8 @@ RULES = ("custom_vjp_call", "custom_jvp_call")
 
 
 class CustomDerivativeWarning(UserWarning):
-    """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more."""
+    """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more; or an optimizer
+    has one that cannot be examined."""
 
 
 def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
@@ -55,7 +65,7 @@ def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
         reached.update(eqn.outvars)
         if operation(eqn) in RULES:
             if not has_true_rule(eqn):
-                return _source(eqn)[0]
+                return source(eqn)[0]
             continue
         for inner in jaxprs(eqn.params):
             # Which of its arguments move is not followed any further: too many is safe.
@@ -91,8 +101,28 @@ def has_true_rule(eqn: Any, order: int = 1) -> bool:
     return order > _ORDERS or _is_trusted(eqn) or _is_derivative(eqn, order)
 
 
+def has_slope(eqn: Any) -> bool:
+    """Whether the function that `eqn`, one of `RULES`, holds can be differentiated in reverse without its rule."""
+    closed = eqn.params["call_jaxpr"]
+    kinds = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
+    moving = [i for i, kind in enumerate(kinds) if jnp.issubdtype(kind.dtype, jnp.inexact)]
+
+    def total(leaves, args):
+        args = list(args)
+        for i, leaf in zip(moving, leaves, strict=True):
+            args[i] = leaf
+        return sum((jnp.sum(jnp.real(x)) for x in evaluate_closed(closed, *args) if is_inexact(x)), start=0.0)
+
+    with jax.numpy_dtype_promotion("standard"):
+        try:
+            jax.make_jaxpr(jax.grad(total))([kinds[i] for i in moving], kinds)
+        except Exception:  # JAX raises errors of several kinds
+            return False
+    return True
+
+
 def _is_trusted(eqn: Any) -> bool:
-    name, file = _source(eqn)
+    name, file = source(eqn)
     if file.startswith(_OURS):
         return True
     if operation(eqn) != "custom_jvp_call" or not file.startswith(_LIBRARIES) or name in _GIVEN:
@@ -102,7 +132,7 @@ def _is_trusted(eqn: Any) -> bool:
     return any(isinstance(getattr(module, name, None), jax.custom_jvp) for module in modules)
 
 
-def _source(eqn: Any) -> tuple[str, str]:
+def source(eqn: Any) -> tuple[str, str]:
     """Name and file of the function that an operation with its own derivative was made from."""
     info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
     return getattr(info, "func_name", None) or "a function", getattr(info, "func_filename", None) or ""

@@ -155,8 +155,8 @@ def answer(
         come from another estimator), and leaves its own there.
 
     `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
-    loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products
-    with one batch's Hessian, all included.
+    loss w'Hw/2 - b'w it is |Hw - b| / |Hw|), or how far the optimizer's state is from rest, if that is more;
+    `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products with one batch's Hessian, all included.
     """
     moving = query.moving
 
@@ -179,9 +179,10 @@ def answer(
     # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
     image, cross = pull_both(cast_like(adjoint, left))
     image = backward.damped(image, adjoint)
+    apart = _ratio(global_norm(left), global_norm(product(cast_like(z, rhs))))
     info = {
         "stationarity": global_norm(left),
-        "stationarity_relative": _ratio(global_norm(left), global_norm(product(cast_like(z, rhs)))),
+        "stationarity_relative": jnp.maximum(apart, condition.unfinished(z, left).astype(apart.dtype)),
         "linear_residual": _ratio(global_norm(jax.tree.map(jnp.subtract, rhs, image)), global_norm(rhs)),
         "linear_iterations": solved["iterations"],
         "hvps": condition.loss.terms * (solved["matvecs"] + 2),
