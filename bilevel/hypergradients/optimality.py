@@ -145,8 +145,8 @@ class Stationary:
 
     def unfinished(self, z: PyTree, left: PyTree) -> jax.Array:
         """0: there is no optimizer in it."""
-        del left
-        return jnp.zeros((), jnp.result_type(*jax.tree.leaves(z)))
+        del z, left
+        return jnp.zeros(())
 
     def params(self, z: PyTree) -> PyTree:
         """The whole inner variable of z."""
