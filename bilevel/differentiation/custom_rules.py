@@ -11,15 +11,16 @@ need not hold. Forward-over-reverse second derivatives rest on both; whoever use
 
 Most rules are what they seem to be: the derivative, in a form that is faster or more stable. A rule counts as true if
 its function and itself are made of analytic operations alone and agree at random points, since they then agree
-everywhere. What rounds, clips, compares, stops a gradient or chooses by an integer is not decided by points, and counts
-as a rule of its own: reverse mode is right either way.
+everywhere. What is not known to be true is not taken for it: what rounds, clips, compares, stops a gradient or chooses
+by an integer is not decided by points, half precision hides what they would show, and what a function on the host does
+nobody knows. All of it counts as a rule of its own: reverse mode is right either way.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,15 +29,26 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from bilevel.differentiation.tracing import bind, detached, evaluate, is_literal, jaxprs, operation
-from bilevel.trees import is_inexact, is_key
+from bilevel.differentiation.agreement import agree, pull_back
+from bilevel.differentiation.tracing import (
+    bind,
+    detached,
+    evaluate,
+    evaluate_closed,
+    is_literal,
+    jaxprs,
+    operation,
+    silent,
+)
+from bilevel.trees import is_inexact
 
 RULES = ("custom_vjp_call", "custom_jvp_call")
 """Operations that carry a derivative of their own."""
 
 
 class CustomDerivativeWarning(UserWarning):
-    """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more."""
+    """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more; or an optimizer
+    has one that cannot be examined."""
 
 
 def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
@@ -53,7 +65,7 @@ def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
         reached.update(eqn.outvars)
         if operation(eqn) in RULES:
             if not has_true_rule(eqn):
-                return _source(eqn)[0]
+                return source(eqn)[0]
             continue
         for inner in jaxprs(eqn.params):
             # Which of its arguments move is not followed any further: too many is safe.
@@ -67,6 +79,10 @@ _OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 _LIBRARIES = tuple(os.path.join(os.path.dirname(str(module.__file__)), "") for module in (jax, optax))
 """Their own rules by `jax.custom_jvp` (relu, softmax, projections) are derivatives; not all by `jax.custom_vjp` are."""
+
+_GIVEN = ("_custom_root",)
+"""But not those that call what a user gives: with a `tangent_solve` that only comes near, `jax.lax.custom_root` has a
+derivative that is not the one of its root."""
 
 
 _ORDERS = 3
@@ -85,25 +101,42 @@ def has_true_rule(eqn: Any, order: int = 1) -> bool:
     return order > _ORDERS or _is_trusted(eqn) or _is_derivative(eqn, order)
 
 
+def has_slope(eqn: Any) -> bool:
+    """Whether the function that `eqn`, one of `RULES`, holds can be differentiated in reverse without its rule."""
+    closed = eqn.params["call_jaxpr"]
+    kinds = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
+    moving = [i for i, kind in enumerate(kinds) if jnp.issubdtype(kind.dtype, jnp.inexact)]
+
+    def total(leaves, args):
+        args = list(args)
+        for i, leaf in zip(moving, leaves, strict=True):
+            args[i] = leaf
+        return sum((jnp.sum(jnp.real(x)) for x in evaluate_closed(closed, *args) if is_inexact(x)), start=0.0)
+
+    with jax.numpy_dtype_promotion("standard"):
+        try:
+            jax.make_jaxpr(jax.grad(total))([kinds[i] for i in moving], kinds)
+        except Exception:  # JAX raises errors of several kinds
+            return False
+    return True
+
+
 def _is_trusted(eqn: Any) -> bool:
-    name, file = _source(eqn)
+    name, file = source(eqn)
     if file.startswith(_OURS):
         return True
-    if operation(eqn) != "custom_jvp_call" or not file.startswith(_LIBRARIES):
+    if operation(eqn) != "custom_jvp_call" or not file.startswith(_LIBRARIES) or name in _GIVEN:
         return False
     # A user may have given a function of the library a rule: only what carries one there is the library's.
     modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]
     return any(isinstance(getattr(module, name, None), jax.custom_jvp) for module in modules)
 
 
-def _source(eqn: Any) -> tuple[str, str]:
+def source(eqn: Any) -> tuple[str, str]:
     """Name and file of the function that an operation with its own derivative was made from."""
     info = getattr(eqn.params["call_jaxpr"].jaxpr, "debug_info", None)
     return getattr(info, "func_name", None) or "a function", getattr(info, "func_filename", None) or ""
 
-
-_CALLBACKS = ("pure_callback", "io_callback", "debug_callback")
-"""Operations that leave JAX. Nothing of the user's is called with made-up numbers: such a rule is taken at its word."""
 
 _ANALYTIC = frozenset(
     "add add_any sub mul div neg exp exp2 log log1p expm1 sin cos tan tanh sinh cosh asinh atan logistic erf erfc "
@@ -119,35 +152,41 @@ everywhere; what chooses, rounds or clips by its values may differ where nobody 
 def _is_derivative(eqn: Any, order: int) -> bool:
     """Whether the rule of `eqn` gives the derivative of its function; False too where that cannot be found out."""
     closed = eqn.params["call_jaxpr"]
+    kinds = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
     if any(isinstance(const, Tracer) for const in closed.consts):
         return False
-    moving = [jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in eqn.invars]
+    if not all(jnp.issubdtype(kind.dtype, jnp.inexact) for kind in kinds):
+        return False
+    jaxpr = detached(closed)
 
     def plain(*args):
-        return [x for x in evaluate(detached(closed), *closed.consts, *args) if is_inexact(x)]
+        return [x for x in evaluate(jaxpr, *closed.consts, *args) if is_inexact(x)]
 
     def ruled(*args):
         return [x for x in bind(eqn, *args) if is_inexact(x)]
 
-    # Arrays of the trace around do not take part, so all of this is computed at once.
-    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+    with jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
         try:
-            at = [_random(np.random.default_rng(0), atom.aval, 1.0) for atom in eqn.invars]
-            traced, images = jax.make_jaxpr(plain, return_shape=True)(*at)
-            rule = jax.make_jaxpr(lambda at, cotangent: _pull(ruled, moving, at, cotangent))(at, images)
-            if _leaves(traced.jaxpr) or _leaves(rule.jaxpr):
-                return True
-            analytic = all(moving) and _is_analytic(traced.jaxpr, order) and _is_analytic(rule.jaxpr, order + 1)
-            if not analytic:
+            traced = silent(jax.make_jaxpr(plain)(*kinds))
+            slope = pull_back(ruled, kinds)
+            if not (_is_analytic(traced.jaxpr, order) and _is_analytic(slope.jaxpr, order + 1)):
                 return False
-            verdicts = [_agree(plain, ruled, moving, eqn.invars, images, seed) for seed in range(3)]
+            wanted = pull_back(plain, kinds)
+            # Arrays of the trace around do not take part, so all of this is computed at once; traced it is not so,
+            # since a question to the host would be asked then.
+            with jax.ensure_compile_time_eval():
+                return agree(traced, wanted, slope)
         except Exception:  # whatever a function raises that is not made for such numbers
             return False
-    return True in verdicts and False not in verdicts
 
 
 def _is_analytic(jaxpr: Any, order: int) -> bool:
-    """Whether what `jaxpr` makes of its floating-point arguments is made by analytic operations alone."""
+    """Whether what `jaxpr` makes of its floating-point arguments is made by analytic operations alone.
+
+    What acts on the world outside, or reads it, is nothing of the kind.
+    """
+    if jaxpr.effects:
+        return False
     reached = {var for var in jaxpr.invars if jnp.issubdtype(var.aval.dtype, jnp.inexact)}
     for eqn in jaxpr.eqns:
         if reached.isdisjoint(atom for atom in eqn.invars if not is_literal(atom)):
@@ -163,50 +202,3 @@ def _is_analytic(jaxpr: Any, order: int) -> bool:
             return False
         reached.update(eqn.outvars)
     return True
-
-
-def _pull(function: Callable[..., Any], moving: Sequence[bool], at: Sequence[Any], cotangent: Any) -> list[Any]:
-    """The pull-back of `cotangent` through `function` at `at`, to the arguments that are floating-point numbers."""
-
-    def of(leaves):
-        leaves = iter(leaves)
-        return function(*(next(leaves) if moves else x for x, moves in zip(at, moving, strict=True)))
-
-    return jax.vjp(of, [x for x, moves in zip(at, moving, strict=True) if moves])[1](cotangent)[0]
-
-
-def _agree(
-    plain: Callable[..., Any],
-    ruled: Callable[..., Any],
-    moving: Sequence[bool],
-    atoms: Sequence[Any],
-    images: Any,
-    seed: int,
-) -> bool | None:
-    """Whether the rule's derivatives at a random point are those of the function; None where these are not finite."""
-    rng = np.random.default_rng(seed)
-    at = [_random(rng, atom.aval, 0.5 + seed) for atom in atoms]
-    cotangent = [_random(rng, x, 1.0) for x in images]
-    found, wanted = (
-        [np.asarray(x, complex) for x in _pull(function, moving, at, cotangent)] for function in (ruled, plain)
-    )
-    if not all(np.isfinite(x).all() for x in wanted):
-        return None
-    size = max((np.abs(x).max(initial=0.0) for x in (*wanted, *found)), default=0.0)
-    tolerance = 30 * np.sqrt(max(float(jnp.finfo(x.dtype).eps) for x in at)) * size
-    return all(np.abs(a - b).max(initial=0.0) <= tolerance for a, b in zip(wanted, found, strict=True))
-
-
-def _random(rng: Any, like: Any, scale: float) -> jax.Array:
-    if is_key(like):
-        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(like)), like.shape)
-    if jnp.issubdtype(like.dtype, jnp.inexact):
-        values = rng.normal(size=like.shape) + (1j * rng.normal(size=like.shape) if like.dtype.kind == "c" else 0)
-        return jnp.asarray(scale * values, like.dtype)
-    return jnp.asarray(rng.integers(0, 2, like.shape), like.dtype)
-
-
-def _leaves(jaxpr: Any) -> bool:
-    return any(
-        operation(eqn) in _CALLBACKS or any(_leaves(inner) for inner in jaxprs(eqn.params)) for eqn in jaxpr.eqns
-    )

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from bilevel.differentiation.tracing import bind, called, detached, is_literal, operation
+from bilevel.differentiation.trials import Trial
+from bilevel.differentiation.zeros import lasting, zeros_of
 from bilevel.trees import PyTree, leaf_names
 
 
@@ -71,12 +71,49 @@ def whole(params: PyTree) -> Division:
     return Division(("moving",) * len(jax.tree.leaves(params)), [])
 
 
-def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Division:
-    """What of the trained leaves `params` an optax transformation with extra arguments moves, whatever its `state` is.
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """The trace of an optimizer's `init` and `update`.
 
-    Raises:
-      ValueError: if nothing is ever moved.
+    Attributes:
+      params: what it updates.
+      begun: the closed jaxpr of `params -> state`.
+      closed: that of `(state, gradients, params, value of the loss) -> (updates, state)`.
+      own: whether a state that it is given has the structure of its own.
+      state: how many leaves a state has.
     """
+
+    params: PyTree
+    begun: Any
+    closed: Any
+    own: bool
+    state: int
+
+    @property
+    def count(self) -> int:
+        """How many leaves are updated."""
+        return len(jax.tree.leaves(self.params))
+
+    def zeros(self, lost: set[str] | None = None, *, at_rest: bool = False) -> list[Any]:
+        """For each leaf that is updated, where its update is known to be 0, whatever the parameters are.
+
+        Args:
+          lost: names of operations behind which a 0 may be lost are added to it.
+          at_rest: whether all gradients are 0, for ever.
+        """
+        start = zeros_of(self.begun, [None] * len(self.begun.in_avals)) if self.own else [None] * self.state
+        others = [None] * (len(self.closed.in_avals) - self.state)
+        if at_rest:
+            others[: self.count] = [np.bool_(True)] * self.count
+        return lasting(self.closed, [*start, *others], 0, self.count, self.state, lost)[1][: self.count]
+
+    def rests(self) -> bool:
+        """Whether no parameter is ever moved where the gradient is 0, as far as the trace tells."""
+        return all(zero is not None and np.all(zero) for zero in self.zeros(at_rest=True))
+
+
+def traced(transform: Any, params: PyTree, state: PyTree) -> Update:
+    """The `Update` of an optax transformation with extra arguments, for these parameters and this state."""
 
     def update(state, grads, params, value):
         return transform.update(grads, state, params, value=value, grad=grads)
@@ -84,229 +121,60 @@ def divide(estimator: str, transform: Any, params: PyTree, state: PyTree) -> Div
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         closed = jax.make_jaxpr(update)(state, params, params, jnp.zeros(()))
         begun, start = jax.make_jaxpr(transform.init, return_shape=True)(params)
-    count, size = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
-    unknown = [None] * (len(closed.in_avals) - size)
     own = jax.tree.structure(start) == jax.tree.structure(state)
-    assumed = _zeros(begun, [None] * len(begun.in_avals)) if own else [None] * size
-    # What is 0 at the start and is left at 0: taken away from what is assumed until an update keeps all of the rest.
-    while True:
-        lost: set[str] = set()
-        zeros = _zeros(closed, [*assumed, *unknown], lost)
-        kept = [_either_unknown(a, z) for a, z in zip(assumed, zeros[count:], strict=True)]
-        if all(_same(a, k) for a, k in zip(assumed, kept, strict=True)):
-            break
-        assumed = kept
+    return Update(params, begun, closed, own, len(jax.tree.leaves(state)))
+
+
+def divide(estimator: str, update: Update, trial: Callable[[], Trial | None] | None = None) -> Division:
+    """What of the trained leaves an optimizer moves, whatever its state comes to be.
+
+    Args:
+      estimator: its name, for messages.
+      update: the optimizer's.
+      trial: what tries it out, to be asked for what the trace does not show; None to say nothing of that.
+
+    Warns:
+      UserWarning: names leaves that count as moving and do not, as far as a trial can tell.
+
+    Raises:
+      ValueError: if nothing is ever moved.
+    """
+    lost: set[str] = set()
     kinds, masks = [], []
-    for leaf, zero in zip(jax.tree.leaves(params), zeros[:count], strict=True):
+    for leaf, zero in zip(jax.tree.leaves(update.params), update.zeros(lost), strict=True):
         if zero is None or not np.any(zero):
             kinds.append("moving")
         elif np.all(zero):
             kinds.append("held")
         else:
             kinds.append("mixed")
-            masks.append(jnp.asarray(~np.broadcast_to(zero, np.shape(leaf))))
-    if lost:
-        _warn_if_still(estimator, transform, params, kinds, masks, lost)
+            masks.append(~np.broadcast_to(zero, np.shape(leaf)))
+    if trial is not None and (tried := trial()) is not None:
+        _warn_if_still(estimator, update.params, kinds, masks, tried, lost)
     if kinds and set(kinds) == {"held"}:
         raise ValueError(
-            f"{estimator}: the optimizer never moves any leaf of the inner variable ({', '.join(leaf_names(params))}), "
-            "so there is no trained point to differentiate: leave out set_to_zero, or the mask, for what is trained."
+            f"{estimator}: the optimizer never moves any leaf of the inner variable "
+            f"({', '.join(leaf_names(update.params))}), so there is no trained point to differentiate: leave out "
+            "set_to_zero, or the mask, for what is trained."
         )
-    return Division(tuple(kinds), masks)
+    return Division(tuple(kinds), list(map(jnp.asarray, masks)))
 
 
 def _warn_if_still(
-    estimator: str, transform: Any, params: PyTree, kinds: list[str], masks: list[jax.Array], lost: set[str]
+    estimator: str, params: PyTree, kinds: list[str], masks: list[np.ndarray], trial: Trial, lost: set[str]
 ) -> None:
-    """Warn of a leaf that counts as moving and does not, as far as three updates by random gradients can tell."""
-    leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(0)
-    draw = lambda: structure.unflatten([jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves])  # noqa: E731
-    still = [np.ones(x.shape, bool) for x in leaves]
-    try:
-        with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-            at = draw()
-            state = transform.init(at)
-            for _ in range(3):
-                grads = draw()
-                updates, state = transform.update(grads, state, at, value=jnp.ones(()), grad=grads)
-                still = [s & (np.asarray(u) == 0) for s, u in zip(still, jax.tree.leaves(updates), strict=True)]
-    except Exception:  # an optimizer that cannot be tried out stays what its trace says
-        return
+    """Warn of a leaf that counts as moving and does not, as far as a trial can tell."""
     moving, found = iter(masks), []
-    for name, kind, entries in zip(leaf_names(params), kinds, still, strict=True):
-        entries = entries & np.asarray(next(moving)) if kind == "mixed" else entries
+    for name, kind, entries in zip(leaf_names(params), kinds, trial.still, strict=True):
+        entries = entries & next(moving) if kind == "mixed" else entries
         if kind != "held" and entries.any():
             found.append(name)
     if found:
+        uses = f", which uses {', '.join(sorted(lost))}" if lost else ""
         warnings.warn(
             f"{estimator}: the optimizer seems to leave {', '.join(found)} of the inner variable where it is (at least "
-            f"in part), but this cannot be read from its update, which uses {', '.join(sorted(lost))}. The system is "
-            "solved as if all of it moved, and the hypergradient is wrong if that is not so: freeze it by "
-            "optax.transforms.freeze, or by a product with a mask of zeros and ones.",
+            f"in part), but this cannot be read from its update{uses}. The system is solved as if all of it moved, and "
+            "the hypergradient is wrong if that is not so: freeze it by optax.transforms.freeze, or by a product with "
+            "a mask of zeros and ones.",
             stacklevel=2,
         )
-
-
-def _either_unknown(assumed: Any, found: Any) -> Any:
-    """Where both analyses say that a value is 0; None where one of them knows nothing."""
-    if assumed is None or found is None:
-        return None
-    both = np.logical_and(assumed, found)
-    return both if np.any(both) else None
-
-
-def _same(a: Any, b: Any) -> bool:
-    return (a is None) == (b is None) and (a is None or bool(np.all(a == b)))
-
-
-# An abstract value is a NumPy array or scalar that is known (`_Known`), a boolean array or scalar that says where the
-# value is known to be 0, or None.
-
-
-class _Known:
-    """A value that does not depend on the arguments."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
-def _zero_of(value: Any) -> Any:
-    if isinstance(value, _Known):
-        return np.asarray(value.value) == 0
-    return value
-
-
-def _zeros(closed: Any, inputs: list[Any], lost: set[str] | None = None) -> list[Any]:
-    """Where the outputs of a closed jaxpr are known to be 0; None where nothing is known.
-
-    The names of operations behind which a 0 may be lost, since nothing is known of them, are added to `lost`.
-    """
-    return [_zero_of(value) for value in _interpret(closed, inputs, set() if lost is None else lost)]
-
-
-def _interpret(closed: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
-    jaxpr = detached(closed)
-    known = [None if isinstance(c, Tracer) or not hasattr(c, "dtype") else _Known(c) for c in closed.consts]
-    values: dict[Any, Any] = dict(zip(jaxpr.invars, [*known, *inputs], strict=True))
-
-    def read(atom):
-        return _Known(atom.val) if is_literal(atom) else values[atom]
-
-    for eqn in jaxpr.eqns:
-        outputs = _outputs(eqn, [read(atom) for atom in eqn.invars], lost)
-        values.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _outputs(eqn: Any, inputs: list[Any], lost: set[str]) -> list[Any]:
-    name, unknown = operation(eqn), [None] * len(eqn.outvars)
-    if name == "broadcast_in_dim":  # by hand: a constant of the size of the parameters is not made
-        return [_broadcast(eqn, inputs[0])]
-    if all(isinstance(x, _Known) for x in inputs) and (inputs or name == "iota") and not _is_random(eqn):
-        try:
-            with jax.ensure_compile_time_eval():
-                return [_Known(np.asarray(out)) for out in bind(eqn, *(jnp.asarray(x.value) for x in inputs))]
-        except Exception:  # an operation that cannot be done now is an operation whose result is not known
-            return unknown
-    if name in _CALLS:
-        return _interpret(called(eqn), inputs, lost)
-    if name == "cond":
-        branches = [_zeros(branch, inputs[1:], lost) for branch in eqn.params["branches"]]
-        return [_both(list(zeros)) for zeros in zip(*branches, strict=True)]
-    zeros = [_zero_of(x) for x in inputs]
-    if name in _KEEPS_ZERO:
-        return [zeros[0]]
-    if name == "integer_pow":
-        return [zeros[0] if eqn.params["y"] > 0 else None]
-    if name == "sub" and eqn.invars[0] is eqn.invars[1]:
-        return [np.bool_(True)]
-    if name == "mul":
-        return [_either(zeros)]
-    if name in ("add", "sub", "add_any", "max", "min"):
-        return [_both(zeros)]
-    if name == "select_n":
-        return [_selected(inputs[0], zeros[1:])]
-    if name in _SPREADS and any(z is not None and np.any(z) for z in zeros):
-        spread = _spread(eqn, inputs, zeros)
-        if spread is None:
-            lost.add(name)
-        return [spread]
-    if name not in _NEVER_ZERO and any(z is not None and np.any(z) for z in zeros):
-        lost.add(name)
-    return unknown
-
-
-_CALLS = ("jit", "checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call")
-"""Operations that only evaluate the jaxpr which they hold."""
-
-_KEEPS_ZERO = ("neg", "convert_element_type", "copy", "real", "conj", "stop_gradient", "sign", "abs", "div")
-_KEEPS_ZERO += ("sqrt", "square", "cbrt", "tanh", "sin", "tan", "asinh", "atan", "expm1", "log1p", "floor", "ceil")
-_KEEPS_ZERO += ("round", "imag", "sinh", "asin", "atanh", "erf", "erf_inv", "reduce_precision", "optimization_barrier")
-"""Functions of their first argument that are 0 where it is."""
-
-_SPREADS = ("reshape", "squeeze", "transpose", "expand_dims", "slice", "rev", "concatenate", "pad", "reduce_sum")
-_SPREADS += ("dot_general", "conv_general_dilated", "cumsum", "reduce_max", "cummax", "gather", "dynamic_slice")
-_SPREADS += ("scatter", "scatter-add", "dynamic_update_slice", "cumlogsumexp")
-"""Operations that move, choose or add up products of their floating-point inputs."""
-
-_NEVER_ZERO = ("exp", "exp2", "cos", "cosh", "logistic", "rsqrt", "log", "acos", "acosh", "eq", "ne", "lt", "le", "gt")
-_NEVER_ZERO += ("ge", "is_finite", "pow", "erfc", "lgamma", "digamma", "not", "and", "or")
-"""Operations whose result is no 0 because an input is one; truth values are looked at by what chooses with them."""
-
-
-def _spread(eqn: Any, inputs: list[Any], zeros: list[Any]) -> Any:
-    """Where an operation of `_SPREADS` is 0, found by doing it to what may not be 0: 1 there, and 0 elsewhere.
-
-    Nothing cancels in a sum of products of numbers that are 0 or 1, so that it is 0 only if each product is.
-    """
-    arguments = []
-    for value, zero, atom in zip(inputs, zeros, eqn.invars, strict=True):
-        if jnp.issubdtype(atom.aval.dtype, jnp.inexact):
-            maybe = np.broadcast_to(True if zero is None else np.logical_not(zero), atom.aval.shape)
-            arguments.append(maybe.astype(atom.aval.dtype))
-        elif isinstance(value, _Known):
-            arguments.append(value.value)
-        else:  # a place that is not known
-            return None
-    try:
-        with jax.ensure_compile_time_eval():
-            return np.asarray(bind(eqn, *map(jnp.asarray, arguments))[0]) == 0
-    except Exception:  # as for an operation on constants
-        return None
-
-
-def _is_random(eqn: Any) -> bool:
-    return operation(eqn).startswith("random_")
-
-
-def _broadcast(eqn: Any, value: Any) -> Any:
-    def spread(x):
-        if np.ndim(x) == 0:
-            return x if isinstance(x, np.bool_ | bool) else np.broadcast_to(x, eqn.params["shape"])
-        shape = [1] * len(eqn.params["shape"])
-        for axis, size in zip(eqn.params["broadcast_dimensions"], np.shape(x), strict=True):
-            shape[axis] = size
-        return np.broadcast_to(np.reshape(x, shape), eqn.params["shape"])
-
-    if value is None:
-        return None
-    return _Known(spread(np.asarray(value.value))) if isinstance(value, _Known) else spread(value)
-
-
-def _either(zeros: list[Any]) -> Any:
-    known = [z for z in zeros if z is not None]
-    return np.logical_or.reduce(np.broadcast_arrays(*known)) if known else None
-
-
-def _both(zeros: list[Any]) -> Any:
-    return None if any(z is None for z in zeros) else np.logical_and.reduce(np.broadcast_arrays(*zeros))
-
-
-def _selected(which: Any, zeros: list[Any]) -> Any:
-    if isinstance(which, _Known):
-        masks = [np.zeros((), bool) if z is None else z for z in zeros]
-        choose = np.asarray(which.value).astype(int)
-        *masks, choose = np.broadcast_arrays(*masks, choose)
-        return np.choose(choose, masks)
-    return _both(zeros)

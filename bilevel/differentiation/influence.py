@@ -47,6 +47,8 @@ def report(
     Raises:
       ValueError: if no leaf has an influence.
     """
+    # Nothing can be missed of a leaf without entries.
+    reached = [r or not np.size(x) for r, x in zip(reached, jax.tree.leaves(moving), strict=True)]
     if all(reached):
         return
     reasons = lost() if lost else [None] * len(reached)

@@ -11,13 +11,14 @@ evaluating at a nudged point changes values (and is wrong for trust-ratio optimi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bilevel.differentiation.custom_rules import has_true_rule
+from bilevel.differentiation.custom_rules import CustomDerivativeWarning, has_slope, has_true_rule, source
 from bilevel.differentiation.tracing import bind, is_literal, operation, scan_counts, while_counts
 
 
@@ -31,7 +32,8 @@ def smooth(function: Callable[..., Any]) -> Callable[..., Any]:
 
     What hides a derivative is left out: a `stop_gradient` inside `function` (L-BFGS has one in its first step) is the
     identity here, and a function under `jax.custom_vjp` or `jax.custom_jvp` whose rule is not its derivative is taken
-    without its rule. So the result is the derivative of the values, and not what somebody meant by it.
+    without its rule. So the result is the derivative of the values, and not what somebody meant by it. Where the values
+    have no derivative without the rule (an iteration in a while_loop), the rule is taken at its word, and this is said.
     """
 
     def wrapped(*args):
@@ -105,6 +107,15 @@ def _through(eqn, x):
 def _ruled(eqn, *inputs):
     """A function with a derivative of its own: as it is where that is the true one, else without its rule."""
     if has_true_rule(eqn):
+        return bind(eqn, *inputs)
+    if not has_slope(eqn):
+        warnings.warn(
+            f"The optimizer calls a function with a derivative of its own (`{source(eqn)[0]}`, by jax.custom_vjp or "
+            "custom_jvp) that has none in reverse mode without it, so it is taken at its word: a hypergradient is that "
+            "of training if it is true.",
+            CustomDerivativeWarning,
+            stacklevel=2,
+        )
         return bind(eqn, *inputs)
     return _closed(eqn.params["call_jaxpr"])(*inputs)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.extend import core as jex
 from jax.interpreters import partial_eval
@@ -65,6 +67,37 @@ def bind(eqn: Any, *inputs: Any) -> list[Any]:
     functions, params = bound if isinstance(bound, tuple) else ((), bound)  # older releases return the functions apart
     result = eqn.primitive.bind(*functions, *inputs, **params)
     return result if eqn.primitive.multiple_results else [result]
+
+
+_DEBUGGING = ("debug_callback", "debug_print")
+_DEBUG_EFFECTS = ("DebugEffect", "OrderedDebugEffect")
+
+
+def silent(closed: Any) -> Any:
+    """A closed jaxpr without the operations that only tell somebody what is computed (`jax.debug.print`).
+
+    To be evaluated, not differentiated: the derivative of a function with one of its own is made by what made it.
+    """
+    return closed.replace(jaxpr=_silent(closed.jaxpr))
+
+
+def _silent(jaxpr: Any) -> Any:
+    def inside(value):
+        if isinstance(value, tuple | list) and any(map(is_jaxpr, value)):
+            return type(value)(map(inside, value))
+        if isinstance(value, jex.ClosedJaxpr):
+            return silent(value)
+        return _silent(value) if isinstance(value, jex.Jaxpr) else value
+
+    def heard(effects):
+        return {effect for effect in effects if type(effect).__name__ not in _DEBUG_EFFECTS}
+
+    eqns = [
+        eqn.replace(params={name: inside(value) for name, value in eqn.params.items()}, effects=heard(eqn.effects))
+        for eqn in jaxpr.eqns
+        if operation(eqn) not in _DEBUGGING
+    ]
+    return jaxpr.replace(eqns=eqns, effects=heard(jaxpr.effects))
 
 
 def jaxprs(params: dict[str, Any]) -> Iterator[Any]:
@@ -142,3 +175,57 @@ def reading(jaxpr: Any, outputs: Sequence[int]) -> list[list[bool]]:
 def without_unused(jaxpr: Any) -> Any:
     """`jaxpr` without the operations from which no output is computed."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+class Unlike(Exception):
+    """A program holds something of which it is not known whether two are the same."""
+
+
+def identity(closed: Any) -> tuple[Any, ...]:
+    """What is equal for two closed jaxprs only if they evaluate to the same: hashable.
+
+    Functions in it are compared by themselves. A function with a derivative of its own counts as what it evaluates to.
+
+    Raises:
+      Unlike: if the jaxpr holds what cannot be compared.
+    """
+    return (*_identity(closed.jaxpr), *(_value(const) for const in closed.consts))
+
+
+def _identity(jaxpr: Any) -> tuple[Any, ...]:
+    numbers: dict[Any, int] = {}
+
+    def atom(x):
+        return _value(x.val) if is_literal(x) else numbers.setdefault(x, len(numbers))
+
+    inputs = [(atom(x), str(x.aval)) for x in (*jaxpr.constvars, *jaxpr.invars)]
+    eqns = []
+    for eqn in jaxpr.eqns:
+        params = ((k, _value(v)) for k, v in sorted(eqn.params.items()) if k not in _RULE_PARAMETERS)
+        outs = [(atom(x), str(x.aval)) for x in eqn.outvars]
+        eqns.append((operation(eqn), tuple(map(atom, eqn.invars)), tuple(params), tuple(outs)))
+    return tuple(inputs), tuple(eqns), tuple(map(atom, jaxpr.outvars))
+
+
+_RULE_PARAMETERS = ("jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "bwd", "out_trees", "debug_info")
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, jex.ClosedJaxpr):
+        return identity(value)
+    if isinstance(value, jex.Jaxpr):
+        return _identity(value)
+    if isinstance(value, tuple | list):
+        return tuple(map(_value, value))
+    if isinstance(value, np.ndarray | np.generic | jax.Array) and not isinstance(value, Tracer):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or np.size(value) > 10_000:
+            raise Unlike
+        array = np.asarray(value)
+        return type(value).__name__, array.shape, str(array.dtype), array.tobytes()
+    if isinstance(value, Tracer):
+        raise Unlike
+    try:
+        hash(value)
+    except TypeError:
+        raise Unlike from None
+    return type(value), repr(value) if isinstance(value, float) else value

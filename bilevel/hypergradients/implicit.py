@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from bilevel.hypergradients.implicit_function import AtSolution, Backward, refuse_symmetric, with_adjoint
 from bilevel.hypergradients.optimality import (
+    at_rest,
     mean_loss,
     require_constant_held,
-    require_stationary_limit,
     stationary,
     trained_part,
 )
@@ -64,7 +64,7 @@ class Implicit(AtSolution):
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
         state = super().init(problem, outer, key)
-        return with_adjoint(state, trained_part("Implicit", problem, self.optimizer, outer, state)[1], self.warm_start)
+        return with_adjoint(state, trained_part(problem, self.optimizer, outer, state)[1], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a stationary point: in both modes, to any order.
@@ -77,10 +77,9 @@ class Implicit(AtSolution):
     def system(self, query, state):
         problem, outer, keys = query.problem, query.outer, query.keys
         trained, _ = problem.split(state.params)
-        require_stationary_limit("Implicit", self.optimizer, trained, outer)
+        division = at_rest("Implicit", problem, self.optimizer, outer, state)
         loss = mean_loss(problem, state.params, outer, query.inner_batches, keys.inner)
         refuse_symmetric("Implicit", self.linear_solver, loss)
-        division, _ = trained_part("Implicit", problem, self.optimizer, outer, state)
         if query.inner_state is None:
             require_constant_held("Implicit", problem, division, outer, keys.start)
         backward = Backward(self.linear_solver, self.damping, keys.own)

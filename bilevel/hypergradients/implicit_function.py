@@ -60,8 +60,9 @@ def refuse_symmetric(estimator: str, linear_solver: Any, loss: MeanLoss) -> None
     if loss.own_rule is not None and getattr(linear_solver, "symmetric_only", False):
         raise ValueError(
             f"{estimator}: inner_loss has a derivative of its own (`{loss.own_rule}`, by jax.custom_vjp or "
-            f"custom_jvp), so the matrix of its linear system is not symmetric, which {type(linear_solver).__name__} "
-            "takes for granted: use GMRES, BiCGStab, NormalCG or Dense, or Unrolled."
+            "custom_jvp) which is not known to be that of its values, so the matrix of its linear system need not be "
+            f"symmetric, which {type(linear_solver).__name__} takes for granted: use GMRES, BiCGStab, NormalCG or "
+            "Dense, or Unrolled."
         )
 
 
@@ -154,8 +155,8 @@ def answer(
         come from another estimator), and leaves its own there.
 
     `info`: `stationarity`, the norm of R; `stationarity_relative`, that over the norm of (dR/dz)^T z (for a quadratic
-    loss w'Hw/2 - b'w it is |Hw - b| / |Hw|); `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products
-    with one batch's Hessian, all included.
+    loss w'Hw/2 - b'w it is |Hw - b| / |Hw|), or how far the optimizer's state is from rest, if that is more;
+    `linear_residual`, |b - A q| / |b|; `linear_iterations`; `hvps`, products with one batch's Hessian, all included.
     """
     moving = query.moving
 
@@ -179,9 +180,10 @@ def answer(
     # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
     image, cross = pull_both(cast_like(adjoint, left))
     image = backward.damped(image, adjoint)
+    apart = _ratio(global_norm(left), global_norm(product(cast_like(z, rhs))))
     info = {
         "stationarity": global_norm(left),
-        "stationarity_relative": _ratio(global_norm(left), global_norm(product(cast_like(z, rhs)))),
+        "stationarity_relative": jnp.maximum(apart, condition.unfinished(z, left).astype(apart.dtype)),
         "linear_residual": _ratio(global_norm(jax.tree.map(jnp.subtract, rhs, image)), global_norm(rhs)),
         "linear_iterations": counts["iterations"],
         "hvps": condition.loss.terms * (counts["matvecs"] + 2),

@@ -11,19 +11,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from bilevel.data import FullBatch, slots
 from bilevel.differentiation import optimizers
-from bilevel.differentiation.frozen import Division, divide
-from bilevel.differentiation.gradients import Gradient, Point, own_rule
+from bilevel.differentiation.frozen import Division, Update, divide, traced
+from bilevel.differentiation.gradients import Gradient, Point, own_rule, reverse_gradient
 from bilevel.differentiation.influence import dependence
 from bilevel.differentiation.optimizers import Optimizer
+from bilevel.differentiation.trials import Trial, trial
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem
 from bilevel.trees import (
@@ -31,6 +30,7 @@ from bilevel.trees import (
     at_step,
     cast_like,
     combine,
+    global_norm,
     is_inexact,
     is_key,
     leaf_names,
@@ -155,6 +155,11 @@ class Stationary:
         """R(z), a tree like z in `widened` precision."""
         return self.division.rows(self.loss.gradient(self.division.pinned(z), rule)[0], z)
 
+    def unfinished(self, z: PyTree, left: PyTree) -> jax.Array:
+        """0: there is no optimizer in it."""
+        del z, left
+        return jnp.zeros(())
+
     def params(self, z: PyTree) -> PyTree:
         """The whole inner variable of z."""
         return combine(z, self.loss.fixed)
@@ -179,6 +184,7 @@ class FixedPointOf:
         leaves it hands on unchanged (injected hyper-parameters) are constants, or functions of `outer`.
       optimizer: the optimizer.
       moves: for each leaf of `opt_state`, whether it is part of z.
+      rests: whether the optimizer is known to stop where the gradient is 0: what its state is does not matter there.
     """
 
     loss: MeanLoss
@@ -187,6 +193,7 @@ class FixedPointOf:
     opt_state: PyTree
     optimizer: Optimizer = dataclasses.field(metadata={"static": True})
     moves: tuple[bool, ...] = dataclasses.field(metadata={"static": True})
+    rests: bool = dataclasses.field(metadata={"static": True})
 
     symmetric = False
 
@@ -202,6 +209,40 @@ class FixedPointOf:
         image = moving, [x for m, x in moved if m]
         params, leaves = jax.tree.map(jnp.subtract, widened(z), cast_like(image, widened(z)))
         return self.division.rows(params, z[0]), leaves
+
+    def unfinished(self, z: PyTree, left: PyTree) -> jax.Array:
+        """How far the optimizer's state s is from rest, `left` being R(z), as a part of its size: about 1 far from it.
+
+        For each kind of moment |R_s| / |(dR_s/ds) s|, which for an average over 1/(1 - b) steps is its distance from
+        where it tends to. It counts as far as the step depends on it, |(dU_w/ds) s|, beside the step that is taken
+        without any gradient, which it holds in balance.
+        """
+        if self.rests:
+            return jnp.zeros(())
+        trained = combine(z[0], self.held)
+        opt_state = optimizers.refresh(self.optimizer, self.loss.outer, trained, self._state(z))
+        grad, value = self.loss.gradient(trained, reverse_gradient)
+        transform = optimizers.transformation(self.optimizer, self.loss.outer)
+        structure = jax.tree.structure(opt_state)
+
+        def step(moving, grad):
+            given = iter(moving)
+            leaves = [next(given) if m else x for m, x in zip(self.moves, jax.tree.leaves(opt_state), strict=True)]
+            updates, state = optimizers.update(transform, grad, structure.unflatten(leaves), trained, value)
+            return updates, [x for m, x in zip(self.moves, jax.tree.leaves(state), strict=True) if m]
+
+        grad, zero = cast_like(grad, trained), jax.tree.map(jnp.zeros_like, trained)
+        drift = global_norm(widened(step([jnp.zeros_like(x) for x in z[1]], zero)[0]))
+        kinds = [kind for m, kind in zip(self.moves, _kinds(opt_state, trained), strict=True) if m]
+        worst = jnp.zeros_like(drift)
+        for kind in sorted(set(kinds)):
+            tangents = [x if k == kind else jnp.zeros_like(x) for k, x in zip(kinds, z[1], strict=True)]
+            by_step, by_state = jax.jvp(lambda moving: step(moving, grad), (z[1],), (tangents,))[1]
+            rows = [(r, x - y) for k, r, x, y in zip(kinds, left[1], tangents, by_state, strict=True) if k == kind]
+            distance, size = (global_norm(widened(list(column))) for column in zip(*rows, strict=True))
+            part = jnp.minimum(distance / size, 1) * jnp.minimum(global_norm(widened(by_step)) / drift, 1)
+            worst = jnp.where(part > worst, part, worst)  # 0 / 0 is no distance
+        return worst
 
     def params(self, z: PyTree) -> PyTree:
         """The whole inner variable of z."""
@@ -219,49 +260,83 @@ class FixedPointOf:
         )
 
 
+def _kinds(opt_state: PyTree, params: PyTree) -> list[str]:
+    """For each leaf of an optimizer's state the name of the moment that it is a part of, for all parameters."""
+    inside = sorted((jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)), key=len)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]
+    return [name.removesuffix(next((x for x in reversed(inside) if name.endswith(x)), "")) for name in names]
+
+
 def fixed_point_of(
     estimator: str, optimizer: Optimizer, loss: MeanLoss, state: InnerState
 ) -> tuple[FixedPointOf, PyTree]:
     """The condition that `state` is a fixed point of `optimizer`, and the z of `state`."""
-    division, moves, z = unknowns(estimator, loss.problem, optimizer, loss.outer, state)
+    trained = loss.problem.split(state.params)[0]
+    tried = functools.cache(lambda: trial(optimizer, trained, loss.outer))
+    _refuse_turns(estimator, state.opt_state, tried())
+    division, moves, z = unknowns(estimator, loss.problem, optimizer, loss.outer, state, tried)
     _, held = division.split(loss.problem.split(state.params)[0])
-    return FixedPointOf(loss, division, held, state.opt_state, optimizer, moves), z
+    update = traced(optimizers.transformation(optimizer, loss.outer), trained, state.opt_state)
+    return FixedPointOf(loss, division, held, state.opt_state, optimizer, moves, update.rests()), z
 
 
 def unknowns(
-    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+    estimator: str,
+    problem: Problem,
+    optimizer: Optimizer,
+    outer: PyTree,
+    state: InnerState,
+    tried: Callable[[], Trial | None] | None = None,
 ) -> tuple[Division, tuple[bool, ...], PyTree]:
     """What of `state` moves in a fixed-point condition: of the inner variable, of the optimizer's state, and both as z.
 
     A leaf of the optimizer's state is moved if training changes it and a derivative can pass through it.
     """
     trained = problem.split(state.params)[0]
-    _refuse_turns(estimator, state.opt_state)
     transform = optimizers.transformation(optimizer, outer)
-    division = divide(estimator, transform, trained, state.opt_state)
+    division = divide(estimator, traced(transform, trained, state.opt_state), tried)
     handed_on = optimizers.carried(transform, trained, state.opt_state)
     leaves = jax.tree.leaves(state.opt_state)
     moves = tuple(is_inexact(x) and not same for x, same in zip(leaves, handed_on, strict=True))
     return division, moves, (division.split(trained)[0], [x for m, x in zip(moves, leaves, strict=True) if m])
 
 
-def _refuse_turns(estimator: str, opt_state: PyTree) -> None:
+def _refuse_turns(estimator: str, opt_state: PyTree, tried: Trial | None) -> None:
     """Refuses optimizers that take turns: no single step of theirs has the trained point as its fixed point."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.MultiStepsState))
-    if any(isinstance(node, optax.MultiStepsState) for node in nodes):
+
+    def named(node):
+        return isinstance(node, optax.MultiStepsState | optax.ApplyEvery)
+
+    if any(map(named, jax.tree.leaves(opt_state, is_leaf=named))) or (tried is not None and tried.turns):
         raise ValueError(
-            f"{estimator}: optax.MultiSteps moves parameters at some steps only, so one of its steps has no fixed "
-            "point to differentiate: give the optimizer inside it, and larger batches."
+            f"{estimator}: the optimizer moves parameters at some steps only (optax.MultiSteps, optax.apply_every), so "
+            "one of its steps has no fixed point to differentiate: give the optimizer inside it, and larger batches."
         )
 
 
 def trained_part(
-    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+    problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
 ) -> tuple[Division, PyTree]:
-    """What of the inner variable of `state` moves in the gradient form, and these leaves."""
+    """What of the inner variable of `state` moves in the gradient form, and these leaves; nothing is said of it."""
     trained = problem.split(state.params)[0]
-    division = divide(estimator, optimizers.transformation(optimizer, outer), trained, state.opt_state)
+    update = traced(optimizers.transformation(optimizer, outer), trained, state.opt_state)
+    division = divide("Implicit", update)
     return division, division.split(trained)[0]
+
+
+def at_rest(
+    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+) -> Division:
+    """The division of `trained_part`, of an optimizer that stops at stationary points.
+
+    Raises:
+      ValueError: for one that does not; as `divide`.
+    """
+    trained = problem.split(state.params)[0]
+    update = traced(optimizers.transformation(optimizer, outer), trained, state.opt_state)
+    tried = functools.cache(lambda: trial(optimizer, trained, outer))
+    _require_stationary_limit(estimator, update, tried)
+    return divide(estimator, update, tried)
 
 
 def require_constant_held(
@@ -292,49 +367,21 @@ def require_constant_held(
         )
 
 
-def require_stationary_limit(estimator: str, optimizer: Optimizer, trained: PyTree, outer: PyTree) -> None:
+def _require_stationary_limit(estimator: str, update: Update, tried: Callable[[], Trial | None]) -> None:
     """Refuses an optimizer that moves parameters where the gradient is 0: it does not stop at a stationary point.
 
-    Decided when the estimate is traced, by one update from a fresh state with zero gradients, all numbers being 0.5.
+    Decided by the trace of its update, for all parameters and states that it may come to; where the trace does not
+    tell, by trying it out.
 
     Raises:
       ValueError: naming the remedies.
     """
-    seen = () if isinstance(optimizer, optax.GradientTransformation) else (outer,)
-    leaves, structure = jax.tree.flatten((trained, seen))
-    if _moves_at_zero_gradient(optimizer, structure, tuple(_kind(x) for x in leaves)):
+    if update.rests():
+        return
+    if (seen := tried()) is not None and seen.drifts:
         raise ValueError(
             f"{estimator}: the optimizer moves parameters where the gradient is 0 (decoupled weight decay as in adamw, "
-            "a proximal step, added noise), so training does not end at a stationary point of inner_loss: use the "
-            "fixed-point form, FixedPoint, or put the penalty into inner_loss and take it out of the optimizer."
+            "a proximal step, a projection, added noise), so training does not end at a stationary point of "
+            "inner_loss: use the fixed-point form, FixedPoint, or put the penalty into inner_loss and take it out of "
+            "the optimizer."
         )
-
-
-def _kind(leaf: Any) -> tuple[Any, ...]:
-    if is_key(leaf):
-        return jnp.shape(leaf), str(jax.random.key_impl(leaf)), True
-    return jnp.shape(leaf), jnp.result_type(leaf), False
-
-
-def _sample(shape: Any, kind: Any, of_keys: bool) -> jax.Array:
-    if of_keys:
-        key = jax.random.key(0, impl=kind)
-        return jnp.broadcast_to(key, shape)
-    return jnp.full(shape, 0.5 if jnp.issubdtype(kind, jnp.inexact) else 1, kind)
-
-
-@functools.lru_cache(maxsize=64)
-def _moves_at_zero_gradient(optimizer: Optimizer, structure: Any, kinds: tuple[tuple[Any, ...], ...]) -> bool:
-    def probe():
-        params, seen = jax.tree.unflatten(structure, [_sample(*kind) for kind in kinds])
-        transform = optimizers.transformation(optimizer, *(seen or (None,)))
-        grads, value = jax.tree.map(jnp.zeros_like, params), jnp.zeros(())
-        updates, _ = optimizers.update(transform, grads, transform.init(params), params, value)
-        # A NaN is no movement: 0.5 may be a setting the optimizer cannot work with.
-        return jnp.any(jnp.stack([jnp.any(jnp.abs(u) > 0) for u in jax.tree.leaves(updates)]))
-
-    # Inside a trace, but of no traced value.
-    with jax.ensure_compile_time_eval(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        moved = jax.jit(probe)()
-    # What an optimizer does that holds a traced value, such as a step size under vmap, is not known.
-    return not isinstance(moved, Tracer) and bool(moved)

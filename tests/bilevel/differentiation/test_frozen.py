@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import bilevel
-from bilevel.differentiation.frozen import divide
+from bilevel.differentiation.frozen import divide, traced
+from bilevel.differentiation.trials import trial
 from tests.bilevel.helpers import KEY, estimate
 from tests.bilevel.quadratic import error
 
@@ -155,6 +156,13 @@ KINDS = {
         ("moving", "moving"),
     ),
     "adam": (optax.chain(optax.adam(0.1), optax.transforms.freeze(MASK)), ("moving", "held")),
+    "a product in a loop": (
+        optax.chain(
+            SGD,
+            optax.stateless(lambda u, p: u | {"z": jax.lax.scan(lambda c, x: (c, 0.0 * x), 0.0, u["z"])[1]}),
+        ),
+        ("moving", "held"),
+    ),
     "some entries": (
         optax.chain(SGD, optax.stateless(lambda u, p: {"u": u["u"] * jnp.asarray([1.0, 0.0, 1.0]), "z": u["z"]})),
         ("mixed", "moving"),
@@ -167,7 +175,8 @@ def test_what_is_frozen_is_read_from_the_trace_of_an_update(name):
     transform, kinds = KINDS[name]
     transform = optax.with_extra_args_support(transform)
     params = {"u": jnp.ones(M), "z": jnp.ones(M)}
-    division = divide("Implicit", transform, params, transform.init(params))
+    update = traced(transform, params, transform.init(params))
+    division = divide("Implicit", update, lambda: trial(transform, params, ()))
     assert division.kinds == kinds
     if "mixed" in kinds:
         np.testing.assert_array_equal(division.masks[0], [True, False, True])
@@ -175,10 +184,8 @@ def test_what_is_frozen_is_read_from_the_trace_of_an_update(name):
 
 def test_what_cannot_be_read_but_stands_still_is_said():
     sorts = optax.stateless(lambda updates, params: {"u": updates["u"], "z": jnp.sort(0.0 * updates["z"])})
-    scans = optax.stateless(
-        lambda updates, params: updates | {"z": jax.lax.scan(lambda c, x: (c, 0.0 * x), 0.0, updates["z"])[1]}
-    )
-    for frozen, operation in ((sorts, "sort"), (scans, "scan")):
+    divides = optax.stateless(lambda updates, params: updates | {"z": jax.lax.rem(0.0 * updates["z"], params["z"])})
+    for frozen, operation in ((sorts, "sort"), (divides, "rem")):
         with pytest.warns(UserWarning, match=rf"seems to leave \['z'\] of the inner variable .* uses .*{operation}"):
             estimate(
                 problem(JOINT), bilevel.Implicit(optax.chain(SGD, frozen), 3), None, jnp.asarray(LAM), None, None, KEY
@@ -189,7 +196,8 @@ def test_what_cannot_be_read_but_stands_still_is_said():
             lambda updates, params: {"u": updates["u"] * 0.0, "z": jnp.sort(updates["z"] * jnp.arange(3.0))}
         )
     )
-    assert divide("Implicit", moves, params, moves.init(params)).kinds == ("held", "moving")  # without a word
+    update = traced(moves, params, moves.init(params))
+    assert divide("Implicit", update, lambda: trial(moves, params, ())).kinds == ("held", "moving")  # without a word
 
 
 def test_an_optimizer_that_moves_nothing_is_refused():
