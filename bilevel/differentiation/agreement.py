@@ -200,7 +200,7 @@ def _groups(
 
 
 def _each(draw: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-    return draw(x.real) + 1j * draw(x.imag) if np.iscomplexobj(x) else draw(x)
+    return draw(np.real(x)) + 1j * draw(np.imag(x)) if np.iscomplexobj(x) else draw(x)
 
 
 def _normal(rng: np.random.Generator, kind: Any) -> np.ndarray:

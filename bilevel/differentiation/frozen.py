@@ -102,7 +102,7 @@ class Update:
           at_rest: whether all gradients are 0, for ever.
         """
         start = zeros_of(self.begun, [None] * len(self.begun.in_avals)) if self.own else [None] * self.state
-        others = [None] * (len(self.closed.in_avals) - self.state)
+        others: list[Any] = [None] * (len(self.closed.in_avals) - self.state)
         if at_rest:
             others[: self.count] = [np.bool_(True)] * self.count
         return lasting(self.closed, [*start, *others], 0, self.count, self.state, lost)[1][: self.count]
