@@ -38,7 +38,7 @@ def register(cls: Class) -> Class:
     Unlike `jax.tree_util.register_dataclass`, a tree transformation does not call `__init__`: what it puts into the
     fields (placeholders, axes, labels) is not what a user has written, and is not checked.
     """
-    if not dataclasses.is_dataclass(cls):
+    if not hasattr(cls, "__dataclass_fields__"):
         raise TypeError(f"register: {cls.__name__} is no dataclass: put @dataclasses.dataclass(frozen=True) below it.")
     fields = dataclasses.fields(cls)
     for field in fields:

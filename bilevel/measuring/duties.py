@@ -232,9 +232,13 @@ def _captured(make: Make) -> Iterator[str]:
         yield "inner_loss captured the very array that outer is, and no ValueError says so"
 
 
+def _shifted(loss: Any, w: Any, outer: Any, batch: Any, key: Any) -> Any:
+    return loss(w, outer, None, key) + jnp.sum(w * jnp.mean(batch, axis=0))
+
+
 def _batches(make: Make) -> Iterator[str]:
     hypergradient, plain = make(optax.sgd(RATE), STEPS), _PROBLEM.problem
-    add = lambda loss: lambda w, o, batch, key: loss(w, o, None, key) + jnp.sum(w * jnp.mean(batch, axis=0))  # noqa: E731
+    add = lambda loss: lambda w, *rest: _shifted(loss, w, *rest)  # noqa: E731
     problem = Problem(add(plain.inner_loss), add(plain.outer_loss), plain.init_inner, plain.init_outer)
     rows, steps = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3))), hypergradient.steps
     index = jnp.asarray(np.random.default_rng(1).integers(0, 6, (steps, 2)))
@@ -255,14 +259,14 @@ def _own_rules(make: Make) -> Iterator[str]:
     # The rule scales the gradient by d, so that training is preconditioned. With u = w / sqrt(d) it is plain gradient
     # descent on a loss without a rule, and the hypergradient is the same.
     d = jnp.array([0.4, 0.7, 1.0])
-
     scaled = jax.custom_vjp(operator.pos)  # +w, and no function of this package, whose own rules are trusted
     scaled.defvjp(lambda w: (w, None), lambda _, ct: (d * ct,))
-    q, root = _PROBLEM.problem, jnp.sqrt(d)
+    q, root, outer_loss = _PROBLEM.problem, jnp.sqrt(d), _PROBLEM.problem.outer_loss
+    assert outer_loss is not None
     ruled = Problem(lambda w, *rest: q.inner_loss(scaled(w), *rest), q.outer_loss, q.init_inner, q.init_outer)
     plain = Problem(
         lambda u, *rest: q.inner_loss(root * u, *rest),
-        lambda u, *rest: q.outer_loss(root * u, *rest),
+        lambda u, *rest: outer_loss(root * u, *rest),
         lambda key, outer: q.init_inner(key, outer) / root,
         q.init_outer,
     )
@@ -277,6 +281,10 @@ def _own_rules(make: Make) -> Iterator[str]:
         )
 
 
+def _masked(updates: Any, params: Any) -> Any:
+    return updates * jnp.array([1.0, 1.0, 0.0])
+
+
 def _frozen(make: Make) -> Iterator[str]:
     q = _PROBLEM.problem
     held = jnp.asarray(_PROBLEM.start[:1])
@@ -288,7 +296,7 @@ def _frozen(make: Make) -> Iterator[str]:
     alone = Problem(constant(q.inner_loss), constant(q.outer_loss), lambda k, o: {"w": begin(k, o)}, q.init_outer)
     kinds = {"w": "train", "held": "freeze"}
     freezing = optax.partition({"train": optax.sgd(RATE), "freeze": optax.set_to_zero()}, kinds)
-    masking = optax.chain(optax.sgd(RATE), optax.stateless(lambda u, p: u * jnp.array([1.0, 1.0, 0.0])))
+    masking = optax.chain(optax.sgd(RATE), optax.stateless(_masked))
     last = lambda key, outer: jnp.concatenate([begin(key, outer), held])  # noqa: E731
     cases = [("leaves", freezing, both)]
     if not _is_random(make):  # which may draw as many numbers as there are entries
@@ -297,8 +305,8 @@ def _frozen(make: Make) -> Iterator[str]:
         hypergradient = make(optimizer, STEPS)
         if (found := _refuses(hypergradient, problem, _outer())) is None:
             continue
-        params = found.inner_state.params
-        if not np.array_equal(params["held"] if isinstance(params, dict) else params[2:], held):
+        flat = jnp.concatenate(jax.tree.leaves(found.inner_state.params)[::-1])  # "held" comes before "w"
+        if not np.array_equal(flat[2:], held) or np.array_equal(flat[:2], _PROBLEM.start[:2]):
             return  # it does not train by this optimizer
         wanted = _estimate(make(optax.sgd(RATE), STEPS), alone, _outer())
         if (error := _difference(found.grad, wanted.grad)) > SAME:
