@@ -80,18 +80,22 @@ class Given(NamedTuple):
         return Bound(Chain((before, lora, after)), params["head"])
 
 
-def of_hook(loss: Any, weights: Any, lora: LoRAConfig, config: Any, start: Any = None) -> Given:
+def of_hook(
+    loss: Any, weights: Any, lora: LoRAConfig, config: Any, start: Any = None, *, predict: Any = None
+) -> Given:
     """A `Given` of a loss of the hook alone, without a head.
 
     Args:
       loss: `loss(weights, hook, batch) -> scalar`.
       weights, lora, config: as of `Given`.
       start: `start(key)`, LoRA's parameters; by default fresh ones in float32.
+      predict: `predict(weights, hook, batch) -> Prediction`, for a method that compares two passes.
     """
     fresh = lambda key: lora.init(key, config.site_shapes(), config.num_layers)  # noqa: E731
     drawn = fresh if start is None else start
     bound_loss = lambda weights, bound, batch: loss(weights, bound.adapt, batch)  # noqa: E731
-    return Given(weights, lora, config, bound_loss, None, lambda key: {"lora": drawn(key), "head": {}})
+    bound_predict = None if predict is None else lambda weights, bound, batch: predict(weights, bound.adapt, batch)
+    return Given(weights, lora, config, bound_loss, bound_predict, lambda key: {"lora": drawn(key), "head": {}})
 
 
 def mean_loss(model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any) -> jax.Array:

@@ -64,7 +64,7 @@ class Implicit(AtSolution):
     def init(self, problem, outer, key) -> InnerState:
         """As `Trained.init`; `extra` is the adjoint, zero at first (None without `warm_start`)."""
         state = super().init(problem, outer, key)
-        return with_adjoint(state, trained_part(problem, self.optimizer, outer, state)[1], self.warm_start)
+        return with_adjoint(state, trained_part("Implicit", problem, self.optimizer, outer, state)[1], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The trained point, with the derivative of a stationary point: in both modes, to any order.

@@ -315,12 +315,12 @@ def _refuse_turns(estimator: str, opt_state: PyTree, tried: Trial | None) -> Non
 
 
 def trained_part(
-    problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
+    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
 ) -> tuple[Division, PyTree]:
     """What of the inner variable of `state` moves in the gradient form, and these leaves; nothing is said of it."""
     trained = problem.split(state.params)[0]
     update = traced(optimizers.transformation(optimizer, outer), trained, state.opt_state)
-    division = divide("Implicit", update)
+    division = divide(estimator, update)
     return division, division.split(trained)[0]
 
 

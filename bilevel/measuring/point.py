@@ -9,10 +9,11 @@ import jax
 
 from bilevel.arguments import check_outer
 from bilevel.data import draw, draw_one
+from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.loss_checks import traced_losses
 from bilevel.hypergradients.arguments import check_call, check_data, check_start
 from bilevel.problem import Problem, is_problem
-from bilevel.running.unsteady import refuse_changing
+from bilevel.running.unsteady import are_steady, refuse_changing
 from bilevel.settings import checked, optional, random_key
 from bilevel.trees import Outer
 
@@ -65,5 +66,7 @@ class Point(NamedTuple):
         batches = draw(self.inner_data, inner, 0, steps), draw_one(self.outer_data, outer, 0)
         params = getattr(self.inner_state, "params", None)
         traced = partial(traced_losses, self.problem, params, self.outer, *batches, start, steps)
-        refuse_changing(traced(), lambda: traced(anew=True))
+        reads = forget_outdated(self.problem, self.outer)
+        refuse_changing(reads, traced(), lambda: traced(anew=True), lambda: [])
+        are_steady(reads)
         return self.problem, self.inner_state, self.outer, *batches, start
