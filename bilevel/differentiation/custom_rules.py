@@ -45,6 +45,10 @@ from bilevel.trees import is_inexact
 RULES = ("custom_vjp_call", "custom_jvp_call")
 """Operations that carry a derivative of their own."""
 
+_CLOSED = "call_hi_primitive"
+"""An operation of newer releases of JAX that is an object with derivatives of its own, which no jaxpr shows: what
+`jax.lax.custom_root` gives there. It is not known to be true."""
+
 
 class CustomDerivativeWarning(UserWarning):
     """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more; or an optimizer
@@ -67,6 +71,8 @@ def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:
             if not has_true_rule(eqn):
                 return source(eqn)[0]
             continue
+        if operation(eqn) == _CLOSED:
+            return type(eqn.params["_prim"]).__name__
         for inner in jaxprs(eqn.params):
             # Which of its arguments move is not followed any further: too many is safe.
             if name := custom_rule(inner, [True] * len(inner.invars)):

@@ -163,7 +163,9 @@ def rate(step):
 
 
 MEASURES = {
-    "variance": lambda problem, estimator: bilevel.variance(problem, estimator, samples=2).mean,
+    "variance": lambda problem, estimator: (
+        bilevel.variance(problem, estimator, inner_data=bilevel.Batches(jnp.zeros((2, 1)), 1), samples=2).mean
+    ),
     "compare": lambda problem, estimator: bilevel.compare(problem, {"a": estimator}, reference="a").rows[0].grad,
 }
 
