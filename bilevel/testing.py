@@ -23,6 +23,16 @@ from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_arguments, integer, real
 from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition
 
+__all__ = [
+    "Agreement",
+    "HypergradientCheck",
+    "Quadratic",
+    "central_differences",
+    "check_hypergradient",
+    "quadratic",
+    "ridge",
+]
+
 STEP = 3e-4
 """Of central differences, relative to the size of a leaf."""
 
@@ -49,6 +59,17 @@ class Quadratic:
     Attributes:
       H, b, C, A, c: the coefficients, NumPy arrays; H and A symmetric and positive definite.
       start: :math:`w_0` where `outer` has no `start`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from bilevel.testing import Quadratic
+      >>> one = np.ones((1, 1))
+      >>> q = Quadratic(H=2 * one, b=one[0], C=one, A=one, c=0 * one[0], start=0 * one[0])
+      >>> outer = {"tilt": np.ones(1)}
+      >>> q.trained(outer, 50, rate=0.5).tolist()  # (b + C tilt) / H
+      [1.0]
+      >>> q.implicit(outer, 50, rate=0.5)["tilt"].tolist()  # tilt + C A w / H
+      [1.5]
     """
 
     H: np.ndarray
@@ -126,9 +147,12 @@ class Quadratic:
 def quadratic(size: int = 4, outer_size: int = 3, *, condition: float = 10.0, seed: int = 0) -> Quadratic:
     """A random `Quadratic`: the eigenvalues of H and A lie in `[1 / condition, 1]`, so that any rate < 2 is stable.
 
-    >>> q = quadratic()
-    >>> q.unrolled({"tilt": np.ones(3)}, 10, rate=0.5)["tilt"].shape
-    (3,)
+    Examples:
+      >>> import numpy as np
+      >>> from bilevel.testing import quadratic
+      >>> q = quadratic(size=4, outer_size=3)
+      >>> q.unrolled({"tilt": np.ones(3)}, 10, rate=0.5)["tilt"].shape
+      (3,)
     """
     rng = np.random.default_rng(seed)
 
@@ -166,6 +190,64 @@ def _only(outer, **values):
     return {name: values[name] for name in outer}
 
 
+def ridge() -> tuple[Problem, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    r"""The problem of the examples in this reference: the decay of a ridge regression on four rows, from its logarithm.
+
+    With the training rows :math:`(X, y)` and the validation rows :math:`(Z, t)`,
+
+    .. math:: f(w, \lambda) = \tfrac18 |X w - y|^2 + \tfrac12 e^\lambda |w|^2, \qquad
+              F(w, \lambda) = \tfrac14 |Z w - t|^2 .
+
+    The rows are such that :math:`X^\top X / 4 = \mathrm{diag}(1, 1/4)`, :math:`X^\top y / 4 = (3/2, 3/4)`, Z is the
+    identity and :math:`t = (1, 1)`. So everything has a closed form. With :math:`s = e^\lambda`,
+
+    .. math:: w^*(\lambda) = \Big(\frac{3/2}{1 + s}, \frac{3/4}{1/4 + s}\Big), \qquad
+              \frac{dF}{d\lambda} = \frac{s}{2} \Big(\frac{(1 - w_1^*)\, w_1^*}{1 + s}
+              + \frac{(1 - w_2^*)\, w_2^*}{1/4 + s}\Big) .
+
+    The search starts at :math:`\lambda = 0`, where :math:`w^* = (0.75, 0.6)` and :math:`dF/d\lambda = 0.142875`. It
+    ends at the decay :math:`s = 1/2`, where :math:`w^* = (1, 1)` and F is 0. Training starts at 0, and gradient descent
+    with a rate of 0.5 comes to rest within 20 steps.
+
+    Returns:
+      `(problem, train, val)`: the data are pairs of rows and targets.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Implicit(optax.sgd(0.5), steps=20)
+      >>> function = bilevel.value_and_hypergrad(problem, hypergradient)
+      >>> value, grad = function(jax.numpy.zeros(()), None, bilevel.FullBatch(train), val, jax.random.key(0))
+      >>> round(float(grad), 3)
+      0.143
+    """
+    train = jnp.array([[1.0, 0.5], [1.0, -0.5], [-1.0, 0.5], [-1.0, -0.5]]), jnp.array([3.0, 0.0, 0.0, -3.0])
+    val = jnp.eye(2), jnp.ones(2)
+    return Problem(_ridge_inner, _ridge_outer, _ridge_start, _ridge_log_decay), train, val
+
+
+def _mean_squares(w, batch):
+    rows, targets = batch
+    return 0.5 * jnp.mean((rows @ w - targets) ** 2)
+
+
+def _ridge_inner(w, log_decay, batch, key):
+    return _mean_squares(w, batch) + 0.5 * jnp.exp(log_decay) * jnp.sum(w**2)
+
+
+def _ridge_outer(w, log_decay, batch, key):
+    return _mean_squares(w, batch)
+
+
+def _ridge_start(key, log_decay):
+    return jnp.zeros(2)
+
+
+def _ridge_log_decay(key):
+    return jnp.zeros(())
+
+
 def central_differences(
     problem: Problem,
     hypergradient: Hypergradient,
@@ -185,6 +267,18 @@ def central_differences(
 
     Returns:
       A tree like `outer`, NumPy arrays, None at leaves that are not inexact.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import central_differences, ridge
+      >>> with jax.enable_x64(True):
+      ...     problem, train, val = ridge()
+      ...     hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      ...     slope = central_differences(
+      ...         problem, hypergradient, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ...     )
+      >>> round(float(slope), 6)
+      0.142875
     """
     arguments = problem, hypergradient, inner_state, outer, inner_batches, outer_batch, key
     leaves, structure = jax.tree.flatten(partition(outer)[0])
@@ -242,6 +336,11 @@ class Agreement:
       error: relative error, Euclidean.
       cosine: of the angle between the two.
       uncertainty: how far, relatively, the central differences themselves may be off.
+
+    Examples:
+      >>> from bilevel.testing import Agreement
+      >>> print(Agreement("decay", "biased", error=0.25, cosine=1.0, uncertainty=1e-8))
+      decay: biased by 25 %, cosine 1.000 (central differences are known to 1e-08)
     """
 
     name: str
@@ -269,6 +368,14 @@ class HypergradientCheck(Agreement):
 
     Attributes:
       leaves: an `Agreement` for each inexact leaf of `outer`.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import check_hypergradient, ridge
+      >>> problem, train, val = ridge()
+      >>> check = check_hypergradient(problem, bilevel.OneStep(optax.sgd(0.5), 20), inner_data=train, outer_data=val)
+      >>> check.verdict, round(check.error, 3), [leaf.name for leaf in check.leaves]
+      ('biased', 0.252, ['outer'])
     """
 
     leaves: tuple[Agreement, ...]
@@ -308,6 +415,16 @@ def check_hypergradient(
 
     Raises:
       ValueError: for directions < 1, or an `outer` without an inexact leaf.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import check_hypergradient, ridge
+      >>> problem, train, val = ridge()
+      >>> data = {"inner_data": train, "outer_data": val}
+      >>> check_hypergradient(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), **data).verdict
+      'exact'
+      >>> check_hypergradient(problem, bilevel.OneStep(optax.sgd(0.5), steps=20), **data).verdict
+      'biased'
     """
     rules = {
         "problem": is_problem,
