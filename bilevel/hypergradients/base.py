@@ -48,6 +48,19 @@ class Aux(NamedTuple):
       inner: what `inner_loss` returned beside its value, stacked over the inner steps; None without `has_aux`.
       outer: what `outer_loss` returned beside its value; None without `has_aux`.
       info: the estimator's own numbers; always `inner_loss[steps]`.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Implicit(optax.sgd(0.5), steps=20)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> estimate.aux.info["inner_loss"].shape
+      (20,)
+      >>> bool(estimate.aux.info["linear_residual"] < 1e-3)
+      True
     """
 
     inner: Inner
@@ -63,6 +76,19 @@ class Estimate(NamedTuple):
       grad: estimate of d value / d outer, a tree like `outer` with None at leaves that are not inexact.
       inner_state: the inner problem after its `steps` steps.
       aux: an `Aux`.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> round(float(estimate.value), 4), round(float(estimate.grad), 4)
+      (0.0556, 0.1429)
+      >>> [round(float(w), 3) for w in estimate.inner_state.params]
+      [0.75, 0.6]
     """
 
     value: jax.Array
@@ -89,6 +115,17 @@ class Hypergradient(Protocol):
     - `aux.info` has `inner_loss[steps]`, and whatever tells how exact the estimate is.
 
     `Estimator` does most of this for one that is derived from it.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> outer, batches, key = jax.numpy.zeros(()), bilevel.FullBatch(train), jax.random.key(0)
+      >>> def slope(hypergradient: bilevel.Hypergradient):
+      ...     estimate = hypergradient.estimate(problem, None, outer, batches, val, key)
+      ...     return round(float(estimate.grad), 3)
+      >>> slope(bilevel.Unrolled(optax.sgd(0.5), steps=20)), slope(bilevel.OneStep(optax.sgd(0.5), steps=20))
+      (0.143, 0.107)
     """
 
     @property
@@ -124,7 +161,25 @@ is_hypergradient = having("a hypergradient, such as bilevel.Unrolled(...)", "ste
 
 
 class Estimator:
-    """The base of an estimator: all of a `Hypergradient` but `steps`, `init`, `solve` and `differentiate`."""
+    """The base of an estimator: all of a `Hypergradient` but `steps`, `init`, `solve` and `differentiate`.
+
+    Examples:
+      >>> import dataclasses, bilevel, jax
+      >>> from bilevel.extend import Answer, Estimator, Trace, register
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Midpoint(Estimator):  # of a training that goes half of the way from 0 to `outer`
+      ...     steps = 1
+      ...     def differentiate(self, query):
+      ...         state = bilevel.InnerState(query.outer / 2, (), jax.numpy.array(1))
+      ...         loss = lambda moving: query.outer_loss(query.at(moving) / 2, query.at(moving))
+      ...         (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(query.moving)
+      ...         return Answer(value, grad, state, Trace(jax.numpy.zeros(1), None), aux)
+      >>> loss = lambda w, outer, batch, key: (w - 3) ** 2 + 0 * outer
+      >>> problem = bilevel.Problem(loss, loss, lambda key, outer: 0 * outer, lambda key: jax.numpy.ones(()))
+      >>> float(Midpoint().estimate(problem, None, jax.numpy.array(2.0), None, None, jax.random.key(0)).grad)
+      -2.0
+    """
 
     blind: ClassVar[str | None] = None
     """How a leaf of `outer` may act that this estimator does not see, and what to use there; None if it sees all."""
@@ -248,7 +303,25 @@ INSIDE_TRAINING = "it acts only inside training, where this estimator does not l
 @register
 @dataclasses.dataclass(frozen=True)
 class Trained(Estimator):
-    """An inner problem trained by `steps` steps of `optimizer`; the base of the estimators that do so."""
+    """An inner problem trained by `steps` steps of `optimizer`; the base of the estimators that do so.
+
+    Examples:
+      >>> import dataclasses, jax, optax
+      >>> from bilevel.extend import Answer, INSIDE_TRAINING, Trained, register
+      >>> from bilevel.testing import quadratic
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class DirectTerm(Trained):
+      ...     blind = INSIDE_TRAINING
+      ...     def differentiate(self, query):
+      ...         state, trace = self.trajectory(query)
+      ...         loss = lambda moving: query.outer_loss(state.params, query.at(moving))
+      ...         (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(query.moving)
+      ...         return Answer(value, grad, state, trace, aux)
+      >>> arguments = quadratic().problem, None, {"tilt": jax.numpy.ones(3)}, None, None, jax.random.key(0)
+      >>> DirectTerm(optax.sgd(0.5), steps=10).estimate(*arguments).grad["tilt"].tolist()  # as `FirstOrder`
+      [1.0, 1.0, 1.0]
+    """
 
     optimizer: Optimizer = dataclasses.field(metadata=setting(optimizers.is_optimizer))
     steps: int = dataclasses.field(metadata=setting(integer(1)))
@@ -331,6 +404,15 @@ def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Calla
     Returns:
       `f(outer, inner_state, inner_batches, outer_batch, key) -> (value, grad)`: the arguments of `estimate`, that by
       which is differentiated first.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> function = bilevel.value_and_hypergrad(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20))
+      >>> value, grad = function(jax.numpy.zeros(()), None, bilevel.FullBatch(train), val, jax.random.key(0))
+      >>> round(float(value), 4), round(float(grad), 4)
+      (0.0556, 0.1429)
     """
     checked("value_and_hypergrad", "problem", problem, is_problem)
     checked("value_and_hypergrad", "hypergradient", hypergradient, is_hypergradient)
