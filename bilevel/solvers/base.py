@@ -22,7 +22,18 @@ class SolverState(Protocol):
 
 
 class Solver(Protocol):
-    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function."""
+    """One outer iteration, pure and jit-able. A solver is a pytree: pass it as an argument of the compiled function.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver: bilevel.Solver = bilevel.SOBA(problem, inner_step=0.5, outer_step=1.0)
+      >>> state = solver.init(jax.random.key(0))
+      >>> state, metrics = solver.step(state, bilevel.FullBatch(train), bilevel.FullBatch(val))
+      >>> int(state.step), float(metrics["outer_loss"])  # at the start, where w = 0
+      (1, 0.5)
+    """
 
     @property
     def problem(self) -> Problem:
