@@ -31,6 +31,14 @@ class Indexed:
       arrays: pytree of arrays with a common leading axis of length N.
       index: integers in `[0, N)`.
       contiguous: whether the rows of each batch follow each other, so that a slice does instead of a gather.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.extend import resolve
+      >>> rows = jax.numpy.array([10.0, 20.0, 30.0])
+      >>> batch = bilevel.Indexed(rows, jax.numpy.array([2, 0]))
+      >>> resolve(batch).tolist()
+      [30.0, 10.0]
     """
 
     arrays: PyTree
@@ -58,7 +66,19 @@ class Indexed:
 @register
 @dataclasses.dataclass(frozen=True)
 class FullBatch:
-    """The whole of `arrays`, or the columns of a `datasets.Dataset`, as the batch of every step."""
+    """The whole of `arrays`, or the columns of a `datasets.Dataset`, as the batch of every step.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)  # each of the 20 steps sees all rows
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> round(float(estimate.grad), 3)
+      0.143
+    """
 
     arrays: PyTree
 
@@ -69,7 +89,17 @@ class FullBatch:
 
 
 def resolve(batch: PyTree) -> PyTree:
-    """The arrays a loss sees: an `Indexed` is gathered, a `FullBatch` opened, anything else left as it is."""
+    """The arrays a loss sees: an `Indexed` is gathered, a `FullBatch` opened, anything else left as it is.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.extend import resolve
+      >>> rows = jax.numpy.array([10.0, 20.0, 30.0])
+      >>> resolve(bilevel.Indexed(rows, jax.numpy.array([2, 0]))).tolist()
+      [30.0, 10.0]
+      >>> resolve(bilevel.FullBatch(rows)).tolist()
+      [10.0, 20.0, 30.0]
+    """
     if isinstance(batch, Indexed) and batch.contiguous:
         start, size = batch.index[0], len(batch.index)
         return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), batch.arrays)
@@ -274,6 +304,17 @@ class Batches:
     Raises:
       ValueError: for an empty data set, unequal lengths, a column that is no array, a size that is not in `[1, N]`, or
         an unknown order.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> result = bilevel.fit(
+      ...     problem, jax.numpy.zeros(()), optimizer=optax.sgd(0.0), data=bilevel.Batches(train, 1), steps=4,
+      ...     progress=False,
+      ... )
+      >>> sorted(result.history["inner_loss"].tolist())  # an epoch sees each of the four rows once
+      [0.0, 0.0, 4.5, 4.5]
     """
 
     arrays: PyTree

@@ -14,6 +14,8 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 
 # pyright: strict
 
+from types import ModuleType as _ModuleType
+
 from bilevel.data import resolve as resolve
 from bilevel.differentiation.tracing import is_marked as is_marked
 from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
@@ -49,3 +51,7 @@ from bilevel.trees import Key as Key
 from bilevel.trees import Outer as Outer
 from bilevel.trees import PyTree as PyTree
 from bilevel.trees import combine as combine
+
+__all__ = sorted(  # pyright: ignore[reportUnsupportedDunderAll]  (the lines above are the list)
+    name for name, value in globals().items() if not name.startswith("_") and not isinstance(value, _ModuleType)
+)

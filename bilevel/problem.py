@@ -79,6 +79,19 @@ class Problem:
     the optimizer's state, and `Unrolled` differentiates them too; estimators at the trained point hold them where
     training left them, `Reversible` and the stochastic solvers refuse them. An entry that comes back as it was is a
     constant, of whatever type.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> problem = bilevel.Problem(
+      ...     inner_loss=lambda w, outer, batch, key: 0.5 * (w - outer) ** 2,
+      ...     outer_loss=lambda w, outer, batch, key: 0.5 * (w - 3.0) ** 2,
+      ...     init_inner=lambda key, outer: jax.numpy.zeros(()),
+      ...     init_outer=lambda key: jax.numpy.zeros(()),
+      ... )
+      >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), optax.sgd(0.5))
+      >>> result = bilevel.run(solver, steps=30, progress=False)
+      >>> round(float(result.outer), 3)
+      3.0
     """
 
     inner_loss: Loss = dataclasses.field(metadata=child(_LOSS))

@@ -37,6 +37,17 @@ def register(cls: Class) -> Class:
 
     Unlike `jax.tree_util.register_dataclass`, a tree transformation does not call `__init__`: what it puts into the
     fields (placeholders, axes, labels) is not what a user has written, and is not checked.
+
+    Examples:
+      >>> import dataclasses, jax
+      >>> from bilevel.extend import child, integer, real, register, setting
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Penalty:
+      ...     weight: float = dataclasses.field(metadata=child(real(low=0.0)))
+      ...     power: int = dataclasses.field(metadata=setting(integer(1)))
+      >>> jax.tree.map(lambda x: 10 * x, Penalty(weight=0.5, power=2))  # what `setting` marks is no leaf
+      Penalty(weight=5.0, power=2)
     """
     if not hasattr(cls, "__dataclass_fields__"):
         raise TypeError(f"register: {cls.__name__} is no dataclass: put @dataclasses.dataclass(frozen=True) below it.")
@@ -114,12 +125,34 @@ def signature(cls: type) -> str:
 
 
 def setting(rule: Rule | None = None) -> dict[str, Any]:
-    """Metadata of a dataclass field that is part of the structure of the object as a pytree, checked by `rule`."""
+    """Metadata of a dataclass field that is part of the structure of the object as a pytree, checked by `rule`.
+
+    Examples:
+      >>> import dataclasses, jax
+      >>> from bilevel.extend import integer, register, setting
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Penalty:
+      ...     power: int = dataclasses.field(metadata=setting(integer(1)))
+      >>> jax.tree.leaves(Penalty(power=2))  # part of the structure, so that jit compiles anew for another power
+      []
+    """
     return {"static": True, "check": rule}
 
 
 def child(rule: Rule) -> dict[str, Any]:
-    """Metadata of a dataclass field that is a child of the object as a pytree, checked by `rule`."""
+    """Metadata of a dataclass field that is a child of the object as a pytree, checked by `rule`.
+
+    Examples:
+      >>> import dataclasses, jax
+      >>> from bilevel.extend import child, real, register
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Penalty:
+      ...     weight: float = dataclasses.field(metadata=child(real(low=0.0)))
+      >>> jax.tree.leaves(Penalty(weight=0.5))  # an argument of a compiled function
+      [0.5]
+    """
     return {"check": rule}
 
 
@@ -186,7 +219,19 @@ def _is_known_number(array: Any) -> bool:
 
 
 def integer(low: int = 1) -> Rule:
-    """An integer of at least `low`."""
+    """An integer of at least `low`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from bilevel.extend import integer
+      >>> integer(1)(np.int64(3))
+      3
+      >>> try:
+      ...     integer(1)(0)
+      ... except Exception as reason:
+      ...     print(reason)
+      must be an integer >= 1
+    """
 
     def rule(value):
         value = _number(value)
@@ -205,7 +250,18 @@ def real(
     high: float | None = None,
     infinite: bool = False,
 ) -> Rule:
-    """A number that is > `above`, >= `low`, < `below` and <= `high`; finite unless `infinite`."""
+    """A number that is > `above`, >= `low`, < `below` and <= `high`; finite unless `infinite`.
+
+    Examples:
+      >>> from bilevel.extend import real
+      >>> real(above=0.0)(0.5)
+      0.5
+      >>> try:
+      ...     real(above=0.0)(-1.0)
+      ... except Exception as reason:
+      ...     print(reason)
+      must be a finite number > 0
+    """
     signs = (">", float.__gt__), (">=", float.__ge__), ("<", float.__lt__), ("<=", float.__le__)
     given = zip((above, low, below, high), signs, strict=True)
     bounds = [(float(bound), *sign) for bound, sign in given if bound is not None]
@@ -233,7 +289,20 @@ def _number(value: Any) -> Any:
 
 
 def scalar(**bounds: Any) -> Rule:
-    """A `real` number that may be an array of the program, and traced; where its value is known, it is checked."""
+    """A `real` number that may be an array of the program, and traced; where its value is known, it is checked.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import scalar
+      >>> rule = scalar(low=0.0)
+      >>> rule(0.5), float(jax.jit(rule)(0.5))  # a value that is traced is let through
+      (0.5, 0.5)
+      >>> try:
+      ...     rule(jax.numpy.array(-1.0))
+      ... except Exception as reason:
+      ...     print(reason)
+      must be a finite number >= 0
+    """
     number = real(**bounds)
 
     def rule(value):
@@ -251,7 +320,20 @@ def scalar(**bounds: Any) -> Rule:
 
 
 def step_size(**bounds: float) -> Rule:
-    """A `scalar`, or a schedule `step -> scalar`."""
+    """A `scalar`, or a schedule `step -> scalar`.
+
+    Examples:
+      >>> import bilevel
+      >>> from bilevel.extend import step_size
+      >>> rule = step_size()
+      >>> rule(0.1), float(rule(bilevel.Power(1.0, 0.5))(3))
+      (0.1, 0.5)
+      >>> try:
+      ...     rule(-0.1)
+      ... except Exception as reason:
+      ...     print(reason)
+      must be a finite number >= 0, or a schedule step -> number
+    """
     number = scalar(**bounds or {"low": 0.0})
 
     def rule(value):
@@ -434,6 +516,13 @@ def as_pytree(function: Any) -> Any:
 
     Pytrees that are callable (`jax.tree_util.Partial`, registered dataclasses) stay as they are: their arrays
     are arguments. A plain function becomes a `Partial` without leaves, compared by identity.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import as_pytree
+      >>> loss = as_pytree(lambda w: (w - 1) ** 2)
+      >>> float(jax.jit(lambda loss, w: loss(w))(loss, 3.0))  # jit takes no plain function as an argument
+      4.0
     """
     if callable(function) and jax.tree_util.all_leaves([function]):
         return jax.tree_util.Partial(function)

@@ -30,9 +30,23 @@ from bilevel.measuring.duties import DUTIES as DUTIES
 from bilevel.measuring.point import Point
 from bilevel.measuring.quadratic import Quadratic as Quadratic
 from bilevel.measuring.quadratic import quadratic as quadratic
+from bilevel.measuring.ridge import ridge as ridge
 from bilevel.problem import Problem, is_problem
 from bilevel.settings import check_arguments, integer, real
 from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition
+
+__all__ = [
+    "DUTIES",
+    "Agreement",
+    "EstimatorCheck",
+    "HypergradientCheck",
+    "Quadratic",
+    "central_differences",
+    "check_estimator",
+    "check_hypergradient",
+    "quadratic",
+    "ridge",
+]
 
 STEP = 3e-4
 """Of central differences, relative to the size of a leaf."""
@@ -60,6 +74,18 @@ def central_differences(
 
     Returns:
       A tree like `outer`, NumPy arrays, None at leaves that are not inexact.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import central_differences, ridge
+      >>> with jax.enable_x64(True):
+      ...     problem, train, val = ridge()
+      ...     hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      ...     slope = central_differences(
+      ...         problem, hypergradient, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ...     )
+      >>> round(float(slope), 6)
+      0.142875
     """
     arguments = problem, hypergradient, inner_state, outer, inner_batches, outer_batch, key
     leaves, structure = jax.tree.flatten(partition(outer)[0])
@@ -118,6 +144,11 @@ class Agreement:
       error: relative error, Euclidean.
       cosine: of the angle between the two.
       uncertainty: how far, relatively, the central differences themselves may be off.
+
+    Examples:
+      >>> from bilevel.testing import Agreement
+      >>> print(Agreement("decay", "biased", error=0.25, cosine=1.0, uncertainty=1e-8))
+      decay: biased by 25 %, cosine 1.000 (central differences are known to 1e-08)
     """
 
     name: str
@@ -145,6 +176,14 @@ class HypergradientCheck(Agreement):
 
     Attributes:
       leaves: an `Agreement` for each inexact leaf of `outer`.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import check_hypergradient, ridge
+      >>> problem, train, val = ridge()
+      >>> check = check_hypergradient(problem, bilevel.OneStep(optax.sgd(0.5), 20), inner_data=train, outer_data=val)
+      >>> check.verdict, round(check.error, 3), [leaf.name for leaf in check.leaves]
+      ('biased', 0.252, ['outer'])
     """
 
     leaves: tuple[Agreement, ...]
@@ -184,6 +223,16 @@ def check_hypergradient(
 
     Raises:
       ValueError: for directions < 1, or an `outer` without an inexact leaf.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import check_hypergradient, ridge
+      >>> problem, train, val = ridge()
+      >>> data = {"inner_data": train, "outer_data": val}
+      >>> check_hypergradient(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), **data).verdict
+      'exact'
+      >>> check_hypergradient(problem, bilevel.OneStep(optax.sgd(0.5), steps=20), **data).verdict
+      'biased'
     """
     rules = {
         "problem": is_problem,

@@ -58,6 +58,16 @@ def allocate(budget: float, costs: PyTree = 1, *, key: jax.Array) -> optax.Gradi
     References:
       Dantzig, "Discrete-variable extremum problems", 1957 (the ratio rule); Zhang et al. 2024, arXiv 2406.14956 (a
       budget of LoRA modules).
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> gates = dict.fromkeys("abc", jax.numpy.zeros(()))
+      >>> scores = {"a": 3.0, "b": 1.0, "c": 2.0}
+      >>> rule = bilevel.allocate(2, key=jax.random.key(0))
+      >>> updates = jax.tree.map(lambda score: jax.numpy.array(-score), scores)
+      >>> updates, _ = rule.update(updates, rule.init(gates), gates)
+      >>> {name: float(gate) for name, gate in optax.apply_updates(gates, updates).items()}
+      {'a': 1.0, 'b': 0.0, 'c': 1.0}
     """
 
     checked("allocate", "budget", budget, real(infinite=True))
@@ -100,6 +110,13 @@ def project(projection: str, **options: Any) -> optax.GradientTransformation:
 
     Raises:
       ValueError: for an unknown set; at the update, without `params`.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> rule, params = bilevel.project("box", lower=0.0, upper=1.0), jax.numpy.array([0.5, 0.5])
+      >>> updates, _ = rule.update(jax.numpy.array([2.0, 0.25]), rule.init(params), params)
+      >>> (params + updates).tolist()
+      [1.0, 0.75]
     """
     function = getattr(optax.projections, f"projection_{projection}", None)
     if not isinstance(projection, str):
@@ -131,6 +148,13 @@ def center() -> optax.GradientTransformation:
 
     Logits under a softmax do not feel a common shift, and their gradient sums to 0; an element-wise optimizer (Adam)
     loses that, and "above 0" is then no longer "above the mean". `optax.chain(optax.adam(1e-2), center())` restores it.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> rule = bilevel.center()
+      >>> updates, _ = rule.update(jax.numpy.array([1.0, 2.0, 6.0]), rule.init(None))
+      >>> updates.tolist()
+      [-2.0, -1.0, 3.0]
     """
     return optax.stateless(lambda updates, params=None: jax.tree.map(lambda u: u - jnp.mean(u), updates))
 
@@ -204,6 +228,17 @@ def proximal_gradient(learning_rate: Any, prox: Callable[[PyTree, Any], PyTree])
 
     References:
       Daubechies et al. 2004 (ISTA), arXiv math/0307152.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> rule = bilevel.proximal_gradient(0.5, bilevel.soft_threshold)  # of the lasso |w - target|^2 / 2 + |w|_1
+      >>> w, target = jax.numpy.zeros(2), jax.numpy.array([3.0, 0.5])
+      >>> state = rule.init(w)
+      >>> for _ in range(30):
+      ...     updates, state = rule.update(w - target, state, w)
+      ...     w = w + updates
+      >>> [round(float(entry), 3) for entry in w]
+      [2.0, 0.0]
     """
 
     checked("proximal_gradient", "learning_rate", learning_rate, scalar(low=0.0))
@@ -223,5 +258,11 @@ def proximal_gradient(learning_rate: Any, prox: Callable[[PyTree, Any], PyTree])
 
 
 def soft_threshold(tree: PyTree, threshold: Any) -> PyTree:
-    """The proximal operator of `threshold * |w|_1`: every entry moves `threshold` towards 0, and stops there."""
+    """The proximal operator of `threshold * |w|_1`: every entry moves `threshold` towards 0, and stops there.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> bilevel.soft_threshold(jax.numpy.array([3.0, -2.0, 1.0]), 1.0).tolist()
+      [2.0, -1.0, 0.0]
+    """
     return jax.tree.map(lambda w: jnp.sign(w) * jnp.maximum(jnp.abs(w) - threshold, 0), tree)

@@ -116,7 +116,13 @@ def moving(tree: PyTree) -> PyTree:
 
 
 def combine(moving: PyTree, fixed: PyTree) -> PyTree:
-    """The inverse of `partition`."""
+    """The inverse of `partition`.
+
+    Examples:
+      >>> from bilevel.extend import combine
+      >>> combine({"w": 0.5, "count": None}, {"w": None, "count": 3}) == {"w": 0.5, "count": 3}
+      True
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, moving, fixed, is_leaf=lambda x: x is None)
 
 

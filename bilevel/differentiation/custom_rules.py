@@ -52,7 +52,23 @@ _CLOSED = "call_hi_primitive"
 
 class CustomDerivativeWarning(UserWarning):
     """A loss has a derivative of its own, so its second derivatives are taken in a way that costs more; or an optimizer
-    has one that cannot be examined."""
+    has one that cannot be examined.
+
+    Examples:
+      >>> import warnings, bilevel, jax, optax
+      >>> rounded = jax.custom_vjp(jax.numpy.rint)  # straight through: differentiated as if it did not round
+      >>> rounded.defvjp(lambda x: (jax.numpy.rint(x), None), lambda _, cotangent: (cotangent,))
+      >>> problem = bilevel.Problem(
+      ...     lambda w, outer, batch, key: (w - rounded(outer)) ** 2 / 2, lambda w, outer, batch, key: w**2,
+      ...     lambda key, outer: jax.numpy.zeros(()), lambda key: jax.numpy.ones(()),
+      ... )
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=2)  # mode="reverse" would say nothing
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     grad = hypergradient.estimate(problem, None, jax.numpy.ones(()), None, None, jax.random.key(0)).grad
+      >>> float(grad), [warning.category.__name__ for warning in caught]
+      (1.125, ['CustomDerivativeWarning'])
+    """
 
 
 def custom_rule(jaxpr: Any, moving: Sequence[bool]) -> str | None:

@@ -19,7 +19,20 @@ from bilevel.trees import PyTree, leaf_names, named
 
 class StructuralZeroWarning(UserWarning):
     """A derivative is exactly 0 by construction: the estimator cannot see how an outer leaf acts, or a loss does not
-    depend on what it is to be differentiated by."""
+    depend on what it is to be differentiated by.
+
+    Examples:
+      >>> import warnings, bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.FirstOrder(optax.sgd(0.5), steps=20)  # the decay acts inside training only
+      >>> arguments = problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     grad = hypergradient.estimate(*arguments).grad
+      >>> float(grad), [warning.category.__name__ for warning in caught]
+      (0.0, ['StructuralZeroWarning'])
+    """
 
 
 def report(
@@ -104,11 +117,36 @@ def arrives(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[bool]:
 
 
 class InexactHypergradientWarning(UserWarning):
-    """A hypergradient rests on a point that is not trained, or on a linear system that is not solved."""
+    """A hypergradient rests on a point that is not trained, or on a linear system that is not solved.
+
+    Examples:
+      >>> import warnings, bilevel
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("error", bilevel.InexactHypergradientWarning)
+      ...     try:
+      ...         bilevel.warn_if_inexact({"linear_residual": 0.5})  # of `Estimate.aux.info`
+      ...     except bilevel.InexactHypergradientWarning:
+      ...         print("not to be trusted")
+      not to be trusted
+    """
 
 
 class SteepUpdateWarning(UserWarning):
-    """An inner update is so steep at a gradient of exactly 0 that the hypergradient through it is enormous."""
+    """An inner update is so steep at a gradient of exactly 0 that the hypergradient through it is enormous.
+
+    Examples:
+      >>> import warnings, bilevel, jax, optax
+      >>> problem = bilevel.Problem(  # training starts where its gradient is exactly 0, and Adam divides by that
+      ...     lambda w, outer, batch, key: (w - outer) ** 2, lambda w, outer, batch, key: (w - 1) ** 2,
+      ...     lambda key, outer: jax.numpy.zeros(()), lambda key: jax.numpy.zeros(()),
+      ... )
+      >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.adam(0.1), steps=1), optax.sgd(1e-9))
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     result = bilevel.run(solver, steps=1, progress=False)
+      >>> [warning.category.__name__ for warning in caught]
+      ['SteepUpdateWarning']
+    """
 
 
 EXACTNESS = ("stationarity_relative", "linear_residual")
@@ -135,6 +173,15 @@ def warn_if_inexact(
 
     Raises:
       ValueError: if `info` is not numbers by name.
+
+    Examples:
+      >>> import warnings, bilevel
+      >>> bilevel.warn_if_inexact({"stationarity_relative": 1e-3, "linear_residual": 1e-6})  # good, says nothing
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     bilevel.warn_if_inexact({"linear_residual": 0.5})
+      >>> [warning.category.__name__ for warning in caught]
+      ['InexactHypergradientWarning']
     """
     if not isinstance(info, Mapping):
         raise ValueError(f"warn_if_inexact(info={shown(info)}): must be Estimate.aux.info, numbers by name.")

@@ -215,8 +215,8 @@ _REMEDIES = {
     "pure_callback": "what runs on the host has no derivative of its own: give it one with jax.custom_jvp, or use "
     "EvolutionStrategies if it is in outer_loss",
     "custom_vjp_call": "its backward rule must itself be differentiable by jax: write it with such operations, use "
-    "jax.custom_jvp instead or mode='reverse', or an estimator that takes no second derivative (FiniteDifference, "
-    "SAMA, FirstOrder)",
+    "jax.custom_jvp instead or mode='reverse', or an estimator that takes no second derivative (FirstOrder, or "
+    "EvolutionStrategies)",
 }
 _REMEDIES["io_callback"] = _REMEDIES["pure_callback"]
 _REMEDY = (

@@ -57,7 +57,19 @@ def read(jaxpr: Any) -> set[Any]:
 
 def is_marked(leaf: Any) -> bool:
     """Whether `leaf` is what the forward rule of a `custom_vjp` with `symbolic_zeros` is given: `.value`, and whether
-    it is being differentiated, `.perturbed`."""
+    it is being differentiated, `.perturbed`.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import is_marked
+      >>> f = jax.custom_vjp(lambda x: 2 * x)
+      >>> def forward(x):
+      ...     return 2 * x.value, print(is_marked(x), x.perturbed)
+      >>> f.defvjp(forward, lambda _, cotangent: (2 * cotangent,), symbolic_zeros=True)
+      >>> float(jax.grad(f)(1.0))
+      True True
+      2.0
+    """
     return isinstance(leaf, CustomVJPPrimal)
 
 

@@ -59,7 +59,25 @@ acts through the gradient of the inner loss.)"""
 @register
 @dataclasses.dataclass(frozen=True)
 class Trained(Estimator):
-    """An inner problem trained by `steps` steps of `optimizer`; the base of the estimators that do so."""
+    """An inner problem trained by `steps` steps of `optimizer`; the base of the estimators that do so.
+
+    Examples:
+      >>> import dataclasses, jax, optax
+      >>> from bilevel.extend import Answer, INSIDE_TRAINING, Trained, register
+      >>> from bilevel.testing import quadratic
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class DirectTerm(Trained):
+      ...     blind = INSIDE_TRAINING
+      ...     def differentiate(self, query):
+      ...         state, trace = self.trajectory(query)
+      ...         loss = lambda moving: query.outer_loss(state.params, query.at(moving))
+      ...         (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(query.moving)
+      ...         return Answer(value, grad, state, trace, aux)
+      >>> arguments = quadratic().problem, None, {"tilt": jax.numpy.ones(3)}, None, None, jax.random.key(0)
+      >>> DirectTerm(optax.sgd(0.5), steps=10).estimate(*arguments).grad["tilt"].tolist()  # as `FirstOrder`
+      [1.0, 1.0, 1.0]
+    """
 
     optimizer: Optimizer = dataclasses.field(metadata=setting(optimizers.is_optimizer))
     steps: int = dataclasses.field(metadata=setting(integer(1)))
@@ -189,6 +207,15 @@ def value_and_hypergrad(problem: Problem, hypergradient: Hypergradient) -> Calla
     Returns:
       `f(outer, inner_state, inner_batches, outer_batch, key) -> (value, grad)`: the arguments of `estimate`, that by
       which is differentiated first.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> function = bilevel.value_and_hypergrad(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20))
+      >>> value, grad = function(jax.numpy.zeros(()), None, bilevel.FullBatch(train), val, jax.random.key(0))
+      >>> round(float(value), 4), round(float(grad), 4)
+      (0.0556, 0.1429)
     """
     checked("value_and_hypergrad", "problem", problem, is_problem)
     checked("value_and_hypergrad", "hypergradient", hypergradient, is_hypergradient)

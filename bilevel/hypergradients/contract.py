@@ -23,6 +23,19 @@ class Aux(NamedTuple):
       inner: what `inner_loss` returned beside its value, stacked over the inner steps; None without `has_aux`.
       outer: what `outer_loss` returned beside its value; None without `has_aux`.
       info: the estimator's own numbers; always `inner_loss[steps]`.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Implicit(optax.sgd(0.5), steps=20)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> estimate.aux.info["inner_loss"].shape
+      (20,)
+      >>> bool(estimate.aux.info["linear_residual"] < 1e-3)
+      True
     """
 
     inner: Inner
@@ -38,6 +51,19 @@ class Estimate(NamedTuple):
       grad: estimate of d value / d outer, a tree like `outer` with None at leaves that are not inexact.
       inner_state: the inner problem after its `steps` steps.
       aux: an `Aux`.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> round(float(estimate.value), 4), round(float(estimate.grad), 4)
+      (0.0556, 0.1429)
+      >>> [round(float(w), 3) for w in estimate.inner_state.params]
+      [0.75, 0.6]
     """
 
     value: jax.Array
@@ -70,6 +96,17 @@ class Hypergradient(Protocol):
 
     `Estimator` does most of this for one that is derived from it, and `bilevel.testing.check_estimator` says in
     sentences which of it an estimator does not do.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> outer, batches, key = jax.numpy.zeros(()), bilevel.FullBatch(train), jax.random.key(0)
+      >>> def slope(hypergradient: bilevel.Hypergradient):
+      ...     estimate = hypergradient.estimate(problem, None, outer, batches, val, key)
+      ...     return round(float(estimate.grad), 3)
+      >>> slope(bilevel.Unrolled(optax.sgd(0.5), steps=20)), slope(bilevel.OneStep(optax.sgd(0.5), steps=20))
+      (0.143, 0.107)
     """
 
     @property

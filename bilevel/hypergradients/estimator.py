@@ -34,7 +34,25 @@ from bilevel.trees import Batch, Key, Outer, PyTree, combine
 
 
 class Estimator:
-    """The base of an estimator: all of a `Hypergradient` but `steps`, `init`, `solve` and `differentiate`."""
+    """The base of an estimator: all of a `Hypergradient` but `steps`, `init`, `solve` and `differentiate`.
+
+    Examples:
+      >>> import dataclasses, bilevel, jax
+      >>> from bilevel.extend import Answer, Estimator, Trace, register
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Midpoint(Estimator):  # of a training that goes half of the way from 0 to `outer`
+      ...     steps = 1
+      ...     def differentiate(self, query):
+      ...         state = bilevel.InnerState(query.outer / 2, (), jax.numpy.array(1))
+      ...         loss = lambda moving: query.outer_loss(query.at(moving) / 2, query.at(moving))
+      ...         (value, aux), grad = jax.value_and_grad(loss, has_aux=True)(query.moving)
+      ...         return Answer(value, grad, state, Trace(jax.numpy.zeros(1), None), aux)
+      >>> loss = lambda w, outer, batch, key: (w - 3) ** 2 + 0 * outer
+      >>> problem = bilevel.Problem(loss, loss, lambda key, outer: 0 * outer, lambda key: jax.numpy.ones(()))
+      >>> float(Midpoint().estimate(problem, None, jax.numpy.array(2.0), None, None, jax.random.key(0)).grad)
+      -2.0
+    """
 
     blind: ClassVar[str | None] = None
     """How a leaf of `outer` may act that this estimator does not see, and what to use there; None if it sees all."""

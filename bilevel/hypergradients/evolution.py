@@ -55,6 +55,17 @@ class EvolutionStrategies(Trained):
 
     References:
       Nesterov and Spokoiny 2017; Salimans et al. 2017, arXiv 1703.03864; Metz et al. 2019, arXiv 1810.10180.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.EvolutionStrategies(optax.sgd(0.5), steps=20, population=2000)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> bool(abs(estimate.grad - 0.143) < 0.02)  # a mean over random perturbations
+      True
     """
 
     population: int = dataclasses.field(default=32, kw_only=True, metadata=setting(even))

@@ -30,6 +30,15 @@ class FirstOrder(Trained):
 
     References:
       Liu et al. 2019 (DARTS, "first-order approximation"), arXiv 1806.09055.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import quadratic
+      >>> problem = quadratic().problem  # its outer loss has a term |tilt|^2 / 2
+      >>> hypergradient = bilevel.FirstOrder(optax.sgd(0.5), steps=10)
+      >>> outer = {"tilt": jax.numpy.array([1.0, 2.0, 3.0])}
+      >>> hypergradient.estimate(problem, None, outer, None, None, jax.random.key(0)).grad["tilt"].tolist()
+      [1.0, 2.0, 3.0]
     """
 
     takes_complex: ClassVar[bool] = True

@@ -52,6 +52,17 @@ class FixedPoint(AtSolution):
 
     References:
       Grazzi et al. 2020, arXiv 2006.16218; Bertrand et al. 2020 (lasso), arXiv 2002.08943.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.FixedPoint(optax.sgd(0.5), steps=20)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> round(float(estimate.grad), 3)
+      0.143
     """
 
     linear_solver: LinearSolver = dataclasses.field(

@@ -56,6 +56,17 @@ class Implicit(AtSolution):
     References:
       Pedregosa 2016, arXiv 1602.02355; Lorraine et al. 2020, arXiv 1911.02590; Rajeswaran et al. 2019,
       arXiv 1909.04630.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Implicit(optax.sgd(0.5), steps=20, linear_solver=bilevel.CG(max_steps=2))
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> round(float(estimate.grad), 3)
+      0.143
     """
 
     linear_solver: LinearSolver = dataclasses.field(default=CG(), kw_only=True, metadata=child(is_linear_solver))

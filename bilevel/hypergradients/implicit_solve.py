@@ -48,6 +48,19 @@ class ImplicitSolve(Estimator):
 
     References:
       Blondel et al. 2022, arXiv 2105.15183.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> def minimise(problem, log_decay, batch, key):
+      ...     rows, targets = batch
+      ...     decay = jax.numpy.exp(log_decay) * jax.numpy.eye(2)
+      ...     return jax.numpy.linalg.solve(rows.T @ rows / 4 + decay, rows.T @ targets / 4)
+      >>> function = bilevel.value_and_hypergrad(problem, bilevel.ImplicitSolve(minimise))
+      >>> value, grad = function(jax.numpy.zeros(()), None, bilevel.FullBatch(train), val, jax.random.key(0))
+      >>> round(float(grad), 3)
+      0.143
     """
 
     minimise: Callable[[Problem, PyTree, PyTree, jax.Array], PyTree] = dataclasses.field(

@@ -46,6 +46,16 @@ class PerTask:
 
     References:
       Finn et al. 2017 (MAML), arXiv 1703.03400; Rajeswaran et al. 2019 (iMAML), arXiv 1909.04630.
+
+    Examples:
+      >>> import math, bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> tasks = jax.tree.map(lambda x: jax.numpy.stack([x, x]), (train, val))  # two tasks, here the same
+      >>> solver = bilevel.Nested(problem, bilevel.PerTask(bilevel.Unrolled(optax.sgd(0.5), steps=20)), optax.sgd(1.0))
+      >>> result = bilevel.run(solver, inner_data=bilevel.Batches(tasks, 2), steps=30, progress=False)
+      >>> round(math.exp(result.outer), 3)
+      0.5
     """
 
     hypergradient: Hypergradient = dataclasses.field(metadata=child(is_hypergradient))

@@ -31,6 +31,14 @@ class Keys(NamedTuple):
       inner: `[steps]`, of the inner steps.
       outer: of the outer loss.
       own: of the estimator's own randomness (sketches, perturbations).
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import Keys
+      >>> start, *inner, outer, own = jax.random.split(jax.random.key(0), 5)
+      >>> keys = Keys(start, jax.numpy.stack(inner), outer, own)
+      >>> keys.inner.shape  # one key for each of two inner steps
+      (2,)
     """
 
     start: jax.Array
@@ -75,6 +83,19 @@ class Query:
       weight: what every derivative of the outer loss is multiplied by: 1, as an argument of the trace, so that one
         sees in the trace which leaves of the hypergradient the outer loss reaches.
       ledger: notes what is done with it.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.extend import Keys, Query
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> keys = Keys(*jax.random.split(jax.random.key(0), 4))
+      >>> outer = {"log_decay": jax.numpy.zeros(()), "layers": 2}
+      >>> query = Query(problem, 1, None, outer, bilevel.FullBatch(train), val, keys)
+      >>> query.moving["layers"] is None  # an integer has no derivative
+      True
+      >>> query.at({"log_decay": 1.0, "layers": None}) == {"log_decay": 1.0, "layers": 2}
+      True
     """
 
     problem: Problem
@@ -177,6 +198,15 @@ class Answer(NamedTuple):
       trace: the inner losses of training, and what they returned beside their values.
       aux: what the outer loss returned beside its value.
       info: the estimator's own numbers and arrays, by name.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.extend import Answer, Trace
+      >>> state = bilevel.InnerState(jax.numpy.zeros(2), (), jax.numpy.array(1))
+      >>> trace = Trace(jax.numpy.array([4.0]), None)  # the loss of the only inner step
+      >>> answer = Answer(value=jax.numpy.array(0.5), grad=jax.numpy.array(0.1), state=state, trace=trace, aux=None)
+      >>> answer.info  # no numbers of its own
+      {}
     """
 
     value: jax.Array

@@ -80,6 +80,18 @@ class Reversible(Estimator):
 
     References:
       Maclaurin, Duvenaud & Adams 2015, arXiv 1502.03492, algorithm 3.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.testing import ridge
+      >>> with jax.enable_x64(True):  # positions are 64-bit integers
+      ...     problem, train, val = ridge()
+      ...     hypergradient = bilevel.Reversible(0.3, momentum=0.5, steps=60)
+      ...     estimate = hypergradient.estimate(
+      ...         problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ...     )
+      >>> round(float(estimate.grad), 3), bool(estimate.aux.info["reversed"])
+      (0.143, True)
     """
 
     learning_rate: float | Callable[[PyTree], Any] = dataclasses.field(metadata=setting(_rate_or_function))

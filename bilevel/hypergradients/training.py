@@ -25,6 +25,15 @@ class InnerState(NamedTuple):
       opt_state: state of the inner optimizer.
       step: inner steps taken since the start, int32.
       extra: what an estimator carries from one outer iteration to the next (an adjoint, particles); None otherwise.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> state = hypergradient.solve(problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), jax.random.key(0))
+      >>> [round(float(w), 3) for w in state.params], int(state.step)
+      ([0.75, 0.6], 20)
     """
 
     params: Inner
@@ -34,7 +43,15 @@ class InnerState(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What K inner steps reported: `value[K]`, the inner losses, and `aux` stacked along a leading axis K."""
+    """What K inner steps reported: `value[K]`, the inner losses, and `aux` stacked along a leading axis K.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import Trace
+      >>> trace = Trace(value=jax.numpy.array([4.0, 1.0, 0.25]), aux=None)  # of K = 3 steps
+      >>> float(trace.value[-1])
+      0.25
+    """
 
     value: jax.Array
     aux: PyTree

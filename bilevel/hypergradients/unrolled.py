@@ -69,6 +69,17 @@ class Unrolled(Trained):
     References:
       Franceschi et al. 2017, arXiv 1703.01785 (reverse and forward); Shaban et al. 2019, arXiv 1810.10667 (truncation);
       Kemaev et al. 2025, arXiv 2505.00793 (mixed mode).
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> estimate = hypergradient.estimate(
+      ...     problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ... )
+      >>> round(float(estimate.grad), 3)
+      0.143
     """
 
     mode: Mode = dataclasses.field(default="mixed", kw_only=True, metadata=setting(one_of(*get_args(Mode))))

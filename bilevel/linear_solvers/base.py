@@ -21,6 +21,23 @@ class LinearSolver(Protocol):
     """A way to solve A x = b; see `bilevel.linear_solvers`.
 
     It is a pytree, a frozen dataclass with `register` above it, since it is an argument of compiled functions.
+
+    Examples:
+      >>> import dataclasses, bilevel, jax, optax
+      >>> from bilevel.extend import register
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Identity:  # takes A for the identity: no product with it is needed
+      ...     symmetric_only = False
+      ...     def solve(self, matvec, rhs, start, key, *, symmetric):
+      ...         return rhs, {"iterations": 0, "matvecs": 0}
+      >>> hypergradient = bilevel.Implicit(optax.sgd(0.5), steps=20, linear_solver=Identity())
+      >>> function = bilevel.value_and_hypergrad(problem, hypergradient)
+      >>> value, grad = function(jax.numpy.zeros(()), None, bilevel.FullBatch(train), val, jax.random.key(0))
+      >>> round(float(grad), 3)  # with `Dense()` 0.143
+      0.214
     """
 
     @property

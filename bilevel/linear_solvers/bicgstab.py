@@ -36,6 +36,14 @@ class BiCGStab(Preconditioned):
 
     References:
       van der Vorst 1992.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [-1.0, 3.0]]), jax.numpy.array([4.0, 5.0])
+      >>> solver = bilevel.BiCGStab()
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=False)
+      >>> [round(float(entry), 3) for entry in x]
+      [1.0, 2.0]
     """
 
     symmetric_only = False

@@ -26,6 +26,14 @@ class Dense:
 
     References:
       Computed by lineax.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [1.0, 3.0]]), jax.numpy.array([4.0, 7.0])
+      >>> solver = bilevel.Dense()
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=True)
+      >>> [round(float(entry), 3) for entry in x]
+      [1.0, 2.0]
     """
 
     symmetric_only = False

@@ -65,6 +65,14 @@ class CG(Preconditioned):
 
     References:
       Hestenes and Stiefel 1952; for hypergradients Pedregosa 2016, arXiv 1602.02355.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [1.0, 3.0]]), jax.numpy.array([4.0, 7.0])
+      >>> solver = bilevel.CG()
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=True)
+      >>> [round(float(entry), 3) for entry in x]
+      [1.0, 2.0]
     """
 
     symmetric_only = True
@@ -91,6 +99,14 @@ class NormalCG:
 
     References:
       Hestenes and Stiefel 1952.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [-1.0, 3.0]]), jax.numpy.array([4.0, 5.0])
+      >>> solver = bilevel.NormalCG()
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=False)
+      >>> [round(float(entry), 3) for entry in x]
+      [1.0, 2.0]
     """
 
     tol: float | None = dataclasses.field(default=None, metadata=setting(optional(real(low=0.0))))
@@ -132,6 +148,14 @@ class GMRES(Preconditioned):
 
     References:
       Saad and Schultz 1986. Computed by lineax.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [-1.0, 3.0]]), jax.numpy.array([4.0, 5.0])
+      >>> solver = bilevel.GMRES(restart=2)
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=False)
+      >>> [round(float(entry), 3) for entry in x]
+      [1.0, 2.0]
     """
 
     restart: int = dataclasses.field(default=20, metadata=setting(integer(1)))

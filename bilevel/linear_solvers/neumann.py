@@ -26,6 +26,14 @@ class Neumann:
 
     References:
       Lorraine et al. 2020, arXiv 1911.02590.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [1.0, 3.0]]), jax.numpy.array([4.0, 7.0])
+      >>> solver = bilevel.Neumann(terms=50, scale=0.4)
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=True)
+      >>> [round(float(entry), 3) for entry in x]
+      [1.0, 2.0]
     """
 
     terms: int = dataclasses.field(default=10, metadata=setting(integer(1)))

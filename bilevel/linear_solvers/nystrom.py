@@ -43,6 +43,14 @@ class Nystrom:
     References:
       Hataya and Yamada 2023, arXiv 2302.09726; Frangella, Tropp and Udell 2021, arXiv 2110.02820 (the sketch, and its
       use as a preconditioner).
+
+    Examples:
+      >>> import bilevel, jax
+      >>> A, b = jax.numpy.array([[2.0, 1.0], [1.0, 3.0]]), jax.numpy.array([4.0, 7.0])
+      >>> solver = bilevel.Nystrom(rank=2, damping=1e-3)
+      >>> x, info = solver.solve(lambda x: A @ x, b, None, jax.random.key(0), symmetric=True)
+      >>> [round(float(entry), 2) for entry in x]
+      [1.0, 2.0]
     """
 
     rank: int = dataclasses.field(default=10, metadata=setting(integer(1)))

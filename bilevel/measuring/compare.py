@@ -62,7 +62,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The rows of a comparison, the reference first; prints as a table."""
+    """The rows of a comparison, the reference first; prints as a table.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> training = optax.sgd(0.5), 20
+      >>> ways = {"unrolled": bilevel.Unrolled(*training), "one step": bilevel.OneStep(*training)}
+      >>> comparison = bilevel.compare(problem, ways, reference="unrolled", inner_data=train, outer_data=val)
+      >>> [row.name for row in comparison.rows], round(comparison["one step"].cosine, 3)
+      (['unrolled', 'one step'], 1.0)
+    """
 
     rows: tuple[Row, ...]
     reference: str
@@ -134,6 +145,16 @@ def compare(
     Raises:
       ValueError: if `reference` is not among `hypergradients`, for repeats < 1 or samples < 2, or for an argument of
         another kind.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> training = optax.sgd(0.5), 20
+      >>> ways = {"unrolled": bilevel.Unrolled(*training), "one step": bilevel.OneStep(*training)}
+      >>> comparison = bilevel.compare(problem, ways, reference="unrolled", inner_data=train, outer_data=val)
+      >>> round(comparison["one step"].relative_error, 3)  # 0.107 instead of 0.143
+      0.252
     """
     if isinstance(hypergradients, Mapping) and reference not in hypergradients:
         raise ValueError(f"The reference {reference!r} is not among the hypergradients {', '.join(hypergradients)}.")

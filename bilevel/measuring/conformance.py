@@ -25,6 +25,12 @@ class EstimatorCheck:
       name: of the estimator.
       tried: the duties that were tried.
       unmet: a sentence for each that is not met.
+
+    Examples:
+      >>> from bilevel.testing import EstimatorCheck
+      >>> print(EstimatorCheck("Mine", tried=("results",), unmet=("results: grad has no array.",)))
+      Mine: 1 things are not met
+        results: grad has no array.
     """
 
     name: str
@@ -52,6 +58,12 @@ def check_estimator(make: Make, *, duties: Sequence[str] | None = None) -> Estim
 
     Raises:
       ValueError: for a duty that there is not.
+
+    Examples:
+      >>> import bilevel
+      >>> from bilevel.testing import check_estimator
+      >>> check_estimator(bilevel.Unrolled, duties=["results"]).unmet
+      ()
     """
     chosen = tuple(DUTIES if duties is None else duties)
     if unknown := [name for name in chosen if name not in DUTIES]:

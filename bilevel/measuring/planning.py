@@ -63,6 +63,14 @@ class Plan:
       steps: K, the inner steps.
       rows: one `Row` for every mode and schedule.
       chosen: the row of the hypergradient that was planned, "auto" resolved.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> plan = bilevel.plan(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), inner_data=train, outer_data=val)
+      >>> plan.steps, plan.chosen.mode
+      (20, 'mixed')
     """
 
     steps: int
@@ -120,6 +128,14 @@ def plan(
 
     Raises:
       TypeError: for an estimator without schedules.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> plan = bilevel.plan(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), inner_data=train, outer_data=val)
+      >>> plan.row("mixed", "step").evaluations < plan.row("mixed", "sqrt").evaluations  # the price of less memory
+      True
     """
     if not isinstance(hypergradient, Unrolled):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")

@@ -33,6 +33,17 @@ class Quadratic:
     Attributes:
       H, b, C, A, c: the coefficients, NumPy arrays; H and A symmetric and positive definite.
       start: :math:`w_0` where `outer` has no `start`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from bilevel.testing import Quadratic
+      >>> one = np.ones((1, 1))
+      >>> q = Quadratic(H=2 * one, b=one[0], C=one, A=one, c=0 * one[0], start=0 * one[0])
+      >>> outer = {"tilt": np.ones(1)}
+      >>> q.trained(outer, 50, rate=0.5).tolist()  # (b + C tilt) / H
+      [1.0]
+      >>> q.implicit(outer, 50, rate=0.5)["tilt"].tolist()  # tilt + C A w / H
+      [1.5]
     """
 
     H: np.ndarray
@@ -113,6 +124,13 @@ def quadratic(size: int = 4, outer_size: int = 3, *, condition: float = 10.0, se
     >>> q = quadratic()
     >>> q.unrolled({"tilt": np.ones(3)}, 10, rate=0.5)["tilt"].shape
     (3,)
+
+    Examples:
+      >>> import numpy as np
+      >>> from bilevel.testing import quadratic
+      >>> q = quadratic(size=4, outer_size=3)
+      >>> q.unrolled({"tilt": np.ones(3)}, 10, rate=0.5)["tilt"].shape
+      (3,)
     """
     rng = np.random.default_rng(seed)
 

@@ -43,6 +43,13 @@ class Checkpoints:
 
     Raises:
       ValueError: if it is no folder, or cannot be made or written.
+
+    Examples:
+      >>> import tempfile
+      >>> from bilevel.extend import Checkpoints
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     print(Checkpoints(folder).note(steps=10))  # what was noted with the newest checkpoint: there is none
+      None
     """
 
     def __init__(self, folder: str | Path):

@@ -40,6 +40,18 @@ def chunk(solver, record, capacity, state, data, count):
     Returns:
       The state; name -> rows of metrics, of which the first `count` are meant; and for each inexact leaf of the state
       how many of its entries are not finite, and how many are NaN, `[leaves, 2]`.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.extend import chunk
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.SOBA(problem, inner_step=0.5, outer_step=1.0)
+      >>> inner_key, outer_key, key = jax.random.split(jax.random.key(0), 3)
+      >>> data = (bilevel.FullBatch(train), inner_key), (bilevel.FullBatch(val), outer_key)
+      >>> state, rows, holes = chunk(solver, None, 8, solver.init(key), data, 3)
+      >>> int(state.step), rows["outer_loss"].shape, int(sum(holes))  # 3 of at most 8 steps, every number finite
+      (3, (8,), 0)
     """
     # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
     data = [

@@ -89,6 +89,16 @@ def fit(
     Raises:
       As `run`; ValueError if `inner_loss` holds an operation without a gradient, by its name. One without a second
       derivative is fine.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> result = bilevel.fit(
+      ...     problem, jax.numpy.zeros(()), optimizer=optax.sgd(0.5), data=train, steps=20, progress=False
+      ... )
+      >>> [round(float(w), 3) for w in result.inner.params]
+      [0.75, 0.6]
     """
     if isinstance(outer, Result):
         raise ValueError("fit(outer=...): was given a Result, of which outer is one part: give result.outer.")

@@ -45,6 +45,15 @@ class Result(NamedTuple):
       inner: the state of the inner problem (`InnerState`, or the solver's own).
       history: name -> array with one row a step.
       state: the solver's whole state, to continue from.
+
+    Examples:
+      >>> import bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.SOBA(problem, inner_step=0.5, outer_step=0.5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=200, progress=False)
+      >>> result.history["outer_loss"].shape, [round(float(w), 3) for w in result.inner.params]
+      ((200,), [1.0, 1.0])
     """
 
     outer: Outer
@@ -110,6 +119,15 @@ def run(
       FloatingPointError: if a metric, a number of `record` or the state is not finite; names the step, the inner step
         and leaf where it began, and the leaf of outer whose last move did it.
       KeyboardInterrupt: by Ctrl-C, after a line on stderr on what is saved and how to go on; so does SIGTERM.
+
+    Examples:
+      >>> import math, bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), optax.sgd(1.0))
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
     check_run("run", **locals())
     reads = forget_outdated(solver, record)

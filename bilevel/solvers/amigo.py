@@ -37,6 +37,15 @@ class AmIGO(Stochastic):
 
     References:
       Arbel & Mairal 2022, arXiv 2111.14580, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.AmIGO(problem, inner_step=0.5, outer_step=1.0, inner_steps=5, linear_steps=5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))

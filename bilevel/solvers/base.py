@@ -34,6 +34,16 @@ class Solver(Protocol):
 
     Its state is a pytree with the attributes of `SolverState`: outer, inner, step and key. A step returns a state of
     the same structure, shapes and dtypes.
+
+    Examples:
+      >>> import bilevel, jax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver: bilevel.Solver = bilevel.SOBA(problem, inner_step=0.5, outer_step=1.0)
+      >>> state = solver.init(jax.random.key(0))
+      >>> state, metrics = solver.step(state, bilevel.FullBatch(train), bilevel.FullBatch(val))
+      >>> int(state.step), float(metrics["outer_loss"])  # at the start, where w = 0
+      (1, 0.5)
     """
 
     @property

@@ -39,6 +39,15 @@ class BOME(Stochastic):
 
     References:
       Liu, Ye, Wright, Stone & Liu 2022, arXiv 2209.08709, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.BOME(problem, inner_step=0.3, outer_step=0.3)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=300, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))

@@ -40,6 +40,15 @@ class F2SA(Stochastic):
 
     References:
       Kwon, Kwon, Wright & Nowak 2023, arXiv 2301.10945, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.F2SA(problem, inner_step=0.3, outer_step=1.0, penalty=2.0)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     penalty: StepSize = dataclasses.field(kw_only=True, metadata=child(step_size(above=0.0)))

@@ -34,6 +34,15 @@ class MASOBA(Stochastic):
 
     References:
       Chen, Xiao & Balasubramanian 2023, arXiv 2306.12067, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.MASOBA(problem, inner_step=0.5, outer_step=0.3, average=0.5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=300, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))

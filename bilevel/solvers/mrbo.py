@@ -36,6 +36,15 @@ class MRBO(DoubleMomentum):
 
     References:
       Yang, Ji & Liang 2021, arXiv 2106.04692, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.MRBO(problem, inner_step=0.5, outer_step=1.0, terms=5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     def invert(self, at, points, rhs):

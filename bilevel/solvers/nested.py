@@ -49,6 +49,15 @@ class Nested:
 
     Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`; of an implicit
     estimator also `stationarity_relative`, `linear_residual` and `hvps`.
+
+    Examples:
+      >>> import math, bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), optax.sgd(1.0))
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     problem: Problem = dataclasses.field(metadata=child(is_problem))

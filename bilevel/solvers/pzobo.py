@@ -41,6 +41,15 @@ class PZOBO(Stochastic):
 
     References:
       Sow, Ji & Liang 2022, arXiv 2110.07004, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.PZOBO(problem, inner_step=0.5, outer_step=1.0, directions=5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))

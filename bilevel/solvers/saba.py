@@ -57,6 +57,16 @@ class SABA(Stochastic):
     References:
       Dagréou, Ablin, Vaiter & Moreau 2022, arXiv 2201.13409, Algorithm 2; tables over mini-batches as in its
       experiments.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> train, val = bilevel.Batches(train, 2), bilevel.Batches(val, 2)
+      >>> solver = bilevel.SABA(problem, inner_step=0.2, outer_step=0.3, inner_blocks=2, outer_blocks=1)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=400, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     inner_blocks: int = dataclasses.field(kw_only=True, metadata=setting(integer(1)))

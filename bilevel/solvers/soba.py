@@ -34,6 +34,15 @@ class SOBA(Stochastic):
 
     References:
       Dagréou, Ablin, Vaiter & Moreau 2022, arXiv 2201.13409, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.SOBA(problem, inner_step=0.5, outer_step=0.5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=200, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     linear_step: StepSize | None = dataclasses.field(default=None, kw_only=True, metadata=child(optional(step_size())))

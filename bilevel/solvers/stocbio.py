@@ -33,6 +33,15 @@ class StocBiO(Stochastic):
 
     References:
       Ji, Yang & Liang 2021, arXiv 2010.07962, Algorithms 1 and 2.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.StocBiO(problem, inner_step=0.5, outer_step=1.0, inner_steps=5, terms=5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     inner_steps: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))

@@ -31,7 +31,14 @@ StepSize = float | jax.Array | Callable[[jax.Array], Any]
 @register
 @dataclasses.dataclass(frozen=True)
 class Power:
-    """The schedule `value / (step + 1) ** exponent` that the papers state their step sizes in."""
+    """The schedule `value / (step + 1) ** exponent` that the papers state their step sizes in.
+
+    Examples:
+      >>> import bilevel
+      >>> schedule = bilevel.Power(1.0, 0.5)
+      >>> [round(float(schedule(step)), 3) for step in range(4)]
+      [1.0, 0.707, 0.577, 0.5]
+    """
 
     value: float | jax.Array = dataclasses.field(metadata=child(scalar(low=0.0)))
     exponent: float | jax.Array = dataclasses.field(metadata=child(scalar()))
@@ -66,6 +73,12 @@ class Calls(NamedTuple):
     mixed products (C v, the mixed second derivative times a vector).
 
     A pass over a whole data set of N rows counts as ceil(N / b) calls, b being the rows of a batch.
+
+    Examples:
+      >>> from bilevel.extend import Calls
+      >>> calls = Calls(inner_gradients=1, cross_products=1)
+      >>> calls.hvps, sum(calls)
+      (0, 2)
     """
 
     inner_gradients: Any = 0
@@ -75,7 +88,16 @@ class Calls(NamedTuple):
 
 
 class Iterate(NamedTuple):
-    """What one outer iteration gives: the new variables, the direction lambda moved along, losses, and counts."""
+    """What one outer iteration gives: the new variables, the direction lambda moved along, losses, and counts.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import Calls, Iterate
+      >>> w, lam, zero = jax.numpy.zeros(2), jax.numpy.ones(()), jax.numpy.zeros(())
+      >>> new = Iterate(w, lam, (), zero, inner_loss=zero, outer_loss=zero, calls=Calls(inner_gradients=1))
+      >>> new.calls.inner_gradients, new.memory  # this solver remembers nothing
+      (1, ())
+    """
 
     inner: PyTree
     outer: PyTree
@@ -97,6 +119,24 @@ class Iteration(Oracles):
       draws, outer_draws: batches and keys of the two losses.
       key: randomness of the solver itself.
       inner_step, linear_step, outer_step: step sizes of w, of linear systems in H and of lambda, now.
+
+    Examples:
+      >>> import dataclasses, bilevel
+      >>> from bilevel.extend import Calls, Iterate, Iteration, Stochastic, descend, register
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class Training(Stochastic):  # moves w alone
+      ...     def iterate(self, at: Iteration):
+      ...         outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
+      ...         inside = at.products(at.w, at.lam, outside.inner, at.draws[0])
+      ...         w, rest = descend(at.w, at.inner_step, inside.grad), 0 * at.lam
+      ...         return Iterate(w, at.move_outer(rest), (), rest, inside.value, outside.value, Calls(1, 1))
+      >>> solver = Training(problem, inner_step=0.5, outer_step=1.0)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=20, progress=False)
+      >>> [round(float(w), 3) for w in result.inner.params]
+      [0.75, 0.6]
     """
 
     w: PyTree
@@ -140,6 +180,25 @@ class Stochastic:
     Raises:
       ValueError: if a count among the settings is not an integer >= 1, a step size is neither a number >= 0 nor a
         schedule, or the problem has mutable entries.
+
+    Examples:
+      >>> import dataclasses, math, bilevel
+      >>> from bilevel.extend import Calls, Iterate, Stochastic, descend, register
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> @register
+      ... @dataclasses.dataclass(frozen=True)
+      ... class OneStepDescent(Stochastic):  # T1-T2 on mini-batches
+      ...     def iterate(self, at):
+      ...         outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
+      ...         inside = at.products(at.w, at.lam, outside.inner, at.draws[0])
+      ...         direction = descend(outside.outer, at.inner_step, inside.cross)
+      ...         w, lam = descend(at.w, at.inner_step, inside.grad), at.move_outer(direction)
+      ...         return Iterate(w, lam, (), direction, inside.value, outside.value, Calls(1, 1, 0, 1))
+      >>> solver = OneStepDescent(problem, inner_step=0.5, outer_step=1.0)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=100, progress=False)
+      >>> round(math.exp(result.outer), 3)
+      0.5
     """
 
     problem: Problem = dataclasses.field(metadata=child(is_problem))
@@ -304,7 +363,14 @@ def size(step_size: StepSize, step: jax.Array) -> Any:
 
 
 def descend(tree: PyTree, step: Any, direction: PyTree) -> PyTree:
-    """`tree - step * direction`, each leaf in its own dtype."""
+    """`tree - step * direction`, each leaf in its own dtype.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import descend
+      >>> descend(jax.numpy.array([1.0, 2.0]), 0.5, jax.numpy.array([2.0, 2.0])).tolist()
+      [0.0, 1.0]
+    """
     return jax.tree.map(lambda x, d: x - jnp.asarray(step).astype(x.dtype) * d.astype(x.dtype), tree, direction)
 
 

@@ -33,6 +33,15 @@ class TTSA(Stochastic):
 
     References:
       Hong, Wai, Wang & Yang 2023, arXiv 2007.05170, Algorithm 1.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> solver = bilevel.TTSA(problem, inner_step=0.5, outer_step=1.0, terms=5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=60, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     terms: int = dataclasses.field(default=10, kw_only=True, metadata=setting(integer(1)))

@@ -46,6 +46,16 @@ class VRBO(Stochastic):
 
     References:
       Yang, Ji & Liang 2021, arXiv 2106.04692, Algorithm 2.
+
+    Examples:
+      >>> import math, bilevel
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> train, val = bilevel.Batches(train, 2), bilevel.Batches(val, 2)
+      >>> solver = bilevel.VRBO(problem, inner_step=0.2, outer_step=0.3, period=4, inner_steps=5, terms=5)
+      >>> result = bilevel.run(solver, inner_data=train, outer_data=val, steps=400, progress=False)
+      >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
+      0.5
     """
 
     period: int = dataclasses.field(kw_only=True, metadata=setting(integer(1)))

@@ -286,7 +286,7 @@ def test_a_tokenizer_without_a_mark_of_the_end_is_refused(tiny_model, tiny_data)
         str(tiny_model), data=str(tiny_data), released=True, length=24, train_rows=16, outer_rows=8, test_rows=0
     )
     with pytest.raises(ValueError, match="has no mark of a text's end, which is to be trained on"):
-        flexora.prepare(settings)
+        flexora.COMMAND.prepare(settings)
 
 
 def test_a_cleared_optimizer_forgets():
