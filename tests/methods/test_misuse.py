@@ -17,6 +17,7 @@ from methods import bench as benches
 from methods import cli, ranges
 from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET
 from methods.causes import BadInput, reading, sentence
+from methods.driver import Method
 from methods.models import loading
 from tests.methods.small import arguments
 
@@ -304,24 +305,20 @@ def test_what_fails_while_something_is_read_is_of_what_is_read():
 
 
 def test_a_fault_of_ours_shows_its_traceback_and_a_sentence(monkeypatch, capsys, tmp_path):
-    from methods.baselines import lora
-
-    def broken(settings):
+    def broken(method, settings):
         return {}["key"]
 
-    monkeypatch.setattr(lora, "main", broken)
+    monkeypatch.setattr(Method, "main", broken)
     assert cli.run(["lora", *arguments("./m", "./d", tmp_path / "run")]) == 1
     said = capsys.readouterr().err.strip().splitlines()
     assert said[0].startswith("Traceback") and "KeyError is a fault of bilevel's" in said[-1]
 
 
 def test_an_interrupt_before_anything_is_written_promises_nothing(monkeypatch, capsys, tmp_path):
-    from methods.baselines import lora
-
-    def interrupted(settings):
+    def interrupted(method, settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora, "main", interrupted)
+    monkeypatch.setattr(Method, "main", interrupted)
     assert cli.run(["lora", *arguments("./m", "./d", tmp_path / "run")]) == 130
     assert "nothing was written yet" in capsys.readouterr().err
 
