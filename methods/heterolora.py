@@ -252,7 +252,7 @@ def allocated(
             return
         mask = {site: gate > 0 for site, gate in gates["lora"].items()}
         if any(bool(m.any()) for m in mask.values()):
-            lora.save(folder.path / "adapter", bench, params, mask=mask)
+            lora.export_adapter(folder.path / "adapter", bench, params, mask=mask)
         if "shortcut" in gates:
             keep = lambda gate, below: jax.tree.map(lambda x: x * gate.astype(x.dtype)[:, None, None], below)  # noqa: E731
             folder.write_arrays("adapter-shortcuts", jax.tree.map(keep, gates["shortcut"], params["shortcut"]))

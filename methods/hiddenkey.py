@@ -300,7 +300,7 @@ def trained(settings: HiddenKeySettings, bench: Bench, hard: bilevel.Problem, na
 
     def export(folder: RunFolder, params: Any) -> None:
         if name == "hiddenkey":
-            lora.save(folder.path / "adapter", bench, params)
+            lora.export_adapter(folder.path / "adapter", bench, params)
 
     return Arm(name, finetuning(settings, bench, hard, outer, bind), bind, count, export)
 

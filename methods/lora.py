@@ -110,7 +110,7 @@ def arm(
 
     def save_in(folder: RunFolder, params: Any) -> None:
         if export:
-            save(folder.path / "adapter", bench, params, mask=mask)
+            export_adapter(folder.path / "adapter", bench, params, mask=mask)
 
     return Arm(name, finetuning(settings, bench, of, mask, bind, plan=plan), bind, count, save_in)
 
@@ -159,7 +159,7 @@ def parameters(bench: Bench, mask: Mask) -> int:
     return size
 
 
-def save(
+def export_adapter(
     folder: Path,
     bench: Bench,
     params: Any,

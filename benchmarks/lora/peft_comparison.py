@@ -132,7 +132,7 @@ def prepared(case: Case, seed: int, folder: Path) -> tuple[Any, Any, Any]:
     np.savez(folder / "train.npz", **{k: np.asarray(v) for k, v in bench.train._asdict().items()})
     (folder / "test.json").write_text(json.dumps(bench.splits.test))
     fresh = start(bench, jax.random.key(seed))
-    lora.save(folder / "start", bench, fresh)
+    lora.export_adapter(folder / "start", bench, fresh)
     return settings, bench, fresh
 
 

@@ -103,7 +103,7 @@ def choose(settings: BaselineSettings, bench: Bench, found: Sequence[bilevel.Res
         if found.exported is not None:
             config, params, gate, mask = found.exported
             trained = {"lora": params, "head": found.head}
-            lora.save(folder.path / "adapter", bench, trained, config=config, gate=gate, mask=mask)
+            lora.export_adapter(folder.path / "adapter", bench, trained, config=config, gate=gate, mask=mask)
 
     bind = lambda found: Bound(found.adapt, found.head)  # noqa: E731
     return Chosen({}, [Arm(settings.name, train, bind, count, export)])
