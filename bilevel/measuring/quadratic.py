@@ -121,10 +121,6 @@ class Quadratic:
 def quadratic(size: int = 4, outer_size: int = 3, *, condition: float = 10.0, seed: int = 0) -> Quadratic:
     """A random `Quadratic`: the eigenvalues of H and A lie in `[1 / condition, 1]`, so that any rate < 2 is stable.
 
-    >>> q = quadratic()
-    >>> q.unrolled({"tilt": np.ones(3)}, 10, rate=0.5)["tilt"].shape
-    (3,)
-
     Examples:
       >>> import numpy as np
       >>> from bilevel.testing import quadratic

@@ -50,7 +50,7 @@ def chunk(solver, record, capacity, state, data, count):
       >>> inner_key, outer_key, key = jax.random.split(jax.random.key(0), 3)
       >>> data = (bilevel.FullBatch(train), inner_key), (bilevel.FullBatch(val), outer_key)
       >>> state, rows, holes = chunk(solver, None, 8, solver.init(key), data, 3)
-      >>> int(state.step), rows["outer_loss"].shape, int(sum(holes))  # 3 of at most 8 steps, every number finite
+      >>> int(state.step), rows["outer_loss"].shape, int(holes.sum())  # 3 of at most 8 steps, every number finite
       (3, (8,), 0)
     """
     # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.

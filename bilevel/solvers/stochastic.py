@@ -76,7 +76,7 @@ class Calls(NamedTuple):
 
     Examples:
       >>> from bilevel.extend import Calls
-      >>> calls = Calls(inner_gradients=1, cross_products=1)
+      >>> calls = Calls(inner_gradients=1, mixed_products=1)
       >>> calls.hvps, sum(calls)
       (0, 2)
     """
@@ -192,7 +192,7 @@ class Stochastic:
       ...     def iterate(self, at):
       ...         outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
       ...         inside = at.products(at.w, at.lam, outside.inner, at.draws[0])
-      ...         direction = descend(outside.outer, at.inner_step, inside.cross)
+      ...         direction = descend(outside.outer, at.inner_step, inside.mixed)
       ...         w, lam = descend(at.w, at.inner_step, inside.grad), at.move_outer(direction)
       ...         return Iterate(w, lam, (), direction, inside.value, outside.value, Calls(1, 1, 0, 1))
       >>> solver = OneStepDescent(problem, inner_step=0.5, outer_step=1.0)
