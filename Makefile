@@ -16,8 +16,8 @@ SUBSET := tests/bilevel/hypergradients/test_estimators.py tests/bilevel/solvers/
   tests/bilevel/differentiation/test_tracing.py tests/bilevel/differentiation/test_smooth.py tests/bilevel/test_data.py tests/bilevel/running/test_run.py \
   tests/methods/test_llama_by_hand.py tests/test_versions.py \
   tests/methods/test_commands.py::test_bad_options_are_one_sentence
-# Of the commands only their bad input: XLA of jaxlib 0.12 does not end compiling HeteroLoRA's search on the tiny model, by
-# the source locations in it alone (the program itself compiles).
+# Of the commands only their bad input: XLA of jaxlib 0.12 does not end compiling HeteroLoRA's search on the tiny model,
+# a program that jaxlib 0.10 compiles in seconds.
 
 # One word of the shell, whatever is in it. Make itself knows no names with spaces, so that VENV has none.
 quote = '$(subst ','\'',$(1))'
