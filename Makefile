@@ -15,9 +15,8 @@ MINUTES ?= 60
 SUBSET := tests/bilevel/hypergradients/test_estimators.py tests/bilevel/solvers/test_solver_steps.py tests/bilevel/linear_solvers/test_linear_solvers.py \
   tests/bilevel/differentiation/test_tracing.py tests/bilevel/differentiation/test_smooth.py tests/bilevel/test_data.py tests/bilevel/running/test_run.py \
   tests/methods/test_llama_by_hand.py tests/test_versions.py \
-  tests/methods/test_commands.py::test_bad_options_are_one_sentence
-# Of the commands only their bad input: XLA of jaxlib 0.12 does not end compiling HeteroLoRA's search on the tiny model,
-# a program that jaxlib 0.10 compiles in seconds.
+  tests/methods/test_commands.py::test_bad_options_are_one_sentence \
+  tests/methods/test_commands.py::test_static_heterolora_without_shortcuts_is_an_adapter_of_peft
 
 # One word of the shell, whatever is in it. Make itself knows no names with spaces, so that VENV has none.
 quote = '$(subst ','\'',$(1))'

@@ -402,11 +402,15 @@ def _permute(words: jax.Array, index: jax.Array, n: int) -> jax.Array:
     # All rounds' words at once, from two: a generator's call for each would cost more than the rounds.
     count = jnp.arange(1, ROUNDS + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     turns, salts = _hash(words[:, :1] + count[None]) % jnp.uint32(n), _hash(words[:, 1:] + count[None])
-    for r in range(ROUNDS):
-        turn, salt = turns[:, r : r + 1], salts[:, r : r + 1]
+
+    def swap(index, drawn):
+        turn, salt = drawn[0][:, None], drawn[1][:, None]
         other = jnp.where(index <= turn, turn - index, turn + (jnp.uint32(n) - index))
-        index = jnp.where(_hash(jnp.maximum(index, other) ^ salt) >> 31 == 1, other, index)
-    return index
+        return jnp.where(_hash(jnp.maximum(index, other) ^ salt) >> 31 == 1, other, index), None
+
+    # A loop, not 24 rounds written out: XLA would fuse those into every reader of a batch and compute them again for
+    # each entry it gathers, and LLVM's vectoriser takes exponential time over such a fusion.
+    return jax.lax.scan(swap, index, (turns.T, salts.T))[0]
 
 
 def _hash(x: jax.Array) -> jax.Array:
