@@ -196,9 +196,37 @@ def named(what: str, *names: str) -> str:
 
 
 def global_norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all leaves together, in the widest of their dtypes."""
-    leaves = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in jax.tree.leaves(widened(tree))]
-    return jnp.sqrt(sum(leaves)) if leaves else jnp.zeros(())
+    """Euclidean norm of all leaves together, in the widest of their dtypes.
+
+    It is right to rounding wherever the norm itself can be written: the squares of entries of 1e-25 would vanish in
+    float32, those of 1e25 overflow.
+    """
+    leaves = jax.tree.leaves(widened(tree))
+    if not leaves:
+        return jnp.zeros(())
+    unit = power_of_two(leaves)
+    scaled = [x / unit for x in leaves]
+    return jnp.sqrt(sum(jnp.sum(jnp.real(x * jnp.conj(x))) for x in scaled)) * unit
+
+
+def power_of_two(tree: PyTree) -> jax.Array:
+    """A power of two near the largest entry of `tree`, a unit to measure it in; 1 where that is 0 or not finite.
+
+    To divide by it and to multiply by it again rounds nothing. Its derivative is 0.
+    """
+    largest = [jnp.max(jnp.abs(jax.lax.stop_gradient(x))) for x in jax.tree.leaves(widened(tree)) if x.size]
+    if not largest:
+        return jnp.ones(())
+    size = functools.reduce(jnp.maximum, largest)
+    _, exponent = jnp.frexp(jnp.where((size > 0) & jnp.isfinite(size), size, jnp.ones_like(size)))
+    # Within the powers whose reciprocals are normal numbers too: the compiler multiplies by the reciprocal.
+    limits = jnp.finfo(size.dtype)
+    return jnp.ldexp(jnp.ones_like(size), jnp.clip(exponent - 1, limits.minexp, -limits.minexp - 1))
+
+
+def times(tree: PyTree, factor: jax.Array) -> PyTree:
+    """`factor` times each leaf, in the leaf's dtype."""
+    return jax.tree.map(lambda x: (x.astype(np.promote_types(x.dtype, factor.dtype)) * factor).astype(x.dtype), tree)
 
 
 def widened(tree: PyTree) -> PyTree:

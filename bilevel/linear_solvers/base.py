@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.settings import having, pytree
-from bilevel.trees import PyTree, shapes, unlike_array
+from bilevel.trees import PyTree, power_of_two, shapes, times, unlike_array
 
 Matvec = Callable[[PyTree], PyTree]
 
@@ -52,7 +52,7 @@ class LinearSolver(Protocol):
 
         Args:
           matvec: A as a function of trees like `rhs`.
-          rhs: b, a tree of arrays.
+          rhs: b, a tree of arrays, in a unit in which its largest entry is near 1.
           start: where to begin, a tree like `rhs`; None for nowhere in particular.
           key: of the solver's own randomness.
           symmetric: whether A equals its transpose.
@@ -72,11 +72,16 @@ def solved(
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """`solver.solve(...)`, with what it returned understood or refused.
 
+    The solver is given b in a unit in which its largest entry is near 1, and x is given back in that of b: a solver
+    squares what it is given, and the squares of a b of 1e-200 are 0.
+
     Raises:
       ValueError: names the class of the solver, and what is not as `LinearSolver` says.
     """
     name = type(solver).__name__
-    result: Any = solver.solve(matvec, rhs, start, key, symmetric=symmetric)
+    unit = power_of_two(rhs)
+    start = None if start is None else times(start, 1 / unit)
+    result: Any = solver.solve(matvec, times(rhs, 1 / unit), start, key, symmetric=symmetric)
     must = 'must return a pair: x, a tree like rhs, and {"iterations": int, "matvecs": int}'
     if not isinstance(result, tuple) or len(result) != 2:
         found = f"a tuple of {len(result)}" if isinstance(result, tuple) else f"no pair, but {shapes(result)}"
@@ -91,7 +96,7 @@ def solved(
         if not integral or jnp.shape(number):
             what = f"{count} {'is no integer' if number is not None else 'is missing'}"
             raise ValueError(f"{name}.solve: {what} in the second of what it returned: it {must}.")
-    return x, report | info(report["iterations"], report["matvecs"])
+    return times(x, unit), report | info(report["iterations"], report["matvecs"])
 
 
 def info(iterations: Any, matvecs: Any) -> dict[str, jax.Array]:

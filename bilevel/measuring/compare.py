@@ -20,7 +20,7 @@ from bilevel.measuring.point import Point
 from bilevel.measuring.variance import require_batches, variance
 from bilevel.problem import Problem
 from bilevel.settings import checked, integer, optional, shown
-from bilevel.trees import Outer, PyTree, global_norm
+from bilevel.trees import Outer, PyTree, global_norm, power_of_two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,11 +256,15 @@ def _flat(tree: PyTree) -> np.ndarray:
 
 
 def _cosine(a: PyTree, b: PyTree) -> float:
-    a, b = _flat(a), _flat(b)
+    a, b = (_flat(x) / _unit(x) for x in (a, b))
     scale = np.linalg.norm(a) * np.linalg.norm(b)
     return float(np.real(np.vdot(a, b)) / scale) if scale else float("nan")
 
 
 def _relative_error(a: PyTree, b: PyTree) -> float:
-    a, b = _flat(a), _flat(b)
+    a, b = _flat(a) / _unit(b), _flat(b) / _unit(b)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b)) if b.any() else float("nan")
+
+
+def _unit(tree: PyTree) -> np.ndarray:
+    return np.asarray(power_of_two(tree))

@@ -12,7 +12,7 @@ import optax
 from bilevel.settings import child, integer, optional, register, scalar, setting, step_size
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
-from bilevel.trees import global_norm
+from bilevel.trees import power_of_two, times
 
 
 @register
@@ -69,9 +69,12 @@ class BOME(Stochastic):
         beyond = at.inner_gradient(trained, at.lam, at.draws[-1])
         gap = inside.inner, minus(inside.outer, beyond.outer)
         objective = outside.inner, outside.outer
-        square = global_norm(gap) ** 2
+        # The gap in a unit in which its square is a number however near the inner problem is to its solution.
+        unit = power_of_two(gap)
+        gap = times(gap, 1 / unit)
+        square = optax.tree.vdot(gap, gap)
         overlap = optax.tree.vdot(objective, gap) / jnp.where(square > 0, square, 1)
-        weight = jnp.where(square > 0, jnp.maximum(self.eta - overlap, 0), 0)
+        weight = jnp.where(square > 0, jnp.maximum(self.eta * unit - overlap, 0), 0)
         d_inner, d_outer = descend(objective, -weight, gap)
         w = descend(at.w, at.inner_step, d_inner)
         calls = Calls(inner_gradients=self.inner_steps + 2, outer_gradients=1)

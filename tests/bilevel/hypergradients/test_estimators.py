@@ -1,5 +1,6 @@
 """What holds for every estimator of the table."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -71,6 +72,18 @@ def test_quadratic_rate_and_start(row, optimizer, start):
     assert ", ".join(named_zeros(caught)) == ", ".join(f"['{name}']" for name in sorted(blind))
     np.testing.assert_allclose(result.value, Q.value(FULL, 7, start=point), rtol=1e-12)
     assert_close(result.grad, row.closed_form(Q, FULL, 7, start=point), row.tolerance)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if not row.tasks], ids=lambda row: row.name)
+@pytest.mark.parametrize("unit", [2.0**-660, 2.0**530], ids=["1e-199", "1e159"])
+def test_the_unit_of_the_outer_loss_does_not_matter(row, unit):
+    """Norms and solvers square what they are given, and the square of 1e-199 is 0."""
+    outer, hypergradient = {"tilt": FULL["tilt"]}, row.make(SGD, 3)
+    with_unit = dataclasses.replace(Q.problem, outer_loss=lambda *args: unit * Q.problem.outer_loss(*args))
+    plain, scaled = (estimate(p, hypergradient, None, outer, None, None, KEY) for p in (Q.problem, with_unit))
+    assert_close(jax.tree.map(lambda x: x / unit, scaled.grad), plain.grad, 1e-13)
+    for name in ("linear_residual", "linear_iterations", "hvps"):
+        np.testing.assert_allclose(scaled.aux.info.get(name, 0), plain.aux.info.get(name, 0), rtol=1e-12)
 
 
 def trained_on(row, batches, problem=NETWORK, steps=3):

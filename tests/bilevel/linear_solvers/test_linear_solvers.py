@@ -9,6 +9,7 @@ import pytest
 
 import bilevel
 from bilevel import CG, GMRES, BiCGStab, Dense, Neumann, NormalCG, Nystrom
+from bilevel.linear_solvers.base import solved
 from tests.bilevel.quadratic import KEY, error
 
 
@@ -223,6 +224,21 @@ def test_stops_at_its_tolerance_and_counts():
     assert started["matvecs"] == started["iterations"] + 1
     _, capped = solve(CG(max_steps=2), matrix, rhs, symmetric=True)
     assert capped["iterations"] == 2
+
+
+@pytest.mark.parametrize("solver", GENERAL + SYMMETRIC, ids=name)
+@pytest.mark.parametrize("unit", [2.0**-660, 2.0**530], ids=["1e-199", "1e159"])
+def test_inside_an_estimator_the_unit_of_the_right_side_does_not_matter(solver, unit):
+    matrix, rhs = system()
+    start = np.linalg.solve(matrix, rhs) + 0.1
+    matvec = lambda x: split(matrix @ join(x))  # noqa: E731
+    function = jax.jit(lambda s, b, x: solved(s, matvec, b, x, KEY, symmetric=True))
+    for x in (None, start):
+        (plain, once), (other, again) = (
+            function(solver, split(scale * rhs), None if x is None else split(scale * x)) for scale in (1.0, unit)
+        )
+        np.testing.assert_array_equal(join(other), unit * join(plain))
+        assert {name: int(n) for name, n in once.items()} == {name: int(n) for name, n in again.items()}
 
 
 @pytest.mark.parametrize(

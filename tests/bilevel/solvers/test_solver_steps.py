@@ -3,6 +3,7 @@
 Each call of a loss has rows of its own, so that it shows which batch it is given.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 
 import bilevel
+import bilevel.testing
 from bilevel import Indexed, Power
 from bilevel.solvers.stochastic import Stochastic
 from tests.bilevel.helpers import step
@@ -78,3 +80,14 @@ def test_steps_are_those_of_the_paper(row):
             assert np.isclose(here, metrics[name], rtol=1e-12).any(), f"{name} of step {k}"
         before, start = start, (s.w, s.lam)
     assert not row.random or len(products) > 1, "one number of products is not a random number"
+
+
+def test_the_unit_of_the_inner_loss_does_not_matter_to_bome():
+    """Without a demanded decrease its direction depends on the direction of the gap alone, whose square would be 0."""
+    problem, train, val = bilevel.testing.ridge()
+    found = []
+    for unit in (1.0, 2.0**-600):
+        scaled = dataclasses.replace(problem, inner_loss=lambda *args, unit=unit: unit * problem.inner_loss(*args))
+        solver = bilevel.BOME(scaled, inner_step=0.3, gap_step=0.3 / unit, outer_step=0.3, eta=0.0)
+        found.append(bilevel.run(solver, inner_data=train, outer_data=val, steps=20, progress=False).outer)
+    assert found[0] == found[1] != 0
