@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,28 +12,22 @@ import jax
 import numpy as np
 
 from bilevel.data import slots
-from bilevel.differentiation.captures import forget_outdated, look_again
-from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
+from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses, warn_if_misplaced
 from bilevel.hypergradients.arguments import check_run
 from bilevel.running.checkpoints import Checkpoints
-from bilevel.running.chunks import History, batches, chunk, chunk_capacity, kinds, recorded, wanted_batches
-from bilevel.running.diagnosis import refuse_failed, refuse_start
+from bilevel.running.chunks import batches, kinds, recorded, wanted_batches
 from bilevel.running.feeds import Feed
 from bilevel.running.fingerprint import fingerprint
-from bilevel.running.interrupts import Terminated, terminable, uninterrupted
+from bilevel.running.interrupts import Terminated, terminable
+from bilevel.running.loop import Loop, Store
 from bilevel.running.programs import programs
 from bilevel.running.progress import Callback, Progress
-from bilevel.running.singular import undetermined
-from bilevel.running.steep import warn_if_steep
-from bilevel.running.unsteady import are_steady, refuse_changing, warn_if_swapped
-from bilevel.settings import check_schedules, shown
+from bilevel.running.unsteady import refuse_changing, warn_if_swapped
+from bilevel.settings import check_schedules
 from bilevel.solvers.base import Solver
-from bilevel.solvers.states import check_counts, check_state
+from bilevel.solvers.states import check_state
 from bilevel.trees import Outer, is_key, replayed
-
-CHUNK_SECONDS = 1.0
-"""Device time between two returns to the host."""
 
 
 class Result(NamedTuple):
@@ -133,108 +126,61 @@ def run(
     reads = forget_outdated(solver, record)
     key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
     solver_key, inner_key, outer_key = jax.random.split(key, 3)
-    inner_title = getattr(solver, "data_title", "")
     feeds = (
-        Feed.of("inner_data", inner_data, inner_key, steps, inner_title),
+        Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
         Feed.of("outer_data", outer_data, outer_key, steps),
     )
-    store = Checkpoints(checkpoint_dir) if checkpoint_dir is not None else None
-    note = store.note(steps) if store else None
-    state, done, history, due, called = solver.init(solver_key), 0, History(), False, 0
+    store = Store(Checkpoints(checkpoint_dir), checkpoint_every) if checkpoint_dir is not None else None
+    note = store.checkpoints.note(steps) if store else None
+    state = solver.init(solver_key)
     check_state(solver, state)
     data = _first(solver, feeds, note)
+    losses = _refuse_unfit(solver, state, data, record, reads)
+    every = callback_every if callbacks else steps
+    loop = Loop(solver, record, steps, callbacks, every, feeds, store, state, data, fresh=not note)
+    returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
+    if store:
+        store.record = returned
+        store.checkpoints.claim(fingerprint(solver, key, state, losses, feeds, record), returned, note)
+        if note:
+            loop.resume(store, note)
+    check_schedules(solver, loop.done, steps)
+    with terminable():
+        interrupted = False
+        try:
+            # Interrupted before they had returned, or stopped by one: they are asked again.
+            loop.call_back()
+            display = Progress(title, steps, start=loop.done, show=progress)
+            if note and loop.done == steps:
+                display.already_finished()
+            with display if loop.done < steps else contextlib.nullcontext():
+                while not loop.ended:
+                    metrics = loop.advance()
+                    display.advance(loop.done, metrics)
+                    loop.call_back()
+                    loop.save_now_and_then()
+        except (KeyboardInterrupt, Terminated):
+            interrupted = True
+            raise
+        finally:
+            # An interrupt keeps what is done.
+            loop.save()
+            if interrupted:
+                farewell = _farewell(title, loop.done, steps, loop.written, checkpoint_dir)
+                print(farewell, file=sys.stderr, flush=True)
+    loop.warn_if_inexact()
+    return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
+
+
+def _refuse_unfit(solver: Solver, state: Any, data: Any, record: Any, reads: Any) -> list[TracedLoss]:
+    """Traces the losses, refuses or warns of what they tell of the problem, and returns them."""
     losses = _losses(solver, state, data)
     refuse_captured(losses, state.outer)
     anew = lambda: _losses(solver, state, data, anew=True)  # noqa: E731
     refuse_changing(reads, losses, anew, lambda: list(programs(solver, state, record)))
     warn_if_misplaced(losses, learned=getattr(solver, "learns_outer", True))
     warn_if_swapped(solver, losses, state.outer, replayed(state.key))
-    rows_of = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
-    if store:
-        store.claim(fingerprint(solver, key, state, losses, feeds, record), rows_of, note)
-        if note:
-            state, rows = store.restore(note["step"], state)
-            done, history, due, called = note["step"], History(rows), note["due"], note["called"]
-    check_schedules(solver, done, steps)
-
-    every = callback_every if callbacks else steps
-    capacity = 1 if any(feed.is_iterator for feed in feeds) else chunk_capacity(solver)
-    count, room, written, saved = 1, 1, done, time.monotonic()
-    positions, holes, looked, stop, earlier = [feed.position() for feed in feeds], None, False, False, None
-
-    def call_back() -> bool:
-        nonlocal called
-        # Copies: what a callback writes into them is its own.
-        rows = {name: rows.copy() for name, rows in history.rows(called, done).items()}
-        if any([_truth(callback(done, state, rows)) for callback in callbacks]):
-            return True
-        called = done
-        return False
-
-    def save() -> None:
-        nonlocal written
-        if not store or done == written:
-            return
-        # An interrupt may have come between the rows of a step and its state; one that comes now waits until both the
-        # checkpoint is whole and it is known here.
-        with uninterrupted():
-            rows = history.rows(0, done)
-            if store.save(done, state, rows, positions, due=due, called=called, record=rows_of):
-                written = done
-
-    with terminable():
-        interrupted = False
-        try:
-            # Interrupted before they had returned, or stopped by one: they are asked again.
-            if due and callbacks:
-                due = stop = call_back()
-            display = Progress(title, steps, start=done, show=progress)
-            if note and done == steps:
-                display.already_finished()
-            with display if done < steps else contextlib.nullcontext():
-                while done < steps and not stop:
-                    begun = time.monotonic()
-                    # Chunks are as long as the machine is fast; callbacks see none of that.
-                    count = min(count, steps - done, room, every - done % every)
-                    if done or note:
-                        data = [feed.next(n, done) for feed, n in zip(feeds, wanted_batches(solver), strict=True)]
-                    if holes is None:  # no step: compiled, and what is not finite from the start
-                        holes = np.asarray(chunk(solver, record, capacity, *replayed((state, data)), 0)[2])
-                        are_steady(look_again(solver, record))
-                        refuse_start(solver, state, holes, done)
-                    new, buffer, new_holes = chunk(solver, record, capacity, state, data, count)
-                    rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
-                    left = holes, np.asarray(new_holes)
-                    refuse_failed(solver, record, capacity, state, data, done, rows, *left, earlier)
-                    check_counts(solver, int(state.step), int(new.step), count)
-                    looked = looked or warn_if_steep(solver, record, capacity, state, data, rows)
-                    # All at once, after the device is done: an interrupt or a failure before leaves what was done.
-                    history.append(rows, count)
-                    earlier = state.outer
-                    state, done, positions = new, done + count, [feed.position() for feed in feeds]
-                    due = bool(callbacks) and (done % every == 0 or done == steps)
-                    elapsed = time.monotonic() - begun
-                    room = max((len(value) for value in buffer.values()), default=capacity)
-                    count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
-                    display.advance(done, {n: float(v[-1]) for n, v in rows.items() if v.ndim == 1 and _is_real(v)})
-                    if due:
-                        due = stop = call_back()
-                    if time.monotonic() - saved >= checkpoint_every:
-                        save()
-                        saved = time.monotonic()
-        except (KeyboardInterrupt, Terminated):
-            interrupted = True
-            raise
-        finally:
-            # An interrupt keeps what is done.
-            save()
-            if interrupted:
-                print(_farewell(title, done, steps, written, checkpoint_dir), file=sys.stderr, flush=True)
-    if len(history):
-        last = history.rows(len(history) - 1)
-        exactness = {name: last[name][-1] for name in EXACTNESS if name in last}
-        warn_if_inexact(exactness, undetermined=lambda: undetermined(solver, *replayed((state, data))))
-    return Result(state.outer, state.inner, history.rows(), state)
+    return losses
 
 
 def _farewell(title: str, done: int, steps: int, written: int, folder: Any) -> str:
@@ -246,20 +192,6 @@ def _farewell(title: str, done: int, steps: int, written: int, folder: Any) -> s
         return stopped + "are not saved: give checkpoint_dir=, and the same call goes on where it was interrupted."
     kept = f"are saved in {folder}" if written == done else f"are lost after step {written}"
     return stopped + kept + ": the same call goes on from there."
-
-
-def _truth(answer: Any) -> bool:
-    """Whether a callback asks for an end.
-
-    Raises:
-      ValueError: if it returned what is neither true nor false.
-    """
-    try:
-        return bool(answer)
-    except Exception:
-        raise ValueError(
-            f"run(callbacks=...): a callback returned {shown(answer)}, but must return True to stop the run, or None."
-        ) from None
 
 
 def _first(solver: Solver, feeds: Sequence[Feed], note: Any) -> list[Any]:
@@ -284,7 +216,3 @@ def _losses(solver: Solver, state: Any, data: Any, *, anew: bool = False) -> lis
     params = getattr(state.inner, "params", None)
     arguments = params, state.outer, inner, outer, state.key, solver.inner_batches_per_step
     return traced_losses(solver.problem, *arguments, anew=anew)
-
-
-def _is_real(values: np.ndarray) -> bool:
-    return np.issubdtype(values.dtype, np.floating)

@@ -173,7 +173,7 @@ def test_infinities_that_are_meant_are_left_alone():
 )
 def test_a_gradient_that_is_nan_where_the_loss_is_finite(estimator, seconds, first, monkeypatch):
     """sqrt at 0 from outer step `first` on, in the middle of a chunk (1, 2, 4, ... steps long) or as its first step."""
-    monkeypatch.setattr(importlib.import_module("bilevel.running.run"), "CHUNK_SECONDS", seconds)
+    monkeypatch.setattr(importlib.import_module("bilevel.running.loop"), "CHUNK_SECONDS", seconds)
 
     def inner_loss(w, outer, batch, key):
         distance = jnp.where(outer["n"] < first - 0.5, 1.0, 0.0) + 0.0 * jnp.sum(w["w"])
@@ -351,7 +351,7 @@ def learned_rate(rate, by="optimizer"):
 @pytest.mark.parametrize("seconds", [1e-9, 9.0])
 @pytest.mark.parametrize("by", ["optimizer", "loss"])
 def test_an_outer_step_out_of_range_is_named_with_its_leaf(by, seconds, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("bilevel.running.run"), "CHUNK_SECONDS", seconds)
+    monkeypatch.setattr(importlib.import_module("bilevel.running.loop"), "CHUNK_SECONDS", seconds)
     message = r"Outer step \d+: .*The move of outer\['lr'\] from \S+ to \S+ in"
     with pytest.raises(FloatingPointError, match=message) as told:
         run(learned_rate(1.0 if by == "optimizer" else 0.03, by), 9)

@@ -180,7 +180,7 @@ def test_an_interrupt_before_the_first_step_says_that_there_is_nothing(tmp_path,
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("bilevel.running.run"), "chunk", interrupted)
+    monkeypatch.setattr(importlib.import_module("bilevel.running.loop"), "chunk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(LINE_SOLVER, 9, checkpoint_dir=tmp_path)
     said = capfd.readouterr().err

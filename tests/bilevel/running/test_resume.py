@@ -90,7 +90,7 @@ def test_a_plain_iterator_is_not_resumed(tmp_path):
 
 
 def test_an_interrupt_while_the_device_is_busy_keeps_what_is_done(tmp_path):
-    module = importlib.import_module("bilevel.running.run")
+    module = importlib.import_module("bilevel.running.loop")
     chunk, whole = module.chunk, run(steps=6, **DATA)
 
     class Busy:
@@ -120,7 +120,7 @@ def test_an_interrupt_while_the_device_is_busy_keeps_what_is_done(tmp_path):
 
 
 def test_callbacks_are_called_at_the_same_steps_however_fast_the_machine_and_after_a_kill(tmp_path):
-    module = importlib.import_module("bilevel.running.run")
+    module = importlib.import_module("bilevel.running.loop")
 
     def calls(seconds: float, steps: int = 23, kill: int | None = None, **settings: Any) -> tuple[list[Any], Any]:
         seen = []

@@ -248,7 +248,7 @@ def test_rows_that_are_large_come_in_smaller_chunks(monkeypatch):
     whole = run(LINE_SOLVER, 30, record=record)
     jax.clear_caches()
     monkeypatch.setattr(importlib.import_module("bilevel.running.chunks"), "BUFFER_BYTES", 300)
-    monkeypatch.setattr(importlib.import_module("bilevel.running.run"), "CHUNK_SECONDS", 100.0)
+    monkeypatch.setattr(importlib.import_module("bilevel.running.loop"), "CHUNK_SECONDS", 100.0)
     counts = []
     append = History.append
     monkeypatch.setattr(History, "append", lambda self, rows, count: (counts.append(count), append(self, rows, count)))

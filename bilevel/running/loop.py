@@ -1,0 +1,217 @@
+"""What a run does between its start and its end: chunks of steps, calls of callbacks, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bilevel.differentiation.captures import look_again
+from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
+from bilevel.running.checkpoints import Checkpoints
+from bilevel.running.chunks import History, chunk, chunk_capacity, wanted_batches
+from bilevel.running.diagnosis import refuse_failed, refuse_start
+from bilevel.running.feeds import Feed
+from bilevel.running.interrupts import uninterrupted
+from bilevel.running.progress import Callback
+from bilevel.running.singular import undetermined
+from bilevel.running.steep import warn_if_steep
+from bilevel.running.unsteady import are_steady
+from bilevel.settings import shown
+from bilevel.solvers.base import Solver
+from bilevel.solvers.states import check_counts
+from bilevel.trees import PyTree, replayed
+
+CHUNK_SECONDS = 1.0
+"""Device time between two returns to the host."""
+
+
+@dataclasses.dataclass
+class Store:
+    """Where a run is saved, and how often.
+
+    Attributes:
+      checkpoints: the folder.
+      every: least seconds between two checkpoints.
+      record: what `record` of the run returns, as `kinds` says it: a checkpoint notes it.
+      written: the last step that is saved.
+      saved: when a checkpoint was last due.
+    """
+
+    checkpoints: Checkpoints
+    every: float
+    record: str = "none"
+    written: int = 0
+    saved: float = dataclasses.field(default_factory=time.monotonic)
+
+
+@dataclasses.dataclass
+class Loop:
+    """A run that is going on.
+
+    Attributes:
+      solver, record, steps, callbacks: as for `run`.
+      every: steps between two calls of the callbacks; `steps` without any.
+      feeds: of the inner and the outer batches.
+      store: None where nothing is saved.
+      state: the solver's, after `done` steps.
+      data: the batches of the chunk that is computed now, or was computed last.
+      fresh: whether these are of the next chunk, and not used yet.
+      done: steps done.
+      history: rows of metrics of these.
+      called: how many of the rows the callbacks have seen.
+      due: whether the callbacks must be called before another step.
+      stop: whether a callback has asked for an end.
+      earlier: outer before the last chunk; None before the second.
+      count: steps of the next chunk, if nothing else cuts it short.
+      room: most steps of a chunk, as their rows of metrics have it.
+      holes: entries of `state` that are not finite, as `chunk` counts them; None until a chunk was compiled.
+      looked: whether a warning about steep updates was given.
+      capacity: most steps of a chunk.
+      positions: where the feeds stood after step `done`.
+    """
+
+    solver: Solver
+    record: Any
+    steps: int
+    callbacks: Sequence[Callback]
+    every: int
+    feeds: Sequence[Feed]
+    store: Store | None
+    state: Any
+    data: Any
+    fresh: bool
+    _: dataclasses.KW_ONLY
+    done: int = 0
+    history: History = dataclasses.field(default_factory=History)
+    called: int = 0
+    due: bool = False
+    stop: bool = False
+    earlier: PyTree = None
+    count: int = 1
+    room: int = 1
+    holes: np.ndarray | None = None
+    looked: bool = False
+    capacity: int = dataclasses.field(init=False)
+    positions: list[Any] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.capacity = 1 if any(feed.is_iterator for feed in self.feeds) else chunk_capacity(self.solver)
+        self.positions = self._positions()
+
+    @property
+    def ended(self) -> bool:
+        return self.stop or self.done >= self.steps
+
+    @property
+    def written(self) -> int:
+        """The last step that is saved."""
+        return self.store.written if self.store else 0
+
+    def resume(self, store: Store, note: Any) -> None:
+        """Goes back to what `note` of the store says: the state, the history, and what the callbacks have seen."""
+        self.state, rows = store.checkpoints.restore(note["step"], self.state)
+        self.done, self.history, self.due, self.called = note["step"], History(rows), note["due"], note["called"]
+        store.written = self.done
+
+    def advance(self) -> dict[str, float]:
+        """Computes one chunk, and returns the metrics of its last step.
+
+        Raises:
+          FloatingPointError, ValueError: as `run` says; nothing of the chunk is then kept.
+        """
+        begun = time.monotonic()
+        # Chunks are as long as the machine is fast; callbacks see none of that.
+        count = min(self.count, self.steps - self.done, self.room, self.every - self.done % self.every)
+        if not self.fresh:
+            wanted = wanted_batches(self.solver)
+            self.data = [feed.next(n, self.done) for feed, n in zip(self.feeds, wanted, strict=True)]
+        self.fresh = False
+        if self.holes is None:
+            self.holes = self._compiled()
+        fixed = self.solver, self.record, self.capacity
+        new, buffer, holes = chunk(*fixed, self.state, self.data, count)
+        rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
+        left = self.holes, np.asarray(holes)
+        refuse_failed(*fixed, self.state, self.data, self.done, rows, *left, self.earlier)
+        check_counts(self.solver, int(self.state.step), int(new.step), count)
+        self.looked = self.looked or warn_if_steep(*fixed, self.state, self.data, rows)
+        # All at once, after the device is done: an interrupt or a failure before leaves what was done.
+        self.history.append(rows, count)
+        self.earlier = self.state.outer
+        self.state, self.done, self.positions = new, self.done + count, self._positions()
+        self.due = bool(self.callbacks) and (self.done % self.every == 0 or self.done == self.steps)
+        elapsed = time.monotonic() - begun
+        self.room = max((len(value) for value in buffer.values()), default=self.capacity)
+        self.count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
+        return {name: float(row[-1]) for name, row in rows.items() if row.ndim == 1 and _is_real(row)}
+
+    def _compiled(self) -> np.ndarray:
+        """Compiles the chunk by computing no step of it: what is not finite in the state that it begins with."""
+        arguments = replayed((self.state, self.data))
+        holes = np.asarray(chunk(self.solver, self.record, self.capacity, *arguments, 0)[2])
+        are_steady(look_again(self.solver, self.record))
+        refuse_start(self.solver, self.state, holes, self.done)
+        return holes
+
+    def call_back(self) -> None:
+        """Calls the callbacks, if it is time, with the rows that they have not seen."""
+        if not (self.due and self.callbacks):
+            return
+        # Copies: what a callback writes into them is its own.
+        rows = {name: rows.copy() for name, rows in self.history.rows(self.called, self.done).items()}
+        if any([_truth(callback(self.done, self.state, rows)) for callback in self.callbacks]):
+            self.due = self.stop = True
+        else:
+            self.called, self.due = self.done, False
+
+    def save_now_and_then(self) -> None:
+        """Saves, if the last checkpoint is old enough."""
+        if self.store and time.monotonic() - self.store.saved >= self.store.every:
+            self.save()
+            self.store.saved = time.monotonic()
+
+    def save(self) -> None:
+        """Saves what is not saved yet."""
+        store = self.store
+        if not store or self.done == store.written:
+            return
+        # An interrupt may have come between the rows of a step and its state; one that comes now waits until both the
+        # checkpoint is whole and it is known here.
+        with uninterrupted():
+            rows = self.history.rows(0, self.done)
+            note = {"due": self.due, "called": self.called, "record": store.record}
+            if store.checkpoints.save(self.done, self.state, rows, self.positions, **note):
+                store.written = self.done
+
+    def warn_if_inexact(self) -> None:
+        """Warns if an implicit estimator's last point was not trained, or its system not solved."""
+        if len(self.history):
+            last = self.history.rows(len(self.history) - 1)
+            exactness = {name: last[name][-1] for name in EXACTNESS if name in last}
+            arguments = self.state, self.data
+            warn_if_inexact(exactness, undetermined=lambda: undetermined(self.solver, *replayed(arguments)))
+
+    def _positions(self) -> list[Any]:
+        return [feed.position() for feed in self.feeds]
+
+
+def _truth(answer: Any) -> bool:
+    """Whether a callback asks for an end.
+
+    Raises:
+      ValueError: if it returned what is neither true nor false.
+    """
+    try:
+        return bool(answer)
+    except Exception:
+        raise ValueError(
+            f"run(callbacks=...): a callback returned {shown(answer)}, but must return True to stop the run, or None."
+        ) from None
+
+
+def _is_real(values: np.ndarray) -> bool:
+    return np.issubdtype(values.dtype, np.floating)
