@@ -57,22 +57,23 @@ class BiCGStab(Preconditioned):
         r = rhs if start is None else along(-1, matvec(start), rhs)
 
         def more(state):
-            _, _, size, steps, _, improved = state
-            return (size > goal) & improved & (steps < self.max_steps)
+            return (state["size"] > goal) & state["improved"] & (state["steps"] < self.max_steps)
 
-        def again(state):
-            x, r, size, steps, starts, _ = state
-            found, steps, scale = _run(matvec, inverse, x, r, size, goal, steps, self.max_steps)
+        def again(state: dict[str, Any]) -> dict[str, Any]:
+            x, r, size = state["x"], state["r"], state["size"]
+            found, steps, scale = _run(matvec, inverse, x, r, size, goal, state["steps"], self.max_steps)
             image = matvec(found)
             left = along(-1, image, rhs)
-            better = residual_bound(image, rhs, found, scale) < size
-            x, r = jax.tree.map(lambda new, old: jnp.where(better, new, old), (found, left), (x, r))
-            return x, r, jnp.where(better, global_norm(left), size), steps, starts + 1, better
+            improved = residual_bound(image, rhs, found, scale) < size
+            x, r = jax.tree.map(lambda new, old: jnp.where(improved, new, old), (found, left), (x, r))
+            size = jnp.where(improved, global_norm(left), size)
+            return {"x": x, "r": r, "size": size, "steps": steps, "starts": state["starts"] + 1, "improved": improved}
 
         none = jnp.zeros((), jnp.int32)
-        state = x, r, global_norm(r), none, none, jnp.asarray(True)
-        x, _, _, steps, starts, _ = jax.lax.while_loop(more, again, state)
-        return forward_only(x), info(steps, 2 * steps + starts + sketched + (0 if start is None else 1))
+        state = {"x": x, "r": r, "size": global_norm(r), "steps": none, "starts": none, "improved": jnp.asarray(True)}
+        end = jax.lax.while_loop(more, again, state)
+        matvecs = 2 * end["steps"] + end["starts"] + sketched + (0 if start is None else 1)
+        return forward_only(end["x"]), info(end["steps"], matvecs)
 
 
 def _run(matvec, inverse, x, r, size, goal, steps, max_steps) -> tuple[PyTree, jax.Array, jax.Array]:

@@ -199,35 +199,43 @@ def _conjugate_gradients(matvec, rhs, start, inverse, goal, max_steps) -> tuple[
     rounding = 10 * jnp.finfo(first.dtype).eps
 
     def more(state):
-        size, steps = state[4], state[-1]
-        return (size > goal) & jnp.isfinite(size) & (steps < max_steps)
+        size = state["size"]
+        return (size > goal) & jnp.isfinite(size) & (state["steps"] < max_steps)
 
-    def step(state):
-        x, r, p, rz, _, best, least, largest, definite, steps = state
-        image = matvec(p)
+    def step(state: dict[str, Any]) -> dict[str, Any]:
+        p, image = state["p"], matvec(state["p"])
+        # The residual, r = b - Ax, is smallest in the norm of A^-1 along p where x moves by alpha p.
         work, square = dot(p, image), dot(p, p)
-        largest = larger(largest, jnp.sqrt(dot(image, image) / square))
-        definite = definite & (work / square > rounding * largest)
-        x, r = along(rz / work, p, x), along(-rz / work, image, r)
+        alpha = state["rz"] / work
+        x, r = along(alpha, p, state["x"]), along(-alpha, image, state["r"])
+        # The next direction is the preconditioned residual, made A-orthogonal to those before.
         z, size = inverse(r), global_norm(r)
-        after, better = dot(r, z), size < least  # not for NaN
-        best = jax.tree.map(lambda x, b: jnp.where(better, x, b), x, best)
-        least = jnp.minimum(least, jnp.where(better, size, least))
-        return x, r, along(after / rz, p, z), after, size, best, least, largest, definite, steps + 1
+        rz = dot(r, z)
+        p = along(rz / state["rz"], p, z)
+        # What is known of A: the largest |Ap| / |p|, and whether each curvature was positive.
+        largest = larger(state["largest"], jnp.sqrt(dot(image, image) / square))
+        definite = state["definite"] & (work / square > rounding * largest)
+        better = size < state["least"]  # not for NaN
+        best = jax.tree.map(lambda x, b: jnp.where(better, x, b), x, state["best"])
+        least = jnp.where(better, size, state["least"])
+        vectors = {"x": x, "r": r, "p": p, "best": best}
+        numbers = {"rz": rz, "size": size, "least": least, "largest": largest}
+        return vectors | numbers | {"definite": definite, "steps": state["steps"] + 1}
 
-    none, zero = jnp.zeros((), jnp.int32), jnp.zeros_like(first)
-    state = x, r, p, dot(r, p), first, x, first, zero, jnp.asarray(True), none
-    last, _, _, _, size, best, _, largest, definite, steps = jax.lax.while_loop(more, step, state)
-    definite = definite & jnp.isfinite(size)
+    vectors = {"x": x, "r": r, "p": p, "best": x}
+    numbers = {"rz": dot(r, p), "size": first, "least": first, "largest": jnp.zeros_like(first)}
+    flags = {"definite": jnp.asarray(True), "steps": jnp.zeros((), jnp.int32)}
+    end = jax.lax.while_loop(more, step, vectors | numbers | flags)
+    definite = end["definite"] & jnp.isfinite(end["size"])
 
     def checked():
         # Where the iterates have been large the recurrence is far from the residual.
-        good = residual_bound(matvec(best), rhs, best, largest) <= first
-        return jax.tree.map(lambda b, x: jnp.where(good, b, x), best, x)
+        good = residual_bound(matvec(end["best"]), rhs, end["best"], end["largest"]) <= first
+        return jax.tree.map(lambda b, x: jnp.where(good, b, x), end["best"], x)
 
     # While A may be positive definite the last iterate is the best one, in the norm that counts.
-    found = forward_only(jax.lax.cond(definite, lambda: last, checked))
-    return found, steps, steps + jnp.where(definite, 0, 1).astype(jnp.int32)
+    found = forward_only(jax.lax.cond(definite, lambda: end["x"], checked))
+    return found, end["steps"], end["steps"] + jnp.where(definite, 0, 1).astype(jnp.int32)
 
 
 @jax.custom_jvp
