@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from bilevel.settings import check_fields, child, having, real, register, setting
-from bilevel.trees import PyTree, is_inexact, leaf_names, named
+from bilevel.trees import PyTree, cast_like, is_inexact, leaf_names, named
 
 is_bijector = having("a bijector, such as bilevel.Positive()", "forward", "inverse")
 """The rule of a setting that is a `Bijector`."""
@@ -203,6 +203,15 @@ def free(domain: PyTree, natural: PyTree) -> PyTree:
 def natural(domain: PyTree, free: PyTree) -> PyTree:
     """Maps the free variable back to the natural one: the inverse of `free`."""
     return _map(domain, free, lambda bijector, x: bijector.forward(x))
+
+
+def free_gradient(domain: PyTree, outer: PyTree, grad: PyTree) -> tuple[PyTree, PyTree]:
+    """`(free(outer), the gradient there)` for a gradient in natural units; trees of inexact leaves."""
+    if domain is None:
+        return outer, grad
+    moved = free(domain, outer)
+    _, pull = jax.vjp(lambda moved: natural(domain, moved), moved)
+    return moved, pull(cast_like(grad, outer))[0]
 
 
 def check(domain: PyTree, outer: PyTree) -> None:

@@ -23,12 +23,11 @@ from bilevel.trees import (
     Outer,
     PyTree,
     as_arrays,
-    cast_like,
     in_leaf,
     leaf_names,
     partition,
-    shape,
     shapes,
+    unlike,
 )
 
 _MISFITS = (TypeError, ValueError, AttributeError, LookupError)
@@ -127,68 +126,6 @@ class Problem:
         bijectors.check(self.domain, outer)
         return outer
 
-    def unlike_start(self, outer: Outer, *, whole: bool = False) -> str | None:
-        """How `outer` differs from what `init_outer` returns, of which nothing is computed; None if it does not.
-
-        A leaf differs in its shape, or in being real, complex, an integer, a boolean or a key. Numbers may be of other
-        widths, containers of other kinds, and leaves may be missing, unless `whole`, or more.
-        """
-        try:
-            own = jax.eval_shape(self.init_outer, jax.random.key(0))
-        except Exception:  # it needs its values, or is there in vain, where only `fit` is wanted
-            return None
-        wanted, found = _leaves(own), _leaves(outer)
-        for name, leaf in wanted.items():
-            if name in found:
-                alike = jnp.shape(leaf) == jnp.shape(found[name]) or np.size(leaf) == np.size(found[name]) == 1
-                if not alike or _kind(leaf) != _kind(found[name]):
-                    return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shape(found[name])}"
-            elif whole:
-                return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shapes(outer, 12)}"
-        return None
-
-    def _refuse_unlike(self, name: str, outer: Outer, error: Exception) -> None:
-        """Raises ValueError if a function has failed and lacks a leaf of `outer`."""
-        if (unlike := self.unlike_start(outer, whole=True)) is not None:
-            said = str(error).partition("\n")[0]
-            raise ValueError(
-                f"{name} failed ({type(error).__name__}: {said}), and outer is not like what init_outer returns: "
-                f"{unlike}."
-            ) from error
-
-    def free(self, outer: Outer) -> PyTree:
-        """`outer` in coordinates without bounds, in which solvers move: `outer` itself without `domain`."""
-        return bijectors.free(self.domain, outer)
-
-    def natural(self, free: PyTree) -> PyTree:
-        """The `outer` that `free` stands for; its inverse."""
-        return bijectors.natural(self.domain, free)
-
-    def free_gradient(self, outer: Outer, grad: PyTree) -> tuple[PyTree, PyTree]:
-        """`(free(outer), the gradient there)` for a gradient in natural units; trees of inexact leaves."""
-        if self.domain is None:
-            return outer, grad
-        free = self.free(outer)
-        _, pull = jax.vjp(self.natural, free)
-        return free, pull(cast_like(grad, outer))[0]
-
-    def projected(self, outer: Outer) -> PyTree:
-        """`project(outer)`; `outer` itself where there is none.
-
-        Raises:
-          ValueError: if it returns another kind of tree.
-        """
-        if self.project is None:
-            return outer
-        with telling(_tracing("project(outer)", self.project), outer=outer):
-            found = self.project(outer)
-        if jax.tree.structure(found) != jax.tree.structure(outer) or shapes(found) != shapes(outer):
-            raise ValueError(
-                f"project returned {shapes(found)} for an outer variable that is {shapes(outer)}: it must be a tree "
-                "like its argument, of the same shapes and dtypes."
-            )
-        return found
-
     def start_inner(self, key: Key, outer: Outer) -> PyTree:
         """`init_inner(key, outer)`, its numbers made arrays.
 
@@ -199,7 +136,7 @@ class Problem:
             try:
                 inner = self.init_inner(key, outer)
             except _MISFITS as error:
-                self._refuse_unlike("init_inner", outer, error)
+                _refuse_unlike(self, "init_inner", outer, error)
                 raise
         refuse_modules("init_inner returned", inner, self.mutable)
         inner = as_arrays(inner, "init_inner returned")
@@ -210,24 +147,12 @@ class Problem:
             raise ValueError(
                 f"Problem(mutable={self.mutable}): init_inner must return a dict with these entries, not {found}."
             )
-        if not any(np.size(x) for x in jax.tree.leaves(self.split(inner)[0])):
+        if not any(np.size(x) for x in jax.tree.leaves(split_inner(self, inner)[0])):
             raise ValueError(
                 f"init_inner returned nothing that can be trained ({shapes(inner)}): inner needs a floating-point "
                 "leaf with at least one number, since integers, booleans and random keys are constants."
             )
         return inner
-
-    def split(self, inner: Inner) -> tuple[PyTree, PyTree]:
-        """`(trained, rest)`: inexact leaves that are not `mutable`, and all others; None in each other's places."""
-        trained, rest = partition(inner)
-        if not self.mutable:
-            return trained, rest
-        nothing = {name: jax.tree.map(lambda _: None, inner[name]) for name in self.mutable}
-        return trained | nothing, rest | self.carried(inner)
-
-    def carried(self, inner: Inner) -> dict[str, PyTree]:
-        """The `mutable` entries of `inner`."""
-        return {name: inner[name] for name in self.mutable}
 
     def inner_value(self, inner: Inner, outer: Outer, batch: Batch, key: Any) -> tuple[jax.Array, PyTree]:
         """`(inner_loss, aux)`, `aux` being None without `has_aux`.
@@ -235,80 +160,146 @@ class Problem:
         Raises:
           ValueError: if the loss is not a real scalar, or is not a pair where `has_aux` or `mutable` says so.
         """
-        value, _, aux = self.inner_outcome(inner, outer, batch, key)
+        value, _, aux = inner_outcome(self, inner, outer, batch, key)
         return value, aux
-
-    def inner_outcome(
-        self, inner: Inner, outer: Outer, batch: Batch, key: Any
-    ) -> tuple[jax.Array, dict[str, PyTree], PyTree]:
-        """`(inner_loss, updates, aux)`: `inner_value` with the new values of the `mutable` entries."""
-        rest: Any
-        value, rest = self._value("inner_loss", bool(self.mutable) or self.has_aux, inner, outer, batch, key)
-        if not self.mutable:
-            return value, {}, rest
-        if self.has_aux and not (isinstance(rest, tuple) and len(rest) == 2):
-            raise ValueError(
-                f"inner_loss returned {_describe(rest)} beside its value, but must return a pair (updates, aux), as "
-                "mutable and has_aux=True say."
-            )
-        updates, aux = rest if self.has_aux else (rest, None)
-        before = self.carried(inner)
-        if not isinstance(updates, dict) or shapes(updates) != shapes(before):
-            found = shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
-            raise ValueError(
-                f"inner_loss returned {found} for the mutable entries, which are {shapes(before)}: it must return all "
-                "of them, in a dict, of the same shapes and dtypes."
-            )
-        return value, updates, aux
 
     def outer_value(self, inner: Inner, outer: Outer, batch: Batch, key: Any) -> tuple[jax.Array, PyTree]:
         """`(outer_loss, aux)`; as `inner_value`."""
-        return self._value("outer_loss", self.has_aux, inner, outer, batch, key)
-
-    def _value(self, name, is_pair, inner, outer, batch, key):
-        batch, loss = resolve(batch), getattr(self, name)
-        if loss is None:
-            raise ValueError(f"Problem({name}=None): there is nothing to differentiate: give the loss.")
-        arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
-        before = {what: Contents.of(tree) for what, tree in arguments.items()}
-        with telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
-            try:
-                result = loss(inner, outer, batch, key)
-            except _MISFITS as error:
-                if batch is None and "NoneType" in str(error):
-                    side = name.partition("_")[0]
-                    raise ValueError(
-                        f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of "
-                        f"run{', data= of fit' * (side == 'inner')}; the {side} batches of estimate), or let it read "
-                        "none."
-                    ) from error
-                self._refuse_unlike(name, outer, error)
-                raise
-        for what, tree in arguments.items():
-            if (leaf := before[what].changed(tree)) is not None:
-                raise ValueError(
-                    f"{name} changed {what} in place ({leaf}), which would be lost: a loss is a function of its "
-                    "arguments, so build a new value, and return what training has to carry as Problem(mutable=...) "
-                    "says."
-                )
-        if isinstance(result, tuple) != is_pair or (is_pair and len(result) != 2):
-            wanted = "a pair (scalar, aux), as has_aux=True says" if is_pair else "a scalar"
-            if is_pair and not self.has_aux:
-                wanted = "a pair (scalar, updates), as mutable says"
-            raise ValueError(
-                f"{name} returned {_describe(result)}, but must return {wanted}; set Problem(has_aux=...) to match."
-            )
-        value, aux = result if is_pair else (result, None)
-        if not _is_loss(value):
-            raise ValueError(
-                f"{name} returned {_describe(value)}, but a loss is a real floating-point scalar: "
-                "reduce it with a mean or a sum."
-            )
-        return value, aux
+        return _value(self, "outer_loss", self.has_aux, inner, outer, batch, key)
 
 
 is_problem = instance(Problem, "a bilevel.Problem(...)")
 """The rule of a setting that is a `Problem`."""
+
+
+def split_inner(problem: Problem, inner: Inner) -> tuple[PyTree, PyTree]:
+    """`(trained, rest)`: inexact leaves that are not `mutable`, and all others; None in each other's places.
+
+    `bilevel.extend.combine(trained, rest)` is `inner` again.
+
+    Examples:
+      >>> import dataclasses, bilevel
+      >>> from bilevel.extend import split_inner
+      >>> from bilevel.testing import ridge
+      >>> problem = dataclasses.replace(ridge()[0], mutable=("mean",))
+      >>> split_inner(problem, {"w": 0.5, "layers": 3, "mean": 2.0})
+      ({'layers': None, 'mean': None, 'w': 0.5}, {'layers': 3, 'mean': 2.0, 'w': None})
+    """
+    trained, rest = partition(inner)
+    if not problem.mutable:
+        return trained, rest
+    nothing = {name: jax.tree.map(lambda _: None, inner[name]) for name in problem.mutable}
+    return trained | nothing, rest | mutable_entries(problem, inner)
+
+
+def mutable_entries(problem: Problem, inner: Inner) -> dict[str, PyTree]:
+    """The `mutable` entries of `inner`."""
+    return {name: inner[name] for name in problem.mutable}
+
+
+def inner_outcome(
+    problem: Problem, inner: Inner, outer: Outer, batch: Batch, key: Any
+) -> tuple[jax.Array, dict[str, PyTree], PyTree]:
+    """`(inner_loss, updates, aux)`: `inner_value` with the new values of the `mutable` entries."""
+    rest: Any
+    value, rest = _value(problem, "inner_loss", bool(problem.mutable) or problem.has_aux, inner, outer, batch, key)
+    if not problem.mutable:
+        return value, {}, rest
+    if problem.has_aux and not (isinstance(rest, tuple) and len(rest) == 2):
+        raise ValueError(
+            f"inner_loss returned {_describe(rest)} beside its value, but must return a pair (updates, aux), as "
+            "mutable and has_aux=True say."
+        )
+    updates, aux = rest if problem.has_aux else (rest, None)
+    before = mutable_entries(problem, inner)
+    if not isinstance(updates, dict) or shapes(updates) != shapes(before):
+        found = shapes(updates) if isinstance(updates, dict) else f"a {type(updates).__name__}"
+        raise ValueError(
+            f"inner_loss returned {found} for the mutable entries, which are {shapes(before)}: it must return all "
+            "of them, in a dict, of the same shapes and dtypes."
+        )
+    return value, updates, aux
+
+
+def projected(problem: Problem, outer: Outer) -> PyTree:
+    """`project(outer)`; `outer` itself where there is none.
+
+    Raises:
+      ValueError: if it returns another kind of tree.
+    """
+    if problem.project is None:
+        return outer
+    with telling(_tracing("project(outer)", problem.project), outer=outer):
+        found = problem.project(outer)
+    if jax.tree.structure(found) != jax.tree.structure(outer) or shapes(found) != shapes(outer):
+        raise ValueError(
+            f"project returned {shapes(found)} for an outer variable that is {shapes(outer)}: it must be a tree "
+            "like its argument, of the same shapes and dtypes."
+        )
+    return found
+
+
+def unlike_start(problem: Problem, outer: Outer, *, whole: bool = False) -> str | None:
+    """How `outer` differs from what `init_outer` returns, of which nothing is computed; None if it does not.
+
+    As `trees.unlike`.
+    """
+    try:
+        own = jax.eval_shape(problem.init_outer, jax.random.key(0))
+    except Exception:  # it needs its values, or is there in vain, where only `fit` is wanted
+        return None
+    return unlike(own, outer, whole=whole)
+
+
+def _refuse_unlike(problem: Problem, name: str, outer: Outer, error: Exception) -> None:
+    """Raises ValueError if a function has failed and lacks a leaf of `outer`."""
+    if (unlike := unlike_start(problem, outer, whole=True)) is not None:
+        said = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{name} failed ({type(error).__name__}: {said}), and outer is not like what init_outer returns: {unlike}."
+        ) from error
+
+
+def _value(problem, name, is_pair, inner, outer, batch, key):
+    batch, loss = resolve(batch), getattr(problem, name)
+    if loss is None:
+        raise ValueError(f"Problem({name}=None): there is nothing to differentiate: give the loss.")
+    arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
+    before = {what: Contents.of(tree) for what, tree in arguments.items()}
+    with telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
+        try:
+            result = loss(inner, outer, batch, key)
+        except _MISFITS as error:
+            if batch is None and "NoneType" in str(error):
+                side = name.partition("_")[0]
+                raise ValueError(
+                    f"{name} was called with batch=None, and failed ({error}): give it batches ({side}_data= of "
+                    f"run{', data= of fit' * (side == 'inner')}; the {side} batches of estimate), or let it read "
+                    "none."
+                ) from error
+            _refuse_unlike(problem, name, outer, error)
+            raise
+    for what, tree in arguments.items():
+        if (leaf := before[what].changed(tree)) is not None:
+            raise ValueError(
+                f"{name} changed {what} in place ({leaf}), which would be lost: a loss is a function of its "
+                "arguments, so build a new value, and return what training has to carry as Problem(mutable=...) "
+                "says."
+            )
+    if isinstance(result, tuple) != is_pair or (is_pair and len(result) != 2):
+        wanted = "a pair (scalar, aux), as has_aux=True says" if is_pair else "a scalar"
+        if is_pair and not problem.has_aux:
+            wanted = "a pair (scalar, updates), as mutable says"
+        raise ValueError(
+            f"{name} returned {_describe(result)}, but must return {wanted}; set Problem(has_aux=...) to match."
+        )
+    value, aux = result if is_pair else (result, None)
+    if not _is_loss(value):
+        raise ValueError(
+            f"{name} returned {_describe(value)}, but a loss is a real floating-point scalar: "
+            "reduce it with a mean or a sum."
+        )
+    return value, aux
 
 
 def _is_loss(value: Any) -> bool:
@@ -323,7 +314,7 @@ def _tracing(call: str, function: Any) -> str:
 
 
 def _warn_if_words(outer: PyTree) -> None:
-    for name, x in _leaves(outer).items():
+    for name, x in zip(leaf_names(outer), jax.tree.leaves(outer), strict=True):
         if jnp.result_type(x) == jnp.uint32 and jnp.shape(x) == (2,):
             warnings.warn(
                 f"init_outer returned uint32[2]{in_leaf(name)}, a constant: if it is a random key of "
@@ -331,16 +322,6 @@ def _warn_if_words(outer: PyTree) -> None:
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _leaves(tree: PyTree) -> dict[str, Any]:
-    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-
-
-def _kind(leaf: Any) -> Any:
-    """The kind of numbers in a leaf: real, complex, integer, boolean or random key."""
-    kinds = jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_
-    return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(leaf), kind)), jnp.result_type(leaf))
 
 
 def _describe(value: Any) -> str:

@@ -187,6 +187,29 @@ def shapes(tree: PyTree, most: int | None = None) -> str:
     return ", ".join(told) or "None"
 
 
+def unlike(wanted: PyTree, found: PyTree, *, whole: bool = False) -> str | None:
+    """How `found` differs from `wanted`, in words; None if it does not.
+
+    A leaf differs in its shape, or in being real, complex, an integer, a boolean or a key. Numbers may be of other
+    widths, containers of other kinds, and leaves may be missing, unless `whole`, or more.
+    """
+    own, other = (dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)) for tree in (wanted, found))
+    for name, leaf in own.items():
+        if name in other:
+            alike = jnp.shape(leaf) == jnp.shape(other[name]) or np.size(leaf) == np.size(other[name]) == 1
+            if not alike or _kind(leaf) != _kind(other[name]):
+                return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shape(other[name])}"
+        elif whole:
+            return f"{shape(leaf)} is expected{in_leaf(name)}, and found is {shapes(found, 12)}"
+    return None
+
+
+def _kind(leaf: Any) -> Any:
+    """The kind of numbers in a leaf: real, complex, integer, boolean or random key."""
+    kinds = jnp.floating, jnp.complexfloating, jnp.integer, jnp.bool_
+    return next((kind for kind in kinds if jnp.issubdtype(jnp.result_type(leaf), kind)), jnp.result_type(leaf))
+
+
 def named(what: str, *names: str) -> str:
     """Leaves of the tree `what` in a sentence: "outer leaf ['a'], ['b']", or "outer" where it is an array itself.
 

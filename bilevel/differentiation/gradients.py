@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from bilevel.differentiation.custom_rules import custom_rule
 from bilevel.differentiation.tracing import detached, evaluate, is_marked, used
-from bilevel.problem import Problem
+from bilevel.problem import Problem, inner_outcome
 from bilevel.trees import PyTree, combine, is_inexact, replayed
 
 INNER_GRADIENT = "bilevel_inner_gradient"
@@ -63,7 +63,7 @@ class _Outcome(NamedTuple):
 def _loss(point: Point) -> _Outcome:
     inner = combine(point.inner, point.inner_fixed)
     outer = combine(point.outer, point.outer_fixed)
-    value, updates, aux = point.problem.inner_outcome(inner, outer, point.batch, point.key)
+    value, updates, aux = inner_outcome(point.problem, inner, outer, point.batch, point.key)
     return _Outcome(value, updates, jax.lax.stop_gradient(aux))
 
 

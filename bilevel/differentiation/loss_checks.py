@@ -22,7 +22,7 @@ from bilevel.differentiation.custom_rules import custom_rule
 from bilevel.differentiation.gradients import INNER_GRADIENT
 from bilevel.differentiation.influence import StructuralZeroWarning, refuse_reverse_rules
 from bilevel.differentiation.tracing import bind, constants, evaluate_closed, is_literal, jaxprs, operation, used
-from bilevel.problem import Problem
+from bilevel.problem import Problem, inner_outcome
 from bilevel.trees import PyTree, at_step, is_inexact, leaf_names, named
 
 _FAILURES = (TypeError, ValueError, NotImplementedError)
@@ -127,7 +127,7 @@ _STATIC: dict[str, Any] = {"static_argnums": 5, "keep_unused": True}
 def _inner_loss(inner, outer, batches, problem, key, steps):
     xs, bind = slots(batches, steps)
     batch = bind(jax.tree.map(lambda x: x[0], xs))
-    value, updates, _ = problem.inner_outcome(inner, at_step(outer, 0), batch, key)
+    value, updates, _ = inner_outcome(problem, inner, at_step(outer, 0), batch, key)
     return value, updates
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bilevel.arguments import check_outer
 from bilevel.data import Batches, FullBatch, as_data, check_batch, refuse_sources
-from bilevel.problem import is_problem
+from bilevel.problem import is_problem, unlike_start
 from bilevel.settings import (
     Unfit,
     boolean,
@@ -145,7 +145,7 @@ def check_start(what: str, problem: Any, outer: Any) -> None:
     Raises:
       ValueError: names the leaf, what was expected and what was found.
     """
-    if (unlike := problem.unlike_start(outer)) is not None:
+    if (unlike := unlike_start(problem, outer)) is not None:
         raise ValueError(f"{what}(outer=...) is not like what init_outer of the problem returns: {unlike}.")
 
 

@@ -32,7 +32,7 @@ from bilevel.hypergradients.estimator import Estimator as Estimator
 from bilevel.hypergradients.optimality import require_constant_held, trained_part
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
-from bilevel.problem import Problem, is_problem
+from bilevel.problem import Problem, is_problem, split_inner
 from bilevel.settings import check_fields, checked, integer, register, setting
 from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step, combine, leaf_names, named
 
@@ -126,13 +126,13 @@ class Trained(Estimator):
         division, params = trained_part(name, problem, self.optimizer, query.outer, state)
         if query.inner_state is None:
             require_constant_held(name, problem, division, query.outer, query.keys.start)
-        trained, rest = problem.split(state.params)
+        trained, rest = split_inner(problem, state.params)
         rest = combine(division.split(trained)[1], rest)
         return params, lambda params: combine(division.pinned(params), rest)
 
     def refuse_frozen(self, query: Query, state: InnerState) -> None:
         division, _ = trained_part(type(self).__name__, query.problem, self.optimizer, query.outer, state)
-        names = leaf_names(query.problem.split(state.params)[0])
+        names = leaf_names(split_inner(query.problem, state.params)[0])
         if frozen := [name for name, kind in zip(names, division.kinds, strict=True) if kind != "moving"]:
             raise Unmet(
                 f"the optimizer never moves {named('inner', *frozen)} (at least in part), and this estimator does not "
@@ -145,7 +145,7 @@ class Trained(Estimator):
         problem, state, outer = query.problem, query.inner_state, query.outer
         if state is None:
             return self.init(problem, outer, query.keys.start)
-        moving, _ = problem.split(state.params)
+        moving, _ = split_inner(problem, state.params)
         optimizers.check_state(self.optimizer, outer, moving, state.opt_state)
         opt_state = optimizers.refresh(self.optimizer, outer, moving, state.opt_state)
         return state._replace(opt_state=opt_state)
@@ -164,7 +164,7 @@ class Trained(Estimator):
         problem, keys = query.problem, query.keys
 
         def start(moving: Outer) -> Inner:
-            return problem.split(problem.start_inner(keys.start, query.at(moving)))[0]
+            return split_inner(problem, problem.start_inner(keys.start, query.at(moving)))[0]
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -182,7 +182,7 @@ class Trained(Estimator):
 
         def first(moving: Outer) -> PyTree:
             state = jax.lax.stop_gradient(self.resume(query))
-            params, rest = query.problem.split(state.params)
+            params, rest = split_inner(query.problem, state.params)
             xs, bind = slots(query.inner_batches, self.steps)
             batch, fixed = bind(jax.tree.map(lambda x: x[0], xs)), at_step(query.fixed, 0)
             point = Point(params, moving, rest, fixed, query.problem, batch, query.keys.inner[0])

@@ -29,7 +29,7 @@ from bilevel.hypergradients.arguments import check_estimate, refuse_complex_vari
 from bilevel.hypergradients.contract import Aux, Estimate
 from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem
+from bilevel.problem import Problem, split_inner
 from bilevel.trees import Batch, Key, Outer, PyTree, combine
 
 
@@ -103,7 +103,7 @@ class Estimator:
         if not compiled:
             forget_outdated(self, problem, outer)
         params = jax.eval_shape(problem.start_inner, key, outer) if inner_state is None else inner_state.params
-        refuse_complex_variables(self, problem.split(params)[0], outer)
+        refuse_complex_variables(self, split_inner(problem, params)[0], outer)
         losses = traced_losses(problem, params, outer, inner_batches, outer_batch, key, self.steps)
         refuse_captured(losses, outer)
         if not compiled:  # otherwise `run` has looked at them
@@ -161,7 +161,7 @@ class Estimator:
         params = answer.state.params
         trained = lambda moving: self.trained(query, moving)  # noqa: E731
         direct = lambda moving: query.outer_loss(params, query.at(moving))[0]  # noqa: E731
-        own, rest = query.problem.split(params)
+        own, rest = split_inner(query.problem, params)
         by_inner = replayed_marks(lambda own: query.outer_loss(combine(own, rest), query.outer)[0], own)
         if PASSES not in by_inner and (end := next(filter(None, by_inner), None)):  # no estimator sees training then
             lost = [mark if mark is None else of_loss(end) for mark in replayed_marks(trained, query.moving)]

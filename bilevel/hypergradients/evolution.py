@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bilevel import bijectors
 from bilevel.differentiation.gradients import reverse_gradient
 from bilevel.differentiation.influence import dependence
 from bilevel.hypergradients.base import Trained
@@ -99,8 +100,8 @@ def coordinates(problem: Problem, outer: PyTree) -> tuple[PyTree, Callable[..., 
     """`(free, natural, pull)`: the free variable of what moves in `outer`, the way back to an `outer`, and the gradient
     for `outer` of one for `free`."""
     moving, fixed = partition(outer)
-    free, pull = jax.vjp(lambda moving: partition(problem.free(combine(moving, fixed)))[0], moving)
-    return free, lambda free: problem.natural(combine(free, fixed)), lambda grad: pull(grad)[0]
+    free, pull = jax.vjp(lambda moving: partition(bijectors.free(problem.domain, combine(moving, fixed)))[0], moving)
+    return free, lambda free: bijectors.natural(problem.domain, combine(free, fixed)), lambda grad: pull(grad)[0]
 
 
 def perturbations(estimator: Any, free: PyTree, key: jax.Array) -> PyTree:

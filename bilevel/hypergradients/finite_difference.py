@@ -14,6 +14,7 @@ from bilevel.differentiation.influence import dependence
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
+from bilevel.problem import split_inner
 from bilevel.settings import real, register, setting
 from bilevel.trees import cast_like, combine, global_norm, widened
 
@@ -149,8 +150,8 @@ class SAMA(_Differences):
 def _difference(estimator: _Differences, query: Query, at: InnerState, state: InnerState, trace: Trace) -> Answer:
     """The hypergradient with u and the difference taken at the inner state `at`, and the outer loss at `state`."""
     problem, moving = query.problem, query.moving
-    params, inner_fixed = problem.split(at.params)
-    trained, after_fixed = problem.split(state.params)
+    params, inner_fixed = split_inner(problem, at.params)
+    trained, after_fixed = split_inner(problem, state.params)
 
     def inner_loss(params, moving):
         return query.inner_loss(combine(params, inner_fixed), query.at(moving), estimator.steps - 1)

@@ -16,6 +16,7 @@ from bilevel.hypergradients.optimality import (
 from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
+from bilevel.problem import split_inner
 from bilevel.settings import child, register
 
 
@@ -87,7 +88,7 @@ class Implicit(AtSolution):
 
     def system(self, query, state):
         problem, outer, keys = query.problem, query.outer, query.keys
-        trained, _ = problem.split(state.params)
+        trained, _ = split_inner(problem, state.params)
         division = at_rest("Implicit", problem, self.optimizer, outer, state)
         loss = mean_loss(problem, state.params, outer, query.inner_batches, keys.inner)
         refuse_symmetric("Implicit", self.linear_solver, loss)

@@ -21,7 +21,7 @@ from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
-from bilevel.problem import Problem
+from bilevel.problem import Problem, split_inner
 from bilevel.settings import boolean, check_fields, child, function, optional, real, register, setting
 from bilevel.trees import PyTree, as_arrays, at_step, replayed
 
@@ -88,7 +88,7 @@ class ImplicitSolve(Estimator):
         """`init_inner(key, outer)`, which `minimise` does not see; `extra` is the adjoint, as for `Implicit`."""
         state = self._state(problem, problem.start_inner(key, outer), outer)
         if self.rest is None:
-            return with_adjoint(state, problem.split(state.params)[0], self.warm_start)
+            return with_adjoint(state, split_inner(problem, state.params)[0], self.warm_start)
         return with_adjoint(state, unknowns("ImplicitSolve", problem, self.rest, outer, state)[2], self.warm_start)
 
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
@@ -121,7 +121,7 @@ class ImplicitSolve(Estimator):
     def _state(self, problem, params, outer) -> InnerState:
         opt_state = None
         if self.rest is not None:
-            opt_state = optimizers.init(self.rest, outer, problem.split(params)[0])
+            opt_state = optimizers.init(self.rest, outer, split_inner(problem, params)[0])
         return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
     def _solution(self, query: Query) -> InnerState:
@@ -143,7 +143,7 @@ class ImplicitSolve(Estimator):
         backward = Backward(self.linear_solver, self.damping, query.keys.own)
         if self.rest is None:
             refuse_symmetric("ImplicitSolve", self.linear_solver, loss)
-            trained = query.problem.split(state.params)[0]
+            trained = split_inner(query.problem, state.params)[0]
             return backward, *stationary(loss, whole(trained), trained)
         return backward, *fixed_point_of("ImplicitSolve", self.rest, loss, state)
 

@@ -24,7 +24,7 @@ from bilevel.differentiation.influence import dependence
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.differentiation.trials import Trial, trial
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem
+from bilevel.problem import Problem, split_inner
 from bilevel.trees import (
     PyTree,
     at_step,
@@ -98,12 +98,12 @@ class MeanLoss:
 
 def mean_loss(problem: Problem, params: PyTree, outer: PyTree, batches: PyTree, keys: jax.Array) -> MeanLoss:
     """The `MeanLoss` of one estimate. `params`: the whole inner variable; `keys`: those that training saw."""
-    fixed = problem.split(params)[1]
+    fixed = split_inner(problem, params)[1]
     constant = same_terms(problem, params, outer, batches, keys)
     first = _first(batches, keys)
     outer_moving, outer_fixed = partition(outer)
     outer_fixed, key = at_step(outer_fixed, 0), replayed(keys)[0]
-    point = Point(problem.split(params)[0], outer_moving, fixed, outer_fixed, problem, first, key)
+    point = Point(split_inner(problem, params)[0], outer_moving, fixed, outer_fixed, problem, first, key)
     return MeanLoss(problem, outer, fixed, batches, keys, constant, own_rule(point))
 
 
@@ -271,11 +271,11 @@ def fixed_point_of(
     estimator: str, optimizer: Optimizer, loss: MeanLoss, state: InnerState
 ) -> tuple[FixedPointOf, PyTree]:
     """The condition that `state` is a fixed point of `optimizer`, and the z of `state`."""
-    trained = loss.problem.split(state.params)[0]
+    trained = split_inner(loss.problem, state.params)[0]
     tried = functools.cache(lambda: trial(optimizer, trained, loss.outer))
     _refuse_turns(estimator, state.opt_state, tried())
     division, moves, z = unknowns(estimator, loss.problem, optimizer, loss.outer, state, tried)
-    _, held = division.split(loss.problem.split(state.params)[0])
+    _, held = division.split(split_inner(loss.problem, state.params)[0])
     update = traced(optimizers.transformation(optimizer, loss.outer), trained, state.opt_state)
     return FixedPointOf(loss, division, held, state.opt_state, optimizer, moves, update.rests()), z
 
@@ -292,7 +292,7 @@ def unknowns(
 
     A leaf of the optimizer's state is moved if training changes it and a derivative can pass through it.
     """
-    trained = problem.split(state.params)[0]
+    trained = split_inner(problem, state.params)[0]
     transform = optimizers.transformation(optimizer, outer)
     division = divide(estimator, traced(transform, trained, state.opt_state), tried)
     handed_on = optimizers.carried(transform, trained, state.opt_state)
@@ -318,7 +318,7 @@ def trained_part(
     estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
 ) -> tuple[Division, PyTree]:
     """What of the inner variable of `state` moves in the gradient form, and these leaves; nothing is said of it."""
-    trained = problem.split(state.params)[0]
+    trained = split_inner(problem, state.params)[0]
     update = traced(optimizers.transformation(optimizer, outer), trained, state.opt_state)
     division = divide(estimator, update)
     return division, division.split(trained)[0]
@@ -332,7 +332,7 @@ def at_rest(
     Raises:
       ValueError: for one that does not; as `divide`.
     """
-    trained = problem.split(state.params)[0]
+    trained = split_inner(problem, state.params)[0]
     update = traced(optimizers.transformation(optimizer, outer), trained, state.opt_state)
     tried = functools.cache(lambda: trial(optimizer, trained, outer))
     _require_stationary_limit(estimator, update, tried)
@@ -352,7 +352,7 @@ def require_constant_held(
     moving, fixed = partition(outer)
 
     def held(moving):
-        trained = problem.split(problem.start_inner(key, combine(moving, fixed)))[0]
+        trained = split_inner(problem, problem.start_inner(key, combine(moving, fixed)))[0]
         return [x for kind, x in zip(division.kinds, jax.tree.leaves(trained), strict=True) if kind != "moving"]
 
     if set(division.kinds) == {"moving"}:

@@ -13,7 +13,7 @@ from bilevel.differentiation import optimizers
 from bilevel.differentiation.checkpointing import Checkpoint, scan
 from bilevel.differentiation.gradients import Gradient, Point, mixed_gradient
 from bilevel.differentiation.optimizers import Optimizer
-from bilevel.problem import Problem
+from bilevel.problem import Problem, mutable_entries, split_inner
 from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, partition
 
 
@@ -60,7 +60,7 @@ class Trace(NamedTuple):
 def begin(problem: Problem, optimizer: Optimizer, outer: Outer, key: jax.Array) -> InnerState:
     """The state before the first inner step: `init_inner(key, outer)` and a fresh optimizer."""
     params = problem.start_inner(key, outer)
-    opt_state = optimizers.init(optimizer, outer, problem.split(params)[0])
+    opt_state = optimizers.init(optimizer, outer, split_inner(problem, params)[0])
     return InnerState(params, opt_state, jnp.zeros((), jnp.int32))
 
 
@@ -83,7 +83,7 @@ def train(
     Differentiable in `state` and `outer`, as `gradient` and `checkpoint` say.
     """
     steps = keys.shape[0]
-    moving, fixed = problem.split(state.params)
+    moving, fixed = split_inner(problem, state.params)
     outer_moving, outer_fixed = partition(outer)
     transform = optimizers.transformation(optimizer, outer)
     # A schedule may do a step more than once; keys of `outer` are folded anew each time, from their words.
@@ -102,7 +102,7 @@ def train(
         return (optimizers.apply(params, updates), carried, opt_state), Trace(result.value, result.aux)
 
     times = first + jnp.arange(steps, dtype=jnp.int32)
-    carry = moving, problem.carried(state.params), state.opt_state
+    carry = moving, mutable_entries(problem, state.params), state.opt_state
     (moving, carried, opt_state), trace = scan(checkpoint, step, carry, (times, xs, keys), steps)
     params = combine(moving, fixed | carried if carried else fixed)
     return InnerState(params, opt_state, state.step + steps, state.extra), trace

@@ -18,6 +18,7 @@ from bilevel.differentiation.influence import arrives
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
+from bilevel.problem import split_inner
 from bilevel.settings import integer, one_of, optional, register, setting
 from bilevel.trees import PyTree
 
@@ -135,7 +136,7 @@ class Unrolled(Trained):
 
         def trained(moving):
             state = whole.trajectory(dataclasses.replace(query, outer=query.at(moving)))[0]
-            return query.problem.split(state.params)[0]
+            return split_inner(query.problem, state.params)[0]
 
         before = arrives(trained, query.moving)
         cut = f"it acts only before the last {self.truncate} of {self.steps} inner steps, which truncate leaves out"

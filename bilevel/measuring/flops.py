@@ -15,7 +15,7 @@ from bilevel.differentiation.tracing import jaxprs, operation, without_unused
 from bilevel.hypergradients.base import Hypergradient
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import split_keys
-from bilevel.problem import Problem
+from bilevel.problem import Problem, split_inner
 from bilevel.trees import PyTree, at_step, combine
 
 
@@ -78,7 +78,7 @@ def _first_loss(problem, hypergradient, outer, inner_batches, key):
         hypergradient, inner_batches, _, key = hypergradient.first_task(inner_batches, key)
     xs, bind = slots(inner_batches, hypergradient.steps)
     batch = bind(jax.tree.map(lambda x: x[0], xs))
-    moving, fixed = problem.split(problem.start_inner(key, outer))
+    moving, fixed = split_inner(problem, problem.start_inner(key, outer))
     at = at_step(outer, 0)
     keys = split_keys(key, hypergradient.steps).inner
     return lambda moving: problem.inner_value(combine(moving, fixed), at, batch, keys[0])[0], moving

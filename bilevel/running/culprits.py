@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.differentiation import optimizers
+from bilevel.problem import split_inner
 from bilevel.running.chunks import step
 from bilevel.running.holes import newly, not_finite
 from bilevel.running.replay import asked_for
@@ -38,7 +39,7 @@ def steep_function(solver: Any, state: Any, data: Any) -> str:
     moving, fixed = partition(outer)
 
     def start(moving):
-        return problem.split(problem.start_inner(key, combine(moving, fixed)))[0]
+        return split_inner(problem, problem.start_inner(key, combine(moving, fixed)))[0]
 
     def update(moving):
         transform = optimizers.transformation(solver.hypergradient.optimizer, combine(moving, fixed))

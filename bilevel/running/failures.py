@@ -15,7 +15,7 @@ from bilevel.data import resolve, slots
 from bilevel.differentiation import optimizers
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Query, split_keys
-from bilevel.problem import Problem
+from bilevel.problem import Problem, inner_outcome, mutable_entries, split_inner
 from bilevel.running.chunks import batches, step, wanted_batches
 from bilevel.running.culprits import projection, steep_function
 from bilevel.running.holes import holding_nan, named_leaves, newly, not_finite
@@ -146,7 +146,7 @@ def _range(tree: PyTree) -> str:
 
 
 def _look(name: str, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, key: Any, when: str = ""):
-    moving, rest = problem.split(params)
+    moving, rest = split_inner(problem, params)
     value, grad = _evaluated(name, problem, moving, rest, outer, batch, key)
     leaves, said = ", ".join(not_finite("inner", grad)), None
     if not np.isfinite(value):
@@ -188,7 +188,7 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
         if looked.said:
             began = not_finite("inner", params) if t == 0 and warm is None else []
             return _began(began) if began else looked.said
-        moving, rest = problem.split(params)
+        moving, rest = split_inner(problem, params)
         updates, new_state = change(looked.grad, opt_state, moving, looked.value)
         moving = optimizers.apply(moving, updates)
         finite = f"{at_inner(t)}, where inner_loss is {looked.value:.3g} and its gradient is finite"
@@ -200,8 +200,8 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
             return _Said(f"the update made {', '.join(found)} of the inner optimizer not finite{finite}", rate)
         opt_state = new_state
         if problem.mutable:
-            carried = problem.inner_outcome(params, seen, batch, keys.inner[t])[1]
-            if found := newly("inner", problem.carried(params), carried):
+            carried = inner_outcome(problem, params, seen, batch, keys.inner[t])[1]
+            if found := newly("inner", mutable_entries(problem, params), carried):
                 what = f"inner_loss returned the mutable {', '.join(found)} not finite{finite}"
                 return _Said(what, f": {_AT_ZERO} in what it computes of them")
             rest = rest | carried

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel import bijectors
 from bilevel.differentiation import optimizers
 from bilevel.problem import Problem
 from bilevel.trees import partition
@@ -53,8 +54,8 @@ def programs(solver: Any, state: Any, record: Any = None) -> Iterator[Program]:
 
 
 def _there_and_back(problem: Problem, outer: Any) -> Any:
-    free = problem.free(outer)
-    return free, problem.natural(free)
+    free = bijectors.free(problem.domain, outer)
+    return free, bijectors.natural(problem.domain, free)
 
 
 def _of_settings(name: str, settings: Any, state: Any) -> Iterator[Program]:

@@ -15,6 +15,7 @@ from bilevel.differentiation.influence import SteepUpdateWarning
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.problem import inner_outcome, split_inner
 from bilevel.running.chunks import chunk
 from bilevel.running.replay import asked_for
 from bilevel.trees import at_step, combine, leaf_names, partition
@@ -70,7 +71,7 @@ def steep_leaves(solver: Any, state: Any, data: Any) -> list[str]:
 def _steep(hypergradient, problem, inner_state, outer, inner_batches, outer_batch, key) -> list[str]:
     keys = split_keys(key, hypergradient.steps)
     state = hypergradient.resume(Query(problem, hypergradient.steps, inner_state, outer, inner_batches, None, keys))
-    (params, rest), (moving, fixed) = problem.split(state.params), partition(outer)
+    (params, rest), (moving, fixed) = split_inner(problem, state.params), partition(outer)
     xs, bind = slots(inner_batches, hypergradient.steps)
     transform = optimizers.transformation(hypergradient.optimizer, outer)
     leaves, structure = jax.tree.flatten(moving)
@@ -84,7 +85,7 @@ def _steep(hypergradient, problem, inner_state, outer, inner_batches, outer_batc
 
         def gradient(moving, params):
             seen = at_step(combine(moving, fixed), t)
-            loss = lambda params: problem.inner_outcome(combine(params, rest), seen, bind(slot), key)[:2]  # noqa: E731
+            loss = lambda params: inner_outcome(problem, combine(params, rest), seen, bind(slot), key)[:2]  # noqa: E731
             (value, updates), grad = jax.value_and_grad(loss, has_aux=True)(params)
             return grad, (value, updates)
 

@@ -12,7 +12,7 @@ import optax
 from bilevel.settings import child, integer, optional, register, scalar, setting, step_size
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
-from bilevel.trees import power_of_two, times
+from bilevel.trees import global_norm, power_of_two, times
 
 
 @register
@@ -72,7 +72,7 @@ class BOME(Stochastic):
         # The gap in a unit in which its square is a number however near the inner problem is to its solution.
         unit = power_of_two(gap)
         gap = times(gap, 1 / unit)
-        square = optax.tree.vdot(gap, gap)
+        square = global_norm(gap) ** 2
         overlap = optax.tree.vdot(objective, gap) / jnp.where(square > 0, square, 1)
         weight = jnp.where(square > 0, jnp.maximum(self.eta * unit - overlap, 0), 0)
         d_inner, d_outer = descend(objective, -weight, gap)

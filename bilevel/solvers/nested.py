@@ -8,13 +8,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from bilevel import bijectors
 from bilevel.arguments import check_outer
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.influence import EXACTNESS
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem, is_problem
+from bilevel.problem import Problem, is_problem, projected
 from bilevel.settings import check_fields, checked, child, instance, one_of, random_key, register, setting
 from bilevel.trees import Batch, Outer, PyTree, advance_keys, combine, distinct, global_norm, partition
 
@@ -87,7 +88,8 @@ class Nested:
         outer = self.problem.start_outer(outer_key)
         check_outer("init_outer returned", outer)
         inner = self.hypergradient.init(self.problem, outer, inner_key)
-        opt_state = optimizers.init(self.outer_optimizer, outer, self.problem.free(partition(outer)[0]))
+        free = bijectors.free(self.problem.domain, partition(outer)[0])
+        opt_state = optimizers.init(self.outer_optimizer, outer, free)
         return distinct(NestedState(outer, inner, opt_state, jnp.zeros((), jnp.int32), key))
 
     def step(
@@ -115,7 +117,7 @@ class Nested:
     def _move(self, state: NestedState, estimate: Any) -> tuple[PyTree, PyTree]:
         moving, fixed = partition(state.outer)
         transform = self._transform(state.outer)
-        free, grad = self.problem.free_gradient(moving, estimate.grad)
+        free, grad = bijectors.free_gradient(self.problem.domain, moving, estimate.grad)
         updates, opt_state = optimizers.update(transform, grad, state.opt_state, free, estimate.value)
-        outer = combine(self.problem.natural(optimizers.apply(free, updates)), advance_keys(fixed))
-        return self.problem.projected(outer), opt_state
+        outer = combine(bijectors.natural(self.problem.domain, optimizers.apply(free, updates)), advance_keys(fixed))
+        return projected(self.problem, outer), opt_state

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bilevel import bijectors
 from bilevel.settings import child, integer, register, scalar, setting
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, descend, minus, plus
@@ -65,11 +66,11 @@ class PZOBO(Stochastic):
         inside = at.inner_gradient(w, at.lam, at.draws[-1])  # for its value
         outside = at.outer_gradient(w, at.lam, at.outer_draws[0])
 
-        free, to_natural = jax.vjp(at.problem.free, at.lam)
+        free, to_natural = jax.vjp(lambda lam: bijectors.free(at.problem.domain, lam), at.lam)
 
         def along(key):
             u = optax.tree.random_like(key, free)
-            lam = at.problem.natural(descend(free, -jnp.asarray(self.smoothing), u))
+            lam = bijectors.natural(at.problem.domain, descend(free, -jnp.asarray(self.smoothing), u))
             moved = sgd(at, at.w, lam, self.inner_steps)
             slope = optax.tree.vdot(minus(moved, w), outside.inner) / self.smoothing
             return jax.tree.map(lambda x: jnp.asarray(slope, x.dtype) * x, u)

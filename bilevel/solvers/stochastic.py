@@ -13,13 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevel import bijectors
 from bilevel.arguments import check_outer
 from bilevel.differentiation.flat import marks
 from bilevel.differentiation.gradients import Point, own_rule, reverse_gradient
 from bilevel.differentiation.influence import arrives, dependence, report
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem, is_problem
+from bilevel.problem import Problem, is_problem, projected
 from bilevel.settings import check_fields, checked, child, instance, random_key, register, scalar, step_size
 from bilevel.solvers.oracles import Draws, Oracles, leading
 from bilevel.trees import PyTree, advance_keys, at_step, combine, distinct, global_norm, partition
@@ -152,10 +153,10 @@ class Iteration(Oracles):
 
     def move_outer(self, direction: PyTree) -> PyTree:
         """The whole `outer` after a step against `direction`: keys advanced, then projected."""
-        free, direction = self.problem.free_gradient(self.lam, direction)
-        moved = self.problem.natural(descend(free, self.outer_step, direction))
+        free, direction = bijectors.free_gradient(self.problem.domain, self.lam, direction)
+        moved = bijectors.natural(self.problem.domain, descend(free, self.outer_step, direction))
         outer = combine(moved, advance_keys(self.outer_fixed))
-        return self.problem.projected(outer)
+        return projected(self.problem, outer)
 
 
 @register

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 import bilevel
-from bilevel import Compose, FirstOrder, Interval, Nested, Positive, Problem, Simplex, Softplus, Unrolled
+from bilevel import Compose, FirstOrder, Interval, Nested, Positive, Problem, Simplex, Softplus, Unrolled, bijectors
 from tests.bilevel.helpers import KEY, assert_equal
 
 RATE = Compose(Interval(math.log(1e-6), 0.0), Positive())
@@ -125,7 +126,8 @@ def test_pzobo_perturbs_inside_the_domain():
     domain = {"decay": Positive(), "share": Interval(0.0, 1.0)}
     bounded = problem(domain, lambda u: u)
     free = dataclasses.replace(
-        problem(None, bounded.natural), init_outer=lambda key: bounded.free(bounded.init_outer(key))
+        problem(None, partial(bijectors.natural, bounded.domain)),
+        init_outer=lambda key: bijectors.free(bounded.domain, bounded.init_outer(key)),
     )
     settings = {"inner_step": 0.5, "outer_step": 0.3, "smoothing": 0.5}
     moved = bilevel.run(bilevel.PZOBO(bounded, **settings), steps=20, progress=False).outer
@@ -133,7 +135,7 @@ def test_pzobo_perturbs_inside_the_domain():
     by_hand = bilevel.run(bilevel.PZOBO(free, **settings), steps=20, progress=False).outer
     assert float(jnp.max(jnp.abs(moved["decay"] - 0.01))) > 1e-2
     assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9)  # noqa: E731
-    jax.tree.map(assert_close, moved, bounded.natural(by_hand))
+    jax.tree.map(assert_close, moved, bijectors.natural(bounded.domain, by_hand))
 
 
 def test_what_cannot_be_a_domain_is_refused_in_a_sentence():
@@ -151,9 +153,9 @@ def test_what_cannot_be_a_domain_is_refused_in_a_sentence():
 
 def test_one_bijector_for_a_whole_tree():
     problem = dataclasses.replace(toward({}), domain=Positive(), init_outer=lambda key: {"a": {"b": 2.0}, "c": 0.5})
-    free = problem.free(problem.start_outer(KEY))
+    free = bijectors.free(problem.domain, problem.start_outer(KEY))
     np.testing.assert_allclose(free["a"]["b"], math.log(2.0))
-    np.testing.assert_allclose(jax.tree.leaves(problem.natural(free)), [2.0, 0.5])
+    np.testing.assert_allclose(jax.tree.leaves(bijectors.natural(problem.domain, free)), [2.0, 0.5])
 
 
 @pytest.mark.parametrize("bijector", [bilevel.Positive(), bilevel.Softplus(), bilevel.Interval(0.0, 1.0)])

@@ -14,6 +14,7 @@ from flax import nnx
 import bilevel
 import bilevel.extend
 from bilevel import Problem, Unrolled
+from bilevel.problem import projected
 from bilevel.testing import check_hypergradient
 from tests.bilevel.helpers import KEY, LINE, LINE_SOLVER
 
@@ -125,7 +126,7 @@ MISUSE = {
     ),
     "a single array of texts": (lambda: start_outer(np.asarray(["a"])), r"returned values of type <U1, .* numbers\.$"),
     "an array for a dict": (
-        lambda: problem(project=lambda o: {"a": o}).projected(OUTER),
+        lambda: projected(problem(project=lambda o: {"a": o}), OUTER),
         r"project returned \['a'\] float64\[2\] for an outer variable that is float64\[2\]: ",
     ),
     "gates that are one array": (

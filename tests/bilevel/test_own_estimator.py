@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import bilevel
-from bilevel.extend import Answer, Trained, combine, register
+from bilevel import bijectors
+from bilevel.extend import Answer, Trained, combine, register, split_inner
 from bilevel.testing import DUTIES, check_estimator
 from tests.bilevel.estimators import ROWS
 from tests.bilevel.helpers import KEY
@@ -152,7 +153,7 @@ def test_what_leaves_a_term_out_is_not_told_of_an_optimizer():
 def newton(self, query):
     """The implicit form by a dense solve over all of the inner variable, forward over reverse."""
     state, trace = self.trajectory(query)
-    params, rest = query.problem.split(state.params)
+    params, rest = split_inner(query.problem, state.params)
     slope = lambda p, m: jax.grad(lambda p: query.inner_loss(combine(p, rest), query.at(m), self.steps - 1))(p)  # noqa: E731
     return solved(query, params, lambda p: combine(p, rest), slope, state, trace, symmetric=True)
 
@@ -231,7 +232,7 @@ def shaken(answer):
 
 
 def scaled_in_a_domain(query, answer):
-    return answer._replace(grad=query.problem.free_gradient(query.moving, answer.grad)[1])
+    return answer._replace(grad=bijectors.free_gradient(query.problem.domain, query.moving, answer.grad)[1])
 
 
 def by_kind(query, answer):
