@@ -18,6 +18,10 @@ SUBSET := tests/bilevel/hypergradients/test_estimators.py tests/bilevel/solvers/
   tests/methods/test_commands.py::test_bad_options_are_one_sentence \
   tests/methods/test_commands.py::test_static_heterolora_without_shortcuts_is_an_adapter_of_peft
 
+# A processor that is told to be eight devices. Each that waits for others in a collective operation holds a thread, of
+# which XLA has no more than devices unless NPROC says so: then some wait forever.
+DEVICES := XLA_FLAGS="--xla_force_host_platform_device_count=8 $$XLA_FLAGS" NPROC=64
+
 # One word of the shell, whatever is in it. Make itself knows no names with spaces, so that VENV has none.
 quote = '$(subst ','\'',$(1))'
 ifneq ($(words $(VENV)),1)
@@ -31,7 +35,7 @@ GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
 # One virtualenv, filled step by step: two installs at once would damage it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help test lint types unit test-newest test-oldest subset mutants docs flexora assets clean
+.PHONY: help test lint types unit devices test-newest test-oldest subset mutants docs flexora assets clean
 
 help:
 	@echo "make flexora   install, fetch SmolLM2-135M and PIQA, run Flexora (PRESET=demo|evidence, OUT=folder)"
@@ -40,6 +44,7 @@ help:
 	@echo "make lint      ruff"
 	@echo "make types     pyright"
 	@echo "make unit      pytest (PYTEST_ARGS='-k name')"
+	@echo "make devices   the tests of a mesh of devices alone"
 	@echo "make mutants   change operators of bilevel/ one at a time: do the tests see it? (FOLDERS=bilevel/solvers, SAMPLE=20, MINUTES=60)"
 	@echo "make docs      build the documentation into site/"
 	@echo "make assets    fetch the demonstration's model and data into assets/"
@@ -85,6 +90,10 @@ types: $(VENV)/test.stamp
 
 unit: $(VENV)/test.stamp $(VENV)/models.stamp
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+	$(DEVICES) "$(BIN)/python" -m pytest $(PYTEST_ARGS) tests/devices
+
+devices: $(VENV)/test.stamp
+	$(DEVICES) "$(BIN)/python" -m pytest $(PYTEST_ARGS) tests/devices
 
 # The same two tests of versions for CI and for anyone: each in an environment of its own, on a Python found on this
 # machine. torch is not installed there: its wheels for other Pythons bring gigabytes of CUDA.
@@ -97,6 +106,7 @@ $(VENV)/subset.stamp: pyproject.toml scripts/oldest.py | $(VENV)/python.stamp
 subset: $(VENV)/subset.stamp
 	@"$(BIN)/python" scripts/oldest.py --installed
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS) $(SUBSET)
+	$(DEVICES) "$(BIN)/python" -m pytest $(PYTEST_ARGS) tests/devices
 
 test-newest:
 	@python=$$($(call quote,$(PYTHON)) scripts/pythons.py newest) && \

@@ -40,6 +40,8 @@ from bilevel.settings import register as register
 from bilevel.settings import scalar as scalar
 from bilevel.settings import setting as setting
 from bilevel.settings import step_size as step_size
+from bilevel.sharding import gathered as gathered
+from bilevel.sharding import split_rows as split_rows
 from bilevel.solvers.stochastic import Calls as Calls
 from bilevel.solvers.stochastic import Iterate as Iterate
 from bilevel.solvers.stochastic import Iteration as Iteration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from bilevel.arguments import Contents, refuse_modules, telling
 from bilevel.data import resolve
 from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
 from bilevel.settings import as_pytree as as_pytree
+from bilevel.sharding import Sharding, is_sharding
 from bilevel.trees import (
     Batch,
     Inner,
@@ -68,6 +70,8 @@ class Problem:
       domain: bijectors (`Positive`, `Interval`, `Simplex`, ...) in a tree like the top of `outer`, None where a leaf is
         free. Solvers take their steps in free coordinates; everything else, `Result.outer` included, is natural.
       mutable: names of the entries of `inner` that are not trained but carried: see below.
+      sharding: where its batches and variables belong on a mesh: set by `run(sharding=)`, `fit` and
+        `Sharding.problem`, which place the arrays too.
 
     Large constants (frozen weights) belong into `jax.tree_util.Partial(loss, weights)`: they are then arguments of
     the compiled step, and their cotangent is never formed.
@@ -105,6 +109,7 @@ class Problem:
     )
     domain: PyTree = dataclasses.field(default=None, kw_only=True, metadata=child(bijectors.is_domain))
     mutable: tuple[str, ...] = dataclasses.field(default=(), kw_only=True, metadata=setting(_names))
+    sharding: Sharding | None = dataclasses.field(default=None, kw_only=True, metadata=setting(optional(is_sharding)))
 
     def __post_init__(self):
         check_fields(self)
@@ -261,12 +266,14 @@ def _refuse_unlike(problem: Problem, name: str, outer: Outer, error: Exception) 
 
 
 def _value(problem, name, is_pair, inner, outer, batch, key):
-    batch, loss = resolve(batch), getattr(problem, name)
+    batch, loss, sharding = resolve(batch), getattr(problem, name), problem.sharding
+    batch = batch if sharding is None else sharding.pin_batch(batch)
     if loss is None:
         raise ValueError(f"Problem({name}=None): there is nothing to differentiate: give the loss.")
     arguments = {"what is bound to it": loss, "inner": inner, "outer": outer, "batch": batch}
     before = {what: Contents.of(tree) for what, tree in arguments.items()}
-    with telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
+    entered = contextlib.nullcontext() if sharding is None else sharding.entered()
+    with entered, telling(_tracing(f"{name}(inner, outer, batch, key)", loss), inner=inner, outer=outer, batch=batch):
         try:
             result = loss(inner, outer, batch, key)
         except _MISFITS as error:

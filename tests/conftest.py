@@ -42,6 +42,9 @@ _flag, _flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS
 if _flag not in _flags and _is_known(_flag):
     os.environ["XLA_FLAGS"] = f"{_flag} {_flags}".strip()
 
+# Tests of a mesh run in a process of their own (`make devices`), whose processor is told to be eight devices.
+collect_ignore = [] if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else ["devices"]
+
 import jax  # noqa: E402
 
 from tests.tiny import float32_by_default, tiny_data, tiny_glue, tiny_model  # noqa: E402, F401

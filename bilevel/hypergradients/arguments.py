@@ -30,6 +30,7 @@ from bilevel.settings import (
     real,
     shown,
 )
+from bilevel.sharding import is_sharding
 from bilevel.trees import PyTree, in_leaf, is_inexact, leaf_names, unlike_array
 
 ORDER = "the arguments are (problem, inner_state, outer, inner_batches, outer_batch, key)"
@@ -121,6 +122,7 @@ _RUN = {
     "checkpoint_every": real(low=0.0, infinite=True),
     "record": optional(function("state", result="{name: array}")),
     "title": instance(str, "a text"),
+    "sharding": optional(is_sharding),
 }
 
 

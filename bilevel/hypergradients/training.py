@@ -99,7 +99,10 @@ def train(
         updates, new_opt_state = optimizers.update(transform, result.grad, opt_state, params, result.value)
         opt_state = jax.tree.map(_like, new_opt_state, opt_state)
         carried = jax.tree.map(_like, result.updates, carried)
-        return (optimizers.apply(params, updates), carried, opt_state), Trace(result.value, result.aux)
+        carry = optimizers.apply(params, updates), carried, opt_state
+        if problem.sharding is not None:
+            carry = problem.sharding.pin_training(state.params, carry)
+        return carry, Trace(result.value, result.aux)
 
     times = first + jnp.arange(steps, dtype=jnp.int32)
     carry = moving, mutable_entries(problem, state.params), state.opt_state

@@ -59,8 +59,12 @@ def chunk(solver, record, capacity, state, data, count):
         for feed, (source, key), wanted in zip(data, data, wanted_batches(solver), strict=True)
     ]
 
+    sharding = getattr(solver.problem, "sharding", None)
+
     def one(state):
         state, metrics = step(solver, state, data)
+        # Each step ends where the next begins, and the last where the next chunk does.
+        state = state if sharding is None else sharding.pin_state(state)
         return state, metrics | (recorded(record, state, metrics) if record else {})
 
     # The step is traced once, here: its shapes size the buffers, its jaxpr is the body of the loop.
@@ -78,6 +82,7 @@ def chunk(solver, record, capacity, state, data, count):
         return state, jax.tree.map(write, buffer, _packed(metrics))
 
     state, buffer = jax.lax.fori_loop(0, count, body, (state, buffer))
+    state = state if sharding is None else sharding.pin_state(state)
     return state, jax.vmap(partial(_unpacked, shapes[1]))(buffer), _holes(state)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, check_batch, columns, rows
+from bilevel.sharding import Sharding
 from bilevel.trees import PyTree, is_key, leaf_names, shapes
 
 
@@ -22,6 +23,7 @@ class Feed:
         self.name, self.source, self.key, self.is_iterator, self.steps = name, source, key, is_iterator, steps
         self.title, self.word = title or name, "step" if title else "outer step"
         self._last: tuple[Any, int, PyTree] | None = None
+        self._sharding: Sharding | None = None
         # Batches of an iterator may differ in shape: a loss is known by what it computes on the first.
         self._shapes: list[Any] | None = None
 
@@ -53,7 +55,7 @@ class Feed:
         read = self._read(count, step)
         self._last = before, count, read
         self._shapes = self._shapes or [jnp.shape(leaf) for leaf in jax.tree.leaves(read)]
-        return read, self.key
+        return self._placed(read), self.key
 
     def _read(self, count: int, step: int) -> PyTree:
         batches = []
@@ -77,6 +79,31 @@ class Feed:
                     "the batches of one step are stacked, so they must be of one structure, shape and dtype."
                 )
         return jax.tree.map(lambda *xs: jnp.stack(xs), *batches)
+
+    def place(self, sharding: Sharding) -> None:
+        """Puts the data on a mesh.
+
+        The rows of full batches, and of those that are read, are split over the mesh. The arrays of `Batches` stay
+        where they are, if that is on all devices of the mesh, and else are copied to each, so that it gathers its own
+        rows.
+
+        Raises:
+          ValueError: for rows that the devices do not divide; names the data.
+        """
+        self._sharding, self.key = sharding, sharding.replicated(self.key)
+        if isinstance(self.source, FullBatch):
+            self.source = FullBatch(sharding.rows(self.title, self.source.arrays))
+        elif isinstance(self.source, Batches):
+            if self.source.size % sharding.parts:
+                raise ValueError(
+                    f"{self.title}: Batches(size={self.source.size}) on {sharding.parts} devices "
+                    f"({sharding.on(sharding.batch)}), which do not divide it: take a multiple of {sharding.parts} "
+                    "rows, or another mesh."
+                )
+            self.source = sharding.replicated(self.source)
+
+    def _placed(self, read: PyTree) -> PyTree:
+        return read if self._sharding is None else self._sharding.rows(self.title, read, axis=1)
 
     def position(self) -> Any:
         """Where an iterator stands, and what it read last; to be given to `noted`."""

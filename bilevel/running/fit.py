@@ -19,6 +19,7 @@ from bilevel.problem import Problem
 from bilevel.running.progress import Callback
 from bilevel.running.run import Result, run
 from bilevel.settings import checked
+from bilevel.sharding import Sharding
 from bilevel.trees import Batch, Outer, advance_keys, as_arrays, distinct
 
 
@@ -74,6 +75,7 @@ def fit(
     checkpoint_dir: str | Path | None = None,
     checkpoint_every: float = 60.0,
     title: str = "training",
+    sharding: Sharding | None = None,
 ) -> Result:
     """Trains the inner problem from `init_inner` for `steps` steps at a fixed `outer`.
 
@@ -81,7 +83,8 @@ def fit(
       problem, outer: the problem, and the outer variable to train at.
       optimizer: as for `Unrolled`.
       data: as `inner_data` of `run`.
-      steps, key, progress, callbacks, callback_every, checkpoint_dir, checkpoint_every, title: as for `run`.
+      steps, key, progress, callbacks, callback_every, checkpoint_dir, checkpoint_every, title, sharding: as for
+        `run`.
 
     Returns:
       A `Result`; `result.inner.params` is the trained inner variable.
@@ -118,4 +121,5 @@ def fit(
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         title=title,
+        sharding=sharding,
     )

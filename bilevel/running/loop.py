@@ -21,6 +21,7 @@ from bilevel.running.singular import undetermined
 from bilevel.running.steep import warn_if_steep
 from bilevel.running.unsteady import are_steady
 from bilevel.settings import shown
+from bilevel.sharding import Sharding, with_problem
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_counts
 from bilevel.trees import PyTree, replayed
@@ -116,6 +117,11 @@ class Loop:
         self.state, rows = store.checkpoints.restore(note["step"], self.state)
         self.done, self.history, self.due, self.called = note["step"], History(rows), note["due"], note["called"]
         store.written = self.done
+
+    def pin(self, sharding: Sharding) -> None:
+        """Puts the state where it belongs on a mesh, and keeps it there."""
+        self.solver = with_problem(self.solver, dataclasses.replace(self.solver.problem, sharding=sharding))
+        self.state = sharding.place_state(self.state)
 
     def advance(self) -> dict[str, float]:
         """Computes one chunk, and returns the metrics of its last step.

@@ -25,6 +25,7 @@ from bilevel.running.programs import programs
 from bilevel.running.progress import Callback, Progress
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings import check_schedules
+from bilevel.sharding import Sharding, no_mesh
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_state
 from bilevel.trees import Outer, is_key, replayed
@@ -69,6 +70,7 @@ def run(
     checkpoint_every: float = 60.0,
     record: Callable[[Any], dict[str, Any]] | None = None,
     title: str = "outer steps",
+    sharding: Sharding | None = None,
 ) -> Result:
     """`steps` outer iterations of `solver`.
 
@@ -97,6 +99,8 @@ def run(
       checkpoint_every: least seconds between two checkpoints.
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
+      sharding: where arrays lie on a mesh of devices. The numbers are those of one device, to rounding; a run is
+        resumed on another mesh, or on one device, as well.
 
     Warns:
       InexactHypergradientWarning: if an implicit estimator's last point was not trained or its system not solved.
@@ -123,53 +127,60 @@ def run(
       0.5
     """
     check_run("run", **locals())
-    reads = forget_outdated(solver, record)
-    key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
-    solver_key, inner_key, outer_key = jax.random.split(key, 3)
-    feeds = (
-        Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
-        Feed.of("outer_data", outer_data, outer_key, steps),
-    )
-    store = Store(Checkpoints(checkpoint_dir), checkpoint_every) if checkpoint_dir is not None else None
-    note = store.checkpoints.note(steps) if store else None
-    state = solver.init(solver_key)
-    check_state(solver, state)
-    data = _first(solver, feeds, note)
-    losses = _refuse_unfit(solver, state, data, record, reads)
-    every = callback_every if callbacks else steps
-    loop = Loop(solver, record, steps, callbacks, every, feeds, store, state, data, fresh=not note)
-    returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
-    if store:
-        store.record = returned
-        store.checkpoints.claim(fingerprint(solver, key, state, losses, feeds, record), returned, note)
-        if note:
-            loop.resume(store, note)
-    check_schedules(solver, loop.done, steps)
-    with terminable():
-        interrupted = False
-        try:
-            # Interrupted before they had returned, or stopped by one: they are asked again.
-            loop.call_back()
-            display = Progress(title, steps, start=loop.done, show=progress)
-            if note and loop.done == steps:
-                display.already_finished()
-            with display if loop.done < steps else contextlib.nullcontext():
-                while not loop.ended:
-                    metrics = loop.advance()
-                    display.advance(loop.done, metrics)
-                    loop.call_back()
-                    loop.save_now_and_then()
-        except (KeyboardInterrupt, Terminated):
-            interrupted = True
-            raise
-        finally:
-            # An interrupt keeps what is done.
-            loop.save()
-            if interrupted:
-                farewell = _farewell(title, loop.done, steps, loop.written, checkpoint_dir)
-                print(farewell, file=sys.stderr, flush=True)
-    loop.warn_if_inexact()
-    return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
+    with contextlib.nullcontext() if sharding is None else no_mesh():
+        reads = forget_outdated(solver, record)
+        key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
+        solver_key, inner_key, outer_key = jax.random.split(key, 3)
+        feeds = (
+            Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
+            Feed.of("outer_data", outer_data, outer_key, steps),
+        )
+        if sharding:
+            solver = sharding.solver(solver)
+            for feed in feeds:
+                feed.place(sharding)
+        store = Store(Checkpoints(checkpoint_dir), checkpoint_every) if checkpoint_dir is not None else None
+        note = store.checkpoints.note(steps) if store else None
+        state = solver.init(solver_key)
+        check_state(solver, state)
+        data = _first(solver, feeds, note)
+        losses = _refuse_unfit(solver, state, data, record, reads)
+        every = callback_every if callbacks else steps
+        loop = Loop(solver, record, steps, callbacks, every, feeds, store, state, data, fresh=not note)
+        returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
+        if store:
+            store.record = returned
+            store.checkpoints.claim(fingerprint(solver, key, state, losses, feeds, record), returned, note)
+            if note:
+                loop.resume(store, note)
+        check_schedules(solver, loop.done, steps)
+        if sharding:
+            loop.pin(sharding)
+        with terminable():
+            interrupted = False
+            try:
+                # Interrupted before they had returned, or stopped by one: they are asked again.
+                loop.call_back()
+                display = Progress(title, steps, start=loop.done, show=progress)
+                if note and loop.done == steps:
+                    display.already_finished()
+                with display if loop.done < steps else contextlib.nullcontext():
+                    while not loop.ended:
+                        metrics = loop.advance()
+                        display.advance(loop.done, metrics)
+                        loop.call_back()
+                        loop.save_now_and_then()
+            except (KeyboardInterrupt, Terminated):
+                interrupted = True
+                raise
+            finally:
+                # An interrupt keeps what is done.
+                loop.save()
+                if interrupted:
+                    farewell = _farewell(title, loop.done, steps, loop.written, checkpoint_dir)
+                    print(farewell, file=sys.stderr, flush=True)
+        loop.warn_if_inexact()
+        return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
 
 
 def _refuse_unfit(solver: Solver, state: Any, data: Any, record: Any, reads: Any) -> list[TracedLoss]:

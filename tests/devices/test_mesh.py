@@ -1,0 +1,267 @@
+"""The same answer on a mesh of eight devices."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bilevel
+from bilevel import Batches, Indexed, Nested, Sharding, Unrolled
+from tests.bilevel.estimators import TABLE
+from tests.bilevel.helpers import KEY, NETWORK, ROWS
+from tests.bilevel.solvers.table import TABLE as SOLVERS
+
+SHAPES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "both": {"data": 4, "fsdp": 2}}
+
+
+def on(name="both", kind=AxisType.Auto, count=8, **rules):
+    """A sharding over so many devices; rows are split over all axes."""
+    shape = SHAPES[name] if count == 8 else {"data": 2, "fsdp": count // 2}
+    mesh = jax.make_mesh(
+        tuple(shape.values()), tuple(shape), axis_types=(kind,) * len(shape), devices=jax.devices()[:count]
+    )
+    return Sharding(mesh, batch=tuple(shape), **rules)
+
+
+each_mesh = pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n in SHAPES for k in (AxisType.Auto, AxisType.Explicit)], ids=str
+)
+
+
+def apart(found, wanted):
+    """The largest relative difference of a leaf."""
+    sizes = jax.tree.map(
+        lambda a, b: float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / max(np.max(np.abs(b)), 1e-300)),
+        found,
+        wanted,
+    )
+    return max(jax.tree.leaves(sizes))
+
+
+# A model with weights that are split: stacked layers, low-rank changes of the first and a head of its own.
+
+
+def forward(weights, inner, x):
+    h = x @ (weights["up"] + inner["a"] @ inner["b"])
+    h, _ = jax.lax.scan(lambda h, kernel: (jnp.tanh(h @ kernel), None), h, weights["stack"])
+    return h @ inner["head"]
+
+
+def inner_loss(weights, inner, outer, batch, key):
+    x, y = batch
+    decay = sum(jnp.sum(leaf**2) for leaf in inner.values())
+    return jnp.mean((forward(weights, inner, x) - y) ** 2) + 1e-3 * jnp.exp(outer["decay"]) * decay
+
+
+def outer_loss(weights, inner, outer, batch, key):
+    x, y = batch
+    return jnp.mean((forward(weights, inner, x) - y) ** 2)
+
+
+def start(key, outer):
+    keys = jax.random.split(key, 3)
+    shapes = {"a": (16, 4), "b": (4, 256), "head": (256, 3)}
+    return {name: 0.1 * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+@functools.cache
+def case(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 16))
+    data = tuple(a.astype(dtype) for a in (x, np.tanh(x @ rng.normal(size=(16, 3)))))
+    weights = {"up": rng.normal(size=(16, 256)) / 4, "stack": rng.normal(size=(2, 256, 256)) / 16}
+    weights = {name: leaf.astype(dtype) for name, leaf in weights.items()}
+    bind = jax.tree_util.Partial
+    begin = lambda key, outer: jax.tree.map(lambda x: x.astype(dtype), start(key, outer))  # noqa: E731
+    zero = lambda key: {"decay": jnp.zeros((), dtype)}  # noqa: E731
+    return bilevel.Problem(bind(inner_loss, weights), bind(outer_loss, weights), begin, zero), data
+
+
+def nested(problem, steps=2, optimizer=optax.adam, **settings):
+    return Nested(problem, Unrolled(optimizer(1e-2), steps, **settings), optax.adam(0.1))
+
+
+def run(solver, data, steps=20, **settings):
+    settings = {"inner_data": Batches(data, 16), "outer_data": Batches(data, 32)} | settings
+    return bilevel.run(solver, steps=steps, progress=False, **settings)
+
+
+@functools.cache
+def alone():
+    problem, data = case()
+    return run(nested(problem), data)
+
+
+@each_mesh
+def test_twenty_outer_steps_are_those_of_one_device(name, kind):
+    problem, data = case()
+    found = run(nested(problem), data, sharding=on(name, kind))
+    of = lambda result: (result.outer, result.inner.params, result.history)  # noqa: E731
+    assert apart(of(found), of(alone())) < 1e-12
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_in_single_precision(name):
+    problem, data = case(np.float32)
+    solver = nested(problem, optimizer=optax.sgd)
+    one, found = run(solver, data, 5), run(solver, data, 5, sharding=on(name))
+    assert found.history["outer_loss"].dtype == np.float32
+    assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-5
+
+
+ROWED = [row for row in TABLE if not row.tasks and row.name != "implicit solve"]
+
+
+@pytest.mark.parametrize("row", ROWED, ids=lambda row: row.name)
+def test_every_estimator_is_that_of_one_device(row):
+    outer, rows = NETWORK.start_outer(KEY), jax.tree.map(jnp.asarray, ROWS)
+    batches = Indexed(rows, jax.random.randint(jax.random.key(3), (3, 8), 0, 12))
+    held_out = jax.tree.map(lambda x: x[:8], rows)
+    estimator = row.make(optax.sgd(0.1), 3)
+
+    def estimate(problem, outer, batches, held_out, key):
+        found = estimator.estimate(problem, None, outer, batches, held_out, key)
+        return found.value, found.grad, found.inner_state.params
+
+    sharding = on()
+    placed = sharding.rows("rows", held_out), sharding.replicated(KEY)
+    found = jax.jit(estimate)(sharding.problem(NETWORK), *sharding.replicated((outer, batches)), *placed)
+    # CG stops at a residual of 2e-12, and not at the same point.
+    tolerance = 1e-11 if row.name == "implicit by CG" else 1e-12
+    assert apart(found, jax.jit(estimate)(NETWORK, outer, batches, held_out, KEY)) < tolerance
+
+
+@pytest.mark.parametrize("row", [row for row in SOLVERS if row.exact], ids=lambda row: row.cls.__name__)
+def test_every_stochastic_solver_is_that_of_one_device(row):
+    problem, data = case()
+    solver = dataclasses.replace(row.make(step=1e-2), problem=problem)
+    if hasattr(solver, "inner_blocks"):
+        solver = dataclasses.replace(solver, inner_blocks=4, outer_blocks=4)
+    settings = {"inner_data": Batches(data, 16, order="blocks"), "outer_data": Batches(data, 16, order="blocks")}
+    one, found = (bilevel.run(solver, steps=5, progress=False, sharding=s, **settings) for s in (None, on()))
+    assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [p for p in itertools.product((None, 8, 4), repeat=2) if p[0] != p[1]], ids=str
+)
+def test_a_run_goes_on_with_other_devices(before, after, tmp_path):
+    problem, data = case()
+    first, then = (None if count is None else on(count=count) for count in (before, after))
+    run(nested(problem), data, 10, checkpoint_dir=tmp_path, sharding=first)
+    found = run(nested(problem), data, 20, checkpoint_dir=tmp_path, sharding=then)
+    assert apart((found.outer, found.history), (alone().outer, alone().history)) < 1e-12
+
+
+def stream(data, size):
+    for number in itertools.count():
+        index = np.random.default_rng(number).integers(0, 64, size)
+        yield tuple(x[index] for x in data)
+
+
+def test_every_form_of_data():
+    problem, data = case()
+    solver, sharding = nested(problem), on()
+    for form in (lambda: data, lambda: stream(data, 16), lambda: Batches(data, 16, order="blocks")):
+        one, found = (
+            bilevel.run(solver, inner_data=form(), outer_data=form(), steps=3, progress=False, sharding=s)
+            for s in (None, sharding)
+        )
+        assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-12
+    # Rows that lie on an explicit mesh already, inside its context.
+    explicit = on(kind=AxisType.Explicit)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
+    laid = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))), data)
+    with jax.set_mesh(mesh):
+        found = run(nested(problem), laid, 20, sharding=explicit)
+    assert apart((found.outer, found.history), (alone().outer, alone().history)) < 1e-12
+
+
+def test_the_final_training():
+    problem, data = case()
+    settings = {"optimizer": optax.adam(1e-2), "data": Batches(data, 16), "steps": 5, "progress": False}
+    one, found = (bilevel.fit(problem, alone().outer, **settings, sharding=s) for s in (None, on()))
+    assert apart((found.inner.params, found.history), (one.inner.params, one.history)) < 1e-12
+
+
+def test_an_inner_variable_that_is_split_stays_so_with_its_optimizer():
+    problem, data = case()
+    rules = [
+        lambda path, x: P("fsdp") if "head" in path else P(),
+        {"a": P(), "b": P(), "head": P("fsdp")},
+    ]
+    for rule in rules:
+        found = run(nested(problem), data, sharding=on(inner=rule))
+        assert apart((found.outer, found.history), (alone().outer, alone().history)) < 1e-12
+        adam = found.inner.opt_state[0]
+        for tree in (found.inner.params, adam.mu, adam.nu):
+            assert {name: leaf.sharding.spec for name, leaf in tree.items()} == {"a": P(), "b": P(), "head": P("fsdp")}
+        assert adam.count.sharding.is_fully_replicated and found.outer["decay"].sharding.is_fully_replicated
+
+
+def test_work_and_weights_are_split():
+    problem, data = case()
+    sharding = on("data")
+    placed, estimator = sharding.problem(problem), Unrolled(optax.sgd(1e-2), 4)
+    batches = Batches(jax.tree.map(jnp.asarray, data), 16).take(KEY, 0, 4)
+
+    def estimate(problem, outer, batches, held_out, key):
+        return estimator.estimate(problem, None, outer, batches, held_out, key).grad
+
+    outer = problem.start_outer(KEY)
+    arguments = (*sharding.replicated((outer, batches)), sharding.rows("rows", data), sharding.replicated(KEY))
+    split = jax.jit(estimate).lower(placed, *arguments).compile()
+    whole = jax.jit(estimate).lower(problem, outer, batches, jax.tree.map(jnp.asarray, data), KEY).compile()
+    flops = lambda compiled: compiled.cost_analysis()["flops"]  # noqa: E731
+    assert flops(split) < 0.2 * flops(whole)  # an eighth, and what is not rows
+    held = on("fsdp").problem(problem).inner_loss.args[0]
+    assert {name: leaf.addressable_shards[0].data.shape for name, leaf in held.items()} == {
+        "up": (16, 256),  # small
+        "stack": (2, 256, 32),  # never the first of three axes, over which a scan runs
+    }
+
+
+BAD = {
+    "an axis": (lambda: Sharding(on().mesh, batch="rows"), "the mesh has the axes data, fsdp, and no rows"),
+    "no mesh": (lambda: Sharding(3), "must be a jax.sharding.Mesh"),
+    "no rule": (lambda: on(weights=3), "must be a PartitionSpec, a tree of them, or a function"),
+    "a tree like nothing": (lambda: on(weights={"a": P()}).problem(case()[0]), "is like nothing there is"),
+    "no spec": (lambda: on(weights=lambda path, x: "fsdp").problem(case()[0]), "must return a PartitionSpec, but"),
+    "a spec of another mesh": (lambda: on(weights=lambda path, x: P("model")).problem(case()[0]), "names model, but"),
+    "too many axes": (
+        lambda: on(weights=lambda path, x: P(None, None, None, "fsdp")).problem(case()[0]),
+        "has fewer axes than",
+    ),
+    "weights": (
+        lambda: on("fsdp").place("weights", {"w": np.ones((3, 300, 301))}, None, on("fsdp")._split),
+        r"a weight of shape \(3, 300, 301\) in leaf \['w'\] has no axis that the 8 devices of 'fsdp' divide",
+    ),
+    "rows of a batch": (
+        lambda: run(nested(case()[0]), case()[1], 1, inner_data=Batches(case()[1], 12), sharding=on()),
+        r"inner_data: Batches\(size=12\) on 8 devices \(data=4, fsdp=2\), which do not divide it",
+    ),
+    "rows of a full batch": (
+        lambda: run(nested(case()[0]), case()[1], 1, outer_data=(np.ones((60, 16)), np.ones((60, 3))), sharding=on()),
+        r"outer_data of shape \(60, 16\) in leaf \[0\] has 60 along axis 0, which 8 devices",
+    ),
+    "rows of an iterator": (
+        lambda: run(nested(case()[0]), case()[1], 1, inner_data=stream(case()[1], 12), sharding=on()),
+        r"inner_data of shape \(2, 12, 16\) in leaf \[0\] has 12 along axis 1, which 8 devices",
+    ),
+    "no sharding": (lambda: run(nested(case()[0]), case()[1], 1, sharding=on().mesh), r"must be a bilevel.Sharding\("),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_one_sentence(name):
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value).removesuffix("\n")
