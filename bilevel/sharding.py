@@ -84,8 +84,8 @@ class Sharding:
         to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above.
 
     Raises:
-      ValueError: for axes that the mesh has not. When arrays are placed: for an axis that the devices do not divide,
-        with the numbers; nothing is replicated in silence.
+      ValueError: for axes that the mesh has not, and in one of several processes: a run is one process. When arrays are
+        placed: for an axis that the devices do not divide, with the numbers; nothing is replicated in silence.
 
     Examples:
       >>> import bilevel, jax, optax
@@ -108,6 +108,11 @@ class Sharding:
 
     def __post_init__(self):
         check_fields(self)
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"Sharding: this is one of {jax.process_count()} processes of jax.distributed, and a run is one "
+                "process: use the devices of one host."
+            )
         if missing := [axis for axis in self.batch if axis not in self.mesh.axis_names]:
             raise ValueError(
                 f"Sharding(batch={self.batch!r}): the mesh has the axes {', '.join(self.mesh.axis_names)}, and no "
@@ -122,8 +127,6 @@ class Sharding:
 
     def rows(self, what: str, batch: PyTree, *, axis: int = 0) -> PyTree:
         """`batch`, with axis number `axis` of each leaf split over the axes `batch`; scalars are replicated."""
-        if jax.process_count() > 1:
-            return jax.tree.map(lambda x: self._from_rows_of_this_process(what, x, axis), batch)
         return self.place(what, batch, None, lambda _, x: self._rows(jnp.ndim(x), axis))
 
     def replicated(self, tree: PyTree) -> PyTree:
@@ -289,11 +292,6 @@ class Sharding:
     def _pin(self, x: Any, spec: PartitionSpec) -> Any:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
-    def _from_rows_of_this_process(self, what: str, x: Any, axis: int) -> jax.Array:
-        x = np.asarray(x)
-        sharding = NamedSharding(self.mesh, self._rows(x.ndim, axis))
-        return jax.make_array_from_process_local_data(sharding, x)
-
 
 def split_rows(x: jax.Array) -> jax.Array:
     """`x`, an activation whose leading axis is that of a batch, with its rows where the batch's are.
@@ -344,6 +342,17 @@ def with_problem(solver: Any, problem: Any) -> Any:
             "placed: make it one (bilevel.extend.register)."
         )
     return dataclasses.replace(solver, problem=problem)  # pyright: ignore[reportCallIssue]
+
+
+def on_a_mesh() -> bool:
+    """Whether the loss that is traced now is that of a run, or of a problem, with a `Sharding`.
+
+    Examples:
+      >>> from bilevel.extend import on_a_mesh
+      >>> on_a_mesh()
+      False
+    """
+    return _ACTIVE.get() is not None
 
 
 _ACTIVE: contextvars.ContextVar[Sharding | None] = contextvars.ContextVar("sharding", default=None)

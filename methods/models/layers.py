@@ -95,12 +95,15 @@ LONGEST_SUM = 384
 def linear(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     """x [B, T, in] times kernel [in, out].
 
-    In float32 the inputs are summed in parts of at most `LONGEST_SUM` and the parts pairwise. The products of XLA on
-    CPU round 1.6 times as coarsely as torch's, which adds up to 1.4e-4 in SmolLM2's logits; in parts it is 9e-5, for
-    5 to 8 % of a training step's time.
+    On a mesh the weights are gathered for as long as the product takes, and each device multiplies its own rows.
+
+    In float32 on one CPU device the inputs are summed in parts of at most `LONGEST_SUM` and the parts pairwise. The
+    products of XLA on CPU round 1.6 times as coarsely as torch's, which adds up to 1.4e-4 in SmolLM2's logits; in parts
+    it is 9e-5, for 5 to 8 % of a training step's time. An accelerator would take a part's product for each whole one.
     """
-    size = x.shape[-1]
-    count = max(-(-size // LONGEST_SUM), 1) if jnp.dtype(precision.weights) == jnp.float32 else 1
+    size, kernel = x.shape[-1], gathered(kernel)
+    in_parts = jnp.dtype(precision.weights) == jnp.float32 and jax.default_backend() == "cpu" and not on_a_mesh()
+    count = max(-(-size // LONGEST_SUM), 1) if in_parts else 1
     ends = [size * part // count for part in range(count + 1)]
     sums = [product("bti,io->bto", x[..., start:end], kernel[start:end], precision) for start, end in pairwise(ends)]
     while len(sums) > 1:
