@@ -48,8 +48,11 @@ def describe_failure(
     where = where_of(solver, number)
     if weights := nan_weights(solver):
         return where + weights.strip()
-    if said := _training(solver, state, data) or _losses(solver, state, data):
+    before = f"; before it {norms}" if norms else ""
+    if said := _training(solver, state, data):
         return where + said.sentence(moved)
+    if said := _losses(solver, state, data):
+        return where + said._replace(what=said.what + before).sentence(moved)
     kept: list[Any] = []
     listening = solver
     if hasattr(solver, "hypergradient"):
@@ -68,7 +71,6 @@ def describe_failure(
     by_record = [name for name in metrics_at_fault if name not in metrics]
     leaves = newly("outer", state.outer, new.outer) + newly("inner", inner_of(state), inner_of(new))
     leaves = leaves or newly("state", state, new)
-    before = f"; before it {norms}" if norms else ""
     if by_record and not names and not leaves:
         return where + (
             f"record returned {', '.join(by_record)} not finite, while all metrics are finite and nothing in the state "

@@ -348,7 +348,7 @@ def test_bad_input_ends_in_one_sentence():
 
 
 def test_a_step_size_that_diverges_stops_the_run_with_the_step_and_the_norm():
-    with pytest.raises(FloatingPointError, match=r"Outer step \d+: .*direction_norm was .*lower the step sizes"):
+    with pytest.raises(FloatingPointError, match=r"Outer step \d+: .*direction_norm was .*lower the step size"):
         bilevel.run(
             bilevel.SOBA(PROBLEM, 50.0, 0.1), inner_data=DATA, outer_data=OUTER_DATA, steps=2000, progress=False
         )
