@@ -134,8 +134,9 @@ class Sharding:
 
         def put(x: Any) -> jax.Array:
             now = getattr(x, "sharding", None)
-            here = isinstance(now, NamedSharding) and _auto(now.mesh) == self.mesh
-            return jax.device_put(x, NamedSharding(self.mesh, now.spec if here else PartitionSpec()))
+            if isinstance(now, NamedSharding) and isinstance(now.mesh, Mesh) and _auto(now.mesh) == self.mesh:
+                return self._put(x, now.spec)
+            return self._put(x, PartitionSpec())
 
         return jax.tree.map(put, tree)
 
@@ -201,13 +202,21 @@ class Sharding:
         placed = []
         for name, x, spec in zip(names, leaves, self._specs(rule, tree, names, leaves, default), strict=True):
             self._check(what, name, x, spec)
-            placed.append(jax.device_put(x, NamedSharding(self.mesh, spec)))
+            placed.append(self._put(x, spec))
         return jax.tree.unflatten(structure, placed)
 
-    def _specs(self, rule, tree, names, leaves, default) -> list[PartitionSpec]:
-        if rule is None or _is_spec(rule) or callable(rule):
-            of = default if rule is None else (lambda _, x: _short(rule, x)) if _is_spec(rule) else rule
-            return [of(name, x) for name, x in zip(names, leaves, strict=True)]
+    def _put(self, x: Any, spec: PartitionSpec) -> Any:
+        where = NamedSharding(self.mesh, spec)
+        if isinstance(x, jax.ShapeDtypeStruct):  # for a program that is compiled and never run
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.device_put(x, where)
+
+    def _specs(self, rule: Any, tree: PyTree, names: list[str], leaves: list[Any], default: Any) -> list[Any]:
+        """A spec for each leaf of `tree`, as `rule` says; by `default` if it is None."""
+        if isinstance(rule, PartitionSpec):
+            return [_short(rule, x) for x in leaves]
+        if rule is None or callable(rule):
+            return [(rule or default)(name, x) for name, x in zip(names, leaves, strict=True)]
         wanted = jax.tree.structure(rule, is_leaf=_is_spec)
         specs = jax.tree.leaves(rule, is_leaf=_is_spec)
         found: list[PartitionSpec] = []
@@ -309,20 +318,23 @@ def split_rows(x: jax.Array) -> jax.Array:
     return x if active is None else active._pin(x, active._rows(jnp.ndim(x), 0))
 
 
-def gathered(weights: PyTree) -> PyTree:
-    """`weights` whole on every device, for as long as they are used.
+def gathered(function: Callable[[Any, Any], Any], x: PyTree, weights: PyTree) -> PyTree:
+    """`function(x, weights)`, for which the weights are gathered on every device, for as long as it takes.
 
-    Without it the compiler may gather the activations of all devices instead, where these are smaller. Their cotangents
-    are split again. Outside a run with a `Sharding` it does nothing.
+    Without it the compiler may gather the activations of all devices instead, where these are smaller. A derivative
+    gathers them anew: kept for it, the weights of all layers would lie on each device. Outside a run with a `Sharding`
+    it is `function(x, weights)`.
 
     Examples:
       >>> import jax
       >>> from bilevel.extend import gathered
-      >>> gathered({"kernel": jax.numpy.ones((16, 16))})["kernel"].shape
-      (16, 16)
+      >>> gathered(jax.numpy.matmul, jax.numpy.ones((8, 16)), jax.numpy.ones((16, 4))).shape
+      (8, 4)
     """
-    active = _ACTIVE.get()
-    return weights if active is None else jax.tree.map(lambda x: active._pin(x, PartitionSpec()), weights)
+    if (active := _ACTIVE.get()) is None:
+        return function(x, weights)
+    pin = lambda weights: jax.tree.map(lambda w: active._pin(w, PartitionSpec()), weights)  # noqa: E731
+    return jax.checkpoint(lambda x, weights: function(x, pin(weights)), prevent_cse=False)(x, weights)
 
 
 def no_mesh() -> Any:

@@ -20,7 +20,8 @@ class Feed:
     """The batches of one loss: `source` as the compiled step takes it, or an iterator to read from."""
 
     def __init__(self, name: str, source: Any, key: jax.Array, is_iterator: bool, steps: int = 0, title: str = ""):
-        self.name, self.source, self.key, self.is_iterator, self.steps = name, source, key, is_iterator, steps
+        self.source: Any = source
+        self.name, self.key, self.is_iterator, self.steps = name, key, is_iterator, steps
         self.title, self.word = title or name, "step" if title else "outer step"
         self._last: tuple[Any, int, PyTree] | None = None
         self._sharding: Sharding | None = None

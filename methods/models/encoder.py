@@ -18,7 +18,7 @@ import numpy as np
 
 from methods.models import hooks
 from methods.models.layernorm_block import LayerNormBlock, LayerNormConfig
-from methods.models.layers import Context, LayerNorm, Precision, check_input, count_positions, lookup, product, stack
+from methods.models.layers import Context, LayerNorm, Precision, check_input, count_positions, lookup, stack, weighed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
         first = jnp.take_along_axis(hidden, first[:, None, None], axis=1)[:, 0]
         if not self.config.pooler:
             return first
-        out = product("bi,io->bo", first, self.pooler_kernel, self.precision())
+        out = weighed("bi,io->bo", first, self.pooler_kernel, self.precision())
         return jnp.tanh(out + jnp.asarray(self.pooler_bias, out.dtype)[None, :])
 
 

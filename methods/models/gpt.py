@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from methods.models.causal import Causal
 from methods.models.layernorm_block import LayerNormBlock, LayerNormConfig
-from methods.models.layers import LayerNorm, Precision, check_head, lookup, product, stack
+from methods.models.layers import LayerNorm, Precision, check_head, lookup, stack, weighed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class GPT(Causal):
     def embedded(self, tokens, positions):
         x, stream = lookup(self.embed, tokens), self.precision().stream
         if self.config.embed_size:
-            x = product("btd,de->bte", x, self.project_in, self.precision())
+            x = weighed("btd,de->bte", x, self.project_in, self.precision())
         return x.astype(stream) + lookup(self.positions, positions + self.config.position_offset).astype(stream)
 
     def turns(self, positions):
@@ -72,9 +72,9 @@ class GPT(Causal):
 
     def finished(self, x):
         x = self.norm(x) if self.config.final_norm else x
-        return product("btd,de->bte", x, self.project_out, self.precision()) if self.config.embed_size else x
+        return weighed("btd,de->bte", x, self.project_out, self.precision()) if self.config.embed_size else x
 
     def head(self, hidden):
         check_head(self.config.headless)
         kernel = self.embed if self.config.tied else self.head_kernel
-        return product("...d,vd->...v", hidden, kernel, self.precision())
+        return weighed("...d,vd->...v", hidden, kernel, self.precision())

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bilevel.extend import gathered, on_a_mesh
 from methods.models import hooks
 
 ACTIVATIONS = {
@@ -88,6 +89,11 @@ def product(spec: str, a: jax.Array, b: jax.Array, precision: Precision) -> jax.
     return jnp.einsum(spec, a, b, preferred_element_type=precision.stream)
 
 
+def weighed(spec: str, x: jax.Array, weights: jax.Array, precision: Precision) -> jax.Array:
+    """`product` with frozen or trained weights, which on a mesh may be split."""
+    return gathered(lambda x, weights: product(spec, x, weights, precision), x, weights)
+
+
 LONGEST_SUM = 384
 """Inputs of a linear that are summed at once in float32, see `linear`."""
 
@@ -101,8 +107,10 @@ def linear(x: jax.Array, kernel: jax.Array, precision: Precision) -> jax.Array:
     products of XLA on CPU round 1.6 times as coarsely as torch's, which adds up to 1.4e-4 in SmolLM2's logits; in parts
     it is 9e-5, for 5 to 8 % of a training step's time. An accelerator would take a part's product for each whole one.
     """
-    size, kernel = x.shape[-1], gathered(kernel)
-    in_parts = jnp.dtype(precision.weights) == jnp.float32 and jax.default_backend() == "cpu" and not on_a_mesh()
+    if on_a_mesh():
+        return weighed("bti,io->bto", x, kernel, precision)
+    size = x.shape[-1]
+    in_parts = jnp.dtype(precision.weights) == jnp.float32 and jax.default_backend() == "cpu"
     count = max(-(-size // LONGEST_SUM), 1) if in_parts else 1
     ends = [size * part // count for part in range(count + 1)]
     sums = [product("bti,io->bto", x[..., start:end], kernel[start:end], precision) for start, end in pairwise(ends)]
@@ -220,7 +228,10 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index]; NaN where there is no such row, never another row."""
-    return jnp.asarray(table).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    get = lambda index, table: table.at[index].get(  # noqa: E731
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
+    return gathered(get, index, jnp.asarray(table))
 
 
 def check_input(tokens: jax.Array, mask: jax.Array | None, max_positions: int) -> None:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from methods.models import hooks
 from methods.models.decoder import Block
 from methods.models.layernorm_block import LayerNormBlock
-from methods.models.layers import Linear, Precision, attend, product, rotate
+from methods.models.layers import Linear, Precision, attend, rotate, weighed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _layer(weights: dict[str, Any]) -> Any:
 def _linear(weights: dict[str, Any], site: str, x: jax.Array, adapt: hooks.Hook, precision: Precision) -> jax.Array:
     x = hooks.call(adapt, f"{site}.input", x, x)
     # In one sum, not in parts as `layers.linear`: outside a scan each part of a kernel would be a copy of its own.
-    y = product("bti,io->bto", x, weights[site]["kernel"], precision)
+    y = weighed("bti,io->bto", x, weights[site]["kernel"], precision)
     if "bias" in weights[site]:
         y = y + jnp.asarray(weights[site]["bias"], y.dtype)[None, None, :]
     return hooks.call(adapt, site, x, y)
