@@ -9,7 +9,7 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 - `register` makes a dataclass a pytree; `setting` and `child` put the rule of a field beside it.
 - For benchmarks and loops of one's own: `chunk`, the compiled steps that `run` takes at once, at most `CAPACITY`;
   `Checkpoints`, its files; `flops` and `gradient_flops`, operations of a traced function; `resolve`, rows of `Indexed`.
-- For models whose weights are split over a mesh: `gathered`, `split_rows`, `on_a_mesh`.
+- For models whose weights are split over a mesh: `gathered`, `across`, `split_rows`, `on_a_mesh`.
 - For a `jax.custom_vjp` with `symbolic_zeros`: `is_marked`, whether a leaf is what its forward rule is given.
 """
 
@@ -41,6 +41,7 @@ from bilevel.settings import register as register
 from bilevel.settings import scalar as scalar
 from bilevel.settings import setting as setting
 from bilevel.settings import step_size as step_size
+from bilevel.sharding import across as across
 from bilevel.sharding import gathered as gathered
 from bilevel.sharding import on_a_mesh as on_a_mesh
 from bilevel.sharding import split_rows as split_rows

@@ -337,6 +337,23 @@ def gathered(function: Callable[[Any, Any], Any], x: PyTree, weights: PyTree) ->
     return jax.checkpoint(lambda x, weights: function(x, pin(weights)), prevent_cse=False)(x, weights)
 
 
+def across(table: jax.Array) -> jax.Array:
+    """A table that is split over its rows, split over its columns instead: each device then finds its part of any row.
+
+    Outside a run with a `Sharding`, and where the columns do not divide, it does nothing.
+
+    Examples:
+      >>> import jax
+      >>> from bilevel.extend import across
+      >>> across(jax.numpy.ones((100, 16))).shape
+      (100, 16)
+    """
+    active = _ACTIVE.get()
+    if active is None or FSDP not in active.mesh.axis_names or table.shape[-1] % active.mesh.shape[FSDP]:
+        return table
+    return active._pin(table, PartitionSpec(None, FSDP))
+
+
 def no_mesh() -> Any:
     """A context without a mesh, whatever surrounds it: what a program does is said by its arguments and its pins."""
     return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))

@@ -34,10 +34,10 @@ from methods.models.layers import (
     check_activation,
     check_head,
     lookup,
+    product,
     rotary_turns,
     rotate,
     stack,
-    weighed,
 )
 
 
@@ -196,7 +196,7 @@ class Decoder(Causal):
     def head(self, hidden):
         check_head(self.config.headless)
         kernel = self.embed if self.config.tied else self.head_kernel
-        logits = weighed("...d,vd->...v", hidden, kernel, self.precision())
+        logits = product("...d,vd->...v", hidden, kernel, self.precision())
         cap = self.config.logit_cap
         return cap * jnp.tanh(logits / cap) if cap else logits
 

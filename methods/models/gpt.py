@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from methods.models.causal import Causal
 from methods.models.layernorm_block import LayerNormBlock, LayerNormConfig
-from methods.models.layers import LayerNorm, Precision, check_head, lookup, stack, weighed
+from methods.models.layers import LayerNorm, Precision, check_head, lookup, product, stack, weighed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,4 +77,4 @@ class GPT(Causal):
     def head(self, hidden):
         check_head(self.config.headless)
         kernel = self.embed if self.config.tied else self.head_kernel
-        return weighed("...d,vd->...v", hidden, kernel, self.precision())
+        return product("...d,vd->...v", hidden, kernel, self.precision())

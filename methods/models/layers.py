@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bilevel.extend import gathered, on_a_mesh
+from bilevel.extend import across, gathered, on_a_mesh, split_rows
 from methods.models import hooks
 
 ACTIVATIONS = {
@@ -228,10 +228,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     """table[index]; NaN where there is no such row, never another row."""
-    get = lambda index, table: table.at[index].get(  # noqa: E731
-        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-    )
-    return gathered(get, index, jnp.asarray(table))
+    table = jnp.asarray(table)
+    found = across(table).at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return split_rows(found) if index.ndim > 1 else found
 
 
 def check_input(tokens: jax.Array, mask: jax.Array | None, max_positions: int) -> None:

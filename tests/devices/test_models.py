@@ -1,0 +1,84 @@
+"""Language models whose weights are split over a mesh: the numbers of one device, and what devices send each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from benchmarks import scaling
+from bilevel import Batches, Nested, Unrolled
+from methods import flexora
+from methods.adapters.lora import LoRAConfig
+from methods.models.decoder import Decoder, DecoderConfig
+from methods.objective import of_hook
+from tests.devices.test_mesh import apart, on
+
+ROWS, TOKENS = 8, 64
+
+
+def test_a_search_on_a_split_decoder_is_that_of_one_device():
+    config = DecoderConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        max_positions=16,
+    )
+    model = Decoder(config, param_dtype=jnp.float64)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 512, (32, 12)))
+    weights = model.init(jax.random.key(0), tokens[:1])["params"]
+    assert weights["embed"].size >= 2**16  # split
+
+    def loss(weights, adapt, batch):
+        logits = model.apply({"params": weights}, batch, None, adapt)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:]).mean()
+
+    lora = LoRAConfig(rank=2)
+
+    def start(key):  # in double precision
+        drawn = lora.init(key, config.site_shapes(), config.num_layers)
+        return jax.tree.map(lambda x: x.astype(jnp.float64), drawn)
+
+    problem = flexora.problem(of_hook(loss, weights, lora, config, start))
+    solver = Nested(problem, Unrolled(optax.adam(1e-3), 2), optax.sgd(0.1))
+    settings = {"inner_data": Batches(tokens[:16], 8), "outer_data": Batches(tokens[16:], 8), "progress": False}
+    one = bilevel.run(solver, steps=3, **settings)
+    found = bilevel.run(solver, steps=3, sharding=on(), **settings)
+    assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-11
+
+
+@pytest.fixture(scope="module")
+def split():
+    return scaling.row(scaling.SIZES["tiny"], 8, ROWS, TOKENS, steps=2)
+
+
+def test_each_device_holds_an_eighth_of_the_weights(split):
+    # Both losses are given the weights, which are one buffer where they are arrays, but are counted twice here.
+    assert split["arguments"] / 2 <= 1.05 * split["weights"] / 8
+
+
+def test_no_activation_of_another_device_is_ever_gathered(split):
+    floats = [each for each in split["sent"] if each.shape.startswith(("f32", "bf16"))]
+    assert floats and not [each for each in floats if f"[{ROWS},{TOKENS}," in each.shape]
+    # What is gathered is one layer's weights at a time, never those of all layers.
+    layers = scaling.SIZES["tiny"].layers
+    assert not [each for each in floats if f"[{layers}," in each.shape]
+
+
+def test_collectives_are_read_from_a_compiled_program():
+    text = """
+      %all-gather.1 = f32[1,512,256]{2,1,0} all-gather(%x), channel_id=1
+      %all-reduce.2 = (f32[8,256]{1,0}, bf16[3]{0}) all-reduce(%y, %z), to_apply=%sum
+      %all-gather-start = f64[4]{0} all-gather-start(%w)
+      %add = f32[8]{0} add(%a, %b)
+    """
+    assert [tuple(each) for each in scaling.collectives(text)] == [
+        ("all-gather", "f32[1,512,256]", 524288),
+        ("all-reduce", "(f32[8,256], bf16[3])", 8198),
+        ("all-gather", "f64[4]", 32),
+    ]
