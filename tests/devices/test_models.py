@@ -13,7 +13,7 @@ from methods import flexora
 from methods.adapters.lora import LoRAConfig
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.objective import of_hook
-from tests.devices.test_mesh import apart, on
+from tests.devices.meshes import apart, on
 
 ROWS, TOKENS = 8, 64
 
