@@ -1,7 +1,5 @@
 """The same answer on a mesh of eight devices."""
 
-# pyright: reportArgumentType=false
-
 import dataclasses
 import functools
 import itertools
