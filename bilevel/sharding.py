@@ -279,7 +279,7 @@ class Sharding:
     def _check(self, what: str, name: str, x: Any, spec: PartitionSpec) -> None:
         shape = jnp.shape(x)
         if not _is_spec(spec):
-            raise ValueError(f"Sharding: a rule must return a PartitionSpec, but for{in_leaf(name)} returned {spec!r}.")
+            raise ValueError(f"Sharding: a rule must return a PartitionSpec, but returned {spec!r}{in_leaf(name)}.")
         if len(spec) > len(shape):
             raise ValueError(f"{what} of shape {shape}{in_leaf(name)} has fewer axes than {spec} names.")
         for axis, names in enumerate(spec):
@@ -288,7 +288,7 @@ class Sharding:
             names = (names,) if isinstance(names, str) else names
             if unknown := [n for n in names if n not in self.mesh.axis_names]:
                 raise ValueError(
-                    f"Sharding: {spec} of a leaf{in_leaf(name)} names {', '.join(unknown)}, but the mesh has the axes "
+                    f"Sharding: {spec}{in_leaf(name)} names {', '.join(unknown)}, but the mesh has the axes "
                     f"{', '.join(self.mesh.axis_names)}."
                 )
             parts = math.prod(self.mesh.shape[n] for n in names)
