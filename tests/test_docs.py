@@ -10,6 +10,8 @@ import jax
 import pytest
 
 import bilevel
+import bilevel.extend
+import bilevel.testing
 from tests.bilevel.conftest import quick_compilation  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
@@ -35,16 +37,16 @@ def test_code_blocks_of_a_page_run_one_after_the_other(page):
             exec(compile(block, page.name, "exec"), names)
 
 
-def public_names() -> list[str]:
-    source = Path(bilevel.__file__).read_text(encoding="utf-8")
-    return re.findall(r"^from \S+ import (\w+) as \1$", source, re.MULTILINE)
+PUBLIC = {"bilevel": bilevel, "bilevel.extend": bilevel.extend, "bilevel.testing": bilevel.testing}
 
 
-def test_every_public_name_is_in_the_reference_and_documented():
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference_and_documented(module):
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = PUBLIC[module].__all__
     # A module is its docstring, in front of what it describes.
-    named = re.findall(r"^::: bilevel\.(\w+)$", page, re.MULTILINE)
-    shown = [name for name in named if not isinstance(getattr(bilevel, name, types), types.ModuleType)]
-    assert sorted(shown) == sorted(public_names())
-    undocumented = [name for name in public_names() if not (getattr(bilevel, name).__doc__ or "").strip()]
-    assert not undocumented
+    found = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", page, re.MULTILINE)
+    shown = [name for name in found if not isinstance(getattr(PUBLIC[module], name, types), types.ModuleType)]
+    assert sorted(shown) == sorted(names)
+    described = [getattr(PUBLIC[module], name) for name in names]
+    assert not [x for x in described if callable(x) and not (x.__doc__ or "").strip()]
