@@ -315,7 +315,7 @@ def _candidates(length: int) -> Iterator[Checkpoint]:
 
 def device_memory() -> int:
     """Bytes of the default device's memory; of the host's where the device does not say (a CPU)."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     try:
