@@ -140,6 +140,10 @@ class Sharding:
 
         return jax.tree.map(put, tree)
 
+    def frozen(self, weights: PyTree) -> PyTree:
+        """`weights` as they lie when they are bound to a loss: split by the rule `weights`."""
+        return self.place("A weight", weights, self.weights, self._split)
+
     @property
     def parts(self) -> int:
         """Into how many parts the rows of a batch are split."""

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import bilevel
 from methods.models import bert, gemma, gpt2, keys, llama, opt, phi3
 from methods.models.checkpoints import Checkpoint, explain, open_folder, open_gguf
 from methods.models.family import Family
@@ -90,13 +91,15 @@ def load(
     dtype: Any = jnp.float32,
     accumulate: Any = None,
     check: Callable[[Any, nn.Module], None] | None = None,
+    sharding: bilevel.Sharding | None = None,
 ) -> Pretrained:
     """A pretrained model: a folder in Hugging Face layout, a .gguf file (dequantised), or a name on the hub.
 
     Weights become `dtype`, whatever they were stored as; the model computes in it, and with `accumulate` only the
     products, whose results are of that dtype: `dtype=bfloat16, accumulate=float32`. At most one array more than the
     weights is held at a time. `check(config, model)` is called before weights are read, to refuse a model that does not
-    fit.
+    fit. With `sharding` each array (of all layers) is split over its mesh before the next one is read, so that neither
+    the host nor a device ever holds the whole model; its rule `weights` is one `PartitionSpec`, a function or None.
 
     Raises FileNotFoundError if there is no such file, folder or model, and ValueError if a file is damaged,
     the architecture is not known, a key of its config is not known or means another computation, a tensor is missing,
@@ -124,7 +127,8 @@ def load(
             f"the tokenizer of {checkpoint.where} has ids up to {max(tokenizer.get_vocab().values())}, but "
             f"the embedding has {config.vocab_size} rows: tokenizer and weights are of different models."
         )
-    weights, head_weights = read_weights(checkpoint, family, config, dtype)
+    place = sharding.frozen if sharding else jax.device_put
+    weights, head_weights = read_weights(checkpoint, family, config, dtype, place)
     head = {tensor.path: tensor.hf for tensor in family.head(config)}
     conv1d = any(tensor.conv1d for tensor in family.tensors(config))
     return Pretrained(

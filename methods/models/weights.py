@@ -5,8 +5,10 @@ place; or of a head that is not read, which is said; or the file is refused.
 """
 
 import dataclasses
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -58,9 +60,15 @@ def _architectures(checkpoint: Checkpoint) -> list[str]:
 
 
 def read_weights(
-    checkpoint: Checkpoint, family: Family, config: Any, dtype: np.dtype
+    checkpoint: Checkpoint,
+    family: Family,
+    config: Any,
+    dtype: np.dtype,
+    put: Callable[[Any], Any] = jax.device_put,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The stacked weights and those of a classification head, one array at a time.
+
+    `put` lays a tree with one array of the weights where it is to be; none but that one is held on the host.
 
     Raises ValueError on a tensor that is missing, left over, of the wrong shape or dtype, or not finite.
     """
@@ -76,7 +84,7 @@ def read_weights(
         out = aligned(shape, dtype)
         for name, place in zip(names, out if tensor.stacked else [out], strict=True):
             _fill(place, name, tensor, checkpoint, family)
-        _put(weights, tensor.path, jax.device_put(out))
+        _put(weights, tensor.path, _at(put(_nested(tensor.path, out)), tensor.path))
     for tensor, (name,) in head_places:
         labels = checkpoint.stored[name].shape[0]
         out = np.empty([labels if size < 0 else size for size in tensor.shape], dtype)
@@ -215,6 +223,14 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
     return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def _nested(path: tuple[str, ...], value: Any) -> Any:
+    return functools.reduce(lambda inside, key: {key: inside}, reversed(path), value)
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda node, key: node[key], path, tree)
 
 
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

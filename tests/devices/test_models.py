@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import bilevel
 from benchmarks import scaling
 from bilevel import Batches, Nested, Unrolled
-from methods import flexora
+from methods import flexora, models
 from methods.adapters.lora import LoRAConfig
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.objective import of_hook
@@ -50,6 +51,17 @@ def test_a_search_on_a_split_decoder_is_that_of_one_device():
     one = bilevel.run(solver, steps=3, **settings)
     found = bilevel.run(solver, steps=3, sharding=on(), **settings)
     assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-11
+
+
+def test_a_model_is_loaded_straight_onto_a_mesh(tiny_model):
+    whole = models.load(tiny_model).weights
+    rule = lambda path, x: P(None, None, "fsdp") if "q_proj" in path else P()  # noqa: E731
+    found = models.load(tiny_model, sharding=on(weights=rule)).weights
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        expected = P(None, None, "fsdp") if "q_proj" in jax.tree_util.keystr(path) else P()
+        assert len(leaf.sharding.device_set) == 8 and leaf.sharding.spec == expected
+    assert found["blocks"]["q_proj"]["kernel"].addressable_shards[0].data.shape == (2, 16, 8)
 
 
 @pytest.fixture(scope="module")
