@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bilevel.settings import Unfit, check_fields, instance, register, setting
+from bilevel.settings import Unfit, check_fields, function, instance, register, setting
 from bilevel.trees import PyTree, in_leaf, leaf_names
 
 FSDP = "fsdp"
@@ -50,10 +50,15 @@ def _axes(value: Any) -> tuple[str, ...]:
 
 
 def _rule(value: Any) -> Any:
+    if callable(value) and not _is_spec(value):
+        return function("path", "array", result="PartitionSpec")(value)
     specs = jax.tree.leaves(value, is_leaf=_is_spec)
-    if value is not None and not callable(value) and not all(map(_is_spec, specs)):
+    if value is not None and not all(map(_is_spec, specs)):
         raise Unfit("must be a PartitionSpec, a tree of them, or a function (path, array) -> PartitionSpec")
     return value
+
+
+_NO_ROWS = " (what has no rows is no part of a batch: bind it to the loss, jax.tree_util.Partial(loss, it))"
 
 
 def _is_spec(value: Any) -> bool:
@@ -118,6 +123,8 @@ class Sharding:
                 f"Sharding(batch={self.batch!r}): the mesh has the axes {', '.join(self.mesh.axis_names)}, and no "
                 f"{', '.join(missing)}: name the axes that the rows of a batch are split over."
             )
+        if len(set(self.batch)) < len(self.batch):
+            raise ValueError(f"Sharding(batch={self.batch!r}) names a mesh axis twice: name each once.")
 
     # What a user calls.
 
@@ -127,7 +134,7 @@ class Sharding:
 
     def rows(self, what: str, batch: PyTree, *, axis: int = 0) -> PyTree:
         """`batch`, with axis number `axis` of each leaf split over the axes `batch`; scalars are replicated."""
-        return self.place(what, batch, None, lambda _, x: self._rows(jnp.ndim(x), axis))
+        return self.place(what, batch, None, lambda _, x: self._rows(jnp.ndim(x), axis), hint=_NO_ROWS)
 
     def replicated(self, tree: PyTree) -> PyTree:
         """`tree` on all devices; what is split over this mesh already stays as it is."""
@@ -176,7 +183,7 @@ class Sharding:
         pinned = {}
         for name, x in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True):
             spec = self._rows(jnp.ndim(x), 0)
-            self._check("The batch", name, x, spec)
+            self._check("The batch", name, x, spec, _NO_ROWS)
             pinned[name] = self._pin(x, spec)
         return jax.tree.unflatten(jax.tree.structure(batch), pinned.values())
 
@@ -195,7 +202,9 @@ class Sharding:
         finally:
             _ACTIVE.reset(token)
 
-    def place(self, what: str, tree: PyTree, rule: Rule, default: Callable[[str, Any], PartitionSpec]) -> PyTree:
+    def place(
+        self, what: str, tree: PyTree, rule: Rule, default: Callable[[str, Any], PartitionSpec], *, hint: str = ""
+    ) -> PyTree:
         """`tree` on the mesh by `rule`.
 
         Raises:
@@ -205,7 +214,7 @@ class Sharding:
         names = leaf_names(tree)
         placed = []
         for name, x, spec in zip(names, leaves, self._specs(rule, tree, names, leaves, default), strict=True):
-            self._check(what, name, x, spec)
+            self._check(what, name, x, spec, hint)
             placed.append(self._put(x, spec))
         return jax.tree.unflatten(structure, placed)
 
@@ -236,12 +245,17 @@ class Sharding:
         return found
 
     def _of_state(self, state: PyTree) -> PyTree:
-        """A spec for each leaf of a solver's state: by the rule of inner what is inside it, else by that of outer."""
+        """A spec for each leaf of a solver's state: by the rule of inner what is like it, else by that of outer."""
         names, leaves = leaf_names(state), jax.tree.leaves(state)
         params = getattr(state.inner, "params", state.inner)
         inside = self._like("The inner variable", self.inner, params, names, leaves)
         outside = self._like("The outer variable", self.outer, state.outer, names, leaves)
-        specs = [i if name.startswith(".inner") else o for name, i, o in zip(names, inside, outside, strict=True)]
+        of_outer = (".outer", ".opt_state")  # and what the outer optimizer holds for it
+        none = PartitionSpec()
+        specs = [
+            o if name.startswith(of_outer) or (i == none and not name.startswith(".inner")) else i
+            for name, i, o in zip(names, inside, outside, strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(state), specs)
 
     def _like(
@@ -280,16 +294,24 @@ class Sharding:
         spec[max(able)[1]] = FSDP
         return PartitionSpec(*spec)
 
-    def _check(self, what: str, name: str, x: Any, spec: PartitionSpec) -> None:
+    def _check(self, what: str, name: str, x: Any, spec: PartitionSpec, hint: str = "") -> None:
         shape = jnp.shape(x)
         if not _is_spec(spec):
             raise ValueError(f"Sharding: a rule must return a PartitionSpec, but returned {spec!r}{in_leaf(name)}.")
         if len(spec) > len(shape):
             raise ValueError(f"{what} of shape {shape}{in_leaf(name)} has fewer axes than {spec} names.")
+        used: list[str] = []
         for axis, names in enumerate(spec):
-            if names is None or names is PartitionSpec.UNCONSTRAINED:
+            if names is None:
                 continue
+            if names is PartitionSpec.UNCONSTRAINED:
+                raise ValueError(f"Sharding: {spec}{in_leaf(name)} leaves an axis open: name mesh axes, or None.")
             names = (names,) if isinstance(names, str) else names
+            used += names
+            if len(set(used)) < len(used):
+                raise ValueError(
+                    f"Sharding: {spec}{in_leaf(name)} names a mesh axis twice: it can split one axis only."
+                )
             if unknown := [n for n in names if n not in self.mesh.axis_names]:
                 raise ValueError(
                     f"Sharding: {spec}{in_leaf(name)} names {', '.join(unknown)}, but the mesh has the axes "
@@ -299,7 +321,7 @@ class Sharding:
             if shape[axis] % parts:
                 raise ValueError(
                     f"{what} of shape {shape}{in_leaf(name)} has {shape[axis]} along axis {axis}, which {parts} "
-                    f"devices ({self.on(names)}) do not divide: choose a multiple of {parts}, or another mesh."
+                    f"devices ({self.on(names)}) do not divide: choose a multiple of {parts}, or another mesh{hint}."
                 )
 
     def _pin(self, x: Any, spec: PartitionSpec) -> Any:

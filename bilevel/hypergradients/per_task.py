@@ -72,6 +72,7 @@ class PerTask:
     def solve(self, problem, inner_state, outer, inner_batches, key) -> InnerState:
         """The training maps of all tasks: states along a leading axis of tasks."""
         (support, _), keys, _ = self._tasks(inner_batches, key)
+        problem, support = _of_a_task(problem, support)
         one = lambda support, key: self.hypergradient.solve(problem, None, outer, self._repeated(support), key)  # noqa: E731
         return jax.vmap(one)(support, keys)
 
@@ -82,6 +83,7 @@ class PerTask:
                 "PerTask: a task's query is its outer batch, so give no outer data beside (support, query)."
             )
         tasks, keys, start_key = self._tasks(inner_batches, key)
+        problem, tasks = _of_a_task(problem, tasks)
 
         def one(task, key):
             support, query = task
@@ -116,3 +118,10 @@ class PerTask:
             raise ValueError(f"PerTask: support and query lead with different numbers of tasks, {sorted(lengths)}.")
         keys = jax.random.split(key, lengths.pop() + 1)
         return tasks, keys[:-1], keys[-1]
+
+
+def _of_a_task(problem: Problem, tasks: PyTree) -> tuple[Problem, PyTree]:
+    """`problem` for one of `tasks`: on a mesh the tasks are split, and the rows of a task are not."""
+    if problem.sharding is None:
+        return problem, tasks
+    return dataclasses.replace(problem, sharding=None), problem.sharding.pin_batch(tasks)

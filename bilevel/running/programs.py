@@ -31,10 +31,17 @@ class Program(NamedTuple):
 
     def traced(self) -> Any:
         """Its jaxpr, of which JAX remembers nothing; None if it cannot be traced."""
+        # Their shapes: where arrays lie on a mesh would be said in the jaxpr.
+        shapes = jax.tree.map(lambda x: shape_alone(x) if isinstance(x, jax.Array) else x, self.arguments)
         try:
-            return jax.make_jaxpr(lambda *arguments: self.function(*arguments))(*self.arguments)
+            return jax.make_jaxpr(lambda *arguments: self.function(*arguments))(*shapes)
         except Exception:  # whatever a function of the user's may raise where it is traced; the run will say so, or not
             return None
+
+
+def shape_alone(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """The shape of an array, without where it lies."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
 
 
 def programs(solver: Any, state: Any, record: Any = None) -> Iterator[Program]:

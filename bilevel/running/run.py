@@ -28,7 +28,7 @@ from bilevel.settings import check_schedules
 from bilevel.sharding import Sharding, no_mesh
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_state
-from bilevel.trees import Outer, is_key, replayed
+from bilevel.trees import Key, Outer, is_key, replayed
 
 
 class Result(NamedTuple):
@@ -130,6 +130,7 @@ def run(
     with contextlib.nullcontext() if sharding is None else no_mesh():
         reads = forget_outdated(solver, record)
         key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
+        key = _uncommitted(key) if sharding else key
         solver_key, inner_key, outer_key = jax.random.split(key, 3)
         feeds = (
             Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
@@ -192,6 +193,13 @@ def _refuse_unfit(solver: Solver, state: Any, data: Any, record: Any, reads: Any
     warn_if_misplaced(losses, learned=getattr(solver, "learns_outer", True))
     warn_if_swapped(solver, losses, state.outer, replayed(state.key))
     return losses
+
+
+def _uncommitted(key: Key) -> Key:
+    """`key`, bound to no device, so that it may meet arrays that lie on several."""
+    return jax.random.wrap_key_data(
+        jax.numpy.asarray(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
+    )
 
 
 def _farewell(title: str, done: int, steps: int, written: int, folder: Any) -> str:

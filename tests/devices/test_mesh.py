@@ -138,6 +138,37 @@ def test_a_run_goes_on_with_other_devices(before, after, tmp_path):
     assert apart((found.outer, found.history), (alone().outer, alone().history)) < 1e-12
 
 
+def test_a_start_that_reads_what_is_bound_to_it_goes_on_too(tmp_path):
+    problem, data = case()
+    bound = {name: np.ones(shape) for name, shape in {"a": (16, 4), "b": (4, 256), "head": (256, 3)}.items()}
+    begin = lambda bound, key, outer: jax.tree.map(lambda x, y: x * y, bound, start(key, outer))  # noqa: E731
+    problem = dataclasses.replace(problem, init_inner=jax.tree_util.Partial(begin, bound))
+    solver, key = nested(problem, optax.adam(1e-2)), jax.device_put(jax.random.key(5), jax.devices()[1])
+    run(solver, data, 2, checkpoint_dir=tmp_path, sharding=on(), key=key)
+    found = run(solver, data, 4, checkpoint_dir=tmp_path, key=jax.random.key(5))
+    one = run(solver, data, 4, key=jax.random.key(5))
+    assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-11
+
+
+def test_tasks_are_split_and_their_rows_are_not():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(32, 2, 10, 5)), rng.normal(size=(32, 2, 10))
+    loss = lambda w, outer, batch, key: jnp.mean((batch[0] @ w - batch[1]) ** 2)  # noqa: E731
+    problem = bilevel.Problem(loss, loss, lambda key, outer: outer, lambda key: jnp.zeros(5))
+    solver = Nested(problem, bilevel.PerTask(Unrolled(optax.sgd(0.05), 3)), optax.adam(1e-2))
+    tasks = Batches(((x[:, 0], y[:, 0]), (x[:, 1], y[:, 1])), 16)
+    one, found = (bilevel.run(solver, inner_data=tasks, steps=3, progress=False, sharding=s) for s in (None, on()))
+    assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-11
+
+
+def test_the_memory_of_a_solver_lies_where_inner_does():
+    problem, data = case()
+    rule = lambda path, x: P("fsdp") if "head" in path else P()  # noqa: E731
+    solver = bilevel.SOBA(problem, inner_step=1e-2, outer_step=1e-2)
+    state = run(solver, data, 2, outer_data=Batches(data, 16), sharding=on(inner=rule)).state
+    assert state.inner.params["head"].sharding.spec == state.memory["head"].sharding.spec == P("fsdp")
+
+
 def stream(data, size):
     for number in itertools.count():
         index = np.random.default_rng(number).integers(0, 64, size)
@@ -211,6 +242,16 @@ def test_work_and_weights_are_split():
 
 BAD = {
     "an axis": (lambda: Sharding(on().mesh, batch="rows"), "the mesh has the axes data, fsdp, and no rows"),
+    "an axis twice": (lambda: Sharding(on().mesh, batch=("data", "data")), "names a mesh axis twice"),
+    "an axis twice in a spec": (
+        lambda: on(weights=lambda path, x: P("fsdp", "fsdp")).problem(case()[0]),
+        "names a mesh axis twice: it can split one axis only",
+    ),
+    "an open axis": (
+        lambda: on(weights=lambda path, x: P(P.UNCONSTRAINED)).problem(case()[0]),
+        "leaves an axis open: name mesh axes, or None",
+    ),
+    "a rule of one argument": (lambda: on(weights=lambda path: P()), r"weights=.*path, array"),
     "no mesh": (lambda: Sharding(3), "must be a jax.sharding.Mesh"),
     "no rule": (lambda: on(weights=3), "must be a PartitionSpec, a tree of them, or a function"),
     "a tree like nothing": (lambda: on(weights={"a": P()}).problem(case()[0]), "is like nothing there is"),
@@ -230,7 +271,7 @@ BAD = {
     ),
     "rows of a full batch": (
         lambda: run(nested(case()[0]), case()[1], 1, outer_data=(np.ones((60, 16)), np.ones((60, 3))), sharding=on()),
-        r"outer_data of shape \(60, 16\) in leaf \[0\] has 60 along axis 0, which 8 devices",
+        r"outer_data of shape \(60, 16\) in leaf \[0\] has 60 along axis 0, which 8 devices.*what has no rows",
     ),
     "rows of an iterator": (
         lambda: run(nested(case()[0]), case()[1], 1, inner_data=stream(case()[1], 12), sharding=on()),
