@@ -41,7 +41,7 @@ class Program(NamedTuple):
 
 def shape_alone(x: jax.Array) -> jax.ShapeDtypeStruct:
     """The shape of an array, without where it lies."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
 
 
 def programs(solver: Any, state: Any, record: Any = None) -> Iterator[Program]:
