@@ -26,6 +26,7 @@ GIVEN = {
     "Auto": {"bytes": 1e6},
     "Interval": {"low": 0.0, "high": 1.0},
     "Compose": {"first": bilevel.Positive(), "then": bilevel.Softplus()},
+    "Sharding": {"mesh": jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])},
     "Batches": {"arrays": np.ones((4, 2)), "size": 2},
     "Indexed": {"arrays": np.ones((4, 2)), "index": np.zeros(2, int)},
     "FullBatch": {"arrays": np.ones((4, 2))},
