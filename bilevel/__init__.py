@@ -59,7 +59,7 @@ from bilevel.problem import Problem as Problem
 from bilevel.running.fit import fit as fit
 from bilevel.running.run import Result as Result
 from bilevel.running.run import run as run
-from bilevel.sharding import Sharding as Sharding
+from bilevel.sharding.sharding import Sharding as Sharding
 from bilevel.solvers.amigo import AmIGO as AmIGO
 from bilevel.solvers.base import Solver as Solver
 from bilevel.solvers.bome import BOME as BOME

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.settings import check_fields, child, having, real, register, setting
+from bilevel.settings.fields import check_fields, child, register, setting
+from bilevel.settings.numeric import real
+from bilevel.settings.rules import having
 from bilevel.trees import PyTree, cast_like, is_inexact, leaf_names, named
 
 is_bijector = having("a bijector, such as bilevel.Positive()", "forward", "inverse")
@@ -274,7 +276,6 @@ def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
             strange = sorted(map(repr, domain.keys() - tree.keys()))
             reason = f"it has no entry for {', '.join(missing)}" if missing else f"outer has no {', '.join(strange)}"
         raise ValueError(
-            "Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: "
-            f"{reason}."
+            f"Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: {reason}."
         ) from None
     return jax.tree.map(below, domain, tree, is_leaf=is_entry)

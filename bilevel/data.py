@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from bilevel.settings import boolean, check_fields, integer, one_of, register, setting, shown, signature
+from bilevel.settings.fields import check_fields, register, setting, shown, signature
+from bilevel.settings.numeric import integer
+from bilevel.settings.rules import boolean, one_of
 from bilevel.trees import PyTree, in_leaf, leaf_names, unlike_array
 
 Order = Literal["rows", "blocks"]

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel import bijectors
-from bilevel.arguments import Contents, refuse_modules, telling
 from bilevel.data import resolve
-from bilevel.settings import Unfit, boolean, check_fields, child, function, instance, optional, register, setting
-from bilevel.settings import as_pytree as as_pytree
-from bilevel.sharding import Sharding, is_sharding
+from bilevel.settings.arguments import Contents, refuse_modules, telling
+from bilevel.settings.fields import Unfit, check_fields, child, register, setting
+from bilevel.settings.rules import as_pytree as as_pytree
+from bilevel.settings.rules import boolean, function, instance, optional
+from bilevel.sharding.sharding import Sharding, is_sharding
 from bilevel.trees import (
     Batch,
     Inner,

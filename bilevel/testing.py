@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.arguments import check_outer
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.arguments import refuse_complex
@@ -32,7 +31,9 @@ from bilevel.measuring.quadratic import Quadratic as Quadratic
 from bilevel.measuring.quadratic import quadratic as quadratic
 from bilevel.measuring.ridge import ridge as ridge
 from bilevel.problem import Problem, is_problem
-from bilevel.settings import check_arguments, integer, real
+from bilevel.settings.arguments import check_outer
+from bilevel.settings.fields import check_arguments
+from bilevel.settings.numeric import integer, real
 from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition
 
 __all__ = [
@@ -270,9 +271,7 @@ def check_hypergradient(
     whole = [np.concatenate(column) for column in zip(*rows, strict=True)]
     floor = tolerance * np.linalg.norm(whole[1])  # a leaf that hardly matters is not measured by its own size
     names = ["outer" if name == "." else name for name in leaf_names(moving)]
-    leaves = tuple(
-        Agreement(name, *_compare(row, tolerance, floor)) for name, row in zip(names, rows, strict=True)
-    )
+    leaves = tuple(Agreement(name, *_compare(row, tolerance, floor)) for name, row in zip(names, rows, strict=True))
     return HypergradientCheck(type(hypergradient).__name__, *_compare(whole, tolerance, floor), leaves)
 
 

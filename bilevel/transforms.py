@@ -17,7 +17,9 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from bilevel.settings import checked, function, random_key, real, scalar
+from bilevel.settings.fields import checked
+from bilevel.settings.numeric import real, scalar
+from bilevel.settings.rules import function, random_key
 from bilevel.trees import PyTree, in_leaf, leaf_names
 
 

@@ -35,7 +35,8 @@ import jax.numpy as jnp
 from bilevel.differentiation import binomial
 from bilevel.differentiation.gradients import INNER_GRADIENT
 from bilevel.differentiation.tracing import is_literal, operation
-from bilevel.settings import Unfit, check_fields, integer, real, setting
+from bilevel.settings.fields import Unfit, check_fields, setting
+from bilevel.settings.numeric import integer, real
 from bilevel.trees import as_words, combine, partition
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -141,9 +142,7 @@ def is_schedule(value: Any) -> Any:
     """The rule of a setting that is a `Checkpoint`."""
     named = isinstance(value, str) and value in ("auto", "none", *_LEVELS)
     if not named and not isinstance(value, Levels | Binomial | Auto | Probe):
-        raise Unfit(
-            "is not a schedule: use 'auto', 'none', 'step', 'sqrt', Levels(n), Binomial(c) or Auto(bytes)"
-        )
+        raise Unfit("is not a schedule: use 'auto', 'none', 'step', 'sqrt', Levels(n), Binomial(c) or Auto(bytes)")
     return value
 
 

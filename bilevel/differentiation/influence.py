@@ -13,7 +13,7 @@ import numpy as np
 from bilevel.differentiation.flat import Mark, marks
 from bilevel.differentiation.flat import reason as flatness
 from bilevel.differentiation.tracing import jaxprs, operation, used
-from bilevel.settings import shown
+from bilevel.settings.fields import shown
 from bilevel.trees import PyTree, leaf_names, named
 
 

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.arguments import telling
 from bilevel.differentiation.influence import dependence
 from bilevel.differentiation.smooth import smooth
-from bilevel.settings import Unfit, misfit, shown
+from bilevel.settings.arguments import telling
+from bilevel.settings.fields import Unfit, shown
+from bilevel.settings.rules import misfit
 from bilevel.trees import PyTree, combine, leaf_names, named, partition
 
 Optimizer = Any
@@ -61,9 +62,8 @@ def _of_optax(function: Any) -> str | None:
         return f"must be an optimizer: call {name}(...) of optax if it makes one, or take another"
     if "<locals>" in name:  # what a maker of schedules has returned
         return f"must be an optimizer, and not a schedule step -> number: give it {_SCHEDULED.format('schedule')}"
-    return (
-        "must be an optimizer, and not what makes a schedule: give what it makes "
-        + _SCHEDULED.format(f"optax.{name}(...)")
+    return "must be an optimizer, and not what makes a schedule: give what it makes " + _SCHEDULED.format(
+        f"optax.{name}(...)"
     )
 
 

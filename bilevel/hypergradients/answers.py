@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bilevel.hypergradients.query import Answer, Ledger, Query
 from bilevel.hypergradients.training import InnerState, Trace
-from bilevel.settings import shown
+from bilevel.settings.fields import shown
 from bilevel.trees import PyTree, leaf_names, shape, unlike_array
 
 

@@ -12,25 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.arguments import check_outer
 from bilevel.data import Batches, FullBatch, as_data, check_batch, refuse_sources
 from bilevel.problem import is_problem, unlike_start
-from bilevel.settings import (
-    Unfit,
-    boolean,
-    check_arguments,
-    function,
-    having,
-    instance,
-    integer,
-    is_folder,
-    optional,
-    pytree,
-    random_key,
-    real,
-    shown,
-)
-from bilevel.sharding import is_sharding
+from bilevel.settings.arguments import check_outer
+from bilevel.settings.fields import Unfit, check_arguments, shown
+from bilevel.settings.numeric import integer, real
+from bilevel.settings.rules import boolean, function, having, instance, is_folder, optional, pytree, random_key
+from bilevel.sharding.sharding import is_sharding
 from bilevel.trees import PyTree, in_leaf, is_inexact, leaf_names, unlike_array
 
 ORDER = "the arguments are (problem, inner_state, outer, inner_batches, outer_batch, key)"

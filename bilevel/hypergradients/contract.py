@@ -12,7 +12,7 @@ import jax
 
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem
-from bilevel.settings import having
+from bilevel.settings.rules import having
 from bilevel.trees import Batch, Inner, Key, Outer, PyTree
 
 

@@ -15,7 +15,8 @@ from bilevel.differentiation.influence import dependence
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.problem import Problem
-from bilevel.settings import Unfit, integer, real, register, setting
+from bilevel.settings.fields import Unfit, register, setting
+from bilevel.settings.numeric import integer, real
 from bilevel.trees import PyTree, combine, partition, replayed, widened
 
 

@@ -15,7 +15,8 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.problem import split_inner
-from bilevel.settings import real, register, setting
+from bilevel.settings.fields import register, setting
+from bilevel.settings.numeric import real
 from bilevel.trees import cast_like, combine, global_norm, widened
 
 

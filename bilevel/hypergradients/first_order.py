@@ -9,7 +9,7 @@ import jax
 
 from bilevel.hypergradients.base import INSIDE_TRAINING, Trained
 from bilevel.hypergradients.query import Answer, Query
-from bilevel.settings import register
+from bilevel.settings.fields import register
 
 
 @register

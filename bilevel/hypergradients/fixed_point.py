@@ -10,7 +10,7 @@ from bilevel.hypergradients.optimality import FixedPointOf, fixed_point_of, mean
 from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.neumann import Neumann
-from bilevel.settings import child, register
+from bilevel.settings.fields import child, register
 
 
 @register

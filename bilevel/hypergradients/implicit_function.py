@@ -26,7 +26,9 @@ from bilevel.hypergradients.optimality import FixedPointOf, MeanLoss, Stationary
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver, solved
-from bilevel.settings import boolean, child, real, register, setting
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import real
+from bilevel.settings.rules import boolean
 from bilevel.trees import PyTree, cast_like, global_norm, widened
 
 Condition = Stationary | FixedPointOf
@@ -174,9 +176,7 @@ def answer(
     product = lambda x: cast_like(pull_z(cast_like(x, left))[0], x)  # noqa: E731
     start = state.extra if warm_start and _alike(state.extra, rhs) else None
     damped = lambda x: backward.damped(product(x), x)  # noqa: E731
-    adjoint, counts = solved(
-        backward.linear_solver, damped, rhs, start, backward.key, symmetric=condition.symmetric
-    )
+    adjoint, counts = solved(backward.linear_solver, damped, rhs, start, backward.key, symmetric=condition.symmetric)
     # One product in the direction of the adjoint gives the cross term and, beside it, the residual of the solve.
     image, cross = pull_both(cast_like(adjoint, left))
     image = backward.damped(image, adjoint)

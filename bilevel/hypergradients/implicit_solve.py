@@ -22,7 +22,9 @@ from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
 from bilevel.problem import Problem, split_inner
-from bilevel.settings import boolean, check_fields, child, function, optional, real, register, setting
+from bilevel.settings.fields import check_fields, child, register, setting
+from bilevel.settings.numeric import real
+from bilevel.settings.rules import boolean, function, optional
 from bilevel.trees import PyTree, as_arrays, at_step, replayed
 
 

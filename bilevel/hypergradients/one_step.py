@@ -8,7 +8,7 @@ from typing import ClassVar
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.settings import register
+from bilevel.settings.fields import register
 from bilevel.trees import PyTree
 
 

@@ -324,9 +324,7 @@ def trained_part(
     return division, division.split(trained)[0]
 
 
-def at_rest(
-    estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState
-) -> Division:
+def at_rest(estimator: str, problem: Problem, optimizer: Optimizer, outer: PyTree, state: InnerState) -> Division:
     """The division of `trained_part`, of an optimizer that stops at stationary points.
 
     Raises:
@@ -339,9 +337,7 @@ def at_rest(
     return divide(estimator, update, tried)
 
 
-def require_constant_held(
-    estimator: str, problem: Problem, division: Division, outer: PyTree, key: jax.Array
-) -> None:
+def require_constant_held(estimator: str, problem: Problem, division: Division, outer: PyTree, key: jax.Array) -> None:
     """Refuses a start that makes leaves from `outer` which the optimizer then never moves.
 
     An implicit derivative does not see starts, and what is never moved is its start for ever.

@@ -14,7 +14,9 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.evolution import coordinates, even, mirrored, perturbations, weighted
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState
-from bilevel.settings import integer, optional, real, register, setting
+from bilevel.settings.fields import register, setting
+from bilevel.settings.numeric import integer, real
+from bilevel.settings.rules import optional
 from bilevel.trees import PyTree, partition, replayed
 
 

@@ -181,9 +181,7 @@ def _noted(ledger: Ledger, x: jax.Array) -> jax.Array:
 
 
 @_noted.defjvp
-def _noted_jvp(
-    ledger: Ledger, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
+def _noted_jvp(ledger: Ledger, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     ledger.differentiated = True
     return primals[0], tangents[0]
 

@@ -18,7 +18,9 @@ from bilevel.hypergradients.base import Estimator, Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.problem import Problem
-from bilevel.settings import Unfit, check_fields, function, integer, real, register, setting
+from bilevel.settings.fields import Unfit, check_fields, register, setting
+from bilevel.settings.numeric import integer, real
+from bilevel.settings.rules import function
 from bilevel.trees import PyTree, at_step, cast_like, combine, partition, replayed
 
 

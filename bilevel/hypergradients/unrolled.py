@@ -19,7 +19,9 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
 from bilevel.problem import split_inner
-from bilevel.settings import integer, one_of, optional, register, setting
+from bilevel.settings.fields import register, setting
+from bilevel.settings.numeric import integer
+from bilevel.settings.rules import one_of, optional
 from bilevel.trees import PyTree
 
 Mode = Literal["mixed", "reverse", "forward"]

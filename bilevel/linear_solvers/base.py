@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from bilevel.settings import having, pytree
+from bilevel.settings.rules import having, pytree
 from bilevel.trees import PyTree, power_of_two, shapes, times, unlike_array
 
 Matvec = Callable[[PyTree], PyTree]

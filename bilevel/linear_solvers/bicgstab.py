@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from bilevel.linear_solvers.base import info
 from bilevel.linear_solvers.krylov import Preconditioned, along, dot, forward_only, larger, residual_bound, tolerance
-from bilevel.settings import register
+from bilevel.settings.fields import register
 from bilevel.trees import PyTree, global_norm
 
 

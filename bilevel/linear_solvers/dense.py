@@ -10,7 +10,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 
 from bilevel.linear_solvers.base import info
-from bilevel.settings import register
+from bilevel.settings.fields import register
 
 
 @register

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import lineax as lx
 
 from bilevel.linear_solvers.base import info
-from bilevel.settings import Unfit, check_fields, child, function, integer, optional, real, register, setting
+from bilevel.settings.fields import Unfit, check_fields, child, register, setting
+from bilevel.settings.numeric import integer, real
+from bilevel.settings.rules import function, optional
 from bilevel.trees import PyTree, global_norm
 
 

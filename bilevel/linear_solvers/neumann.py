@@ -7,7 +7,8 @@ import dataclasses
 import jax
 
 from bilevel.linear_solvers.base import info
-from bilevel.settings import check_fields, integer, real, register, setting
+from bilevel.settings.fields import check_fields, register, setting
+from bilevel.settings.numeric import integer, real
 
 
 @register

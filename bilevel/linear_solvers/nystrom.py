@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.linear_solvers.base import Matvec, info
-from bilevel.settings import check_fields, integer, one_of, real, register, setting
+from bilevel.settings.fields import check_fields, register, setting
+from bilevel.settings.numeric import integer, real
+from bilevel.settings.rules import one_of
 from bilevel.trees import PyTree
 
 Sketch = Literal["gaussian", "columns"]

@@ -19,7 +19,9 @@ from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops,
 from bilevel.measuring.point import Point
 from bilevel.measuring.variance import require_batches, variance
 from bilevel.problem import Problem
-from bilevel.settings import checked, integer, optional, shown
+from bilevel.settings.fields import checked, shown
+from bilevel.settings.numeric import integer
+from bilevel.settings.rules import optional
 from bilevel.trees import Outer, PyTree, global_norm, power_of_two
 
 

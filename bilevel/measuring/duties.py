@@ -37,9 +37,7 @@ def _key(i: int = 0) -> jax.Array:
 
 def _estimate(hypergradient: Hypergradient, problem: Problem, outer: Any, **given: Any) -> Estimate:
     of = {"inner_state": None, "inner_batches": None, "outer_batch": None, "key": _key()} | given
-    return hypergradient.estimate(
-        problem, of["inner_state"], outer, of["inner_batches"], of["outer_batch"], of["key"]
-    )
+    return hypergradient.estimate(problem, of["inner_state"], outer, of["inner_batches"], of["outer_batch"], of["key"])
 
 
 def _difference(a: PyTree, b: PyTree) -> float:

@@ -16,7 +16,8 @@ from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
 from bilevel.problem import Problem
 from bilevel.running.holes import not_finite
-from bilevel.settings import checked, integer
+from bilevel.settings.fields import checked
+from bilevel.settings.numeric import integer
 from bilevel.trees import Outer, PyTree, global_norm, widened
 
 

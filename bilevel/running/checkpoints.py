@@ -21,7 +21,8 @@ import numpy as np
 from bilevel.running.feeds import noted
 from bilevel.running.fingerprint import differences
 from bilevel.running.interrupts import uninterrupted
-from bilevel.settings import checked, is_folder
+from bilevel.settings.fields import checked
+from bilevel.settings.rules import is_folder
 from bilevel.trees import PyTree, is_key
 
 _HASHES = "sha256.json"

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled
 from bilevel.differentiation.tracing import evaluate_closed
+from bilevel.settings.arguments import telling
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import checked_step
 from bilevel.trees import as_arrays, is_inexact, is_key

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.arguments import telling
 from bilevel.data import Batches, FullBatch, check_batch, columns, rows
-from bilevel.sharding import Sharding
+from bilevel.settings.arguments import telling
+from bilevel.sharding.sharding import Sharding
+from bilevel.sharding.specs import on
 from bilevel.trees import PyTree, is_key, leaf_names, shapes
 
 
@@ -98,8 +99,8 @@ class Feed:
             if self.source.size % sharding.parts:
                 raise ValueError(
                     f"{self.title}: Batches(size={self.source.size}) on {sharding.parts} devices "
-                    f"({sharding.on(sharding.batch)}), which do not divide it: take a multiple of {sharding.parts} "
-                    "rows, or another mesh."
+                    f"({on(sharding.mesh, sharding.batch)}), which do not divide it: take a multiple of "
+                    f"{sharding.parts} rows, or another mesh."
                 )
             self.source = sharding.replicated(self.source)
 

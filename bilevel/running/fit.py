@@ -18,8 +18,8 @@ from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem
 from bilevel.running.progress import Callback
 from bilevel.running.run import Result, run
-from bilevel.settings import checked
-from bilevel.sharding import Sharding
+from bilevel.settings.fields import checked
+from bilevel.sharding.sharding import Sharding
 from bilevel.trees import Batch, Outer, advance_keys, as_arrays, distinct
 
 

@@ -20,8 +20,8 @@ from bilevel.running.progress import Callback
 from bilevel.running.singular import undetermined
 from bilevel.running.steep import warn_if_steep
 from bilevel.running.unsteady import are_steady
-from bilevel.settings import shown
-from bilevel.sharding import Sharding, with_problem
+from bilevel.settings.fields import shown
+from bilevel.sharding.sharding import Sharding, with_problem
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_counts
 from bilevel.trees import PyTree, replayed

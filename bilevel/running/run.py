@@ -24,8 +24,9 @@ from bilevel.running.loop import Loop, Store
 from bilevel.running.programs import programs
 from bilevel.running.progress import Callback, Progress
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
-from bilevel.settings import check_schedules
-from bilevel.sharding import Sharding, no_mesh
+from bilevel.settings.numeric import check_schedules
+from bilevel.sharding.inside import no_mesh
+from bilevel.sharding.sharding import Sharding
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_state
 from bilevel.trees import Key, Outer, is_key, replayed

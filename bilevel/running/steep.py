@@ -89,9 +89,7 @@ def _steep(hypergradient, problem, inner_state, outer, inner_batches, outer_batc
             (value, updates), grad = jax.value_and_grad(loss, has_aux=True)(params)
             return grad, (value, updates)
 
-        grad, slope, (value, updates) = jax.jvp(
-            gradient, (moving, params), (direction, tangents[0]), has_aux=True
-        )
+        grad, slope, (value, updates) = jax.jvp(gradient, (moving, params), (direction, tangents[0]), has_aux=True)
         update = lambda grad: optimizers.update(transform, grad, opt_state, params, value)[0]  # noqa: E731
         at_zero = jax.tree.map(lambda g, s: jnp.where(g == 0, s, jnp.zeros_like(s)), grad, slope)
         moved = jax.jvp(update, (grad,), (at_zero,))[1]

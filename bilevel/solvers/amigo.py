@@ -6,7 +6,9 @@ import dataclasses
 
 import jax
 
-from bilevel.settings import child, integer, optional, register, setting, step_size
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import double_loop
 from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic, descend, minus, zeros
 from bilevel.trees import PyTree

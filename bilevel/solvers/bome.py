@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel.settings import child, integer, optional, register, scalar, setting, step_size
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, scalar, step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
 from bilevel.trees import global_norm, power_of_two, times

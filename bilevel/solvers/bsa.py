@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from bilevel.settings import child, integer, optional, register, setting, step_size
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import double_loop, random_solve
 from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
 

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bilevel.settings import child, integer, optional, setting, step_size
+from bilevel.settings.fields import child, setting
+from bilevel.settings.numeric import integer, step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import Point, momentum
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size, zeros
 from bilevel.trees import PyTree

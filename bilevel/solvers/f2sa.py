@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import jax
 
-from bilevel.settings import child, integer, register, setting, step_size
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, step_size
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size
 from bilevel.trees import PyTree
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from bilevel.settings import child, optional, register, step_size
+from bilevel.settings.fields import child, register
+from bilevel.settings.numeric import step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import momentum
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, size, zeros
 from bilevel.trees import PyTree

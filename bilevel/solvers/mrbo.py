@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bilevel.settings import register
+from bilevel.settings.fields import register
 from bilevel.solvers.double_momentum import DoubleMomentum
 from bilevel.solvers.iterations import neumann
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from bilevel import bijectors
-from bilevel.settings import child, integer, register, scalar, setting
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, scalar
 from bilevel.solvers.iterations import sgd
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, descend, minus, plus
 

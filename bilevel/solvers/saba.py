@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import rows
-from bilevel.settings import child, integer, optional, register, setting, step_size
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import Directions, follow
 from bilevel.solvers.oracles import Draw, Draws, passes
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, minus, plus, zeros

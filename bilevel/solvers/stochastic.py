@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from bilevel import bijectors
-from bilevel.arguments import check_outer
 from bilevel.differentiation.flat import marks
 from bilevel.differentiation.gradients import Point, own_rule, reverse_gradient
 from bilevel.differentiation.influence import arrives, dependence, report
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem import Problem, is_problem, projected
-from bilevel.settings import check_fields, checked, child, instance, random_key, register, scalar, step_size
+from bilevel.settings.arguments import check_outer
+from bilevel.settings.fields import check_fields, checked, child, register
+from bilevel.settings.numeric import scalar, step_size
+from bilevel.settings.rules import instance, random_key
 from bilevel.solvers.oracles import Draws, Oracles, leading
 from bilevel.trees import PyTree, advance_keys, at_step, combine, distinct, global_norm, partition
 

@@ -7,7 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from bilevel.settings import child, integer, optional, register, setting, step_size
+from bilevel.settings.fields import child, register, setting
+from bilevel.settings.numeric import integer, step_size
+from bilevel.settings.rules import optional
 from bilevel.solvers.iterations import neumann
 from bilevel.solvers.oracles import passes
 from bilevel.solvers.stochastic import Calls, Iterate, Iteration, StepSize, Stochastic, descend, minus, plus, zeros

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import bilevel
-from bilevel import settings
+from bilevel.settings import numeric, rules
+from bilevel.settings.fields import Unfit
 from tests.bilevel.helpers import LINE
 
 SGD = optax.sgd(0.1)
@@ -130,27 +131,27 @@ def test_a_step_size_may_be_traced():
 @pytest.mark.parametrize(
     ("rule", "good", "bad"),
     [
-        (settings.real(low=0.0), [0, 0.5, np.float32(1), jnp.asarray(2.0)], [-1, np.inf, np.nan, "1", True, None]),
-        (settings.real(above=0.0, infinite=True), [np.inf, 1e-300], [0, -np.inf, np.nan]),
-        (settings.optional(settings.integer(2)), [None, 2], [1, False, 2.0]),
+        (numeric.real(low=0.0), [0, 0.5, np.float32(1), jnp.asarray(2.0)], [-1, np.inf, np.nan, "1", True, None]),
+        (numeric.real(above=0.0, infinite=True), [np.inf, 1e-300], [0, -np.inf, np.nan]),
+        (rules.optional(numeric.integer(2)), [None, 2], [1, False, 2.0]),
         (
-            settings.random_key,
+            rules.random_key,
             [jax.random.key(0), jax.random.PRNGKey(0)],
             [0, jax.random.split(jax.random.key(0)), None],
         ),
         (
-            settings.function("a", "b"),
+            rules.function("a", "b"),
             [lambda a, b: a, functools.partial(max, 1), print],
             [lambda a: a, max.__class__, 3],
         ),
-        (settings.boolean, [True, np.bool_(False)], [0, 1, "yes", None]),
+        (rules.boolean, [True, np.bool_(False)], [0, 1, "yes", None]),
     ],
 )
 def test_rules(rule, good, bad):
     for value in good:
         rule(value)
     for value in bad:
-        with pytest.raises(settings.Unfit):
+        with pytest.raises(Unfit):
             rule(value)
 
 
@@ -159,11 +160,11 @@ def test_the_schedules_of_a_run_without_an_end_are_looked_at_here_and_there():
     for wrong_from, step in ((7, 7), (2**31 - 3, 2**31 - 2)):
         rate = lambda step, wrong_from=wrong_from: jnp.where(step < wrong_from, 0.1, -1.0)  # noqa: E731
         with pytest.raises(ValueError, match=f"the schedule gives -1 for step {step}, but a value"):
-            settings.check_schedules(bilevel.SOBA(problem, rate, 0.1), 0, 2**31 - 1)
+            numeric.check_schedules(bilevel.SOBA(problem, rate, 0.1), 0, 2**31 - 1)
 
 
 def test_schedules_of_more_steps_than_are_counted_are_looked_at_as_far_as_they_are():
     """Steps are integers of 32 bits: a number beyond them would be taken for a negative one."""
     problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
-    settings.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 0, 10**12)
-    settings.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 10**12, 10**13)
+    numeric.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 0, 10**12)
+    numeric.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 10**12, 10**13)

@@ -1,0 +1,229 @@
+"""`Sharding`: where the batches, the weights and the variables of a run lie on a mesh of devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bilevel.settings.fields import check_fields, register, setting
+from bilevel.settings.rules import instance
+from bilevel.sharding.inside import Active, entered
+from bilevel.sharding.specs import Rule, are_axes, auto, check, is_mesh, is_rule, pin, rows, specs_of, split
+from bilevel.trees import PyTree, leaf_names
+
+_NO_ROWS = " (what has no rows is no part of a batch: bind it to the loss, jax.tree_util.Partial(loss, it))"
+
+
+@register
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sharding:
+    """Says where the arrays of a run lie on a mesh.
+
+    `run(solver, ..., sharding=sharding)` and `fit` place everything by it. For an estimate of one's own,
+    `sharding.problem(problem)` places what is bound to the losses and pins what they are given:
+
+    - the rows of every batch are split over the axes `batch`: each device computes its own rows;
+    - frozen weights, that is arrays bound to a loss (`jax.tree_util.Partial(loss, weights)`), are split over the axis
+      `"fsdp"`, if the mesh has one: a leaf of 65,536 numbers or more along its largest axis that divides, but for the
+      first of three or more (the layers of a scan); smaller ones are replicated;
+    - the inner variable, and what an optimizer holds for it, are replicated, and so is the outer variable.
+
+    Numbers are those of one device, to rounding. Axes may be `Auto` or `Explicit`: they are taken as `Auto`.
+
+    Args:
+      mesh: a `jax.sharding.Mesh`.
+      batch: the mesh axes that the leading axis of a batch is split over. With `"fsdp"` among them each device gathers
+        the weights it needs, and frees them: fully sharded data parallelism.
+      weights, inner, outer: a `PartitionSpec` for all leaves; a tree of them, like the variable or like what is bound
+        to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above.
+
+    Raises:
+      ValueError: for axes that the mesh has not, and in one of several processes: a run is one process. When arrays are
+        placed: for an axis that the devices do not divide, with the numbers; nothing is replicated in silence.
+
+    Examples:
+      >>> import bilevel, jax, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> sharding = bilevel.Sharding(jax.make_mesh((1,), ("data",)))
+      >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), optax.sgd(1.0))
+      >>> result = bilevel.run(
+      ...     solver, inner_data=train, outer_data=val, steps=60, progress=False, sharding=sharding
+      ... )
+      >>> round(float(jax.numpy.exp(result.outer)), 3)
+      0.5
+    """
+
+    mesh: Mesh = dataclasses.field(metadata=setting(is_mesh))
+    batch: tuple[str, ...] | str = dataclasses.field(default="data", kw_only=True, metadata=setting(are_axes))
+    weights: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
+    inner: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
+    outer: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
+
+    def __post_init__(self):
+        check_fields(self)
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"Sharding: this is one of {jax.process_count()} processes of jax.distributed, and a run is one "
+                "process: use the devices of one host."
+            )
+        if missing := [axis for axis in self.batch if axis not in self.mesh.axis_names]:
+            raise ValueError(
+                f"Sharding(batch={self.batch!r}): the mesh has the axes {', '.join(self.mesh.axis_names)}, and no "
+                f"{', '.join(missing)}: name the axes that the rows of a batch are split over."
+            )
+        if len(set(self.batch)) < len(self.batch):
+            raise ValueError(f"Sharding(batch={self.batch!r}) names a mesh axis twice: name each once.")
+
+    # What a user calls.
+
+    def problem(self, problem: Any) -> Any:
+        """`problem` with what is bound to its functions placed, and with its batches and variables pinned."""
+        return dataclasses.replace(self._placed(problem), sharding=self)
+
+    def rows(self, what: str, batch: PyTree, *, axis: int = 0) -> PyTree:
+        """`batch`, with axis number `axis` of each leaf split over the axes `batch`; scalars are replicated."""
+        return self.place(what, batch, None, lambda _, x: self._rows(jnp.ndim(x), axis), hint=_NO_ROWS)
+
+    def replicated(self, tree: PyTree) -> PyTree:
+        """`tree` on all devices; what is split over this mesh already stays as it is."""
+
+        def put(x: Any) -> jax.Array:
+            now = getattr(x, "sharding", None)
+            if isinstance(now, NamedSharding) and isinstance(now.mesh, Mesh) and auto(now.mesh) == self.mesh:
+                return self._put(x, now.spec)
+            return self._put(x, PartitionSpec())
+
+        return jax.tree.map(put, tree)
+
+    def frozen(self, weights: PyTree) -> PyTree:
+        """`weights` as they lie when they are bound to a loss: split by the rule `weights`."""
+        return self.place("A weight", weights, self.weights, self._split)
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.batch)
+
+    # What the engine calls.
+
+    def solver(self, solver: Any) -> Any:
+        """`solver` with its problem placed, and what else it holds on all devices; nothing is pinned."""
+        return self.replicated(with_problem(solver, self._placed(solver.problem)))
+
+    def _placed(self, problem: Any) -> Any:
+        return self.place("What is bound to the problem", problem, self.weights, self._split)
+
+    def place_state(self, state: PyTree) -> PyTree:
+        """The state of a solver, placed: its variables, and what an optimizer holds for them, where these belong."""
+        specs = self._of_state(state)
+        return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec)), state, specs)
+
+    def pin_state(self, state: PyTree) -> PyTree:
+        """As `place_state`, inside a compiled program."""
+        return jax.tree.map(self._pin, state, self._of_state(state))
+
+    def pin_batch(self, batch: PyTree) -> PyTree:
+        """The batch of a loss, inside a compiled program."""
+        pinned = {}
+        for name, x in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True):
+            spec = self._rows(jnp.ndim(x), 0)
+            check(self.mesh, "The batch", name, x, spec, _NO_ROWS)
+            pinned[name] = self._pin(x, spec)
+        return jax.tree.unflatten(jax.tree.structure(batch), pinned.values())
+
+    def pin_training(self, inner: PyTree, carry: PyTree) -> PyTree:
+        """What training carries, inside a compiled program: what is like a leaf of `inner` where that belongs."""
+        names, leaves = leaf_names(carry), jax.tree.leaves(carry)
+        specs = self._like("The inner variable", self.inner, inner, names, leaves)
+        return jax.tree.unflatten(jax.tree.structure(carry), map(self._pin, leaves, specs))
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """For the trace of a loss: what a model calls finds the mesh."""
+        return entered(Active(self.mesh, tuple(self.batch)))
+
+    def place(
+        self, what: str, tree: PyTree, rule: Rule, default: Callable[[str, Any], PartitionSpec], *, hint: str = ""
+    ) -> PyTree:
+        """`tree` on the mesh by `rule`.
+
+        Raises:
+          ValueError: for an axis that the devices do not divide; begins with `what`.
+        """
+        leaves, structure = jax.tree.flatten(tree)
+        names = leaf_names(tree)
+        placed = []
+        for name, x, spec in zip(names, leaves, specs_of(rule, tree, names, leaves, default), strict=True):
+            check(self.mesh, what, name, x, spec, hint)
+            placed.append(self._put(x, spec))
+        return jax.tree.unflatten(structure, placed)
+
+    def _put(self, x: Any, spec: PartitionSpec) -> Any:
+        where = NamedSharding(self.mesh, spec)
+        if isinstance(x, jax.ShapeDtypeStruct):  # for a program that is compiled and never run
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.device_put(x, where)
+
+    def _rows(self, ndim: int, axis: int) -> PartitionSpec:
+        return rows(tuple(self.batch), ndim, axis)
+
+    def _split(self, name: str, x: Any) -> PartitionSpec:
+        return split(self.mesh, name, x)
+
+    def _pin(self, x: Any, spec: PartitionSpec) -> Any:
+        return pin(self.mesh, x, spec)
+
+    def _of_state(self, state: PyTree) -> PyTree:
+        """A spec for each leaf of a solver's state: by the rule of inner what is like it, else by that of outer."""
+        names, leaves = leaf_names(state), jax.tree.leaves(state)
+        params = getattr(state.inner, "params", state.inner)
+        inside = self._like("The inner variable", self.inner, params, names, leaves)
+        outside = self._like("The outer variable", self.outer, state.outer, names, leaves)
+        of_outer = (".outer", ".opt_state")  # and what the outer optimizer holds for it
+        none = PartitionSpec()
+        specs = [
+            o if name.startswith(of_outer) or (i == none and not name.startswith(".inner")) else i
+            for name, i, o in zip(names, inside, outside, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(state), specs)
+
+    def _like(
+        self, what: str, rule: Rule, variable: PyTree, paths: list[str], leaves: list[Any]
+    ) -> list[PartitionSpec]:
+        """A spec for each leaf: that of the leaf of `variable` whose path its own ends with, of the same shape."""
+        names, own = leaf_names(variable), jax.tree.leaves(variable)
+        specs = specs_of(rule, variable, names, own, lambda _, x: PartitionSpec())
+        for name, x, spec in zip(names, own, specs, strict=True):
+            check(self.mesh, what, name, x, spec)
+        known = [("" if n == "." else n, jnp.shape(x), spec) for n, x, spec in zip(names, own, specs, strict=True)]
+
+        def find(path: str, x: Any) -> PartitionSpec:
+            same = [(n, spec) for n, shape, spec in known if path.endswith(n) and shape == jnp.shape(x)]
+            return max(same, key=lambda pair: len(pair[0]), default=("", PartitionSpec()))[1]
+
+        return [find(path, x) for path, x in zip(paths, leaves, strict=True)]
+
+
+def with_problem(solver: Any, problem: Any) -> Any:
+    """`solver` with another problem.
+
+    Raises:
+      ValueError: if it is no dataclass, so that nobody knows how to make it.
+    """
+    if not dataclasses.is_dataclass(solver) or isinstance(solver, type):
+        raise ValueError(
+            f"run(sharding=...): {type(solver).__name__} is no dataclass with a field problem, whose arrays could be "
+            "placed: make it one (bilevel.extend.register)."
+        )
+    return dataclasses.replace(solver, problem=problem)  # pyright: ignore[reportCallIssue]
+
+
+is_sharding = instance(Sharding, "a bilevel.Sharding(mesh)")
+"""The rule of a setting that is a `Sharding`."""
