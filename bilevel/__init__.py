@@ -55,7 +55,7 @@ from bilevel.measuring.planning import Plan as Plan
 from bilevel.measuring.planning import plan as plan
 from bilevel.measuring.variance import Variance as Variance
 from bilevel.measuring.variance import variance as variance
-from bilevel.problem import Problem as Problem
+from bilevel.problem.problem import Problem as Problem
 from bilevel.running.fit import fit as fit
 from bilevel.running.run import Result as Result
 from bilevel.running.run import run as run

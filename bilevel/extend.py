@@ -29,7 +29,7 @@ from bilevel.hypergradients.training import Trace as Trace
 from bilevel.linear_solvers.base import LinearSolver as LinearSolver
 from bilevel.measuring.flops import flops as flops
 from bilevel.measuring.flops import gradient_flops as gradient_flops
-from bilevel.problem import split_inner as split_inner
+from bilevel.problem.problem import split_inner as split_inner
 from bilevel.running.checkpoints import Checkpoints as Checkpoints
 from bilevel.running.chunks import CAPACITY as CAPACITY
 from bilevel.running.chunks import chunk as chunk

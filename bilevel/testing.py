@@ -30,8 +30,8 @@ from bilevel.measuring.point import Point
 from bilevel.measuring.quadratic import Quadratic as Quadratic
 from bilevel.measuring.quadratic import quadratic as quadratic
 from bilevel.measuring.ridge import ridge as ridge
-from bilevel.problem import Problem, is_problem
-from bilevel.settings.arguments import check_outer
+from bilevel.problem.arguments import check_outer
+from bilevel.problem.problem import Problem, is_problem
 from bilevel.settings.fields import check_arguments
 from bilevel.settings.numeric import integer, real
 from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from bilevel.differentiation.custom_rules import custom_rule
 from bilevel.differentiation.tracing import detached, evaluate, is_marked, used
-from bilevel.problem import Problem, inner_outcome
+from bilevel.problem.problem import Problem, inner_outcome
 from bilevel.trees import PyTree, combine, is_inexact, replayed
 
 INNER_GRADIENT = "bilevel_inner_gradient"

@@ -22,7 +22,7 @@ from bilevel.differentiation.custom_rules import custom_rule
 from bilevel.differentiation.gradients import INNER_GRADIENT
 from bilevel.differentiation.influence import StructuralZeroWarning, refuse_reverse_rules
 from bilevel.differentiation.tracing import bind, constants, evaluate_closed, is_literal, jaxprs, operation, used
-from bilevel.problem import Problem, inner_outcome
+from bilevel.problem.problem import Problem, inner_outcome
 from bilevel.trees import PyTree, at_step, is_inexact, leaf_names, named
 
 _FAILURES = (TypeError, ValueError, NotImplementedError)

@@ -14,7 +14,7 @@ import optax
 
 from bilevel.differentiation.influence import dependence
 from bilevel.differentiation.smooth import smooth
-from bilevel.settings.arguments import telling
+from bilevel.problem.arguments import telling
 from bilevel.settings.fields import Unfit, shown
 from bilevel.settings.rules import misfit
 from bilevel.trees import PyTree, combine, leaf_names, named, partition

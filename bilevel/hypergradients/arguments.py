@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import Batches, FullBatch, as_data, check_batch, refuse_sources
-from bilevel.problem import is_problem, unlike_start
-from bilevel.settings.arguments import check_outer
+from bilevel.problem.arguments import check_outer
+from bilevel.problem.problem import is_problem, unlike_start
 from bilevel.settings.fields import Unfit, check_arguments, shown
 from bilevel.settings.numeric import integer, real
 from bilevel.settings.rules import boolean, function, having, instance, is_folder, optional, pytree, random_key

@@ -32,7 +32,7 @@ from bilevel.hypergradients.estimator import Estimator as Estimator
 from bilevel.hypergradients.optimality import require_constant_held, trained_part
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace, begin, train
-from bilevel.problem import Problem, is_problem, split_inner
+from bilevel.problem.problem import Problem, is_problem, split_inner
 from bilevel.settings.fields import check_fields, checked, register, setting
 from bilevel.settings.numeric import integer
 from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step, combine, leaf_names, named

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.settings.rules import having
 from bilevel.trees import Batch, Inner, Key, Outer, PyTree
 

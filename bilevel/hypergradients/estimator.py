@@ -29,7 +29,7 @@ from bilevel.hypergradients.arguments import check_estimate, refuse_complex_vari
 from bilevel.hypergradients.contract import Aux, Estimate
 from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem, split_inner
+from bilevel.problem.problem import Problem, split_inner
 from bilevel.trees import Batch, Key, Outer, PyTree, combine
 
 

@@ -14,7 +14,7 @@ from bilevel.differentiation.gradients import reverse_gradient
 from bilevel.differentiation.influence import dependence
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.settings.fields import Unfit, register, setting
 from bilevel.settings.numeric import integer, real
 from bilevel.trees import PyTree, combine, partition, replayed, widened

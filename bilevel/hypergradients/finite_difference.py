@@ -14,7 +14,7 @@ from bilevel.differentiation.influence import dependence
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
-from bilevel.problem import split_inner
+from bilevel.problem.problem import split_inner
 from bilevel.settings.fields import register, setting
 from bilevel.settings.numeric import real
 from bilevel.trees import cast_like, combine, global_norm, widened

@@ -16,7 +16,7 @@ from bilevel.hypergradients.optimality import (
 from bilevel.hypergradients.training import InnerState
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
-from bilevel.problem import split_inner
+from bilevel.problem.problem import split_inner
 from bilevel.settings.fields import child, register
 
 

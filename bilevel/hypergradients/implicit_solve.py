@@ -21,7 +21,7 @@ from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.training import InnerState, Trace
 from bilevel.linear_solvers.base import LinearSolver, is_linear_solver
 from bilevel.linear_solvers.krylov import CG
-from bilevel.problem import Problem, split_inner
+from bilevel.problem.problem import Problem, split_inner
 from bilevel.settings.fields import check_fields, child, register, setting
 from bilevel.settings.numeric import real
 from bilevel.settings.rules import boolean, function, optional

@@ -24,7 +24,7 @@ from bilevel.differentiation.influence import dependence
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.differentiation.trials import Trial, trial
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem, split_inner
+from bilevel.problem.problem import Problem, split_inner
 from bilevel.trees import (
     PyTree,
     at_step,

@@ -12,7 +12,7 @@ from bilevel.data import FullBatch, resolve, slots
 from bilevel.differentiation.influence import EXACTNESS
 from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.settings.fields import check_fields, child, register
 from bilevel.trees import PyTree
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from bilevel.data import narrow, slots
 from bilevel.hypergradients.optimality import same_terms
 from bilevel.hypergradients.training import InnerState, Trace
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import Batch, Inner, Key, Outer, PyTree, at_step, combine, is_inexact, partition, replayed
 
 

@@ -17,7 +17,7 @@ from bilevel.differentiation.gradients import Point, mixed_gradient
 from bilevel.hypergradients.base import Estimator, Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.settings.fields import Unfit, check_fields, register, setting
 from bilevel.settings.numeric import integer, real
 from bilevel.settings.rules import function

@@ -13,7 +13,7 @@ from bilevel.differentiation import optimizers
 from bilevel.differentiation.checkpointing import Checkpoint, scan
 from bilevel.differentiation.gradients import Gradient, Point, mixed_gradient
 from bilevel.differentiation.optimizers import Optimizer
-from bilevel.problem import Problem, mutable_entries, split_inner
+from bilevel.problem.problem import Problem, mutable_entries, split_inner
 from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, partition
 
 

@@ -18,7 +18,7 @@ from bilevel.differentiation.influence import arrives
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train
-from bilevel.problem import split_inner
+from bilevel.problem.problem import split_inner
 from bilevel.settings.fields import register, setting
 from bilevel.settings.numeric import integer
 from bilevel.settings.rules import one_of, optional

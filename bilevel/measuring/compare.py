@@ -18,7 +18,7 @@ from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops, operations
 from bilevel.measuring.point import Point
 from bilevel.measuring.variance import require_batches, variance
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.settings.fields import checked, shown
 from bilevel.settings.numeric import integer
 from bilevel.settings.rules import optional

@@ -19,7 +19,7 @@ from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.contract import Estimate, Hypergradient
 from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.measuring.quadratic import quadratic
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import PyTree, leaf_names, shape
 
 Make = Callable[[Any, int], Hypergradient]

@@ -15,7 +15,7 @@ from bilevel.differentiation.tracing import jaxprs, operation, without_unused
 from bilevel.hypergradients.base import Hypergradient
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import split_keys
-from bilevel.problem import Problem, split_inner
+from bilevel.problem.problem import Problem, split_inner
 from bilevel.trees import PyTree, at_step, combine
 
 

@@ -30,7 +30,7 @@ from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.measuring.flops import flops, gradient_flops, operations
 from bilevel.measuring.point import Point
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import Outer, partition
 
 _SHORT = 4

@@ -11,9 +11,9 @@ from bilevel.data import draw, draw_one
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.loss_checks import traced_losses
 from bilevel.hypergradients.arguments import check_call, check_data, check_start
-from bilevel.problem import Problem, is_problem
+from bilevel.problem.arguments import check_outer
+from bilevel.problem.problem import Problem, is_problem
 from bilevel.running.unsteady import are_steady, refuse_changing
-from bilevel.settings.arguments import check_outer
 from bilevel.settings.fields import checked
 from bilevel.settings.rules import optional, random_key
 from bilevel.trees import Outer

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import Outer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 
 
 def ridge() -> tuple[Problem, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:

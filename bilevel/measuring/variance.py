@@ -14,7 +14,7 @@ from bilevel.differentiation.captures import forget_outdated
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.running.holes import not_finite
 from bilevel.settings.fields import checked
 from bilevel.settings.numeric import integer

@@ -12,7 +12,7 @@ import numpy as np
 
 from bilevel.data import Batches, FullBatch, Indexed, Shuffled
 from bilevel.differentiation.tracing import evaluate_closed
-from bilevel.settings.arguments import telling
+from bilevel.problem.arguments import telling
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import checked_step
 from bilevel.trees import as_arrays, is_inexact, is_key

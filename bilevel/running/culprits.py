@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.differentiation import optimizers
-from bilevel.problem import split_inner
+from bilevel.problem.problem import split_inner
 from bilevel.running.chunks import step
 from bilevel.running.holes import newly, not_finite
 from bilevel.running.replay import asked_for

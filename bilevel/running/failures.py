@@ -15,7 +15,7 @@ from bilevel.data import resolve, slots
 from bilevel.differentiation import optimizers
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Query, split_keys
-from bilevel.problem import Problem, inner_outcome, mutable_entries, split_inner
+from bilevel.problem.problem import Problem, inner_outcome, mutable_entries, split_inner
 from bilevel.running.chunks import batches, step, wanted_batches
 from bilevel.running.culprits import projection, steep_function
 from bilevel.running.holes import holding_nan, named_leaves, newly, not_finite

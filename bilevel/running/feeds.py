@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import Batches, FullBatch, check_batch, columns, rows
-from bilevel.settings.arguments import telling
+from bilevel.problem.arguments import telling
 from bilevel.sharding.sharding import Sharding
 from bilevel.sharding.specs import on
 from bilevel.trees import PyTree, is_key, leaf_names, shapes

@@ -16,7 +16,7 @@ import numpy as np
 
 from bilevel.differentiation.custom_rules import RULES
 from bilevel.differentiation.tracing import evaluate_closed, is_jaxpr, is_literal, jaxprs, operation
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.running.code import code_hash
 from bilevel.running.feeds import Feed, described, digest, shortest
 from bilevel.running.programs import programs

@@ -15,7 +15,7 @@ from bilevel.hypergradients.arguments import check_call, check_data, check_start
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.running.progress import Callback
 from bilevel.running.run import Result, run
 from bilevel.settings.fields import checked

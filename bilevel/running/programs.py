@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from bilevel import bijectors
 from bilevel.differentiation import optimizers
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import partition
 
 

@@ -15,7 +15,7 @@ from bilevel.differentiation.influence import SteepUpdateWarning
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.problem import inner_outcome, split_inner
+from bilevel.problem.problem import inner_outcome, split_inner
 from bilevel.running.chunks import chunk
 from bilevel.running.replay import asked_for
 from bilevel.trees import at_step, combine, leaf_names, partition

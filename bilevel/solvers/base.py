@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import Batch, Key, Outer
 
 

@@ -14,8 +14,8 @@ from bilevel.differentiation.influence import EXACTNESS
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem, is_problem, projected
-from bilevel.settings.arguments import check_outer
+from bilevel.problem.arguments import check_outer
+from bilevel.problem.problem import Problem, is_problem, projected
 from bilevel.settings.fields import check_fields, checked, child, register, setting
 from bilevel.settings.rules import instance, one_of, random_key
 from bilevel.trees import Batch, Outer, PyTree, advance_keys, combine, distinct, global_norm, partition

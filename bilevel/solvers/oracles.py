@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevel.data import FullBatch, Indexed, rows, slots
-from bilevel.problem import Problem
+from bilevel.problem.problem import Problem
 from bilevel.trees import PyTree, at_step, combine, replayed
 
 

@@ -19,8 +19,8 @@ from bilevel.differentiation.gradients import Point, own_rule, reverse_gradient
 from bilevel.differentiation.influence import arrives, dependence, report
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.training import InnerState
-from bilevel.problem import Problem, is_problem, projected
-from bilevel.settings.arguments import check_outer
+from bilevel.problem.arguments import check_outer
+from bilevel.problem.problem import Problem, is_problem, projected
 from bilevel.settings.fields import check_fields, checked, child, register
 from bilevel.settings.numeric import scalar, step_size
 from bilevel.settings.rules import instance, random_key

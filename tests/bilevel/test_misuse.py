@@ -14,7 +14,7 @@ from flax import nnx
 import bilevel
 import bilevel.extend
 from bilevel import Problem, Unrolled
-from bilevel.problem import projected
+from bilevel.problem.problem import projected
 from bilevel.testing import check_hypergradient
 from tests.bilevel.helpers import KEY, LINE, LINE_SOLVER
 

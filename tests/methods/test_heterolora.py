@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevel
-from bilevel.problem import as_pytree
+from bilevel.problem.problem import as_pytree
 from methods import heterolora, proxies, search_space
 from methods.adapters.lora import LoRAConfig
 from methods.models import identity

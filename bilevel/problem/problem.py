@@ -14,7 +14,7 @@ import numpy as np
 
 from bilevel import bijectors
 from bilevel.data import resolve
-from bilevel.settings.arguments import Contents, refuse_modules, telling
+from bilevel.problem.arguments import Contents, refuse_modules, telling
 from bilevel.settings.fields import Unfit, check_fields, child, register, setting
 from bilevel.settings.rules import as_pytree as as_pytree
 from bilevel.settings.rules import boolean, function, instance, optional

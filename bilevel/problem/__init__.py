@@ -1,0 +1,1 @@
+"""A bilevel problem, and what users hand to the engine beside settings: trees, modules, functions."""
