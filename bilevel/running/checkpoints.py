@@ -23,6 +23,7 @@ from bilevel.running.fingerprint import differences
 from bilevel.running.interrupts import uninterrupted
 from bilevel.settings.fields import checked
 from bilevel.settings.rules import is_folder
+from bilevel.sharding.processes import attempt, count, everyone, is_first, several
 from bilevel.trees import PyTree, is_key
 
 _HASHES = "sha256.json"
@@ -43,7 +44,7 @@ class Checkpoints:
     may lie there too, with a number for a name: only what holds a checkpoint is read, renamed or removed.
 
     Raises:
-      ValueError: if it is no folder, or cannot be made or written.
+      ValueError: if it is no folder, or cannot be made or written; and in a run of one of several processes alone.
 
     Examples:
       >>> import tempfile
@@ -55,6 +56,12 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path):
         checked("Checkpoints", "folder", folder, is_folder)
+        if count() < jax.process_count():
+            raise ValueError(
+                f"checkpoint_dir {folder}: this run is that of one of {jax.process_count()} processes alone, and what "
+                "is not of all of them is not saved: give a sharding over jax.devices(), or start the process without "
+                "jax.distributed."
+            )
         self._folder = Path(folder).absolute()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +112,13 @@ class Checkpoints:
                     RuntimeWarning,
                     stacklevel=3,
                 )
-        return self._read_note(step)
+        note = self._read_note(step)
+        if note["processes"] != count() and any(note["feeds"]):
+            raise ValueError(
+                f"Checkpoint {self._folder / str(step)} was written by {note['processes']} processes with an iterator, "
+                f"of which each has read rows of its own, but there are {count()} now: resume with as many."
+            )
+        return note
 
     def claim(self, fingerprint: Mapping[str, str], record: str, note: Mapping[str, Any] | None) -> None:
         """Makes the folder that of the run of `fingerprint`, which records `record` and resumes from `note`.
@@ -138,7 +151,8 @@ class Checkpoints:
                     "what it was started with to continue it, or name another checkpoint_dir; where the difference is "
                     f"meant, delete {file} to continue all the same."
                 )
-        _write(file, json.dumps(fingerprint, indent=1) + "\n")
+        if is_first():
+            _write(file, json.dumps(fingerprint, indent=1) + "\n")
 
     def _differences(self, file: Path, fingerprint: Mapping[str, str]) -> list[str]:
         try:
@@ -175,7 +189,10 @@ class Checkpoints:
           RuntimeWarning: if it cannot be written. Those that are there stay.
         """
         args, folder = self._ocp.args, self._folder / str(step)
-        note = {"step": step, "due": due, "called": called, "record": record, "feeds": [noted(at) for at in positions]}
+        feeds = [noted(at) for at in positions]
+        note = {"step": step, "due": due, "called": called, "record": record, "feeds": feeds}
+        if several():  # each has read rows of its own
+            note["feeds_of"] = everyone(feeds)
         items = args.Composite(
             state=args.StandardSave(_without_keys(state)),
             history=args.StandardSave(history),
@@ -187,10 +204,12 @@ class Checkpoints:
                     raise FileExistsError("something that is no checkpoint has its name: move it away")
                 with _quiet():
                     self._manager.save(step, args=items, force=True)
-                hashes = {str(file.relative_to(folder)): _hash(file) for file in _files(folder)}
-                _write(folder / _HASHES, json.dumps(hashes))
-                for old in sorted(self._steps())[:-_KEPT]:
-                    shutil.rmtree(self._folder / str(old))
+                with attempt(f"saving checkpoint {folder}"):
+                    if is_first():
+                        hashes = {str(file.relative_to(folder)): _hash(file) for file in _files(folder)}
+                        _write(folder / _HASHES, json.dumps(hashes))
+                        for old in sorted(self._steps())[:-_KEPT]:
+                            shutil.rmtree(self._folder / str(old))
             except Exception as error:  # a full disk comes as many kinds
                 self._clear()
                 warnings.warn(
@@ -208,11 +227,12 @@ class Checkpoints:
           ValueError: if the checkpoint does not fit `like` or cannot be read.
         """
         args = self._ocp.args
-        for other in self._steps():
-            if other > step:  # damaged: out of the way of those to come
-                names = (f"{other}.damaged{f'-{i}' * (i > 1)}" for i in itertools.count(1))
-                aside = next(path for name in names if not (path := self._folder / name).exists())
-                os.replace(self._folder / str(other), aside)
+        with attempt("putting damaged checkpoints aside"):
+            for other in self._steps() if is_first() else ():
+                if other > step:  # damaged: out of the way of those to come
+                    names = (f"{other}.damaged{f'-{i}' * (i > 1)}" for i in itertools.count(1))
+                    aside = next(path for name in names if not (path := self._folder / name).exists())
+                    os.replace(self._folder / str(other), aside)
         target = jax.tree.map(_abstract, _without_keys(like))
         items = args.Composite(state=args.StandardRestore(target), history=args.StandardRestore())
         try:
@@ -237,14 +257,16 @@ class Checkpoints:
         if self._managed is None:
             self._clear()
             # It would count, and remove, every folder with a number for a name: old ones are removed by `save`.
-            options = self._ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
+            options = self._ocp.CheckpointManagerOptions(
+                max_to_keep=None, create=False, enable_async_checkpointing=False
+            )
             self._managed = self._ocp.CheckpointManager(self._folder, options=options)
         return self._managed
 
     def _clear(self) -> None:
         """Removes what an interrupted or failed save has left."""
         for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            if path.name.partition(".")[0].isdecimal():
+            if is_first() and path.name.partition(".")[0].isdecimal():
                 shutil.rmtree(path, ignore_errors=True)
         self._managed = None
 
@@ -271,7 +293,12 @@ class Checkpoints:
 
     def _read_note(self, step: int) -> dict[str, Any]:
         note = _read_json(self._folder / str(step) / "note" / "metadata")
-        return {name: note[name] for name in ("step", "due", "record", "feeds")} | {"called": note.get("called", 0)}
+        feeds = note.get("feeds_of", [note["feeds"]])
+        return {name: note[name] for name in ("step", "due", "record")} | {
+            "called": note.get("called", 0),
+            "feeds": feeds[jax.process_index()] if several() and len(feeds) == count() else note["feeds"],
+            "processes": len(feeds),
+        }
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ def chunk(solver, record, capacity, state, data, count):
 
     state, buffer = jax.lax.fori_loop(0, count, body, (state, buffer))
     state = state if sharding is None else sharding.pin_state(state)
-    return state, jax.vmap(partial(_unpacked, shapes[1]))(buffer), _holes(state)
+    results = jax.vmap(partial(_unpacked, shapes[1]))(buffer), _holes(state)
+    return state, *(results if sharding is None else sharding.pin_results(results))
 
 
 def chunk_capacity(solver: Solver) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from bilevel.running.chunks import chunk
 from bilevel.running.failures import describe_failure, inner_of, nan_weights, where_of
 from bilevel.running.holes import holding_nan
+from bilevel.sharding.processes import on_host
 from bilevel.trees import PyTree, is_inexact, leaf_names, replayed
 
 
@@ -89,7 +90,7 @@ def _moved(earlier: PyTree, outer: PyTree, fails: Callable[[PyTree], bool]) -> s
     leaves, structure = jax.tree.flatten(outer)
     before = [old if is_inexact(old) else new for old, new in zip(jax.tree.leaves(earlier), leaves, strict=True)]
     names, numbers = leaf_names(outer, "outer"), [i for i, x in enumerate(leaves) if is_inexact(x)]
-    moved = [i for i in numbers if not np.array_equal(np.asarray(before[i]), np.asarray(leaves[i]))]
+    moved = [i for i in numbers if not np.array_equal(on_host(before[i]), on_host(leaves[i]))]
     if not moved or fails(structure.unflatten(before)):
         return ""
     alone = [i for i in moved[:_TRIED] if not fails(structure.unflatten([*leaves[:i], before[i], *leaves[i + 1 :]]))]
@@ -101,5 +102,5 @@ def _moved(earlier: PyTree, outer: PyTree, fails: Callable[[PyTree], bool]) -> s
 
 
 def _size(leaf: Any) -> str:
-    array = np.asarray(leaf)
+    array = on_host(leaf)
     return f"{array.ravel()[0]:.3g}" if array.size == 1 else f"norm {np.linalg.norm(array.astype(np.complex128)):.3g}"

@@ -21,6 +21,7 @@ from bilevel.running.culprits import projection, steep_function
 from bilevel.running.holes import holding_nan, named_leaves, newly, not_finite
 from bilevel.running.replay import Instead, asked_for
 from bilevel.running.steep import REMEDY, steep_leaves, why
+from bilevel.sharding.processes import on_host
 from bilevel.trees import PyTree, at_step, combine, global_norm, named
 
 _AT_ZERO = "look for a root, norm, logarithm or division at 0"
@@ -67,7 +68,7 @@ def describe_failure(
     for estimate in kept:
         if said := _estimate(estimate, steep_leaves(solver, state, data), lambda: steep_function(solver, state, data)):
             return where + said.sentence(moved)
-    names = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
+    names = [name for name, value in metrics.items() if not np.isfinite(on_host(value)).all()]
     by_record = [name for name in metrics_at_fault if name not in metrics]
     leaves = newly("outer", state.outer, new.outer) + newly("inner", inner_of(state), inner_of(new))
     leaves = leaves or newly("state", state, new)
@@ -142,7 +143,7 @@ class _Looked(NamedTuple):
 
 def _range(tree: PyTree) -> str:
     """That infinite numbers of `tree` are of a type too short for them; empty where they are not."""
-    infinite = {x.dtype for _, x in named_leaves("", tree) if np.isinf(np.asarray(x)).any()}
+    infinite = {x.dtype for _, x in named_leaves("", tree) if np.isinf(on_host(x)).any()}
     short = any(float(jnp.finfo(dtype).max) < 1e5 for dtype in infinite)
     return " (float16 holds no number above 65504: compute in float32)" if short else ""
 

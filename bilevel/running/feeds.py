@@ -12,6 +12,7 @@ import numpy as np
 
 from bilevel.data import Batches, FullBatch, check_batch, columns, rows
 from bilevel.problem.arguments import telling
+from bilevel.sharding.processes import attempt, everyone, on_host, several
 from bilevel.sharding.sharding import Sharding
 from bilevel.sharding.specs import on
 from bilevel.trees import PyTree, is_key, leaf_names, shapes
@@ -26,6 +27,7 @@ class Feed:
         self.title, self.word = title or name, "step" if title else "outer step"
         self._last: tuple[Any, int, PyTree] | None = None
         self._sharding: Sharding | None = None
+        self._compared = False
         # Batches of an iterator may differ in shape: a loss is known by what it computes on the first.
         self._shapes: list[Any] | None = None
 
@@ -53,11 +55,13 @@ class Feed:
         """`(source, key)` for a chunk that starts at outer step `step`; an iterator is read `count` times."""
         if not self.is_iterator:
             return self.source, self.key
-        before = self.source.get_state() if self._can_move else None
-        read = self._read(count, step)
-        self._last = before, count, read
-        self._shapes = self._shapes or [jnp.shape(leaf) for leaf in jax.tree.leaves(read)]
-        return self._placed(read), self.key
+        with attempt(f"reading {self.title}"):
+            before = self.source.get_state() if self._can_move else None
+            read = self._read(count, step)
+            self._last = before, count, read
+        placed = self._placed(read)
+        self._shapes = self._shapes or [jnp.shape(leaf) for leaf in jax.tree.leaves(placed)]
+        return placed, self.key
 
     def _read(self, count: int, step: int) -> PyTree:
         batches = []
@@ -105,7 +109,18 @@ class Feed:
             self.source = sharding.replicated(self.source)
 
     def _placed(self, read: PyTree) -> PyTree:
-        return read if self._sharding is None else self._sharding.rows(self.title, read, axis=1)
+        if self._sharding is None:
+            return read
+        if several() and not self._compared:
+            self._compared = True
+            digests = everyone(digest(read))
+            if self._sharding.parts > 1 and len(set(digests)) < len(digests):
+                raise ValueError(
+                    f"{self.title}: the iterator gave the same first batch in several processes, but each has to give "
+                    "rows of its own, those of its devices: let it read another part of the data by "
+                    "jax.process_index(), and give jax.process_count() times fewer rows."
+                )
+        return self._sharding.own_rows(self.title, read, axis=1)
 
     def position(self) -> Any:
         """Where an iterator stands, and what it read last; to be given to `noted`."""
@@ -129,18 +144,20 @@ class Feed:
                 f"{self.name}: the run cannot be resumed exactly from a plain iterator: pass Batches(arrays, size), "
                 "arrays, or an iterator with get_state and set_state."
             )
-        self.source.set_state(note["before"])
-        read = self._read(count, step)
-        if count == note["count"] and digest(read) != note["digest"]:
-            raise ValueError(
-                f"{self.name}: the iterator gives other batches for the step before outer step {step} than it gave "
-                "when the checkpoint was written: resume with the same data, or use another checkpoint_dir."
-            )
-        self.source.set_state(note["after"])
-        self._last = note["before"], count, read
+        with attempt(f"reading {self.title}"):
+            self.source.set_state(note["before"])
+            read = self._read(count, step)
+            if count == note["count"] and digest(read) != note["digest"]:
+                raise ValueError(
+                    f"{self.name}: the iterator gives other batches for the step before outer step {step} than it gave "
+                    "when the checkpoint was written: resume with the same data, or use another checkpoint_dir."
+                )
+            self.source.set_state(note["after"])
+            self._last = note["before"], count, read
         if count == note["count"]:
             self._shapes = note["shapes"]
-        leaves = zip(self._shapes or map(jnp.shape, jax.tree.leaves(read)), jax.tree.leaves(read), strict=True)
+        placed = jax.tree.leaves(self._placed(read))  # in several processes the rows of all of them
+        leaves = zip(self._shapes or map(jnp.shape, placed), placed, strict=True)
         first = [jax.ShapeDtypeStruct(tuple(shape), leaf.dtype) for shape, leaf in leaves]
         return jax.tree.unflatten(jax.tree.structure(read), first), self.key
 
@@ -183,7 +200,7 @@ def described(array: Any) -> str:
 
 def shortest(number: Any) -> str:
     """A number, or an array of one, by the fewest digits that stand for it in its own dtype."""
-    value = np.asarray(number)
+    value = on_host(number)
     if not jnp.issubdtype(value.dtype, jnp.floating) or not np.isfinite(wide := float(value)):
         return repr(value.item())
     texts = (f"{wide:.{digits}g}" for digits in range(1, 18))
@@ -194,7 +211,7 @@ def digest(tree: PyTree) -> str:
     """A hash of the structure, dtypes, shapes and bits of the arrays in `tree`."""
     found = hashlib.sha256(str(jax.tree.structure(tree)).encode())
     for leaf in jax.tree.leaves(tree):
-        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        array = on_host(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         found.update(f"{array.dtype}{array.shape}".encode())
         found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()[:16]

@@ -8,17 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from bilevel.sharding.processes import on_host
 from bilevel.trees import PyTree, is_inexact, leaf_names
 
 
 def not_finite(root: str, tree: PyTree) -> list[str]:
     """Names of the leaves of `tree`, which is called `root`, that hold a NaN or an infinity."""
-    return [name for name, leaf in named_leaves(root, tree) if not np.isfinite(np.asarray(leaf)).all()]
+    return [name for name, leaf in named_leaves(root, tree) if not np.isfinite(on_host(leaf)).all()]
 
 
 def holding_nan(root: str, tree: PyTree) -> list[str]:
     """Names of the leaves that hold a NaN."""
-    return [name for name, leaf in named_leaves(root, tree) if np.isnan(np.asarray(leaf)).any()]
+    return [name for name, leaf in named_leaves(root, tree) if np.isnan(on_host(leaf)).any()]
 
 
 def named_leaves(root: str, tree: PyTree) -> Iterator[tuple[str, Any]]:
@@ -36,4 +37,5 @@ def newly(root: str, before: PyTree, after: PyTree) -> list[str]:
 
 def holes(x: Any) -> np.ndarray:
     """How many entries are not finite, and how many are NaN."""
-    return np.asarray([np.sum(~np.isfinite(np.asarray(x))), np.sum(np.isnan(np.asarray(x)))])
+    whole = on_host(x)
+    return np.asarray([np.sum(~np.isfinite(whole)), np.sum(np.isnan(whole))])

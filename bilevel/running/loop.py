@@ -15,12 +15,13 @@ from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import History, chunk, chunk_capacity, wanted_batches
 from bilevel.running.diagnosis import refuse_failed, refuse_start
 from bilevel.running.feeds import Feed
-from bilevel.running.interrupts import uninterrupted
+from bilevel.running.interrupts import end_by, noted, uninterrupted
 from bilevel.running.progress import Callback
 from bilevel.running.singular import undetermined
 from bilevel.running.steep import warn_if_steep
 from bilevel.running.unsteady import are_steady
 from bilevel.settings.fields import shown
+from bilevel.sharding.processes import attempt, everyone
 from bilevel.sharding.sharding import Sharding, with_problem
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_counts
@@ -169,16 +170,26 @@ class Loop:
             return
         # Copies: what a callback writes into them is its own.
         rows = {name: rows.copy() for name, rows in self.history.rows(self.called, self.done).items()}
-        if any([_truth(callback(self.done, self.state, rows)) for callback in self.callbacks]):
+        with attempt("calling its callbacks"):
+            stop = any([_truth(callback(self.done, self.state, rows)) for callback in self.callbacks])
+        if any(everyone(stop)):
             self.due = self.stop = True
         else:
             self.called, self.due = self.done, False
 
-    def save_now_and_then(self) -> None:
-        """Saves, if the last checkpoint is old enough."""
-        if self.store and time.monotonic() - self.store.saved >= self.store.every:
+    def settle(self) -> None:
+        """Saves, if the last checkpoint is old enough; several processes go by the clock of the first.
+
+        Raises:
+          KeyboardInterrupt, Terminated: if a signal came to any of several processes, in all of them.
+        """
+        old = bool(self.store) and time.monotonic() - self.store.saved >= self.store.every
+        told = everyone([self.count, old, noted()])
+        self.count, old, _ = told[0]
+        if self.store and old:
             self.save()
             self.store.saved = time.monotonic()
+        end_by(max(number for _, _, number in told))
 
     def save(self) -> None:
         """Saves what is not saved yet."""

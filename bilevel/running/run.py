@@ -26,10 +26,11 @@ from bilevel.running.progress import Callback, Progress
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings.numeric import check_schedules
 from bilevel.sharding.inside import no_mesh
+from bilevel.sharding.processes import agree, attempt, is_first, is_in_all, several, together
 from bilevel.sharding.sharding import Sharding
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_state
-from bilevel.trees import Key, Outer, is_key, replayed
+from bilevel.trees import Key, Outer, is_key, replayed, shapes
 
 
 class Result(NamedTuple):
@@ -128,7 +129,8 @@ def run(
       0.5
     """
     check_run("run", **locals())
-    with contextlib.nullcontext() if sharding is None else no_mesh():
+    mesh = None if sharding is None else sharding.mesh
+    with together(mesh), contextlib.nullcontext() if mesh is None else no_mesh():
         reads = forget_outdated(solver, record)
         key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
         key = _uncommitted(key) if sharding else key
@@ -142,7 +144,10 @@ def run(
             for feed in feeds:
                 feed.place(sharding)
         store = Store(Checkpoints(checkpoint_dir), checkpoint_every) if checkpoint_dir is not None else None
-        note = store.checkpoints.note(steps) if store else None
+        with attempt("reading its checkpoints"):
+            note = store.checkpoints.note(steps) if store else None
+        if several():
+            agree("run", _alike(solver, feeds, steps, callbacks, callback_every, note))
         state = solver.init(solver_key)
         check_state(solver, state)
         data = _first(solver, feeds, note)
@@ -152,18 +157,23 @@ def run(
         returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
         if store:
             store.record = returned
-            store.checkpoints.claim(fingerprint(solver, key, state, losses, feeds, record), returned, note)
+        if store or several():
+            found = fingerprint(solver, key, state, losses, feeds, record)
+            agree("run", found)
+        if sharding:
+            loop.pin(sharding)
+        if store:
+            with attempt("looking at its checkpoint_dir"):
+                store.checkpoints.claim(found, returned, note)
             if note:
                 loop.resume(store, note)
         check_schedules(solver, loop.done, steps)
-        if sharding:
-            loop.pin(sharding)
         with terminable():
-            interrupted = False
+            error = None
             try:
                 # Interrupted before they had returned, or stopped by one: they are asked again.
                 loop.call_back()
-                display = Progress(title, steps, start=loop.done, show=progress)
+                display = Progress(title, steps, start=loop.done, show=progress and is_first())
                 if note and loop.done == steps:
                     display.already_finished()
                 with display if loop.done < steps else contextlib.nullcontext():
@@ -171,18 +181,32 @@ def run(
                         metrics = loop.advance()
                         display.advance(loop.done, metrics)
                         loop.call_back()
-                        loop.save_now_and_then()
-            except (KeyboardInterrupt, Terminated):
-                interrupted = True
+                        loop.settle()
+            except BaseException as raised:
+                error = raised
                 raise
             finally:
                 # An interrupt keeps what is done.
-                loop.save()
-                if interrupted:
+                if is_in_all(error):
+                    loop.save()
+                if isinstance(error, KeyboardInterrupt | Terminated) and is_first():
                     farewell = _farewell(title, loop.done, steps, loop.written, checkpoint_dir)
                     print(farewell, file=sys.stderr, flush=True)
         loop.warn_if_inexact()
         return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
+
+
+def _alike(solver, feeds, steps, callbacks, callback_every, note) -> dict[str, str]:
+    """What several processes must share for the same programs to run in each, as text by name."""
+    sources = [type(feed.source).__name__ if feed.is_iterator else shapes(feed.source) for feed in feeds]
+    return {
+        "steps": str(steps),
+        "callback_every": str(callback_every if callbacks else "none"),
+        "solver": f"{type(solver).__name__} {shapes(solver)}",
+        "inner_data": sources[0],
+        "outer_data": sources[1],
+        "checkpoint (is checkpoint_dir one folder for all?)": str(note and note["step"]),
+    }
 
 
 def _refuse_unfit(solver: Solver, state: Any, data: Any, record: Any, reads: Any) -> list[TracedLoss]:

@@ -20,6 +20,7 @@ from bilevel.differentiation.influence import StructuralZeroWarning, dependence
 from bilevel.differentiation.loss_checks import TracedLoss
 from bilevel.running.fingerprint import parts
 from bilevel.running.programs import Program
+from bilevel.sharding.processes import on_host
 from bilevel.trees import PyTree, is_inexact, is_key
 
 _LOOKED_AT: set[int] = set()
@@ -99,7 +100,7 @@ def _same(one: Any, other: Any) -> bool:
         return True
     if is_key(one) and is_key(other):
         one, other = jax.random.key_data(one), jax.random.key_data(other)
-    return bool(np.array_equal(np.asarray(one), np.asarray(other), equal_nan=bool(is_inexact(one))))
+    return bool(np.array_equal(on_host(one), on_host(other), equal_nan=bool(is_inexact(one))))
 
 
 _CONSTANT = (optax.GradientTransformation, optax.MultiSteps)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bilevel.settings.fields import check_fields, register, setting
 from bilevel.settings.rules import instance
 from bilevel.sharding.inside import Active, entered
+from bilevel.sharding.processes import put, put_rows, refuse_partial, row_factor
 from bilevel.sharding.specs import Rule, are_axes, auto, check, is_mesh, is_rule, pin, rows, specs_of, split
 from bilevel.trees import PyTree, leaf_names
 
@@ -45,7 +46,7 @@ class Sharding:
         to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above.
 
     Raises:
-      ValueError: for axes that the mesh has not, and in one of several processes: a run is one process. When arrays are
+      ValueError: for axes that the mesh has not, and for a mesh without a device of this process. When arrays are
         placed: for an axis that the devices do not divide, with the numbers; nothing is replicated in silence.
 
     Examples:
@@ -69,11 +70,7 @@ class Sharding:
 
     def __post_init__(self):
         check_fields(self)
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"Sharding: this is one of {jax.process_count()} processes of jax.distributed, and a run is one "
-                "process: use the devices of one host."
-            )
+        refuse_partial(self.mesh)
         if missing := [axis for axis in self.batch if axis not in self.mesh.axis_names]:
             raise ValueError(
                 f"Sharding(batch={self.batch!r}): the mesh has the axes {', '.join(self.mesh.axis_names)}, and no "
@@ -91,6 +88,20 @@ class Sharding:
     def rows(self, what: str, batch: PyTree, *, axis: int = 0) -> PyTree:
         """`batch`, with axis number `axis` of each leaf split over the axes `batch`; scalars are replicated."""
         return self.place(what, batch, None, lambda _, x: self._rows(jnp.ndim(x), axis), hint=_NO_ROWS)
+
+    def own_rows(self, what: str, batch: PyTree, *, axis: int = 0) -> PyTree:
+        """As `rows`, of a batch of which each process gives the rows of its own devices."""
+
+        def put(name: str, x: Any) -> Any:
+            spec, shape = self._rows(jnp.ndim(x), axis), list(jnp.shape(x))
+            if len(shape) <= axis:
+                return self._put(x, spec)
+            shape[axis] *= row_factor(self.mesh, spec, axis)
+            check(self.mesh, what, name, jax.ShapeDtypeStruct(tuple(shape), x.dtype), spec, _NO_ROWS)
+            return put_rows(x, NamedSharding(self.mesh, spec))
+
+        leaves = map(put, leaf_names(batch), jax.tree.leaves(batch))
+        return jax.tree.unflatten(jax.tree.structure(batch), leaves)
 
     def replicated(self, tree: PyTree) -> PyTree:
         """`tree` on all devices; what is split over this mesh already stays as it is."""
@@ -124,7 +135,7 @@ class Sharding:
     def place_state(self, state: PyTree) -> PyTree:
         """The state of a solver, placed: its variables, and what an optimizer holds for them, where these belong."""
         specs = self._of_state(state)
-        return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(self.mesh, spec)), state, specs)
+        return jax.tree.map(self._put, state, specs)
 
     def pin_state(self, state: PyTree) -> PyTree:
         """As `place_state`, inside a compiled program."""
@@ -138,6 +149,10 @@ class Sharding:
             check(self.mesh, "The batch", name, x, spec, _NO_ROWS)
             pinned[name] = self._pin(x, spec)
         return jax.tree.unflatten(jax.tree.structure(batch), pinned.values())
+
+    def pin_results(self, results: PyTree) -> PyTree:
+        """What the host reads, inside a compiled program: whole on every device."""
+        return jax.tree.map(lambda x: self._pin(x, PartitionSpec()), results)
 
     def pin_training(self, inner: PyTree, carry: PyTree) -> PyTree:
         """What training carries, inside a compiled program: what is like a leaf of `inner` where that belongs."""
@@ -169,7 +184,7 @@ class Sharding:
         where = NamedSharding(self.mesh, spec)
         if isinstance(x, jax.ShapeDtypeStruct):  # for a program that is compiled and never run
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-        return jax.device_put(x, where)
+        return put(x, where)
 
     def _rows(self, ndim: int, axis: int) -> PartitionSpec:
         return rows(tuple(self.batch), ndim, axis)

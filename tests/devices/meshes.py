@@ -1,10 +1,15 @@
-"""Meshes of eight devices, and how far two results are apart."""
+"""Meshes of eight devices, a problem for them, and how far two results are apart."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType
 
-from bilevel import Sharding
+import bilevel
+from bilevel import Batches, Nested, Sharding, Unrolled
 
 SHAPES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "both": {"data": 4, "fsdp": 2}}
 
@@ -26,3 +31,51 @@ def apart(found, wanted):
         wanted,
     )
     return max(jax.tree.leaves(sizes))
+
+
+# A model with weights that are split: stacked layers, low-rank changes of the first and a head of its own.
+
+
+def forward(weights, inner, x):
+    h = x @ (weights["up"] + inner["a"] @ inner["b"])
+    h, _ = jax.lax.scan(lambda h, kernel: (jnp.tanh(h @ kernel), None), h, weights["stack"])
+    return h @ inner["head"]
+
+
+def inner_loss(weights, inner, outer, batch, key):
+    x, y = batch
+    decay = sum(jnp.sum(leaf**2) for leaf in inner.values())
+    return jnp.mean((forward(weights, inner, x) - y) ** 2) + 1e-3 * jnp.exp(outer["decay"]) * decay
+
+
+def outer_loss(weights, inner, outer, batch, key):
+    x, y = batch
+    return jnp.mean((forward(weights, inner, x) - y) ** 2)
+
+
+def start(key, outer):
+    keys = jax.random.split(key, 3)
+    shapes = {"a": (16, 4), "b": (4, 256), "head": (256, 3)}
+    return {name: 0.1 * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+@functools.cache
+def case(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 16))
+    data = tuple(a.astype(dtype) for a in (x, np.tanh(x @ rng.normal(size=(16, 3)))))
+    weights = {"up": rng.normal(size=(16, 256)) / 4, "stack": rng.normal(size=(2, 256, 256)) / 16}
+    weights = {name: leaf.astype(dtype) for name, leaf in weights.items()}
+    bind = jax.tree_util.Partial
+    begin = lambda key, outer: jax.tree.map(lambda x: x.astype(dtype), start(key, outer))  # noqa: E731
+    zero = lambda key: {"decay": jnp.zeros((), dtype)}  # noqa: E731
+    return bilevel.Problem(bind(inner_loss, weights), bind(outer_loss, weights), begin, zero), data
+
+
+def nested(problem, optimizer=None):
+    return Nested(problem, Unrolled(optimizer or optax.sgd(0.1), 2), optax.adam(0.1))
+
+
+def run(solver, data, steps=20, **settings):
+    settings = {"inner_data": Batches(data, 16), "outer_data": Batches(data, 32)} | settings
+    return bilevel.run(solver, steps=steps, progress=False, **settings)

@@ -17,57 +17,9 @@ from bilevel import Batches, Indexed, Nested, Sharding, Unrolled
 from tests.bilevel.estimators import TABLE
 from tests.bilevel.helpers import KEY, NETWORK, ROWS
 from tests.bilevel.solvers.table import TABLE as SOLVERS
-from tests.devices.meshes import apart, on
+from tests.devices.meshes import apart, case, nested, on, run, start
 
 EACH = [("data", AxisType.Auto), ("fsdp", AxisType.Auto), ("both", AxisType.Auto), ("both", AxisType.Explicit)]
-
-
-# A model with weights that are split: stacked layers, low-rank changes of the first and a head of its own.
-
-
-def forward(weights, inner, x):
-    h = x @ (weights["up"] + inner["a"] @ inner["b"])
-    h, _ = jax.lax.scan(lambda h, kernel: (jnp.tanh(h @ kernel), None), h, weights["stack"])
-    return h @ inner["head"]
-
-
-def inner_loss(weights, inner, outer, batch, key):
-    x, y = batch
-    decay = sum(jnp.sum(leaf**2) for leaf in inner.values())
-    return jnp.mean((forward(weights, inner, x) - y) ** 2) + 1e-3 * jnp.exp(outer["decay"]) * decay
-
-
-def outer_loss(weights, inner, outer, batch, key):
-    x, y = batch
-    return jnp.mean((forward(weights, inner, x) - y) ** 2)
-
-
-def start(key, outer):
-    keys = jax.random.split(key, 3)
-    shapes = {"a": (16, 4), "b": (4, 256), "head": (256, 3)}
-    return {name: 0.1 * jax.random.normal(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
-
-
-@functools.cache
-def case(dtype=np.float64):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, 16))
-    data = tuple(a.astype(dtype) for a in (x, np.tanh(x @ rng.normal(size=(16, 3)))))
-    weights = {"up": rng.normal(size=(16, 256)) / 4, "stack": rng.normal(size=(2, 256, 256)) / 16}
-    weights = {name: leaf.astype(dtype) for name, leaf in weights.items()}
-    bind = jax.tree_util.Partial
-    begin = lambda key, outer: jax.tree.map(lambda x: x.astype(dtype), start(key, outer))  # noqa: E731
-    zero = lambda key: {"decay": jnp.zeros((), dtype)}  # noqa: E731
-    return bilevel.Problem(bind(inner_loss, weights), bind(outer_loss, weights), begin, zero), data
-
-
-def nested(problem, optimizer=None):
-    return Nested(problem, Unrolled(optimizer or optax.sgd(0.1), 2), optax.adam(0.1))
-
-
-def run(solver, data, steps=20, **settings):
-    settings = {"inner_data": Batches(data, 16), "outer_data": Batches(data, 32)} | settings
-    return bilevel.run(solver, steps=steps, progress=False, **settings)
 
 
 @functools.cache

@@ -1,0 +1,172 @@
+"""Several processes of one run: arrays of which each holds a part, and what they agree on.
+
+Every process runs the same program on the same settings. They differ in their clocks, their signals, the rows that
+they read and the files that they write; what follows from these has to be agreed on before the next collective
+operation, or some processes would wait for ever. In a run of one process nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bilevel.trees import is_key
+
+_TOGETHER: contextvars.ContextVar[bool] = contextvars.ContextVar("together", default=False)
+
+
+@contextlib.contextmanager
+def together(mesh: Mesh | None) -> Iterator[None]:
+    """For a run on `mesh`: its processes are those whose devices it has; this one alone without a mesh."""
+    token = _TOGETHER.set(mesh is not None and len(_processes(mesh)) > 1)
+    try:
+        yield
+    finally:
+        _TOGETHER.reset(token)
+
+
+def several() -> bool:
+    """Whether the run that goes on is that of several processes."""
+    return _TOGETHER.get()
+
+
+def count() -> int:
+    """How many processes the run has."""
+    return jax.process_count() if several() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that shows progress and writes files."""
+    return not several() or jax.process_index() == 0
+
+
+def everyone(value: Any) -> list[Any]:
+    """What each process calls this with, JSON, in the order of the processes: all of them have to call it."""
+    if not several():
+        return [value]
+    from jax.experimental import multihost_utils  # only where there are several
+
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray(len(said), np.int32))).ravel()
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(said)] = said
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def attempt(doing: str) -> Iterator[None]:
+    """A block that may fail in one process alone: then it fails in all of them.
+
+    Raises:
+      RuntimeError: where another process failed; says which, and of what. The one that failed raises its own error.
+    """
+    if not several():
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    told = everyone(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise in_all(error)
+    for process, why in enumerate(told):
+        if why is not None:
+            raise in_all(
+                RuntimeError(f"Process {process} of {len(told)} failed while {doing}, and a run needs all: {why}")
+            )
+
+
+def in_all(error: BaseException) -> BaseException:
+    """`error`, which every process of the run raises at the same place, or another with the same effect."""
+    error.__dict__["in_all_processes"] = True
+    return error
+
+
+def is_in_all(error: BaseException | None) -> bool:
+    """Whether the processes of a run are still side by side after `error`, so that they can save together."""
+    return error is None or not several() or "in_all_processes" in error.__dict__
+
+
+def agree(doing: str, items: dict[str, str]) -> None:
+    """Checks that every process was given the same `items`, texts by name.
+
+    Raises:
+      ValueError: names what differs, in every process.
+    """
+    told = everyone(items)
+    for process, others in enumerate(told):
+        names = [name for name in {**told[0], **others} if told[0].get(name) != others.get(name)]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            raise ValueError(
+                f"{doing}: process {process} was given another {', another '.join(names[:_NAMED])}{more} than process "
+                "0: every process has to be given the same, but for the rows of an iterator."
+            )
+
+
+_NAMED = 4
+"""Most differences that a message names."""
+
+
+def refuse_partial(mesh: Mesh) -> None:
+    """Raises ValueError if `mesh` is neither of all processes nor of this one alone: nobody could agree."""
+    there = _processes(mesh)
+    missing = sorted(set(range(jax.process_count())) - there)
+    if missing and there != {jax.process_index()}:
+        raise ValueError(
+            f"Sharding: no device of process {', '.join(map(str, missing))} is in the mesh: make it of jax.devices(), "
+            "those of all processes, or of jax.local_devices() for a run of this process alone."
+        )
+
+
+def _processes(mesh: Mesh) -> set[int]:
+    return {device.process_index for device in mesh.devices.flat}
+
+
+def put(x: Any, where: NamedSharding) -> Any:
+    """`x`, which is the same in every process, on the devices of `where`: each process copies its own part."""
+    if where.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, where)
+    if getattr(x, "weak_type", isinstance(x, bool | int | float | complex)):
+        # As a constant: an array made of parts has no weak type.
+        return jax.jit(lambda: jnp.asarray(x), out_shardings=where)()
+    if is_key(x):
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda index: whole[index])
+
+
+def put_rows(own: Any, where: NamedSharding) -> Any:
+    """An array of which each process gives its own rows, in the order of the processes."""
+    if where.is_fully_addressable:
+        return jax.device_put(own, where)
+    return jax.make_array_from_process_local_data(where, np.asarray(own))
+
+
+def row_factor(mesh: Mesh, spec: PartitionSpec, axis: int) -> int:
+    """How many times as many rows as this process gives there are in all, of a batch that lies as `spec` says."""
+    if len(_processes(mesh)) == 1:
+        return 1
+    parts = mesh.size
+    indices = NamedSharding(mesh, PartitionSpec(spec[axis])).addressable_devices_indices_map((parts,))
+    rows = {(index[0].start, index[0].stop) for index in indices.values() if index is not None}
+    own = sum((parts if stop is None else stop) - (start or 0) for start, stop in rows)
+    return parts // own
+
+
+def on_host(x: Any) -> np.ndarray:
+    """The whole of `x`, of which other processes may hold parts: then all have to call this."""
+    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x))

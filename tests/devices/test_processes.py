@@ -1,0 +1,121 @@
+"""Two processes of four devices each: the same answer as one, and the same end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.devices.meshes import case, nested, on, run
+
+
+def start(folder, *scenarios):
+    """Both processes, started."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.devices.one_of_two"]
+    return [
+        subprocess.Popen(
+            [*command, str(process), port, str(folder), *scenarios],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for process in (0, 1)
+    ]  # fmt: skip
+
+
+def ended(processes, seconds=400):
+    """`(exit status, standard output, standard error)` of each, which must come in time."""
+    try:
+        said = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+def found(folder, *scenarios):
+    """What both processes found in each scenario."""
+    both = ended(start(folder, *scenarios))
+    assert [status for status, _, _ in both] == [0, 0], [error[-2000:] for _, _, error in both]
+    lines = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for _, out, _ in both]
+    return list(zip(*lines, strict=True))
+
+
+def alone(steps=20, **settings):
+    problem, data = case()
+    result = run(nested(problem), data, steps, **settings)
+    return {"outer": [float(result.outer["decay"])], "loss": result.history["outer_loss"].tolist(), "steps": steps}
+
+
+def close(found, wanted, tolerance=1e-12):
+    assert found["steps"] == wanted["steps"]
+    np.testing.assert_allclose(found["outer"], wanted["outer"], rtol=tolerance)
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=tolerance)
+
+
+def test_numbers_are_those_of_one_device(tmp_path):
+    (whole, other), (rows, other_rows), (split, other_split) = found(tmp_path, "whole", "rows", "split inner")
+    assert (whole, rows, split) == (other, other_rows, other_split)
+    close(whole, alone())
+    _, data = case()
+    batches = lambda size: iter([tuple(a[i : i + size] for a in data) for i in range(0, 64, size)] * 12)  # noqa: E731
+    close(rows, alone(6, inner_data=batches(16), outer_data=batches(32)))
+    assert len(split["loss"]) == 4  # with Adam, whose numbers one device has to 1e-11 (test_mesh)
+
+
+def test_checkpoints_go_on_in_as_many_processes_or_in_one(tmp_path):
+    shared, own = tmp_path / "shared", tmp_path / "own"
+    (part, _), = found(shared, "first part")  # fmt: skip
+    close(part, alone(8))
+    # In one process with eight devices; then from there in two.
+    close(alone(14, sharding=on(), checkpoint_dir=str(shared)), alone(14))
+    (whole, other), = found(shared, "all steps")  # fmt: skip
+    assert whole == other
+    close(whole, alone())
+    _, (all_rows, _), (uninterrupted, _) = found(own, "first rows", "all rows", "rows")
+    assert all_rows == uninterrupted | {"scenario": "all rows"}  # bit for bit
+    with pytest.raises(ValueError, match=r"written by 2 processes with an iterator.*resume with as many"):
+        alone(6, sharding=on(), checkpoint_dir=str(own))
+
+
+def test_what_differs_between_processes_ends_all_of_them_in_a_sentence(tmp_path):
+    same, differs, fails, stops, diverges = found(tmp_path, "same rows", "differs", "fails", "stops", "diverges")
+    for told in same:
+        assert "inner_data: the iterator gave the same first batch in several processes" in told["error"]
+    for told in differs:
+        assert "process 1 was given another inner_data[0], another" in told["error"]
+    assert "Process 1 of 2 failed while calling its callbacks" in fails[0]["error"]
+    assert fails[1]["error"] == "KeyError: 'of mine'"
+    assert [told["steps"] for told in stops] == [3, 3]
+    for told in diverges:
+        assert "inner_loss is nan at inner step 1" in told["error"]
+
+
+def test_runs_of_each_process_alone_know_nothing_of_each_other(tmp_path):
+    (first, second), saved = found(tmp_path, "local", "local, saved")
+    close(first, alone(3))
+    close(second, alone(4))
+    assert all("one of 2 processes alone" in told["error"] for told in saved)
+
+
+def test_a_signal_to_one_saves_and_ends_both(tmp_path):
+    both = ended(start(tmp_path, "interrupted"))
+    assert [status for status, _, _ in both] == [-signal.SIGTERM] * 2
+    assert "interrupted after 3 of 2000, which are saved in" in both[0][2]
+    assert "interrupted after" not in both[1][2]
+    problem, data = case()
+    solver = nested(problem)
+    settings = {"sharding": on(), "checkpoint_dir": tmp_path, "callbacks": [lambda step, *_: step == 5]}
+    assert int(run(solver, data, 2000, **settings).state.step) == 5
+
+
+def test_the_death_of_one_ends_the_other(tmp_path):
+    (status, _, said), (dead, _, _) = ended(start(tmp_path, "dies"), 200)
+    assert dead == 9 and status != 0
+    assert "another task died" in said
