@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods import fingerprint, ranges, runfolder, tasks
+import bilevel
+from methods import fingerprint, mesh, ranges, runfolder, tasks
 from methods.adapters.lora import LoRAConfig
 from methods.causes import reading
 from methods.models.loading import Pretrained, load, locate
@@ -58,6 +59,10 @@ class Settings:
       validate_every: steps between two validations on the outer rows, the best of which is kept; 0: none.
       patience: validations without a new best that stop the final training; 0: never.
       remat: recompute blocks in the backward pass: less memory, one more forward pass.
+      mesh: devices to compute on, such as data=8, fsdp=8 or data=4,fsdp=2: rows are split over all of them, frozen
+        weights over those of fsdp. The numbers are those of one device, to rounding, and a run goes on with another.
+      dtype: of the frozen weights and of what products are of; "bfloat16" halves their memory. Sums, what is trained,
+        its optimizer's state and hypergradients are float32 all the same.
     """
 
     model: str
@@ -81,6 +86,8 @@ class Settings:
     validate_every: CountOrNone = 0
     patience: CountOrNone = 0
     remat: bool = True
+    mesh: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Bench(NamedTuple):
@@ -97,6 +104,7 @@ class Bench(NamedTuple):
       row_means: whether a loss is the mean of the rows' own means, not that over all their answer tokens.
       inputs: what was read, as `RunFolder` compares it.
       files: the folder or file of the model.
+      sharding: where things lie on the devices of a mesh; None on one device.
     """
 
     pretrained: Pretrained
@@ -111,6 +119,7 @@ class Bench(NamedTuple):
     row_means: bool = False
     inputs: Mapping[str, Any] = MappingProxyType({})
     files: Path | None = None
+    sharding: bilevel.Sharding | None = None
 
     @property
     def num_layers(self) -> int:
@@ -162,6 +171,11 @@ def check(settings: Settings) -> None:
                 f"--{size.replace('_', '-')} {getattr(settings, size)} is larger than the data, "
                 f"--{rows.replace('_', '-')} {getattr(settings, rows)}: lower it."
             )
+    if settings.mesh is not None:
+        mesh.sharding(settings.mesh)
+        axes = mesh.sizes(settings.mesh)
+        mesh.rows_divide("--batch-size", settings.batch_size, axes)
+        mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)
     if isinstance(task, tasks.Generation):
         tasks.check_metrics(task)
     runfolder.check(settings.out, settings)
@@ -223,7 +237,9 @@ def prepare(
     with reading(f"The rows of {task.name}", "look at the files that --data or BILEVEL_DATA names"):
         published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
     with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
-        files, pretrained = locate(settings.model), load(settings.model, check=check_config)
+        dtype = {"dtype": jnp.bfloat16, "accumulate": jnp.float32} if settings.dtype == "bfloat16" else {}
+        files, sharding = locate(settings.model), mesh.sharding(settings.mesh)
+        pretrained = load(settings.model, check=check_config, sharding=sharding, **dtype)
     if pretrained.tokenizer is None:
         raise ValueError(f"The model {settings.model} brings no tokenizer, which a language task needs.")
     if not settings.remat:
@@ -263,7 +279,7 @@ def prepare(
     }
     left_out = len(published[0]) - len(fitting)
     return Bench(
-        pretrained, lora, task, splits, train, outer, width, left_out, head, row_means, inputs=inputs, files=files
+        pretrained, lora, task, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
     )
 
 

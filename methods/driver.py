@@ -160,7 +160,8 @@ class Method:
         for each in searches:  # what does not fit is refused before anything is written
             jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
         folder = open_run(setup, bench)
-        chosen = self.choose(setup, bench, [search(each, folder) for each in searches], trying(bench, folder))
+        found = [search(each, folder, bench.sharding) for each in searches]
+        chosen = self.choose(setup, bench, found, trying(bench, folder))
         if chosen.selection:
             folder.write("selection", chosen.selection)
         once = {arm.name: partial(row, arm, bench, folder) for arm in chosen.arms}
@@ -189,7 +190,7 @@ def searching(settings: Any, bench: Bench, solver: Any, *, name: str = "search",
     return Search(name, solver, **by_settings | steps | other)
 
 
-def search(each: Search, folder: RunFolder) -> bilevel.Result:
+def search(each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = None) -> bilevel.Result:
     """Runs a search; kept in the run folder and continued from there."""
     return bilevel.run(
         each.solver,
@@ -201,6 +202,7 @@ def search(each: Search, folder: RunFolder) -> bilevel.Result:
         checkpoint_dir=folder.path / "checkpoints" / each.name.replace(" ", "-"),
         record=each.record,
         title=each.name,
+        sharding=sharding,
     )
 
 
@@ -238,6 +240,7 @@ def finetuning(
             key=jax.random.key(settings.seed + 1),
             validate=lambda params: evaluation.validation_loss(bench, bind(params)) + penalty(params),
             optimizer=optimizer,
+            sharding=bench.sharding,
         )
 
     return train_at

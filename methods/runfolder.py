@@ -17,6 +17,8 @@ from methods import files, fingerprint
 from methods.causes import reading
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
+FREE = ("mesh",)
+"""Settings that change no result, to rounding: a run goes on with others."""
 FOLDERS = ("adapter", "checkpoints", "figures", "results", "tried", "validation")
 
 
@@ -45,7 +47,7 @@ def check(path: Path, settings: Any) -> None:
             "name another folder with --out."
         )
     config, there = _config(settings), _read_object(path / CONFIG)
-    changed = sorted(name for name in {**config, **there} if config.get(name) != there.get(name))
+    changed = sorted(name for name in {**config, **there} if config.get(name) != there.get(name) and name not in FREE)
     if changed:
         first = f"{changed[0]} was {there.get(changed[0])!r} and is {config.get(changed[0])!r}"
         raise ValueError(

@@ -94,6 +94,7 @@ def train(
     key: jax.Array,
     validate: Callable[[Any], float] | None = None,
     optimizer: optax.GradientTransformation | None = None,
+    sharding: bilevel.Sharding | None = None,
 ) -> Any:
     """The inner variable of `problem` after training at `outer`; with validations the best, else the last.
 
@@ -108,6 +109,7 @@ def train(
       key: of the start values and of what the loss draws.
       validate: from parameters to the validation loss; smaller is better.
       optimizer: in place of the recipe's.
+      sharding: as for `bilevel.fit`.
 
     Raises:
       ValueError: if the recipe validates and there is no `validate`.
@@ -132,6 +134,7 @@ def train(
             callbacks=callbacks,
             checkpoint_dir=checkpoint,
             title=f"fine-tuning, {name}",
+            sharding=sharding,
         )
 
     if validate is None or not recipe.validate_every:

@@ -237,6 +237,8 @@ def _walk_parameter(value: Any, lines: list[str], numbers: list[str], arrays: li
         lines.append(str(sorted(map(str, value))))
     elif isinstance(value, np.ndarray | jax.Array):
         _add_constants([value], numbers, arrays)
+    elif isinstance(value, jax.sharding.Sharding):
+        lines.append("None")  # where a result lies is no part of what it is: a run goes on on another mesh
     elif callable(value) and not isinstance(value, type):
         lines.append("function")  # a rule, whose results are elsewhere in the trace
     else:

@@ -39,6 +39,7 @@ class Setting(NamedTuple):
       dtype: of the adapter.
       start_head: `start_head(key)`, a fresh head that is trained beside the adapter; {} where the model's own answers.
       callbacks: of `bilevel.run`, for every training and search.
+      sharding: likewise.
     """
 
     loss: Any
@@ -55,6 +56,7 @@ class Setting(NamedTuple):
     dtype: Any = jnp.float32
     start_head: Callable[[jax.Array], PyTree] = lambda key: {}
     callbacks: Sequence[Any] = ()
+    sharding: bilevel.Sharding | None = None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -160,6 +162,7 @@ def fit(
         key=key,
         callbacks=setting.callbacks,
         progress=False,
+        sharding=setting.sharding,
     )
     return result.inner
 
@@ -193,6 +196,7 @@ def search(
         key=key,
         callbacks=setting.callbacks,
         progress=False,
+        sharding=setting.sharding,
     )
 
 

@@ -82,6 +82,7 @@ def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) ->
         settings.finetune_lr,
         start_head=lambda key: given.start(key)["head"],
         callbacks=callbacks,
+        sharding=bench.sharding,
     )
 
 

@@ -107,3 +107,48 @@ def test_what_the_losses_report_comes_back():
 def test_without_aux_there_is_none():
     result = estimate()
     assert result.aux.inner is None and result.aux.outer is None
+
+
+@pytest.mark.parametrize(
+    "project", [lambda outer: outer[:1], lambda outer: outer.astype(np.float32), lambda outer: (outer,)]
+)
+def test_a_projection_to_another_kind_of_tree_is_refused(project):
+    from bilevel.problem.problem import projected
+
+    problem = Problem(LINE.inner_loss, LINE.outer_loss, LINE.init_inner, LINE.init_outer, project=project)
+    with pytest.raises(ValueError, match=r"project returned .* for an outer variable that is float64"):
+        projected(problem, jnp.ones(2))
+
+
+def test_a_projection_to_the_same_kind_of_tree_is_taken():
+    from bilevel.problem.problem import projected
+
+    problem = Problem(LINE.inner_loss, LINE.outer_loss, LINE.init_inner, LINE.init_outer, project=lambda x: 2.0 * x)
+    np.testing.assert_array_equal(projected(problem, jnp.ones(2)), [2.0, 2.0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_loss_with_updates_and_aux_returns_two_things_beside_its_value(count):
+    def inner_loss(inner, outer, batch, key):
+        rest = ({"mean": inner["mean"] + 1.0}, "aux", "more")[:count]
+        return jnp.sum((inner["w"] - outer) ** 2), rest
+
+    start = lambda key, outer: {"w": outer, "mean": 0.0}  # noqa: E731
+    problem = Problem(inner_loss, LINE.outer_loss, start, LINE.init_outer, has_aux=True, mutable=("mean",))
+    inner = {"w": jnp.ones(2), "mean": jnp.zeros(())}
+    if count == 2:
+        assert problem.inner_value(inner, jnp.ones(2), None, KEY)[1] == "aux"
+    else:
+        with pytest.raises(ValueError, match=rf"a tuple of {count} beside its value.*\(updates, aux\)"):
+            problem.inner_value(inner, jnp.ones(2), None, KEY)
+
+
+def test_variables_of_nnx_that_are_no_parameters_belong_into_mutable_entries():
+    nnx = pytest.importorskip("flax.nnx")
+    start = lambda key, outer: {"w": jnp.ones(2), "stats": {"mean": nnx.BatchStat(jnp.zeros(2))}}  # noqa: E731
+    problem = Problem(LINE.inner_loss, LINE.outer_loss, start, LINE.init_outer)
+    with pytest.raises(ValueError, match=r"flax nnx BatchStat in leaf \['stats'\]\['mean'\], which is no parameter"):
+        problem.start_inner(KEY, jnp.ones(2))
+    assert Problem(LINE.inner_loss, LINE.outer_loss, start, LINE.init_outer, mutable=("stats",)).start_inner(
+        KEY, jnp.ones(2)
+    )
