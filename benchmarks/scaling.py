@@ -66,6 +66,46 @@ def _product(dims: str) -> int:
     return size
 
 
+def search_problem(size: Size, tokens: int, *, answers: int = 16, dtype: Any = "bfloat16") -> tuple[Any, Any]:
+    """Flexora's problem on a Llama of that size, as a function of its weights, and the shapes of these."""
+    import jax
+    import jax.numpy as jnp
+
+    from methods import flexora
+    from methods.adapters.lora import LoRAConfig
+    from methods.models.decoder import Decoder, DecoderConfig
+    from methods.objective import of_hook
+    from methods.tasks.loss import answer_prediction, cross_entropy
+
+    config = DecoderConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.feed_forward,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        num_kv_heads=size.kv_heads,
+        head_dim=size.hidden // size.heads,
+        max_positions=tokens,
+        tied=False,
+    )
+    model = Decoder(config, param_dtype=jnp.dtype(dtype))
+    spec = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32), None)["params"])
+
+    def loss(weights, adapt, batch):
+        variables = {"params": weights}
+        hidden: Any = model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden")
+        head: Any = lambda h: model.apply(variables, h, method="head")  # noqa: E731
+        return cross_entropy(answer_prediction(head, hidden, batch, answers))
+
+    lora, wide = LoRAConfig(rank=8), dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+
+    def start(key):  # what is trained is of single precision at least
+        drawn = lora.init(key, config.site_shapes(), config.num_layers)
+        return jax.tree.map(lambda x: x.astype(wide), drawn)
+
+    return lambda weights: flexora.problem(of_hook(loss, weights, lora, config, start)), spec
+
+
 def row(size: Size, devices: int, rows: int, tokens: int, *, steps: int = 8, answers: int = 16) -> dict[str, Any]:
     """Compiles Flexora's hypergradient (LoRA of rank 8 on q and v, bfloat16 weights) for a mesh of `fsdp` devices.
 
@@ -85,35 +125,10 @@ def row(size: Size, devices: int, rows: int, tokens: int, *, steps: int = 8, ans
     import optax
 
     import bilevel
-    from methods import flexora
-    from methods.adapters.lora import LoRAConfig
-    from methods.models.decoder import Decoder, DecoderConfig
-    from methods.objective import of_hook
     from methods.tasks.encode import TokenBatch
-    from methods.tasks.loss import answer_prediction, cross_entropy
 
-    config = DecoderConfig(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.feed_forward,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        num_kv_heads=size.kv_heads,
-        head_dim=size.hidden // size.heads,
-        max_positions=tokens,
-        tied=False,
-    )
-    model = Decoder(config, param_dtype=jnp.bfloat16)
-    key = jax.random.key(0)
-    spec = jax.eval_shape(lambda: model.init(key, jnp.zeros((1, 8), jnp.int32), None)["params"])
-
-    def loss(weights, adapt, batch):
-        variables = {"params": weights}
-        hidden: Any = model.apply(variables, batch.tokens, batch.mask, adapt, method="hidden")
-        head: Any = lambda h: model.apply(variables, h, method="head")  # noqa: E731
-        return cross_entropy(answer_prediction(head, hidden, batch, answers))
-
-    problem = flexora.problem(of_hook(loss, spec, LoRAConfig(rank=8), config))
+    problem_of, spec = search_problem(size, tokens, answers=answers)
+    problem, key = problem_of(spec), jax.random.key(0)
     estimator = bilevel.Unrolled(optax.adam(1e-4), steps, checkpoint="step")
     outer = jax.eval_shape(problem.start_outer, key)
 

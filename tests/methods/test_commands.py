@@ -10,7 +10,7 @@ from methods import bench as benches
 from methods import cli, evaluation, flexora, hiddenkey, loratrf
 from methods.adapters import load_edit, load_peft, slicing
 from tests.methods.commands import TABLE
-from tests.methods.small import arguments
+from tests.methods.small import arguments, flexora_words
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 
@@ -108,6 +108,20 @@ def test_flexora_chooses_modules_and_says_how_stable_the_choice_is(tiny_model, t
     flat = np.concatenate([on["q_proj"], on["v_proj"]])
     assert np.flatnonzero(flat).tolist() == selection["modules"]
     assert "mean Jaccard index" in " ".join((out / "report.md").read_text().split())
+
+
+def test_a_search_with_weights_in_half_precision_is_near_that_in_single(tiny_model, tiny_data, tmp_path):
+    """Weights of bfloat16 have 8 bits; what is trained, and the hypergradient, stay float32."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / dtype
+        assert cli.run(flexora_words(tiny_model, tiny_data, out, "--dtype", dtype)) == 0
+        found[dtype] = rows(out, "search")
+        assert read(out / "config.json")["dtype"] == dtype
+    for one, half in zip(found["float32"], found["bfloat16"], strict=True):
+        assert one["outer_loss"] != half["outer_loss"]
+        np.testing.assert_allclose(half["outer_loss"], one["outer_loss"], rtol=2e-2)
+        np.testing.assert_allclose(half["hypergradient_norm"], one["hypergradient_norm"], rtol=0.2)
 
 
 def test_stability_is_the_mean_jaccard_index():
