@@ -102,7 +102,8 @@ def run(
       record: `record(state) -> {name: array}`, computed after every step and added to the history.
       title: what the progress display calls the run.
       sharding: where arrays lie on a mesh of devices. The numbers are those of one device, to rounding; a run is
-        resumed on another mesh, or on one device, as well.
+        resumed on another mesh, or on one device, as well. With the devices of several processes every one of them
+        calls `run` with the same arguments, but for iterators, which give the rows of their own process.
 
     Warns:
       InexactHypergradientWarning: if an implicit estimator's last point was not trained or its system not solved.
@@ -115,6 +116,7 @@ def run(
         `steps` (names the step and the value), unusable data, a loss that captured the outer variable instead of
         reading it, a function that is another at each call, a folder that cannot be written, or checkpoints of another
         run: names what differs.
+      RuntimeError: in the other processes of a run of several, where one has failed; says which, and of what.
       FloatingPointError: if a metric, a number of `record` or the state is not finite; names the step, the inner step
         and leaf where it began, and the leaf of outer whose last move did it.
       KeyboardInterrupt: by Ctrl-C, after a line on stderr on what is saved and how to go on; so does SIGTERM.

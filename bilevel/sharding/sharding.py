@@ -36,7 +36,8 @@ class Sharding:
       first of three or more (the layers of a scan); smaller ones are replicated;
     - the inner variable, and what an optimizer holds for it, are replicated, and so is the outer variable.
 
-    Numbers are those of one device, to rounding. Axes may be `Auto` or `Explicit`: they are taken as `Auto`.
+    Numbers are those of one device, to rounding. Axes may be `Auto` or `Explicit`: they are taken as `Auto`. The mesh is
+    of the devices of one process, or of those of all processes of `jax.distributed`.
 
     Args:
       mesh: a `jax.sharding.Mesh`.
@@ -46,8 +47,9 @@ class Sharding:
         to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above.
 
     Raises:
-      ValueError: for axes that the mesh has not, and for a mesh without a device of this process. When arrays are
-        placed: for an axis that the devices do not divide, with the numbers; nothing is replicated in silence.
+      ValueError: for axes that the mesh has not, and for a mesh of some processes that are neither all nor this one.
+        When arrays are placed: for an axis that the devices do not divide, with the numbers; nothing is replicated in
+        silence.
 
     Examples:
       >>> import bilevel, jax, optax
