@@ -14,6 +14,7 @@ from bilevel.hypergradients.implicit_function import AtSolution
 from bilevel.hypergradients.optimality import FixedPointOf
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.running.replay import asked_for
+from bilevel.sharding.processes import on_host
 from bilevel.trees import cast_like, leaf_names, widened
 
 LARGEST = 1024
@@ -53,7 +54,7 @@ def _undetermined(solver: Any, state: Any, data: Any) -> list[str]:
 
         return jax.vmap(column)(jnp.eye(flat.size, dtype=flat.dtype)).T
 
-    _, sizes, directions = np.linalg.svd(np.asarray(matrix(condition, z)))
+    _, sizes, directions = np.linalg.svd(on_host(matrix(condition, z)))
     if not sizes[-1] <= 10 * flat.size * np.finfo(sizes.dtype).eps * sizes[0]:
         return []
     direction = jax.tree.leaves(unravel(jnp.asarray(directions[-1])))

@@ -94,8 +94,13 @@ def in_all(error: BaseException) -> BaseException:
 
 
 def is_in_all(error: BaseException | None) -> bool:
-    """Whether the processes of a run are still side by side after `error`, so that they can save together."""
-    return error is None or not several() or "in_all_processes" in error.__dict__
+    """Whether the processes of a run are still side by side after `error`, so that they can save together.
+
+    What is not finite is so in all of them: they have the same numbers.
+    """
+    if error is None or isinstance(error, FloatingPointError) or not several():
+        return True
+    return "in_all_processes" in error.__dict__
 
 
 def agree(doing: str, items: dict[str, str]) -> None:

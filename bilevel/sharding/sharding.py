@@ -36,8 +36,8 @@ class Sharding:
       first of three or more (the layers of a scan); smaller ones are replicated;
     - the inner variable, and what an optimizer holds for it, are replicated, and so is the outer variable.
 
-    Numbers are those of one device, to rounding. Axes may be `Auto` or `Explicit`: they are taken as `Auto`. The mesh is
-    of the devices of one process, or of those of all processes of `jax.distributed`.
+    Numbers are those of one device, to rounding. Axes may be `Auto` or `Explicit`: they are taken as `Auto`. The mesh
+    is of the devices of one process, or of those of all processes of `jax.distributed`.
 
     Args:
       mesh: a `jax.sharding.Mesh`.
