@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,14 +65,34 @@ class Checkpoints:
             )
         self._folder = Path(folder).absolute()
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".probe"):
-                pass
+            with attempt("looking at its checkpoint_dir"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".probe"):
+                    pass
+            if several():
+                self._refuse_unshared()
         except OSError as error:
             raise ValueError(
                 f"checkpoint_dir {self._folder} cannot be written ({error.strerror or error}): name another folder."
             ) from None
         self._managed: Any = None
+
+    def _refuse_unshared(self) -> None:
+        """Raises ValueError if the folder is another one in another process: by a file that the first leaves there."""
+        probe = self._folder / f".probe-{everyone(os.urandom(8).hex())[0]}"
+        with attempt("writing to its checkpoint_dir"):
+            if is_first():
+                probe.touch()
+        try:
+            with attempt("looking at its checkpoint_dir"):
+                if not _appears(probe):
+                    raise ValueError(
+                        f"checkpoint_dir {self._folder} is another folder in process {jax.process_index()} than in "
+                        "process 0: name one that all hosts see."
+                    )
+        finally:
+            if is_first():
+                probe.unlink(missing_ok=True)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, or None."""
@@ -311,6 +332,17 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _appears(path: Path, seconds: float = 10.0) -> bool:
+    """Whether a file is there, or comes within a while: a network's file system may take a moment to show it."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        os.listdir(path.parent)  # has some file systems look again
+        time.sleep(0.1)
+    return True
 
 
 def _is_checkpoint(path: Path) -> bool:

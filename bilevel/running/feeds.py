@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from bilevel.data import Batches, FullBatch, check_batch, columns, rows
 from bilevel.problem.arguments import telling
-from bilevel.sharding.processes import attempt, everyone, on_host, several
+from bilevel.sharding.processes import attempt, digest, everyone, on_host, several
 from bilevel.sharding.sharding import Sharding
 from bilevel.sharding.specs import on
 from bilevel.trees import PyTree, is_key, leaf_names, shapes
@@ -55,10 +55,11 @@ class Feed:
         """`(source, key)` for a chunk that starts at outer step `step`; an iterator is read `count` times."""
         if not self.is_iterator:
             return self.source, self.key
-        with attempt(f"reading {self.title}"):
+        with attempt(f"reading {self.title}") as alike:
             before = self.source.get_state() if self._can_move else None
             read = self._read(count, step)
             self._last = before, count, read
+            alike.append(shapes(jax.tree.map(lambda x: x[0], read)))
         placed = self._placed(read)
         self._shapes = self._shapes or [jnp.shape(leaf) for leaf in jax.tree.leaves(placed)]
         return placed, self.key
@@ -113,14 +114,24 @@ class Feed:
             return read
         if several() and not self._compared:
             self._compared = True
-            digests = everyone(digest(read))
-            if self._sharding.parts > 1 and len(set(digests)) < len(digests):
+            self._refuse_same(everyone(digest(read)), self._sharding)
+        return self._sharding.own_rows(self.title, read, axis=1)
+
+    def _refuse_same(self, digests: list[str], sharding: Sharding) -> None:
+        """Raises ValueError if processes that hold different rows gave the same ones."""
+        holders = sharding.row_holders()
+        for i, j in itertools.combinations(range(len(digests)), 2):
+            if digests[i] == digests[j] and holders[i] != holders[j]:
                 raise ValueError(
-                    f"{self.title}: the iterator gave the same first batch in several processes, but each has to give "
-                    "rows of its own, those of its devices: let it read another part of the data by "
+                    f"{self.title}: the iterator gave the same first batch in process {i} and {j}, but each has to "
+                    "give rows of its own, those of its devices: let it read another part of the data by "
                     "jax.process_index(), and give jax.process_count() times fewer rows."
                 )
-        return self._sharding.own_rows(self.title, read, axis=1)
+            if digests[i] != digests[j] and holders[i] == holders[j]:
+                raise ValueError(
+                    f"{self.title}: the devices of process {i} and {j} hold the same rows of a batch, but the iterator "
+                    "gave others in each: give both the same, or split rows over a mesh axis that parts the processes."
+                )
 
     def position(self) -> Any:
         """Where an iterator stands, and what it read last; to be given to `noted`."""
@@ -205,13 +216,3 @@ def shortest(number: Any) -> str:
         return repr(value.item())
     texts = (f"{wide:.{digits}g}" for digits in range(1, 18))
     return repr(next((float(text) for text in texts if np.asarray(float(text)).astype(value.dtype) == value), wide))
-
-
-def digest(tree: PyTree) -> str:
-    """A hash of the structure, dtypes, shapes and bits of the arrays in `tree`."""
-    found = hashlib.sha256(str(jax.tree.structure(tree)).encode())
-    for leaf in jax.tree.leaves(tree):
-        array = on_host(jax.random.key_data(leaf) if is_key(leaf) else leaf)
-        found.update(f"{array.dtype}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()[:16]

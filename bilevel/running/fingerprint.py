@@ -18,8 +18,9 @@ from bilevel.differentiation.custom_rules import RULES
 from bilevel.differentiation.tracing import evaluate_closed, is_jaxpr, is_literal, jaxprs, operation
 from bilevel.problem.problem import Problem
 from bilevel.running.code import code_hash
-from bilevel.running.feeds import Feed, described, digest, shortest
+from bilevel.running.feeds import Feed, described, shortest
 from bilevel.running.programs import programs
+from bilevel.sharding.processes import digest
 from bilevel.trees import PyTree, is_inexact, is_key, leaf_names
 
 if TYPE_CHECKING:

@@ -130,26 +130,30 @@ def run(
       >>> round(math.exp(result.outer), 3)  # the decay that fits the validation rows
       0.5
     """
-    check_run("run", **locals())
-    mesh = None if sharding is None else sharding.mesh
+    given = locals()
+    mesh = sharding.mesh if isinstance(sharding, Sharding) else None
     with together(mesh), contextlib.nullcontext() if mesh is None else no_mesh():
+        with attempt("checking its arguments"):
+            check_run("run", **given)
         reads = forget_outdated(solver, record)
         key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
         key = _uncommitted(key) if sharding else key
         solver_key, inner_key, outer_key = jax.random.split(key, 3)
-        feeds = (
-            Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
-            Feed.of("outer_data", outer_data, outer_key, steps),
-        )
+        with attempt("looking at its data"):
+            feeds = (
+                Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
+                Feed.of("outer_data", outer_data, outer_key, steps),
+            )
+        if several():
+            agree("run", _alike(solver, feeds, steps, callbacks, callback_every, checkpoint_dir, sharding))
         if sharding:
             solver = sharding.solver(solver)
             for feed in feeds:
                 feed.place(sharding)
         store = Store(Checkpoints(checkpoint_dir), checkpoint_every) if checkpoint_dir is not None else None
-        with attempt("reading its checkpoints"):
+        with attempt("reading its checkpoints") as alike:
             note = store.checkpoints.note(steps) if store else None
-        if several():
-            agree("run", _alike(solver, feeds, steps, callbacks, callback_every, note))
+            alike += [f"the checkpoint of step {note['step']}" if note else "no checkpoint"]
         state = solver.init(solver_key)
         check_state(solver, state)
         data = _first(solver, feeds, note)
@@ -161,7 +165,7 @@ def run(
             store.record = returned
         if store or several():
             found = fingerprint(solver, key, state, losses, feeds, record)
-            agree("run", found)
+            agree("run", found | {"record": returned})
         if sharding:
             loop.pin(sharding)
         if store:
@@ -198,16 +202,17 @@ def run(
         return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
 
 
-def _alike(solver, feeds, steps, callbacks, callback_every, note) -> dict[str, str]:
+def _alike(solver, feeds, steps, callbacks, callback_every, checkpoint_dir, sharding) -> dict[str, str]:
     """What several processes must share for the same programs to run in each, as text by name."""
     sources = [type(feed.source).__name__ if feed.is_iterator else shapes(feed.source) for feed in feeds]
     return {
         "steps": str(steps),
-        "callback_every": str(callback_every if callbacks else "none"),
+        "callbacks": f"every {callback_every} steps" if callbacks else "none",
         "solver": f"{type(solver).__name__} {shapes(solver)}",
         "inner_data": sources[0],
         "outer_data": sources[1],
-        "checkpoint (is checkpoint_dir one folder for all?)": str(note and note["step"]),
+        "checkpoint_dir": "none" if checkpoint_dir is None else str(Path(checkpoint_dir).absolute()),
+        "sharding": f"{sharding.mesh.shape} {sharding.batch} {list(map(str, sharding.mesh.devices.flat))}",
     }
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bilevel.trees import is_key
+from bilevel.trees import PyTree, in_leaf, is_key
 
 _TOGETHER: contextvars.ContextVar[bool] = contextvars.ContextVar("together", default=False)
 
@@ -49,9 +51,11 @@ def is_first() -> bool:
 
 
 def everyone(value: Any) -> list[Any]:
-    """What each process calls this with, JSON, in the order of the processes: all of them have to call it."""
-    if not several():
-        return [value]
+    """What each process of the run calls this with, JSON, in their order: all of them have to call it."""
+    return _gathered(value) if several() else [value]
+
+
+def _gathered(value: Any) -> list[Any]:
     from jax.experimental import multihost_utils  # only where there are several
 
     said = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -63,27 +67,40 @@ def everyone(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def attempt(doing: str) -> Iterator[None]:
+def attempt(doing: str) -> Iterator[list[str]]:
     """A block that may fail in one process alone: then it fails in all of them.
+
+    Yields:
+      A list of texts that the block may add to; they have to be the same in all processes.
 
     Raises:
       RuntimeError: where another process failed; says which, and of what. The one that failed raises its own error.
+      ValueError: where the texts differ.
     """
+    alike: list[str] = []
     if not several():
-        yield
+        yield alike
         return
     error = None
     try:
-        yield
+        yield alike
     except Exception as own:
         error = own
-    told = everyone(None if error is None else f"{type(error).__name__}: {error}")
+    told = everyone([alike, None if error is None else f"{type(error).__name__}: {error}"])
     if error is not None:
         raise in_all(error)
-    for process, why in enumerate(told):
+    for process, (_, why) in enumerate(told):
         if why is not None:
             raise in_all(
                 RuntimeError(f"Process {process} of {len(told)} failed while {doing}, and a run needs all: {why}")
+            )
+    for process, (texts, _) in enumerate(told):
+        if texts != told[0][0]:
+            raise in_all(
+                ValueError(
+                    f"While {doing}, process {process} came by {', '.join(texts)}, but process 0 by "
+                    f"{', '.join(told[0][0])}: these must be of the same shapes in all."
+                )
             )
 
 
@@ -111,17 +128,21 @@ def agree(doing: str, items: dict[str, str]) -> None:
     """
     told = everyone(items)
     for process, others in enumerate(told):
-        names = [name for name in {**told[0], **others} if told[0].get(name) != others.get(name)]
+        unlike = [name for name in {**told[0], **others} if told[0].get(name) != others.get(name)]
+        # What a function computes is known by several items, of which one name is enough.
+        names = dict.fromkeys(re.sub(r" (is|computation(, .*)?)$", "", name) for name in unlike)
         if names:
+            first = [told[0].get(unlike[0], "none"), others.get(unlike[0], "none")]
+            values = "" if max(map(len, first)) > _SHORT or "computation" in unlike[0] else f" ({' and '.join(first)})"
             more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             raise ValueError(
-                f"{doing}: process {process} was given another {', another '.join(names[:_NAMED])}{more} than process "
-                "0: every process has to be given the same, but for the rows of an iterator."
+                f"{doing}: process {process} was given another {', another '.join([*names][:_NAMED])}{more} than "
+                f"process 0{values}: every process has to be given the same, but for the rows of an iterator."
             )
 
 
-_NAMED = 4
-"""Most differences that a message names."""
+_NAMED, _SHORT = 4, 60
+"""Most differences that a message names, and most characters of a value that it shows."""
 
 
 def refuse_partial(mesh: Mesh) -> None:
@@ -137,6 +158,44 @@ def refuse_partial(mesh: Mesh) -> None:
 
 def _processes(mesh: Mesh) -> set[int]:
     return {device.process_index for device in mesh.devices.flat}
+
+
+def refuse_unlike(what: str, mesh: Mesh, names: list[str], leaves: list[Any]) -> None:
+    """Refuses arrays that are to be the same in all processes of `mesh`, each of which takes a part, and are not.
+
+    Arrays that lie on several processes already are not looked at.
+
+    Raises:
+      ValueError: names the first of them, in every process.
+    """
+    if len(_processes(mesh)) == 1:
+        return
+    own = [digest(x) if _is_here(x) else "" for x in leaves]
+    told = _gathered(own)
+    for process, others in enumerate(told):
+        if len(others) != len(told[0]):
+            raise in_all(ValueError(f"{what}: process {process} has {len(others)} arrays, process 0 {len(told[0])}."))
+        if unlike := [name for name, one, other in zip(names, told[0], others, strict=True) if one != other]:
+            raise in_all(
+                ValueError(
+                    f"{what}{in_leaf(unlike[0])} is another array in process {process} than in process 0: every "
+                    "process has to be given the same, of which it holds a part."
+                )
+            )
+
+
+def _is_here(x: Any) -> bool:
+    return not isinstance(x, jax.ShapeDtypeStruct) and getattr(x, "is_fully_addressable", True)
+
+
+def digest(tree: PyTree) -> str:
+    """A hash of the structure, dtypes, shapes and bits of the arrays in `tree`."""
+    found = hashlib.sha256(str(jax.tree.structure(tree)).encode())
+    for leaf in jax.tree.leaves(tree):
+        array = on_host(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        found.update(f"{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:16]
 
 
 def put(x: Any, where: NamedSharding) -> Any:
@@ -157,6 +216,15 @@ def put_rows(own: Any, where: NamedSharding) -> Any:
     if where.is_fully_addressable:
         return jax.device_put(own, where)
     return jax.make_array_from_process_local_data(where, np.asarray(own))
+
+
+def row_holders(mesh: Mesh, spec: PartitionSpec) -> list[list[int]]:
+    """For each process, numbers of the parts of a batch's rows that its devices hold."""
+    indices = NamedSharding(mesh, spec).devices_indices_map((mesh.size,))
+    found: list[set[int]] = [set() for _ in range(jax.process_count())]
+    for device, (rows,) in indices.items():
+        found[device.process_index].add(rows.start or 0)
+    return [sorted(each) for each in found]
 
 
 def row_factor(mesh: Mesh, spec: PartitionSpec, axis: int) -> int:

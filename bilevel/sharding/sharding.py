@@ -15,7 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bilevel.settings.fields import check_fields, register, setting
 from bilevel.settings.rules import instance
 from bilevel.sharding.inside import Active, entered
-from bilevel.sharding.processes import put, put_rows, refuse_partial, row_factor
+from bilevel.sharding.processes import (
+    put,
+    put_rows,
+    refuse_partial,
+    refuse_unlike,
+    row_factor,
+    row_holders,
+)
 from bilevel.sharding.specs import Rule, are_axes, auto, check, is_mesh, is_rule, pin, rows, specs_of, split
 from bilevel.trees import PyTree, leaf_names
 
@@ -98,8 +105,10 @@ class Sharding:
             spec, shape = self._rows(jnp.ndim(x), axis), list(jnp.shape(x))
             if len(shape) <= axis:
                 return self._put(x, spec)
-            shape[axis] *= row_factor(self.mesh, spec, axis)
-            check(self.mesh, what, name, jax.ShapeDtypeStruct(tuple(shape), x.dtype), spec, _NO_ROWS)
+            times = row_factor(self.mesh, spec, axis)
+            shape[axis] *= times
+            of = f"{what}, {times} times the rows of this process," if times > 1 else what
+            check(self.mesh, of, name, jax.ShapeDtypeStruct(tuple(shape), x.dtype), spec, _NO_ROWS)
             return put_rows(x, NamedSharding(self.mesh, spec))
 
         leaves = map(put, leaf_names(batch), jax.tree.leaves(batch))
@@ -114,11 +123,16 @@ class Sharding:
                 return self._put(x, now.spec)
             return self._put(x, PartitionSpec())
 
+        refuse_unlike("What is on all devices", self.mesh, leaf_names(tree), jax.tree.leaves(tree))
         return jax.tree.map(put, tree)
 
     def frozen(self, weights: PyTree) -> PyTree:
         """`weights` as they lie when they are bound to a loss: split by the rule `weights`."""
         return self.place("A weight", weights, self.weights, self._split)
+
+    def row_holders(self) -> list[list[int]]:
+        """For each process, numbers of the parts of a batch's rows that its devices hold."""
+        return row_holders(self.mesh, self._rows(1, 0))
 
     @property
     def parts(self) -> int:
@@ -176,6 +190,7 @@ class Sharding:
         """
         leaves, structure = jax.tree.flatten(tree)
         names = leaf_names(tree)
+        refuse_unlike(what, self.mesh, names, leaves)
         placed = []
         for name, x, spec in zip(names, leaves, specs_of(rule, tree, names, leaves, default), strict=True):
             check(self.mesh, what, name, x, spec, hint)

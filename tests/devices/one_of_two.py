@@ -3,6 +3,7 @@
 `python -m tests.devices.one_of_two PROCESS PORT FOLDER SCENARIO...`; the tests of `test_processes` start both.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 import bilevel
+from bilevel.running import checkpoints
 from tests.devices.meshes import case, nested, on, run
 
 
@@ -88,6 +90,54 @@ def differs(folder=None):
     return run(nested(problem), data, 2, sharding=on())
 
 
+def rows_differ(folder=None):
+    """Of a full batch each process has a part: what it does not have is wrong in the other."""
+    problem, (x, y) = case()
+    return run(nested(problem), (x, y), 2, inner_data=(x + jax.process_index(), y), sharding=on())
+
+
+def records_differ(folder=None):
+    name = f"of {jax.process_index()}"
+    return whole(2, record=lambda state: {name: state.outer["decay"]})
+
+
+def unshared(folder):
+    """The same name, but what one process writes the others do not see."""
+    if jax.process_index():
+        checkpoints._appears = lambda path: path.name == "nothing"
+    return whole(2, folder)
+
+
+def weights_differ(folder=None):
+    problem, data = case()
+    weights = problem.inner_loss.args[0] | {"up": problem.inner_loss.args[0]["up"] + jax.process_index()}
+    loss = jax.tree_util.Partial(problem.inner_loss.func, weights)
+    rule = lambda path, x: P("fsdp") if x.ndim == 2 else P()  # noqa: E731
+    return run(nested(dataclasses.replace(problem, inner_loss=loss)), data, 2, sharding=on(weights=rule))
+
+
+def uneven(folder=None):
+    """A batch is shorter in one process than in the other."""
+
+    class Shorter(OwnRows):
+        def __next__(self):
+            batch = super().__next__()
+            return tuple(a[:4] for a in batch) if self.at > 2 and self.process else batch
+
+    problem, data = case()
+    inner = Shorter(data, 16, jax.process_index(), 2)
+    return run(nested(problem), data, 4, inner_data=inner, sharding=on())
+
+
+def folder_of_one(folder):
+    return whole(2, folder if jax.process_index() else None)
+
+
+def other_mesh(folder=None):
+    problem, data = case()
+    return run(nested(problem), data, 2, sharding=on("data" if jax.process_index() else "both"))
+
+
 def diverges(folder=None):
     problem, data = case()
     return run(nested(problem, optax.sgd(1e200)), data, 3, sharding=on())
@@ -122,6 +172,13 @@ SCENARIOS = {
     "fails": fails,
     "stops": stops,
     "differs": differs,
+    "rows differ": rows_differ,
+    "weights differ": weights_differ,
+    "records differ": records_differ,
+    "unshared": unshared,
+    "uneven": uneven,
+    "folder of one": folder_of_one,
+    "other mesh": other_mesh,
     "diverges": diverges,
     "dies": dies,
     "local": lambda folder: local(),

@@ -86,6 +86,19 @@ def test_checkpoints_go_on_in_as_many_processes_or_in_one(tmp_path):
 
 def test_what_differs_between_processes_ends_all_of_them_in_a_sentence(tmp_path):
     same, differs, fails, stops, diverges = found(tmp_path, "same rows", "differs", "fails", "stops", "diverges")
+    unlike = "rows differ", "weights differ", "records differ", "unshared", "uneven", "folder of one", "other mesh"
+    sentences = (
+        "inner_data in leaf [0] is another array in process 1 than in process 0",
+        "['up'] is another array in process 1 than in process 0",
+        "process 1 was given another record than process 0",
+        "is another folder in process 1 than in process 0",
+        "While reading inner_data, process 1 came by [0] float64[4, 16]",
+        "process 1 was given another checkpoint_dir",
+        "process 1 was given another sharding",
+    )
+    for both, sentence in zip(found(tmp_path, *unlike), sentences, strict=True):
+        for told in both:
+            assert sentence in told["error"]
     for told in same:
         assert "inner_data: the iterator gave the same first batch in several processes" in told["error"]
     for told in differs:
