@@ -97,7 +97,7 @@ class Feed:
         Raises:
           ValueError: for rows that the devices do not divide; names the data.
         """
-        self._sharding, self.key = sharding, sharding.replicated(self.key)
+        self._sharding, self.key = sharding, sharding.replicated(self.key, what="The key")
         if isinstance(self.source, FullBatch):
             self.source = FullBatch(sharding.rows(self.title, self.source.arrays))
         elif isinstance(self.source, Batches):
@@ -107,7 +107,7 @@ class Feed:
                     f"({on(sharding.mesh, sharding.batch)}), which do not divide it: take a multiple of "
                     f"{sharding.parts} rows, or another mesh."
                 )
-            self.source = sharding.replicated(self.source)
+            self.source = sharding.replicated(self.source, what=self.title)
 
     def _placed(self, read: PyTree) -> PyTree:
         if self._sharding is None:

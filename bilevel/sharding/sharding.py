@@ -114,8 +114,8 @@ class Sharding:
         leaves = map(put, leaf_names(batch), jax.tree.leaves(batch))
         return jax.tree.unflatten(jax.tree.structure(batch), leaves)
 
-    def replicated(self, tree: PyTree) -> PyTree:
-        """`tree` on all devices; what is split over this mesh already stays as it is."""
+    def replicated(self, tree: PyTree, *, what: str = "What is on all devices") -> PyTree:
+        """`tree`, called `what`, on all devices; what is split over this mesh already stays as it is."""
 
         def put(x: Any) -> jax.Array:
             now = getattr(x, "sharding", None)
@@ -123,7 +123,7 @@ class Sharding:
                 return self._put(x, now.spec)
             return self._put(x, PartitionSpec())
 
-        refuse_unlike("What is on all devices", self.mesh, leaf_names(tree), jax.tree.leaves(tree))
+        refuse_unlike(what, self.mesh, leaf_names(tree), jax.tree.leaves(tree))
         return jax.tree.map(put, tree)
 
     def frozen(self, weights: PyTree) -> PyTree:
@@ -143,7 +143,7 @@ class Sharding:
 
     def solver(self, solver: Any) -> Any:
         """`solver` with its problem placed, and what else it holds on all devices; nothing is pinned."""
-        return self.replicated(with_problem(solver, self._placed(solver.problem)))
+        return self.replicated(with_problem(solver, self._placed(solver.problem)), what="The solver")
 
     def _placed(self, problem: Any) -> Any:
         return self.place("What is bound to the problem", problem, self.weights, self._split)

@@ -102,7 +102,7 @@ def test_what_differs_between_processes_ends_all_of_them_in_a_sentence(tmp_path)
     for told in same:
         assert "inner_data: the iterator gave the same first batch in process 0 and 1" in told["error"]
     for told in differs:
-        assert "process 1 was given another inner_data[0], another" in told["error"]
+        assert "inner_data in leaf .arrays[0] is another array in process 1" in told["error"]
     assert "Process 1 of 2 failed while calling its callbacks" in fails[0]["error"]
     assert fails[1]["error"] == "KeyError: 'of mine'"
     assert [told["steps"] for told in stops] == [3, 3]
