@@ -162,3 +162,12 @@ def test_allocation_inside_a_solver():
     state = solver.init(jax.random.key(2))
     state, _ = jax.jit(solver.step)(state, None, None)
     np.testing.assert_array_equal(state.outer, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, np.float64(1.5)])
+def test_soft_threshold_is_the_minimiser_of_its_definition(threshold):
+    w = np.array([3.0, -2.0, 1.0, -0.25, 0.0])
+    found = bilevel.soft_threshold({"w": jnp.asarray(w)}, threshold)["w"]
+    grid = np.linspace(-4.0, 4.0, 8001)
+    best = grid[np.argmin(0.5 * (grid - w[:, None]) ** 2 + threshold * np.abs(grid), axis=1)]
+    np.testing.assert_allclose(found, best, atol=1e-3)

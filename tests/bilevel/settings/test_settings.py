@@ -168,3 +168,10 @@ def test_schedules_of_more_steps_than_are_counted_are_looked_at_as_far_as_they_a
     problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
     numeric.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 0, 10**12)
     numeric.check_schedules(bilevel.SOBA(problem, bilevel.Power(0.1, 0.5), 0.1), 10**12, 10**13)
+
+
+def test_a_function_that_is_none_is_told_what_it_should_take_and_return():
+    with pytest.raises(Unfit, match=r"^must be a function \(a, b\)$"):
+        rules.function("a", "b")(3)
+    with pytest.raises(Unfit, match=r"^must be a function \(step\) -> number, but takes \(\)$"):
+        rules.function("step", result="number")(lambda: 0.1)
