@@ -223,9 +223,9 @@ class Checkpoints:
             try:
                 if folder.exists() and not _is_checkpoint(folder):
                     raise FileExistsError("something that is no checkpoint has its name: move it away")
-                with _quiet():
+                with attempt(f"saving checkpoint {folder}"), _quiet():
                     self._manager.save(step, args=items, force=True)
-                with attempt(f"saving checkpoint {folder}"):
+                with attempt(f"finishing checkpoint {folder}"):
                     if is_first():
                         hashes = {str(file.relative_to(folder)): _hash(file) for file in _files(folder)}
                         _write(folder / _HASHES, json.dumps(hashes))

@@ -112,15 +112,21 @@ class Feed:
     def _placed(self, read: PyTree) -> PyTree:
         if self._sharding is None:
             return read
-        if several() and not self._compared:
-            self._compared = True
-            self._refuse_same(everyone(digest(read)), self._sharding)
+        if several():
+            self._compare(read, self._sharding)
         return self._sharding.own_rows(self.title, read, axis=1)
 
-    def _refuse_same(self, digests: list[str], sharding: Sharding) -> None:
-        """Raises ValueError if processes that hold different rows gave the same ones."""
+    def _compare(self, read: PyTree, sharding: Sharding) -> None:
+        """Compares the rows of processes that hold the same ones, and once those of others.
+
+        Raises:
+          ValueError: if the same rows are others, or the first of others the same.
+        """
         holders = sharding.row_holders()
-        for i, j in itertools.combinations(range(len(digests)), 2):
+        first, self._compared = not self._compared, True
+        pairs = [(i, j) for i, j in itertools.combinations(range(len(holders)), 2) if first or holders[i] == holders[j]]
+        digests = everyone(digest(read)) if pairs else []
+        for i, j in pairs:
             if digests[i] == digests[j] and holders[i] != holders[j]:
                 raise ValueError(
                     f"{self.title}: the iterator gave the same first batch in process {i} and {j}, but each has to "

@@ -129,6 +129,23 @@ def uneven(folder=None):
     return run(nested(problem), data, 4, inner_data=inner, sharding=on())
 
 
+def shared_rows(folder=None, same=True):
+    """Rows lie on the devices of both processes, which have to give the same."""
+
+    class Later(OwnRows):
+        def __next__(self):
+            batch = super().__next__()
+            return tuple(a + (not same and self.at > 2) * jax.process_index() for a in batch)
+
+    problem, data = case()
+    # Devices 0, 4, 1, 5, ...: each part of the rows is on one device of each process.
+    order = [d for pair in zip(jax.devices()[:4], jax.devices()[4:], strict=True) for d in pair]
+    mesh = jax.sharding.Mesh(np.asarray(order).reshape(4, 2), ("data", "fsdp"))
+    inner, outer = (Later(data, size, 0, 1) for size in (16, 32))
+    settings = {"inner_data": inner, "outer_data": outer, "sharding": bilevel.Sharding(mesh)}
+    return run(nested(problem), data, 6, **settings)
+
+
 def folder_of_one(folder):
     return whole(2, folder if jax.process_index() else None)
 
@@ -163,6 +180,8 @@ SCENARIOS = {
     "whole": lambda folder: whole(),
     "rows": lambda folder: rows(),
     "same rows": lambda folder: rows(same=True),
+    "shared rows": shared_rows,
+    "shared rows differ": lambda folder: shared_rows(same=False),
     "first part": lambda folder: whole(8, folder),
     "all steps": lambda folder: whole(20, folder),
     "first rows": lambda folder: rows(3, folder),
