@@ -29,7 +29,7 @@ def start(folder, *scenarios):
     ]  # fmt: skip
 
 
-def ended(processes, seconds=1200):
+def ended(processes, seconds=600):
     """`(exit status, standard output, standard error)` of each, which must come in time, on a busy machine too."""
     try:
         said = [process.communicate(timeout=seconds) for process in processes]
