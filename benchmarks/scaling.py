@@ -59,6 +59,27 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
+def float32_copies(text: str) -> int:
+    """Bytes of the float32 copies of half-precision arguments in the text of a compiled program.
+
+    XLA on a processor makes them, whole and before any loop, because it multiplies in float32; an accelerator does not.
+    They are told by name: instructions of the entry that read one bf16 or f16 parameter and give a float32 array of as
+    many elements. Each parameter counts once, so that what is left of the temporary memory is not told too small.
+    """
+    half, copied = {}, set()
+    for line in text[text.index("\nENTRY ") :].splitlines():
+        found = re.match(r"\s*%(\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)", line)
+        if not found:
+            continue
+        name, dtype, dims, operation, operands = found.groups()
+        if operation == "parameter" and dtype in ("bf16", "f16"):
+            half[name] = _product(dims)
+        read = re.findall(r"%([^\s,)]+)", operands)
+        if dtype == "f32" and len(read) == 1 and half.get(read[0]) == _product(dims):
+            copied.add(read[0])
+    return sum(4 * half[name] for name in copied)
+
+
 def _product(dims: str) -> int:
     size = 1
     for dim in filter(None, dims.split(",")):
@@ -117,8 +138,9 @@ def row(size: Size, devices: int, rows: int, tokens: int, *, steps: int = 8, ans
       answers: tokens of a row that the loss counts.
 
     Returns:
-      Bytes of all weights, and of one device's arguments and temporaries; the collectives of the program by kind, and
-      "sent", each kind and shape of them once, the largest first; seconds of tracing and compiling.
+      Bytes of all weights, and of one device's arguments and temporaries, and how much of the latter are
+      `float32_copies`; the collectives of the program by kind, and "sent", each kind and shape of them once, the
+      largest first; seconds of tracing and compiling.
     """
     import jax
     import jax.numpy as jnp
@@ -150,7 +172,8 @@ def row(size: Size, devices: int, rows: int, tokens: int, *, steps: int = 8, ans
     traced = time.perf_counter()
     compiled = lowered.compile()
     memory: Any = compiled.memory_analysis()
-    sent = collectives(compiled.as_text() or "")
+    text = compiled.as_text() or ""
+    sent = collectives(text)
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(spec))
     return {
         "devices": devices,
@@ -159,6 +182,7 @@ def row(size: Size, devices: int, rows: int, tokens: int, *, steps: int = 8, ans
         "weights": weights,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
+        "float32_copies": float32_copies(text),
         "collectives": dict(Counter(each.kind for each in sent)),
         "sent": sorted(set(sent), key=lambda each: -each.bytes),
         "trace_seconds": traced - begun,

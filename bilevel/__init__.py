@@ -55,6 +55,7 @@ from bilevel.measuring.planning import Plan as Plan
 from bilevel.measuring.planning import plan as plan
 from bilevel.measuring.variance import Variance as Variance
 from bilevel.measuring.variance import variance as variance
+from bilevel.problem.micro_batches import MicroBatches as MicroBatches
 from bilevel.problem.problem import Problem as Problem
 from bilevel.running.fit import fit as fit
 from bilevel.running.run import Result as Result

@@ -55,7 +55,8 @@ class Settings:
       targets: names of the adapted linears, or one regular expression.
       finetune_steps: optimizer steps of the final training.
       finetune_lr: peak learning rate of the final training (AdamW, 10 % warm-up, cosine decay).
-      accumulate: batches whose mean gradient makes one step of the final training.
+      accumulate: batches whose mean gradient makes one step, in the memory of one: of the search, inner and outer, and
+        of the final training.
       validate_every: steps between two validations on the outer rows, the best of which is kept; 0: none.
       patience: validations without a new best that stop the final training; 0: never.
       remat: recompute blocks in the backward pass: less memory, one more forward pass.

@@ -156,7 +156,7 @@ class Method:
         """
         setup = self.used(settings)
         bench = self.prepare(setup)
-        searches = self.searches(setup, bench)
+        searches = [accumulated(each, setup, bench) for each in self.searches(setup, bench)]
         for each in searches:  # what does not fit is refused before anything is written
             jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
         folder = open_run(setup, bench)
@@ -188,6 +188,37 @@ def searching(settings: Any, bench: Bench, solver: Any, *, name: str = "search",
     }
     steps = {} if "steps" in other else {"steps": settings.outer_steps}
     return Search(name, solver, **by_settings | steps | other)
+
+
+def accumulated(each: Search, settings: Settings, bench: Bench) -> Search:
+    """A search each of whose losses is over `--accumulate` batches at once, with the memory of one.
+
+    Raises:
+      ValueError: if there are not so many rows.
+    """
+    count = settings.accumulate
+    if count == 1:
+        return each
+    # The mean over all answer tokens is that of the batches' means, each counted by its tokens.
+    by_rows = bench.head is not None or bench.row_means
+    weight = None if by_rows else lambda batch: batch.answer_mask.sum()
+    problem = each.solver.problem
+    losses = {
+        name: bilevel.MicroBatches(getattr(problem, name), count, weight=weight)
+        for name in ("inner_loss", "outer_loss")
+    }
+    larger = {}
+    for name, option in (("inner_data", "--batch-size"), ("outer_data", "--outer-batch-size")):
+        data = getattr(each, name)
+        rows = len(jax.tree.leaves(data.arrays)[0])
+        if count * data.size > rows:
+            raise ValueError(
+                f"--accumulate {count} batches of {option} {data.size} are more than the {rows} rows they are drawn "
+                "from: lower one of the two, or give more rows."
+            )
+        larger[name] = type(data)(data.arrays, count * data.size)
+    solver = dataclasses.replace(each.solver, problem=dataclasses.replace(problem, **losses))
+    return each._replace(solver=solver, **larger)
 
 
 def search(each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = None) -> bilevel.Result:

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from bilevel.data import resolve
 from bilevel.differentiation.custom_rules import custom_rule
 from bilevel.differentiation.tracing import detached, evaluate, is_marked, used
+from bilevel.problem.micro_batches import MicroBatches, mean_of_parts
 from bilevel.problem.problem import Problem, inner_outcome
-from bilevel.trees import PyTree, combine, is_inexact, replayed
+from bilevel.trees import PyTree, cast_like, combine, is_inexact, replayed
 
 INNER_GRADIENT = "bilevel_inner_gradient"
 """Name (`jax.ad_checkpoint.checkpoint_name`) of inner gradients worth keeping when their step is rematerialised."""
@@ -69,7 +71,28 @@ def _loss(point: Point) -> _Outcome:
 
 def reverse_gradient(point: Point) -> Gradient:
     """The gradient, differentiated by JAX itself."""
+    if isinstance(point.problem.inner_loss, MicroBatches):
+        return _by_parts(jax.checkpoint(reverse_gradient, prevent_cse=False), point)
     return _gradient_of(lambda inner: _loss(point._replace(inner=inner)), point)
+
+
+def _by_parts(gradient: Callable[[Point], Gradient], point: Point) -> Gradient:
+    """The gradient of a loss over `MicroBatches`, added up while it goes through them, each by `gradient`."""
+    loss: MicroBatches = point.problem.inner_loss
+    problem = dataclasses.replace(point.problem, inner_loss=loss.loss)
+    shares, batches, keys = loss.divided(resolve(point.batch), point.key)
+
+    def step(total: PyTree, part: Any) -> tuple[PyTree, Any]:
+        share, batch, key = part
+        found = gradient(point._replace(problem=problem, batch=batch, key=key))
+        add = lambda total, g: total + share.astype(total.dtype) * g.astype(total.dtype)  # noqa: E731
+        return jax.tree.map(add, total, found.grad), (found.value, found.aux)
+
+    # In half precision a sum of many small parts would lose them.
+    wide = lambda x: x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32  # noqa: E731
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x)), point.inner)
+    total, (values, aux) = jax.lax.scan(step, start, (shares, batches, keys))
+    return Gradient(cast_like(total, point.inner), mean_of_parts(shares, values), aux, {})
 
 
 def _gradient_of(loss: Callable[[PyTree], _Outcome], point: Point) -> Gradient:
@@ -83,15 +106,27 @@ def _gradient_of(loss: Callable[[PyTree], _Outcome], point: Point) -> Gradient:
 
 def mixed_gradient(point: Point) -> Gradient:
     """The gradient, whose derivative is the forward-mode derivative of a gradient where second derivatives commute."""
+    if not isinstance(point.problem.inner_loss, MicroBatches):
+        result = _commuting(point)
+    elif own_rule(point):
+        result = None
+    else:
+        result = _by_parts(_commuting, point)
+    if result is None:
+        return reverse_gradient(point)
+    # Its backward pass needs the point alone, so that a kept gradient spares its evaluation (of micro-batches it is
+    # the sum that is kept). Reverse mode needs what the evaluation leaves behind, and would gain nothing.
+    return result._replace(grad=jax.tree.map(lambda g: checkpoint_name(g, INNER_GRADIENT), result.grad))
+
+
+def _commuting(point: Point) -> Any:
+    """The gradient with its rule; None where second derivatives need not commute."""
     # The loss is traced once, here. What it captured from outside (values of a surrounding jit, vmap or grad, if the
     # problem was built inside one) comes out as `consts`: a custom rule sees its arguments only.
     closed, shape = jax.make_jaxpr(_loss, return_shape=True)(point)
     if _own_rule(closed, point):
-        return reverse_gradient(point)
-    result = _mixed_gradient(_Traced(detached(closed), jax.tree.structure(shape)), point, closed.consts)
-    # Its backward pass needs the point alone, so that a kept gradient spares its evaluation. (Reverse mode needs what
-    # the evaluation leaves behind, and would gain nothing.)
-    return result._replace(grad=jax.tree.map(lambda g: checkpoint_name(g, INNER_GRADIENT), result.grad))
+        return None
+    return _mixed_gradient(_Traced(detached(closed), jax.tree.structure(shape)), point, closed.consts)
 
 
 def own_rule(point: Point) -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 from bilevel import bijectors
 from bilevel.data import resolve
 from bilevel.problem.arguments import Contents, refuse_modules, telling
+from bilevel.problem.micro_batches import MicroBatches
 from bilevel.settings.fields import Unfit, check_fields, child, register, setting
 from bilevel.settings.rules import as_pytree as as_pytree
 from bilevel.settings.rules import boolean, function, instance, optional
@@ -114,6 +115,11 @@ class Problem:
 
     def __post_init__(self):
         check_fields(self)
+        if self.mutable and isinstance(self.inner_loss, MicroBatches):
+            raise ValueError(
+                f"Problem(mutable={self.mutable}) with an inner loss of MicroBatches: what a part of a batch makes of "
+                "these entries is not what the whole makes; divide the batch inside the loss, as they need it."
+            )
 
     def start_outer(self, key: Key) -> PyTree:
         """`init_outer(key)`, its numbers made arrays.

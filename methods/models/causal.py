@@ -67,13 +67,10 @@ class Causal(nn.Module):
         longer than `config.max_positions`, and a hook without the layer axis.
         """
         check_input(tokens, mask, self.config.max_positions)
-        index = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        allowed = (index[None, :] <= index[:, None])[None, None]
-        if mask is not None:
-            allowed = allowed & mask[:, None, None, :]
+        counts = jnp.ones((1, tokens.shape[1]), bool) if mask is None else mask
         if positions is None:
             positions = count_positions(tokens, mask)
-        return self._run(tokens, positions, adapt, None, allowed, jnp.int32(0))[0]
+        return self._run(tokens, positions, adapt, None, counts, jnp.int32(0))[0]
 
     def features(
         self, tokens: jax.Array, mask: jax.Array | None = None, adapt: hooks.Hook = hooks.identity
@@ -96,10 +93,8 @@ class Causal(nn.Module):
         check_input(tokens, mask, self.config.max_positions)
         start, length = cache.length, tokens.shape[1]
         counts = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
-        slot, query = jnp.arange(counts.shape[1], dtype=jnp.int32), start + jnp.arange(length, dtype=jnp.int32)
-        allowed = counts[:, None, None, :] & (slot[None, :] <= query[:, None])[None, None]
         positions = jax.lax.dynamic_slice_in_dim(count_positions(counts, counts), start, length, axis=1)
-        hidden, layers = self._run(tokens, positions, adapt, cache.layers, allowed, start)
+        hidden, layers = self._run(tokens, positions, adapt, cache.layers, counts, start)
         return hidden, caches.Cache(layers, counts, start + jnp.int32(length))
 
     def empty_cache(self, batch: int, slots: int) -> caches.Cache:
@@ -110,10 +105,10 @@ class Causal(nn.Module):
         """The dtypes of this call: those of the weights it was given."""
         raise NotImplementedError
 
-    def _run(self, tokens, positions, adapt, layers, allowed, start):
+    def _run(self, tokens, positions, adapt, layers, counts, start):
         hooks.check(adapt, self.config.num_layers)
         windows = jnp.asarray(self.config.windows, jnp.int32) if self.config.windows else None
-        context = Context(allowed, self.turns(positions), None, start)
+        context = Context(counts, self.turns(positions), None, start)
         x = self.embedded(tokens, positions)
-        (x, _), layers = self.blocks((x, jnp.zeros_like(x)), adapt, windows, layers, context)  # pyright: ignore
+        (x, _), layers = self.blocks((x, hooks.carries(adapt, x)), adapt, windows, layers, context)  # pyright: ignore
         return self.finished(x), layers

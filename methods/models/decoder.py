@@ -158,12 +158,12 @@ class Block(nn.Module):
         if self.config.branch_norms:
             branch = self._norm("attention_out_norm", branch)
         middle = start + hooks.call(adapt, "residual_attention", start, branch)
-        middle = hooks.call(adapt, "ffn_input", below, middle)
+        middle = middle if below is None else hooks.call(adapt, "ffn_input", below, middle)
         branch = self._feed_forward(self._norm("ffn_norm", middle), adapt)
         if self.config.branch_norms:
             branch = self._norm("ffn_out_norm", branch)
         x = middle + hooks.call(adapt, "residual_ffn", middle, branch)
-        return (hooks.call(adapt, "block_hidden", start, x), middle), cache
+        return (hooks.call(adapt, "block_hidden", start, x), None if below is None else middle), cache
 
 
 class Decoder(Causal):

@@ -103,16 +103,14 @@ class Encoder(nn.Module):
         x = lookup(self.embed, tokens) + lookup(self.positions, positions + jnp.int32(c.position_offset))
         if c.token_types:
             x = x + lookup(self.types, jnp.zeros_like(tokens) if token_types is None else token_types)
-        allowed = jnp.ones((1, 1, length, length), bool)
-        if mask is not None:
-            allowed = allowed & mask[:, None, None, :]
+        counts = jnp.ones((1, length), bool) if mask is None else mask
         bias = None
         if c.relative_buckets:
             distances = np.arange(length)[None, :] - np.arange(length)[:, None]
             bias = jnp.asarray(self.relative)[relative_bucket(distances, c.relative_buckets)]
             bias = bias.transpose(2, 0, 1)[None]
         x = self.embed_norm(x.astype(stream))
-        (x, _), _ = self.blocks((x, jnp.zeros_like(x)), adapt, None, None, Context(allowed, bias=bias))
+        (x, _), _ = self.blocks((x, hooks.carries(adapt, x)), adapt, None, None, Context(counts, bias=bias))
         return x
 
     def features(self, tokens: jax.Array, mask: jax.Array | None = None, *args: Any, **options: Any) -> jax.Array:

@@ -40,12 +40,17 @@ see the future: a key dropped with -inf or any large negative number gets no wei
 which then attends evenly to what it may see. (`attention_weights` comes after the mask: multiply there, or use x.)
 
 A hook returns an array of y's shape and dtype; the model raises a ValueError where it does not.
+
+Two things are made only for a hook that acts on them, see `acts`: the maps of long sequences, which are otherwise never
+whole (`methods.models.layers.attend`), and the x of `ffn_input`. A hook that returns the very y it was given there,
+without a single operation, is asked once while the model is traced, and not called in the blocks.
 """
 
 import dataclasses
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 LINEAR_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linears: y = x W (+ b). A model's `config.site_shapes()` gives those it has, with (in, out) of each."""
@@ -117,6 +122,24 @@ def call(adapt: Hook, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
             f"{y.dtype}{list(y.shape)}: return an array of y's shape and dtype."
         )
     return out
+
+
+def acts(adapt: Hook, site: str, x: Any, y: Any) -> bool:
+    """Whether `adapt` does anything at a site: whether it computes, prints, or returns anything but y itself.
+
+    Read in its trace, so nothing is computed; arrays may be given as shapes. Raises as `call`.
+    """
+    traced = jax.make_jaxpr(lambda adapt, x, y: call(adapt, site, x, y))(adapt, x, y)
+    return bool(traced.eqns) or traced.jaxpr.outvars[0] is not traced.jaxpr.invars[-1]
+
+
+def carries(adapt: Hook, x: jax.Array) -> jax.Array | None:
+    """What the first block is given as "its result one block below": 0 like the stream, None where no hook reads it.
+
+    `adapt` leads with the layer axis. A second stream that nobody reads would double what is kept of each block.
+    """
+    one = jax.tree.map(lambda leaf: jax.eval_shape(lambda leaf: leaf[0], leaf), adapt)
+    return jnp.zeros_like(x) if acts(one, "ffn_input", x, x) else None
 
 
 def check(adapt: _T, num_layers: int) -> _T:

@@ -92,8 +92,9 @@ class LayerNormBlock(nn.Module):
         )
         branch, cache = self._attention(attention_norm(start) if first else start, adapt, cache, context)
         middle = start + hooks.call(adapt, "residual_attention", start, branch)
-        middle = hooks.call(adapt, "ffn_input", below, middle if first else attention_norm(middle))
+        middle = middle if first else attention_norm(middle)
+        middle = middle if below is None else hooks.call(adapt, "ffn_input", below, middle)
         branch = self._feed_forward(ffn_norm(middle) if first else middle, adapt)
         x = middle + hooks.call(adapt, "residual_ffn", middle, branch)
         x = x if first else ffn_norm(x)
-        return (hooks.call(adapt, "block_hidden", start, x), middle), cache
+        return (hooks.call(adapt, "block_hidden", start, x), None if below is None else middle), cache

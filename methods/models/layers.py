@@ -6,6 +6,7 @@ stop at first order and compute the softmax in float32 even in float64.
 """
 
 import operator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -66,15 +67,31 @@ class Precision(NamedTuple):
 class Context(NamedTuple):
     """What all layers share, with T tokens that look at S slots: S = T without a cache.
 
-    allowed: bool [B or 1, 1, T, S], who sees whom. turns: per kind of layer, cos and sin of the rotary angles
-    [kinds, B, T, head_dim/2]; None without. bias: [1, H, T, S], added to the attention logits; None without.
-    start: int32, the slot of the first of the T tokens.
+    counts: bool [B or 1, S], the slots that hold a token that counts. turns: per kind of layer, cos and sin of the
+    rotary angles [kinds, B, T, head_dim/2]; None without. bias: [1, H, T, S], added to the attention logits; None
+    without. start: int32, the slot of the first of the T tokens, each of which sees what counts up to its own slot;
+    None where all see all that counts.
     """
 
-    allowed: jax.Array
+    counts: jax.Array
     turns: tuple[jax.Array, jax.Array] | None = None
     bias: jax.Array | None = None
-    start: Any = 0
+    start: jax.Array | None = None
+
+    def allowed(self, queries: jax.Array, window: jax.Array | None) -> jax.Array:
+        """Who sees whom, bool [B or 1, 1, q, S], of those of the T tokens that `queries` int32 [q] numbers.
+
+        window: how many slots up to its own a token sees, 0 for all; None for all.
+        """
+        seen = self.counts[:, None, None, :]
+        if self.start is None:
+            return jnp.broadcast_to(seen, (len(seen), 1, len(queries), seen.shape[-1]))
+        slot = jnp.arange(seen.shape[-1], dtype=jnp.int32)[None, :]
+        query = (self.start + queries)[:, None]
+        seen = seen & (slot <= query)[None, None]
+        if window is None:
+            return seen
+        return seen & (query - slot < jnp.where(window > 0, window, slot.shape[1]))[None, None]
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -174,6 +191,47 @@ class Linear(nn.Module):
         return hooks.call(adapt, str(self.name), x, y)
 
 
+LONGEST_MAP = 512
+"""Queries whose attention maps are held at once, see `attend`."""
+
+
+class _Attention(NamedTuple):
+    """What attention is computed from, but for the queries: see `attend`."""
+
+    k: jax.Array
+    v: jax.Array
+    adapt: hooks.Hook
+    context: Context
+    window: jax.Array | None
+
+    def logits(self, q: jax.Array, queries: jax.Array, precision: Precision, scale: float, cap: float) -> jax.Array:
+        """[B, H, q, S], of the tokens that `queries` int32 [q] numbers."""
+        (batch, length, heads, size), (slots, groups) = q.shape, self.k.shape[1:3]
+        # query heads that share a key head are neighbours
+        q = q.reshape(batch, length, groups, heads // groups, size)
+        wide = at_least_float32(precision.stream)
+        logits = product("btkgh,bskh->bkgts", q, self.k, Precision(precision.weights, wide)) * scale
+        logits = logits.reshape(batch, heads, length, slots)
+        if cap:
+            logits = cap * jnp.tanh(logits / cap)
+        if self.context.bias is None:
+            return logits
+        return logits + jnp.take(self.context.bias, queries, axis=2, mode="clip").astype(wide)
+
+    def __call__(self, q: jax.Array, queries: jax.Array, precision: Precision, scale: float, cap: float) -> jax.Array:
+        """The heads side by side, [B, q, H * head_dim]."""
+        logits, allowed = self.logits(q, queries, precision, scale, cap), self.context.allowed(queries, self.window)
+        logits = hooks.call(self.adapt, "attention_logits", allowed, logits)
+        # Finite, and lower than anything a hook returns: a row without any key (padding) is even rather than
+        # NaN, and a row whose keys a hook has dropped attends to those, never to the future.
+        lowest = float(jnp.finfo(logits.dtype).min)
+        logits = jnp.where(allowed, jnp.maximum(logits, lowest / 2), lowest)
+        weights = hooks.call(self.adapt, "attention_weights", allowed, jax.nn.softmax(logits, axis=-1))
+        (batch, heads, length, slots), groups = weights.shape, self.k.shape[2]
+        weights = weights.reshape(batch, groups, heads // groups, length, slots)
+        return product("bkgts,bskh->btkgh", weights, self.v, precision).reshape(batch, length, -1)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -192,32 +250,43 @@ def attend(
     q [B, T, H, head_dim]; k and v [B, S, G, head_dim], each shared by H/G query heads. x: what hooks at
     "attention_hidden" are given. cap: the logits become cap * tanh(logits / cap); 0 for none. window: how many slots
     up to its own a token sees, 0 for all.
+
+    The maps of more than `LONGEST_MAP` queries are not held at once, unless a hook acts on them: a block of the queries
+    attends after the other, and is computed anew in the backward pass. Memory is then linear in T, and all of it can
+    still be differentiated to any order in both modes, which fused kernels cannot.
     """
-    batch, length, heads, size = q.shape
-    slots, groups = k.shape[1:3]
-    # query heads that share a key head are neighbours
-    q = q.reshape(batch, length, groups, heads // groups, size)
-    wide = at_least_float32(precision.stream)
-    logits = product("btkgh,bskh->bkgts", q, k, Precision(precision.weights, wide)) * scale
-    logits = logits.reshape(batch, heads, length, slots)
-    if cap:
-        logits = cap * jnp.tanh(logits / cap)
-    if context.bias is not None:
-        logits = logits + context.bias.astype(wide)
-    allowed = context.allowed
-    if window is not None:
-        query, key = context.start + jnp.arange(length, dtype=jnp.int32), jnp.arange(slots, dtype=jnp.int32)
-        near = query[:, None] - key[None, :] < jnp.where(window > 0, window, slots)
-        allowed = allowed & near[None, None]
-    logits = hooks.call(adapt, "attention_logits", allowed, logits)
-    # Finite, and lower than anything a hook returns: a row without any key (padding) is even rather than
-    # NaN, and a row whose keys a hook has dropped attends to those, never to the future.
-    lowest = float(jnp.finfo(wide).min)
-    logits = jnp.where(allowed, jnp.maximum(logits, lowest / 2), lowest)
-    weights = hooks.call(adapt, "attention_weights", allowed, jax.nn.softmax(logits, axis=-1))
-    weights = weights.reshape(batch, groups, -1, length, slots)
-    hidden = product("bkgts,bskh->btkgh", weights, v, precision).reshape(batch, length, -1)
+    settings = precision, scale, cap
+    part = _Attention(k, v, adapt, context, window)
+    queries = jnp.arange(q.shape[1], dtype=jnp.int32)
+    if q.shape[1] <= LONGEST_MAP or _maps_are_read(part, q, queries, *settings):
+        hidden = part(q, queries, *settings)
+    else:
+        hidden = _in_blocks(part, q, *settings)
     return hooks.call(adapt, "attention_hidden", x, hidden)
+
+
+def _maps_are_read(part: _Attention, q: jax.Array, queries: jax.Array, *settings: Any) -> bool:
+    logits = jax.eval_shape(lambda part, q: part.logits(q, queries, *settings), part, q)
+    allowed = jax.eval_shape(lambda part: part.context.allowed(queries, part.window), part)
+    sites = ("attention_logits", "attention_weights")
+    return any(hooks.acts(part.adapt, site, allowed, logits) for site in sites)
+
+
+def _in_blocks(part: _Attention, q: jax.Array, *settings: Any) -> jax.Array:
+    """`part(q, all queries)`, half of `LONGEST_MAP` queries at a time. The last block is filled with queries of 0."""
+    batch, length, *head = q.shape
+    count = -(-length // (LONGEST_MAP // 2))
+    size = -(-length // count)
+    filled = jnp.pad(q, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+    blocks = filled.reshape(batch, count, size, *head).swapaxes(0, 1)
+    numbers = jnp.arange(count * size, dtype=jnp.int32).reshape(count, size)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def attended(part: _Attention, q: jax.Array, queries: jax.Array) -> jax.Array:
+        return part(q, queries, *settings)
+
+    _, hidden = jax.lax.scan(lambda _, block: (None, attended(part, *block)), None, (blocks, numbers))
+    return hidden.swapaxes(0, 1).reshape(batch, count * size, -1)[:, :length]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -259,7 +328,8 @@ def count_positions(tokens: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 def stack(block: type[nn.Module], length: int, remat: bool) -> Any:
     """`length` blocks in one scan: called with ((x, below), adapt, window, cache, context), it gives ((x, below),
-    cache), x being the stream and `below` what the feed-forward branch of the block below started from.
+    cache), x being the stream and `below` what the feed-forward branch of the block below started from; None where no
+    hook reads it (`hooks.carries`).
 
     Weights, adapt, windows and cache lead with the layer axis; the context is every layer's. `remat` recomputes each
     block in the backward pass, and so keeps one residual stream a layer instead of every intermediate; results do

@@ -94,3 +94,19 @@ def test_collectives_are_read_from_a_compiled_program():
         ("all-reduce", "(f32[8,256], bf16[3])", 8198),
         ("all-gather", "f64[4]", 32),
     ]
+
+
+def test_float32_copies_are_told_from_other_memory():
+    text = """
+    %inside = f32[9]{0} fusion(%weights)
+
+    ENTRY %main (weights: bf16[2,3]) -> f32[3] {
+      %weights = bf16[2,3]{1,0} parameter(0), metadata={op_name="w"}
+      %x = f32[2,3]{1,0} parameter(1)
+      %copy = f32[2,3]{1,0} fusion(%weights), kind=kLoop, calls=%convert
+      %turned = f32[3,2]{0,1} fusion(%weights), kind=kLoop, calls=%transpose
+      %row = f32[3]{0} fusion(%weights), kind=kLoop, calls=%slice
+      %sum = f32[2,3]{1,0} add(%weights, %x)
+      ROOT %again = f32[2,3]{1,0} copy(%x)
+    """
+    assert scaling.float32_copies(text) == 4 * 6
