@@ -39,6 +39,7 @@ from bilevel.hypergradients.implicit_solve import ImplicitSolve as ImplicitSolve
 from bilevel.hypergradients.one_step import OneStep as OneStep
 from bilevel.hypergradients.per_task import PerTask as PerTask
 from bilevel.hypergradients.persistent_evolution import PersistentES as PersistentES
+from bilevel.hypergradients.replay import Replay as Replay
 from bilevel.hypergradients.reversible import Reversible as Reversible
 from bilevel.hypergradients.training import InnerState as InnerState
 from bilevel.hypergradients.unrolled import Unrolled as Unrolled

@@ -20,6 +20,7 @@ from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
+from bilevel.hypergradients.contract import driven_from_host, traceable
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
@@ -127,7 +128,7 @@ def _values_moved(problem, hypergradient, inner_state, outer, inner_batches, out
         at = combine(jax.tree.unflatten(structure, moved), fixed)
         if isinstance(hypergradient, PerTask):  # one training for each task, and the mean of their outer losses
             return hypergradient.estimate(problem, inner_state, at, inner_batches, outer_batch, key).value
-        params = hypergradient.solve(problem, inner_state, at, inner_batches, key).params
+        params = traceable(hypergradient).solve(problem, inner_state, at, inner_batches, key).params
         keys = split_keys(key, hypergradient.steps)
         return outer_value(problem, hypergradient.steps, params, at, outer_batch, keys)[0]
 
@@ -255,9 +256,8 @@ def check_hypergradient(
         refuse_complex("check_hypergradient", "outer", moving, "write them in real and imaginary parts")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", StructuralZeroWarning)  # the verdict says it
-            grad = jax.jit(lambda problem, hypergradient, *rest: hypergradient.estimate(problem, *rest).grad)(
-                *arguments
-            )
+            estimate = lambda problem, hypergradient, *rest: hypergradient.estimate(problem, *rest).grad  # noqa: E731
+            grad = (estimate if driven_from_host(hypergradient) else jax.jit(estimate))(*arguments)
         rng = np.random.default_rng(0)
         rows = []
         for i, (g, x) in enumerate(zip(jax.tree.leaves(grad), jax.tree.leaves(moving), strict=True)):

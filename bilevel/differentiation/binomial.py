@@ -56,7 +56,7 @@ def schedule(length: int, slots: int) -> list[list[Move]]:
 def _reversal(start: int, length: int, slot: int, slots: int) -> Iterator[Move]:
     """Moves to reverse `length` steps from `start`, whose state is in `slot`; higher slots are free."""
     while length > 1 and slot + 1 < slots:
-        count = _advance(length, slots - slot)
+        count = advance(length, slots - slot)
         yield Move(slot, start, count, slot + 1)
         yield from _reversal(start + count, length - count, slot + 1, slots)
         length = count
@@ -64,7 +64,7 @@ def _reversal(start: int, length: int, slot: int, slots: int) -> Iterator[Move]:
         yield Move(slot, start, t, slots)
 
 
-def _advance(length: int, slots: int) -> int:
+def advance(length: int, slots: int) -> int:
     """How far to go before keeping the next state: the first part and the rest then need no more than the whole.
 
     With p the repetitions that `length` steps need, the rest (one slot fewer) must fit beta(slots - 1, p) and the

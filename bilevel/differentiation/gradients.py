@@ -78,7 +78,7 @@ def reverse_gradient(point: Point) -> Gradient:
 
 def _by_parts(gradient: Callable[[Point], Gradient], point: Point) -> Gradient:
     """The gradient of a loss over `MicroBatches`, added up while it goes through them, each by `gradient`."""
-    loss: MicroBatches = point.problem.inner_loss
+    loss: Any = point.problem.inner_loss  # of `MicroBatches`
     problem = dataclasses.replace(point.problem, inner_loss=loss.loss)
     shares, batches, keys = loss.divided(resolve(point.batch), point.key)
 

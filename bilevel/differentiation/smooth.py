@@ -91,8 +91,10 @@ def _pow(eqn, x, exponent):
     """A power, differentiated only where its slope in x is finite: not at x = 0 with an exponent below 1."""
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         return bind(eqn, x, exponent)
+    # Its value is computed so anyway; JAX's rule for its slope at a count promotes, which strict promotion refuses.
+    exponent = jnp.asarray(exponent, jnp.result_type(x))
     one = jnp.ones((), jnp.result_type(x))
-    steep = (x == 0) & (jnp.asarray(exponent) < 1)
+    steep = (x == 0) & (exponent < 1)
     frozen = [jax.lax.stop_gradient(value) for value in (x, exponent)]
     safe = jnp.where(steep, one, x)
     return [jnp.where(steep, bind(eqn, *frozen)[0], bind(eqn, safe, exponent)[0])]

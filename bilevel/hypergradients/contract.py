@@ -16,6 +16,16 @@ from bilevel.settings.rules import having
 from bilevel.trees import Batch, Inner, Key, Outer, PyTree
 
 
+def driven_from_host(hypergradient: Any) -> bool:
+    """Whether an estimator runs compiled programs itself, from the host, so that it cannot be part of one."""
+    return bool(getattr(hypergradient, "driven_from_host", False))
+
+
+def traceable(hypergradient: Any) -> Any:
+    """The estimator itself, or in place of one that is driven from the host what computes the same in one program."""
+    return hypergradient.twin if driven_from_host(hypergradient) else hypergradient
+
+
 class Aux(NamedTuple):
     """What came with an estimate.
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,16 @@ class Estimator:
 
     def _answer(self, query: Query, params: PyTree) -> Answer:
         """`differentiate`, with a warning for every leaf of the hypergradient that the outer loss does not reach."""
+        closed, shape, reached = self.looked_at(query, params)
+        leaves = evaluate(detached(closed), *closed.consts, jnp.ones(()))
+        answer = jax.tree.unflatten(jax.tree.structure(shape), leaves)
+        if not all(reached):
+            self._report(query, answer, reached)
+        return answer
+
+    def looked_at(self, query: Query, params: PyTree) -> tuple[Any, Answer, list[bool]]:
+        """`differentiate`, traced: its jaxpr, whose argument is the weight of derivatives, the shapes of its answer,
+        and which leaves of the hypergradient the outer loss reaches."""
         weight, count = jnp.ones(()), len(jax.tree.leaves(query.moving))
 
         def answered(weight: jax.Array) -> Answer:
@@ -150,11 +160,7 @@ class Estimator:
         if reached is None:
             grads = range(1, 1 + count)  # after the value
             reached = [reads[0] for reads in reading(closed.jaxpr, grads)]
-        leaves = evaluate(detached(closed), *closed.consts, weight)
-        answer = jax.tree.unflatten(jax.tree.structure(shape), leaves)
-        if not all(reached):
-            self._report(query, answer, reached)
-        return answer
+        return closed, shape, reached
 
     def _report(self, query: Query, answer: Answer, reached: list[bool]) -> None:
         """Says why the hypergradient of some leaves is 0: what it does not see, or where an influence ends."""

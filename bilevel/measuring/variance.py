@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from bilevel.data import Batches, columns, draw, draw_one
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
+from bilevel.hypergradients.contract import driven_from_host
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.point import Point
 from bilevel.problem.problem import Problem
@@ -99,7 +100,8 @@ def variance(
     require_batches("variance", inner_data, outer_data)
     inner, held_out = (jax.tree.map(jnp.asarray, columns(data)) for data in (inner_data, outer_data))
     point.arguments(hypergradient.steps)  # looks at the losses
-    mean, spread = _moments(point._replace(inner_data=inner, outer_data=held_out), hypergradient, samples)
+    moments = _moments_by_hand if driven_from_host(hypergradient) else _moments
+    mean, spread = moments(point._replace(inner_data=inner, outer_data=held_out), hypergradient, samples)
     if names := not_finite("outer", mean):
         raise FloatingPointError(
             f"The hypergradient is not finite at {', '.join(names)} on some of the {samples} batches: train at smaller "
@@ -121,13 +123,21 @@ def require_batches(what: str, inner_data: Any, outer_data: Any) -> None:
 
 @partial(jax.jit, static_argnums=(2,))
 def _moments(point: Point, hypergradient: Hypergradient, samples: int):
+    return _of(jax.lax.map(partial(_sample, point, hypergradient), jnp.arange(samples, dtype=jnp.uint32)))
+
+
+def _moments_by_hand(point: Point, hypergradient: Hypergradient, samples: int):
+    grads = [_sample(point, hypergradient, i) for i in jnp.arange(samples, dtype=jnp.uint32)]
+    return _of(jax.tree.map(lambda *each: jnp.stack(each), *grads))
+
+
+def _sample(point: Point, hypergradient: Hypergradient, i: jax.Array):
     start, inner_key, outer_key = point.keys
+    batches = draw(point.inner_data, inner_key, i * hypergradient.steps, hypergradient.steps)
+    outer_batch = draw_one(point.outer_data, outer_key, i)
+    return hypergradient.estimate(point.problem, point.inner_state, point.outer, batches, outer_batch, start).grad
 
-    def one(i):
-        batches = draw(point.inner_data, inner_key, i * hypergradient.steps, hypergradient.steps)
-        outer_batch = draw_one(point.outer_data, outer_key, i)
-        return hypergradient.estimate(point.problem, point.inner_state, point.outer, batches, outer_batch, start).grad
 
-    grads = jax.lax.map(one, jnp.arange(samples, dtype=jnp.uint32))
+def _of(grads):
     mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
     return mean, jax.tree.map(lambda g: jnp.real(jnp.var(g, axis=0, ddof=1)), grads)

@@ -25,8 +25,9 @@ DRAWN = 8192
 """Most batches of these steps, unless one step alone wants more: their shuffles are drawn at the start of a chunk."""
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def chunk(solver, record, capacity, state, data, count):
+def chunk(
+    solver: Any, record: Any, capacity: int, state: Any, data: Any, count: Any
+) -> tuple[Any, dict[str, jax.Array], jax.Array]:
     """`(state, rows, holes)` after `count` steps from `state`.
 
     Args:
@@ -53,6 +54,23 @@ def chunk(solver, record, capacity, state, data, count):
       >>> int(state.step), rows["outer_loss"].shape, int(holes.sum())  # 3 of at most 8 steps, every number finite
       (3, (8,), 0)
     """
+    if getattr(solver, "driven_from_host", False):
+        return _by_hand(solver, record, state, data, int(count))
+    return compiled(solver, record, capacity, state, data, count)
+
+
+def _by_hand(solver, record, state, data, count):
+    """As `chunk`, of a solver whose steps cannot be part of a compiled program."""
+    rows = []
+    for _ in range(count):
+        state, metrics = step(solver, state, data)
+        rows.append(metrics | (recorded(record, state, metrics) if record else {}))
+    return state, {name: jnp.stack([row[name] for row in rows]) for name in (rows[0] if rows else {})}, _holes(state)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def compiled(solver, record, capacity, state, data, count):
+    """`chunk` as one program."""
     # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
     data = [
         (source.shuffle(key, state.step * wanted, capacity * wanted), key) if isinstance(source, Batches) else feed

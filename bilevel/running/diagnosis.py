@@ -64,7 +64,8 @@ def refuse_failed(solver, record, capacity, before, data, done, rows, holes, new
         norms = ", ".join(f"{n} was {v[first - 1]:.3g}" for n, v in numbers.items() if v.ndim == 1)
 
     def fails(outer: PyTree) -> bool:
-        _, again, left = chunk(solver, record, capacity, *replayed((state._replace(outer=outer), data)), 1)
+        at, same = replayed((state._replace(outer=outer), data))
+        _, again, left = chunk(solver, record, capacity, at, same, 1)
         finite = all(np.isfinite(v[0]).all() for n, v in again.items() if n in numbers)
         return not finite or bool(np.any(np.asarray(left) > holes))
 

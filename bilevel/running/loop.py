@@ -11,12 +11,12 @@ import numpy as np
 
 from bilevel.differentiation.captures import look_again
 from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
+from bilevel.progress import Callback
 from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import History, chunk, chunk_capacity, wanted_batches
 from bilevel.running.diagnosis import refuse_failed, refuse_start
 from bilevel.running.feeds import Feed
 from bilevel.running.interrupts import end_by, noted, uninterrupted
-from bilevel.running.progress import Callback
 from bilevel.running.singular import undetermined
 from bilevel.running.steep import warn_if_steep
 from bilevel.running.unsteady import are_steady
@@ -101,7 +101,8 @@ class Loop:
     positions: list[Any] = dataclasses.field(init=False)
 
     def __post_init__(self):
-        self.capacity = 1 if any(feed.is_iterator for feed in self.feeds) else chunk_capacity(self.solver)
+        by_hand = getattr(self.solver, "driven_from_host", False) or any(feed.is_iterator for feed in self.feeds)
+        self.capacity = 1 if by_hand else chunk_capacity(self.solver)
         self.positions = self._positions()
 
     @property
@@ -158,8 +159,8 @@ class Loop:
 
     def _compiled(self) -> np.ndarray:
         """Compiles the chunk by computing no step of it: what is not finite in the state that it begins with."""
-        arguments = replayed((self.state, self.data))
-        holes = np.asarray(chunk(self.solver, self.record, self.capacity, *arguments, 0)[2])
+        state, data = replayed((self.state, self.data))
+        holes = np.asarray(chunk(self.solver, self.record, self.capacity, state, data, 0)[2])
         are_steady(look_again(self.solver, self.record))
         refuse_start(self.solver, self.state, holes, self.done)
         return holes

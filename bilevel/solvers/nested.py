@@ -13,6 +13,7 @@ from bilevel.differentiation import optimizers
 from bilevel.differentiation.influence import EXACTNESS
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
+from bilevel.hypergradients.contract import driven_from_host
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem.arguments import check_outer
 from bilevel.problem.problem import Problem, is_problem, projected
@@ -81,6 +82,11 @@ class Nested:
     def outer_batches_per_step(self) -> int:
         """Outer batches a step wants: one, without a leading axis."""
         return 1
+
+    @property
+    def driven_from_host(self) -> bool:
+        """Whether its steps cannot be compiled, because its estimator's cannot: `run` then takes them one by one."""
+        return driven_from_host(self.hypergradient)
 
     def init(self, key: jax.Array) -> NestedState:
         """The state before the first outer iteration."""

@@ -83,6 +83,7 @@ TABLE = [
     Row("truncated", of(bilevel.Unrolled, truncate=1), setting=True),
     Row("rematerialised", of(bilevel.Unrolled, checkpoint="sqrt"), setting=True),
     Row("binomial", of(bilevel.Unrolled, checkpoint=bilevel.Binomial(2)), setting=True),
+    Row("replay", of(bilevel.Replay, segment=2), Quadratic.unrolled),
     Row("reversible", lambda optimizer, steps: bilevel.Reversible(0.1, 0.9, steps)),
     Row("first order", bilevel.FirstOrder, Quadratic.first_order, blind=within, second_order=False),
     Row("one step", bilevel.OneStep, last_step, blind=("start",)),

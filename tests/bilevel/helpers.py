@@ -8,13 +8,28 @@ import numpy as np
 import optax
 
 import bilevel
+from bilevel.hypergradients.contract import driven_from_host
 
 KEY = jax.random.key(7)
 
 # Problem and hypergradient are arguments, so that cases which differ in their arrays share a compilation.
-estimate = jax.jit(lambda problem, hypergradient, *args: hypergradient.estimate(problem, *args))
-solve = jax.jit(lambda problem, hypergradient, *args: hypergradient.solve(problem, *args))
+_estimate = jax.jit(lambda problem, hypergradient, *args: hypergradient.estimate(problem, *args))
+_solve = jax.jit(lambda problem, hypergradient, *args: hypergradient.solve(problem, *args))
 step = jax.jit(lambda solver, *args: solver.step(*args))
+
+
+def estimate(problem: Any, hypergradient: Any, *args: Any) -> Any:
+    """`hypergradient.estimate`, compiled unless it runs compiled programs itself."""
+    if driven_from_host(hypergradient):
+        return hypergradient.estimate(problem, *args)
+    return _estimate(problem, hypergradient, *args)
+
+
+def solve(problem: Any, hypergradient: Any, *args: Any) -> Any:
+    """`hypergradient.solve`, likewise."""
+    if driven_from_host(hypergradient):
+        return hypergradient.solve(problem, *args)
+    return _solve(problem, hypergradient, *args)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:

@@ -16,7 +16,7 @@ import pytest
 from scipy.stats import binomtest
 
 import bilevel
-from bilevel.running.chunks import chunk
+from bilevel.running.chunks import compiled as chunk
 from methods import bench as benches
 from methods import cli, evaluation, pages
 from methods.lora import LoRASettings

@@ -8,6 +8,7 @@ import pytest
 
 import bilevel
 from bilevel import Unrolled
+from bilevel.differentiation.smooth import smooth
 from bilevel.testing import central_differences
 from tests.bilevel.helpers import KEY, assert_close, estimate
 
@@ -159,3 +160,13 @@ def test_the_first_steps_of_l_bfgs(scale, steps):
     arguments = None, case.start_outer(KEY), None, None, KEY
     found = estimate(case, hypergradient, *arguments).grad
     assert_close(found, central_differences(case, hypergradient, *arguments), 1e-7)
+
+
+def test_the_power_of_a_float_to_a_count_has_a_slope_under_strict_promotion():
+    count = jnp.asarray(3, jnp.int32)
+
+    def power(x):
+        return smooth(lambda x: x**count)(x)
+
+    np.testing.assert_array_equal(power(jnp.asarray(0.9)), jnp.asarray(0.9) ** count)
+    np.testing.assert_allclose(jax.grad(power)(0.9), 3 * 0.9**2, rtol=1e-12)
