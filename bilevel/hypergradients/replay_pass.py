@@ -24,7 +24,7 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.problem.problem import Problem
 from bilevel.progress import Progress
 from bilevel.settings.fields import register, setting
-from bilevel.sharding.processes import digest
+from bilevel.sharding.processes import digest, several
 from bilevel.trees import Batch, Outer, PyTree, as_words, combine, partition, replayed
 
 _GRADIENTS = {"mixed": mixed_gradient, "reverse": reverse_gradient}
@@ -44,6 +44,7 @@ class Pass:
     Attributes:
       here: the state at hand; None where the next action does not begin with it.
       adjoint: after the outer loss, the cotangent of the state and the sum of those of `outer`.
+      marks: of each segment that was seen, a hash of its batches: those of a function must be the same each time.
     """
 
     def __init__(self, part: Unrolled, query: Query, *, keep: Any, store: str, show: bool):
@@ -57,11 +58,14 @@ class Pass:
         words, self.as_state = as_words(self.here)
         self.state_like = jax.tree.map(_placeholder, words)
         self.adjoint: Any = None
+        self.marks: dict[int, int] = {}
         self.store, self.done = self._opened(store, keep)
         if not self.done:
             self._keep(0)
         else:
             self.here = self._state("here") if self._goes_on(self.done) else None
+            seen = range(min(self.done, self.ending))
+            self.marks = {at: int(self.store.get(f"trace-{at}", self._shapes[1][at])[1]) for at in seen}
             if self.done > self.ending:
                 self.adjoint = self.store.get("adjoint", self._shapes[3])
 
@@ -75,7 +79,7 @@ class Pass:
                 progress.advance(number + 1, {})
         _, trace, outer, _ = self._shapes
         value, aux = self.store.get("outer", outer)
-        traces = [self.store.get(f"trace-{at}", like) for at, like in enumerate(trace)]
+        traces = [self.store.get(f"trace-{at}", like)[0] for at, like in enumerate(trace)]
         grad = self.query.moving
         if jax.tree.leaves(grad):
             by_start, direct = self.adjoint
@@ -86,7 +90,7 @@ class Pass:
             self._state("end"),
             jax.tree.map(lambda *each: jnp.concatenate(each), *traces),
             aux,
-            {"hvps": jnp.asarray(self.query.steps if self.adjoint is not None else 0)},
+            {"hvps": jnp.asarray(self.query.steps if jax.tree.leaves(grad) else 0)},
         )
         self.store.clear()
         return answer
@@ -98,9 +102,9 @@ class Pass:
 
     def advance(self, number: int, at: int) -> None:
         query = self.query
-        self.here, trace = advanced(self.part, query.problem, query.outer, self.here, *slot(query, self.part.steps, at))
+        self.here, trace = advanced(self.part, query.problem, query.outer, self.here, *self._slot(at))
         if number < self.ending:
-            self.store.put(f"trace-{at}", trace)
+            self.store.put(f"trace-{at}", (trace, jnp.asarray(self.marks.get(at, 0), jnp.uint32)))
 
     def outer(self, number: int, at: int) -> None:
         outcome, self.adjoint = _differentiated(self.query, self.here)
@@ -111,9 +115,21 @@ class Pass:
     def reverse(self, number: int, at: int) -> None:
         query = self.query
         start = self._state(f"start-{at}")
-        arguments = query.problem, query.moving, query.fixed, start, *slot(query, self.part.steps, at)
+        arguments = query.problem, query.moving, query.fixed, start, *self._slot(at)
         self.adjoint = _segment_reversed(self.part, *arguments, self.adjoint)
         self.store.drop(f"start-{at}")
+
+    def _slot(self, at: int) -> tuple[Batch, jax.Array, jax.Array]:
+        given = slot(self.query, self.part.steps, at)
+        if isinstance(self.query.inner_batches, Streamed):
+            mark = int(_digest(given[0])[:8], 16)
+            if self.marks.setdefault(at, mark) != mark:
+                first, last = at * self.part.steps, at * self.part.steps + len(given[1]) - 1
+                raise ValueError(
+                    f"Replay: batch(step) gave other inner batches for steps {first} to {last} than before: it must "
+                    "give the same for a step each time, since training asks for it and its derivative does again."
+                )
+        return given
 
     # What is kept.
 
@@ -146,7 +162,8 @@ class Pass:
         traces = []
         for at in sorted({0, self.count - 1}):
             given = slot_like(query, self.part.steps, at)
-            traces.append(jax.eval_shape(partial(advanced, self.part), query.problem, query.outer, state, *given)[1])
+            trace = jax.eval_shape(partial(advanced, self.part), query.problem, query.outer, state, *given)[1]
+            traces.append((trace, jax.ShapeDtypeStruct((), jnp.uint32)))
         traces = traces[:1] * (self.count - 1) + traces[-1:]
         outcome, (_, direct) = jax.eval_shape(partial(_differentiated, query), state)
         own = partition(self.state_like)[0]
@@ -158,6 +175,11 @@ class Pass:
         query, part = self.query, self.part
         if where in ("device", "host"):
             return (OnDevice() if where == "device" else OnHost()), 0
+        if several():
+            raise ValueError(
+                f"Replay(store={where!r}): a folder is for a training in one process, and this is one of several: keep "
+                "the states with store='host'."
+            )
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_like))
         refuse_without_room(where, (most_kept(self.actions) + 3) * size)
         settings = query.steps, part.steps, keep, part.mode, part.checkpoint, _version(), jax.__version__

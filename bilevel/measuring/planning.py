@@ -26,6 +26,7 @@ from bilevel.differentiation.binomial import evaluations
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
 from bilevel.differentiation.tracing import is_literal, jaxprs, operation, read, scan_counts, without_unused
+from bilevel.hypergradients.contract import driven_from_host
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.measuring.flops import flops, gradient_flops, operations
@@ -137,6 +138,11 @@ def plan(
       >>> plan.row("mixed", "step").evaluations < plan.row("mixed", "sqrt").evaluations  # the price of less memory
       True
     """
+    if driven_from_host(hypergradient):
+        raise TypeError(
+            f"{type(hypergradient).__name__} runs in segments whose length and store are its own settings: plan the "
+            "Unrolled of as many steps as a segment has, or compare it."
+        )
     if not isinstance(hypergradient, Unrolled):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
     forget_outdated(problem, hypergradient)

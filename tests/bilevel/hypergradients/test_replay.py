@@ -121,6 +121,17 @@ def test_batches_come_by_step_a_segment_at_a_time():
     assert asked == [0, *forward, *backward]  # once before, to see what a batch is
 
 
+def test_batches_that_change_between_forward_and_backward_are_refused():
+    calls = []
+
+    def changing(step):
+        calls.append(step)
+        return X[step] + 0.1 * (len(calls) > STEPS + 3), Y[step]
+
+    with pytest.raises(ValueError, match=r"batch\(step\) gave other inner batches for steps 8 to 10 than before"):
+        estimate(Replay(OPTIMIZERS["adam"], STEPS, segment=4), changing)
+
+
 def test_what_is_found_without_anything_to_differentiate_is_the_training():
     problem = bilevel.Problem(
         lambda w, outer, batch, key: jnp.mean((batch[0] @ w - batch[1]) ** 2) * outer.astype(w.dtype),
