@@ -101,8 +101,10 @@ class Pass:
         self.here = self._state(f"start-{at}")
 
     def advance(self, number: int, at: int) -> None:
-        query = self.query
-        self.here, trace = advanced(self.part, query.problem, query.outer, self.here, *self._slot(at))
+        query, before = self.query, self.here
+        self.here, trace = advanced(self.part, query.problem, query.outer, before, *self._slot(at))
+        # The device is one segment behind at most: batches of more would wait in its memory.
+        jax.block_until_ready(before)
         if number < self.ending:
             self.store.put(f"trace-{at}", (trace, jnp.asarray(self.marks.get(at, 0), jnp.uint32)))
 
@@ -116,7 +118,8 @@ class Pass:
         query = self.query
         start = self._state(f"start-{at}")
         arguments = query.problem, query.moving, query.fixed, start, *self._slot(at)
-        self.adjoint = _segment_reversed(self.part, *arguments, self.adjoint)
+        before, self.adjoint = self.adjoint, _segment_reversed(self.part, *arguments, self.adjoint)
+        jax.block_until_ready(before)
         self.store.drop(f"start-{at}")
 
     def _slot(self, at: int) -> tuple[Batch, jax.Array, jax.Array]:
