@@ -116,7 +116,14 @@ def mixed_gradient(point: Point) -> Gradient:
         return reverse_gradient(point)
     # Its backward pass needs the point alone, so that a kept gradient spares its evaluation (of micro-batches it is
     # the sum that is kept). Reverse mode needs what the evaluation leaves behind, and would gain nothing.
-    return result._replace(grad=jax.tree.map(lambda g: checkpoint_name(g, INNER_GRADIENT), result.grad))
+    return result._replace(grad=jax.tree.map(_named, result.grad))
+
+
+def _named(x: jax.Array) -> jax.Array:
+    # By parts where it is complex: what is kept is marked by an operation that JAX has for real numbers alone.
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_named(x.real), _named(x.imag))
+    return checkpoint_name(x, INNER_GRADIENT)
 
 
 def _commuting(point: Point) -> Any:

@@ -95,7 +95,7 @@ class InFolder:
     """Trees lie in files, and what was committed is found again.
 
     Args:
-      folder: made if it is not there.
+      folder: one that is there, and writable.
       problem: what the estimate computes, by name, as hashes: a folder of another problem is refused.
       point: where it computes that: an unfinished estimate at another point is begun anew, with a warning.
 
@@ -165,11 +165,7 @@ class InFolder:
 
     def _journal(self) -> Any:
         """What the journal says; None in a folder without one."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            others = sorted(path.name for path in self.folder.iterdir())
-        except OSError as error:
-            raise ValueError(f"Replay(store={str(self.folder)!r}): no such folder can be made ({error}).") from None
+        others = sorted(path.name for path in self.folder.iterdir())
         if JOURNAL not in others:
             if foreign := [name for name in others if not _is_ours(name)]:
                 raise ValueError(
@@ -226,7 +222,7 @@ class InFolder:
 
 
 _PART = ".replay-part"
-_REMEDY = "remove the folder to begin this estimate anew"
+_REMEDY = "remove the folder to begin this estimate anew, unless another estimate uses it just now"
 
 
 def _is_ours(name: Any) -> bool:
@@ -243,11 +239,21 @@ def _placed(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def refuse_without_room(folder: str | Path, size: int) -> None:
-    """Raises OSError if a folder's disk has fewer than `size` bytes free."""
-    there = Path(folder)
-    while not there.exists():
-        there = there.parent
+    """Makes a folder, if it is not there, for so many bytes.
+
+    Raises:
+      ValueError: if it cannot be made.
+      OSError: if its disk has fewer free; the folder is then not left behind.
+    """
+    there, known = Path(folder), Path(folder).exists()
+    try:
+        there.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        said = "a file of that name is there" if there.is_file() else error.strerror
+        raise ValueError(f"Replay(store={str(folder)!r}): no such folder can be made ({said}): name another.") from None
     if (free := shutil.disk_usage(there).free) < size:
+        if not known:
+            there.rmdir()
         raise OSError(
             f"Replay(store={str(folder)!r}) needs {_bytes(size)} there, and the disk has {_bytes(free)} free: make "
             "room, take longer segments, or a schedule that keeps fewer (keep='sqrt')."

@@ -17,7 +17,8 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.contract import Estimate
 from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.replay_actions import actions
-from bilevel.hypergradients.replay_pass import Pass, Streamed, advanced, batch_of, begun, segment_bytes, slot
+from bilevel.hypergradients.replay_pass import Pass
+from bilevel.hypergradients.replay_programs import Streamed, advanced, batch_of, begun, segment_bytes, slot
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.problem.problem import Problem
@@ -27,12 +28,13 @@ from bilevel.settings.rules import boolean, misfit, one_of, optional
 from bilevel.trees import Batch, Key, Outer, PyTree
 
 Mode = Literal["mixed", "reverse"]
+STORES = ("device", "host")
 
 
 def _is_store(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or (value not in STORES and value.lower() in STORES):
         raise Unfit("must be 'device', 'host' or the name of a folder")
     return value
 
@@ -62,7 +64,10 @@ class Replay(Trained):
     the starts of fewer segments, and recompute from the nearest that is kept, n - 1 times more; `Binomial(c)` keeps c.
 
     With a folder as `store` an estimate that was killed goes on from its last segment when it is called again with the
-    same arguments, and ends in the same bits. The folder is emptied at the end. It holds states only, as arrays.
+    same arguments, and ends in the same bits. The folder is emptied at the end; it is for one estimate at a time. An
+    unfinished one of another problem (losses, optimizer, settings, arrays that these hold or captured) is refused; one
+    of the same problem at another `outer`, start, key or batch, as after an interrupted `run`, is begun anew with a
+    warning.
 
     It cannot be traced: call `estimate` outside of `jax.jit`, `vmap` and `grad`. `run` does so.
 

@@ -1,11 +1,9 @@
-"""One estimate by replay: its actions, the compiled programs that they call, and what is kept between them."""
+"""One estimate by replay: its actions one after the other, and what is kept between them."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import re
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -14,28 +12,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel.data import FullBatch, check_batch, narrow
-from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
+from bilevel.differentiation.computation import Parts, parts
 from bilevel.hypergradients.kept import InFolder, OnDevice, OnHost, Store, refuse_without_room
-from bilevel.hypergradients.query import Answer, Keys, Query, outer_value
+from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.replay_actions import actions, most_kept
-from bilevel.hypergradients.training import InnerState, Trace, train
+from bilevel.hypergradients.replay_programs import (
+    Streamed,
+    advanced,
+    at_the_end,
+    begun,
+    begun_back,
+    differentiated,
+    loss_differentiated,
+    reversed_segment,
+    slot,
+    slot_like,
+    start,
+)
+from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.problem.problem import Problem
 from bilevel.progress import Progress
-from bilevel.settings.fields import register, setting
 from bilevel.sharding.processes import digest, several
-from bilevel.trees import Batch, Outer, PyTree, as_words, combine, partition, replayed
-
-_GRADIENTS = {"mixed": mixed_gradient, "reverse": reverse_gradient}
-
-
-@register
-@dataclasses.dataclass(frozen=True)
-class Streamed(FullBatch):
-    """The batches of a function of the step; where only shapes are looked at, its first batch stands for all."""
-
-    batch: Any = dataclasses.field(default=None, metadata=setting(lambda value: value))
+from bilevel.trees import Batch, PyTree, as_words, partition
 
 
 class Pass:
@@ -90,7 +88,7 @@ class Pass:
             self._state("end"),
             jax.tree.map(lambda *each: jnp.concatenate(each), *traces),
             aux,
-            {"hvps": jnp.asarray(self.query.steps if jax.tree.leaves(grad) else 0)},
+            {"hvps": jnp.asarray(self.query.steps if jax.tree.leaves(grad) else 0, jnp.int32)},
         )
         self.store.clear()
         return answer
@@ -109,17 +107,17 @@ class Pass:
             self.store.put(f"trace-{at}", (trace, jnp.asarray(self.marks.get(at, 0), jnp.uint32)))
 
     def outer(self, number: int, at: int) -> None:
-        outcome, self.adjoint = _differentiated(self.query, self.here)
+        outcome, self.adjoint = differentiated(self.query, self.here)
         self.store.put("end", as_words(self.here)[0])
         self.store.put("outer", outcome)
         self.here = None
 
     def reverse(self, number: int, at: int) -> None:
         query = self.query
-        start = self._state(f"start-{at}")
-        arguments = query.problem, query.moving, query.fixed, start, *self._slot(at)
-        before, self.adjoint = self.adjoint, _segment_reversed(self.part, *arguments, self.adjoint)
-        jax.block_until_ready(before)
+        before = self._state(f"start-{at}")
+        arguments = query.problem, query.moving, query.fixed, before, *self._slot(at)
+        after, self.adjoint = self.adjoint, reversed_segment(self.part, *arguments, self.adjoint)
+        jax.block_until_ready(after)
         self.store.drop(f"start-{at}")
 
     def _slot(self, at: int) -> tuple[Batch, jax.Array, jax.Array]:
@@ -168,7 +166,7 @@ class Pass:
             trace = jax.eval_shape(partial(advanced, self.part), query.problem, query.outer, state, *given)[1]
             traces.append((trace, jax.ShapeDtypeStruct((), jnp.uint32)))
         traces = traces[:1] * (self.count - 1) + traces[-1:]
-        outcome, (_, direct) = jax.eval_shape(partial(_differentiated, query), state)
+        outcome, (_, direct) = jax.eval_shape(partial(differentiated, query), state)
         own = partition(self.state_like)[0]
         nowhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
         return self.state_like, nowhere(traces), nowhere(outcome), (own, nowhere(direct))
@@ -186,14 +184,21 @@ class Pass:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_like))
         refuse_without_room(where, (most_kept(self.actions) + 3) * size)
         settings = query.steps, part.steps, keep, part.mode, part.checkpoint, _version(), jax.__version__
-        texts = [
-            _text(partial(advanced, part), query.problem, query.outer, self.here, *slot_like(query, part.steps, 0)),
-            _text(_loss_differentiated, *_at_the_end(query, self.here)),
-            _text(partial(_start, part), query.problem, query.inner_state, query.outer, query.keys),
+        segment = slot_like(query, part.steps, 0)
+        adjoint = jax.eval_shape(partial(differentiated, query), self.here)[1]
+        back = query.problem, query.moving, query.fixed, self.here, *segment, adjoint
+        # Backward too: what a loss with a derivative of its own does is seen there alone.
+        made_of = [
+            _parts(partial(advanced, part), query.problem, query.outer, self.here, *segment),
+            _parts(partial(reversed_segment, part), *back),
+            _parts(loss_differentiated, *at_the_end(query, self.here)),
+            _parts(partial(start, part), query.problem, query.inner_state, query.outer, query.keys),
         ]
+        computation = "\n".join(line for each in made_of for line in (*each.operations, *each.numbers))
         problem = {
             "settings or versions": hashlib.sha256(repr(settings).encode()).hexdigest()[:16],
-            "computation": hashlib.sha256("".join(texts).encode()).hexdigest()[:16],
+            "computation": hashlib.sha256(computation.encode()).hexdigest()[:16],
+            "arrays that functions captured": _digest([each.arrays for each in made_of]),
             "what is bound to the losses": _digest(query.problem),
         }
         point = {
@@ -207,119 +212,16 @@ class Pass:
         return store, store.done
 
 
-# The compiled programs. None of them depends on K.
-
-
-@jax.jit
-def _start(part: Unrolled, problem: Problem, inner_state: InnerState | None, outer: Outer, keys: Keys) -> InnerState:
-    return part.resume(Query(problem, part.steps, inner_state, outer, None, None, keys))
-
-
-def begun(part: Unrolled, query: Query) -> InnerState:
-    """The state before the first step."""
-    return _start(part, query.problem, query.inner_state, query.outer, replayed(query.keys))
-
-
-@jax.jit
-def _start_reversed(
-    part: Unrolled,
-    problem: Problem,
-    inner_state: InnerState | None,
-    moving: Outer,
-    fixed: PyTree,
-    keys: Keys,
-    by: PyTree,
-) -> Outer:
-    def start(moving: Outer) -> PyTree:
-        return partition(_start(part, problem, inner_state, combine(moving, fixed), keys))[0]
-
-    return jax.vjp(start, moving)[1](by)[0]
-
-
-def begun_back(part: Unrolled, query: Query, by: PyTree) -> Outer:
-    """What the cotangent of the state before the first step is for `outer`."""
-    return _start_reversed(
-        part, query.problem, query.inner_state, query.moving, query.fixed, replayed(query.keys), by
-    )
-
-
-@jax.jit
-def advanced(
-    part: Unrolled, problem: Problem, outer: Outer, state: InnerState, batches: Batch, keys: jax.Array, first: Any
-) -> tuple[InnerState, Trace]:
-    """A segment forward: the state after it, and what its steps reported."""
-    options = {"first": first, "gradient": _GRADIENTS[part.mode]}
-    return train(problem, part.optimizer, state, outer, batches, keys, **options)
-
-
-@jax.jit
-def _segment_reversed(
-    part: Unrolled,
-    problem: Problem,
-    moving: Outer,
-    fixed: PyTree,
-    state: InnerState,
-    batches: Batch,
-    keys: jax.Array,
-    first: Any,
-    adjoint: tuple[PyTree, Outer],
-) -> tuple[PyTree, Outer]:
-    """A segment backward: the adjoint before it, of the adjoint after it."""
-    own, rest = partition(state)
-    options = {"first": first, "gradient": _GRADIENTS[part.mode], "checkpoint": part.checkpoint}
-
-    def trained(own: PyTree, moving: Outer) -> PyTree:
-        at = combine(own, rest), combine(moving, fixed)
-        return partition(train(problem, part.optimizer, *at, batches, keys, **options)[0])[0]
-
-    by_state, so_far = adjoint
-    by_state, more = jax.vjp(trained, own, moving)[1](by_state)
-    return by_state, jax.tree.map(jnp.add, so_far, more)
-
-
-@jax.jit
-def _loss_differentiated(
-    problem: Problem, steps: Any, moving: Outer, fixed: PyTree, state: InnerState, batch: Batch, keys: Keys
-) -> Any:
-    own, rest = partition(state)
-
-    def loss(own: PyTree, moving: Outer) -> Any:
-        return outer_value(problem, steps, combine(own, rest).params, combine(moving, fixed), batch, keys)
-
-    (value, aux), adjoint = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(own, moving)
-    return (value, aux), adjoint
-
-
-def _differentiated(query: Query, state: InnerState) -> Any:
-    """`((value, aux), adjoint)` of the outer loss after the last step."""
-    return _loss_differentiated(*_at_the_end(query, state))
-
-
-def _at_the_end(query: Query, state: InnerState) -> tuple[Any, ...]:
-    steps = jnp.asarray(query.steps, jnp.int32)
-    return query.problem, steps, query.moving, query.fixed, state, query.outer_batch, replayed(query.keys)
-
-
-def segment_bytes(part: Unrolled, query: Query) -> int:
-    """Temporary bytes of the program that takes a segment backward, by its compiler."""
-    state = jax.eval_shape(lambda: begun(part, query))
-    _, adjoint = jax.eval_shape(partial(_differentiated, query), state)
-    given = query.problem, query.moving, query.fixed, state, *slot_like(query, part.steps, 0), adjoint
-    analysis: Any = _segment_reversed.lower(part, *given).compile().memory_analysis()
-    return getattr(analysis, "temp_size_in_bytes", 0)
-
-
 def _placeholder(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
 
-def _text(function: Callable[..., Any], *arguments: Any) -> str:
-    """A computation as it was traced, and what it captured; without the addresses of functions."""
+def _parts(function: Callable[..., Any], *arguments: Any) -> Parts:
+    """A computation as it was traced, and what it captured."""
     # As shapes: whether a number was written as 2.0 or as an array is told by the point, and is no other computation.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), arguments)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        closed = jax.make_jaxpr(function)(*shapes)
-    return re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr)) + _digest(closed.consts)
+        return parts(jax.make_jaxpr(function)(*shapes))
 
 
 def _version() -> str:
@@ -331,32 +233,3 @@ def _version() -> str:
 
 def _digest(tree: PyTree) -> str:
     return digest(jax.tree.leaves(tree))
-
-
-def slot(query: Query, length: int, number: int) -> tuple[Batch, jax.Array, jax.Array]:
-    """Batches, keys and the number of the first step of a segment; the last segment may be shorter than `length`."""
-    start, stop = number * length, min((number + 1) * length, query.steps)
-    batches = query.inner_batches
-    if isinstance(batches, Streamed):
-        each = [batch_of(batches.batch, step) for step in range(start, stop)]
-        batches = jax.tree.map(lambda *rows: jnp.stack([jnp.asarray(row) for row in rows]), *each)
-    else:
-        batches = narrow(batches, start, stop)
-    return batches, replayed(query.keys.inner)[start:stop], jnp.asarray(start, jnp.int32)
-
-
-def slot_like(query: Query, length: int, number: int) -> tuple[Batch, jax.Array, jax.Array]:
-    """The shapes of `slot`, for which no batch is asked."""
-    if isinstance(batches := query.inner_batches, Streamed):
-        stack = lambda x: jnp.broadcast_to(x, (query.steps, *jnp.shape(x)))  # noqa: E731
-        query = dataclasses.replace(query, inner_batches=jax.eval_shape(partial(jax.tree.map, stack), batches.arrays))
-        cut = lambda batches: slot(dataclasses.replace(query, inner_batches=batches), length, number)  # noqa: E731
-        return jax.eval_shape(cut, query.inner_batches)
-    return jax.eval_shape(lambda: slot(query, length, number))
-
-
-def batch_of(batch: Callable[[int], Any], step: int) -> Any:
-    """`batch(step)`, checked."""
-    found = batch(step)
-    check_batch(f"batch({step}) of the inner batches", found)
-    return found

@@ -38,7 +38,7 @@ class MicroBatches:
         axis of m parts.
       parts: m, a divisor of B.
       weight: `n(batch) -> scalar`, what a part counts, such as the number of tokens that its mean is over; None: all
-        the same. Nothing is differentiated through it.
+        the same. Nothing is differentiated through it. A part that counts 0 is left out: another stands in its place.
 
     Raises:
       ValueError: when the loss is traced: for a batch without rows, or with a number that `parts` does not divide.
@@ -85,13 +85,19 @@ class MicroBatches:
     def divided(self, batch: Batch, key: Key) -> tuple[jax.Array, Batch, Key]:
         """`(p, batches, keys)`: each leaf leads with an axis of the m parts."""
         batches = jax.tree.map(self._leaf, self._checked(batch))
-        keys = jax.vmap(lambda part: jax.random.fold_in(key, part))(jnp.arange(self.parts, dtype=jnp.uint32))
+        numbers = jnp.arange(self.parts)
+        keys: Any = None if key is None else jax.vmap(lambda part: jax.random.fold_in(key, part))(numbers.astype(jnp.uint32))
         if self.weight is None:
             return jnp.full((self.parts,), 1 / self.parts), batches, keys
-        weights = jnp.asarray(jax.lax.stop_gradient(jax.vmap(self.weight)(batches)))
-        if weights.ndim != 1:
-            raise ValueError(f"MicroBatches: weight(batch) returned {shape(weights[0])}, but must return a scalar.")
+        weights = jax.lax.stop_gradient(jax.vmap(self.weight)(batches))
+        if not hasattr(weights, "ndim") or weights.ndim != 1:
+            found = shape(weights[0]) if hasattr(weights, "ndim") else f"a {type(weights).__name__}"
+            raise ValueError(f"MicroBatches: weight(batch) returned {found}, but must return a scalar.")
         weights = weights.astype(jnp.result_type(float))
+        # A mean over nothing is 0/0, and 0 times that is no 0, nor are its derivatives: in place of a part that counts
+        # nothing, the first that does is computed once more, and counts 0.
+        counted = jnp.where(weights == 0, jnp.argmax(weights != 0), numbers)
+        batches = jax.tree.map(lambda x: jnp.take(x, counted, axis=0), batches)
         return weights / weights.sum(), batches, keys
 
     def _checked(self, batch: Batch) -> Batch:

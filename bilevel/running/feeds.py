@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel.data import Batches, FullBatch, check_batch, columns, rows
+from bilevel.differentiation.described import described
 from bilevel.problem.arguments import telling
-from bilevel.sharding.processes import attempt, digest, everyone, on_host, several
+from bilevel.sharding.processes import attempt, digest, everyone, several
 from bilevel.sharding.sharding import Sharding
 from bilevel.sharding.specs import on
-from bilevel.trees import PyTree, is_key, leaf_names, shapes
+from bilevel.trees import PyTree, leaf_names, shapes
 
 
 class Feed:
@@ -207,19 +207,3 @@ def noted(position: Any) -> Any:
         return None
     after, before, count, read, shapes = position
     return {"after": after, "before": before, "count": count, "digest": digest(read), "shapes": shapes}
-
-
-def described(array: Any) -> str:
-    """Dtype, shape and a hash of an array; the number itself where it is one."""
-    if np.ndim(array) == 0 and not is_key(array):
-        return f"{shortest(array)} ({jnp.result_type(array)})"
-    return f"{array.dtype}{list(array.shape)} with hash {digest(array)}"
-
-
-def shortest(number: Any) -> str:
-    """A number, or an array of one, by the fewest digits that stand for it in its own dtype."""
-    value = on_host(number)
-    if not jnp.issubdtype(value.dtype, jnp.floating) or not np.isfinite(wide := float(value)):
-        return repr(value.item())
-    texts = (f"{wide:.{digits}g}" for digits in range(1, 18))
-    return repr(next((float(text) for text in texts if np.asarray(float(text)).astype(value.dtype) == value), wide))

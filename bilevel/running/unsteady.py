@@ -16,9 +16,9 @@ import optax
 from jax.core import Tracer
 
 from bilevel.differentiation.captures import Reads
+from bilevel.differentiation.computation import parts
 from bilevel.differentiation.influence import StructuralZeroWarning, dependence
 from bilevel.differentiation.loss_checks import TracedLoss
-from bilevel.running.fingerprint import parts
 from bilevel.running.programs import Program
 from bilevel.sharding.processes import on_host
 from bilevel.trees import PyTree, is_inexact, is_key

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bilevel.running.code import code_hash
-from bilevel.running.feeds import shortest
+from bilevel.differentiation.code import code_hash
+from bilevel.differentiation.described import shortest
 
 TABLE = {"rate": 1.0}
 

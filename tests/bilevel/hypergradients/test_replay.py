@@ -18,7 +18,7 @@ import pytest
 
 import bilevel
 from bilevel import Binomial, Levels, Replay, Unrolled
-from bilevel.hypergradients import kept, replay_pass
+from bilevel.hypergradients import kept, replay_programs
 from bilevel.hypergradients.replay_actions import actions, most_kept
 from bilevel.testing import ridge
 from tests.bilevel.helpers import KEY, assert_close, assert_equal
@@ -132,6 +132,29 @@ def test_batches_that_change_between_forward_and_backward_are_refused():
         estimate(Replay(OPTIMIZERS["adam"], STEPS, segment=4), changing)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (lambda step: (X[step][: 4 - step], Y[step]), r"batch\(1\) of the inner batches is not like that of step 0"),
+        (lambda step: X[step] if step else (X[0], Y[0]), r"batch\(1\) of the inner batches is not like that of step 0"),
+        (lambda step: bilevel.FullBatch((X[0], Y[0])), r"batch\(0\) of the inner batches is a FullBatch: a function"),
+    ],
+)
+def test_batches_of_other_kinds_are_one_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        estimate(Replay(OPTIMIZERS["adam"], STEPS, segment=4), wrong)
+
+
+def test_complex_variables():
+    loss = lambda w, outer, batch, key: jnp.sum(jnp.abs(w - outer.astype(complex) * (1 + 2j)) ** 2)  # noqa: E731
+    start = lambda key, outer: jnp.ones(3, complex)  # noqa: E731
+    problem = bilevel.Problem(loss, lambda w, outer, batch, key: jnp.sum(jnp.abs(w) ** 2), start, lambda key: 0.5)
+    one, other = (
+        cls(optax.sgd(0.1), 6).estimate(problem, None, jnp.asarray(0.5), None, None, KEY) for cls in (Replay, Unrolled)
+    )
+    assert_close((one.value, one.grad), (other.value, other.grad), 1e-12)
+
+
 def test_what_is_found_without_anything_to_differentiate_is_the_training():
     problem = bilevel.Problem(
         lambda w, outer, batch, key: jnp.mean((batch[0] @ w - batch[1]) ** 2) * outer.astype(w.dtype),
@@ -156,10 +179,10 @@ def test_killed_at_any_write_it_goes_on_and_ends_in_the_same_bits(tmp_path, monk
     whole, replace = estimate(made, batch), os.replace
     moment = 0
     while True:
-        moment += 2
+        moment += 4
         left, asked = [moment], []
 
-        def dying(source, target, left=left, before=moment // 2 % 2):
+        def dying(source, target, left=left, before=moment // 4 % 2):
             left[0] -= 1
             if left[0] == 0 and before:
                 raise Killed  # before the file is there
@@ -269,6 +292,49 @@ def test_another_problem_is_refused_and_another_point_is_begun_anew(tmp_path):
     assert_close(found.grad["decay"], estimate(Unrolled(OPTIMIZERS["adam"], STEPS), outer=outer).grad["decay"], 1e-12)
 
 
+CAPTURING = ("inner_loss", "outer_loss", "init_inner", "optimizer", "rule")
+
+
+def capturing(place, array):
+    """A problem and an optimizer, one function of which closes over an array."""
+    there = lambda name: array if name == place else jnp.ones(6)  # noqa: E731
+
+    @jax.custom_vjp
+    def ruled(x):
+        return x
+
+    ruled.defvjp(lambda x: (x, None), lambda _, g: (g * there("rule")[0],))
+    # A function compiled inside holds its constants itself.
+    inner = jax.jit(lambda w, outer: jnp.sum((ruled(w) - outer * there("inner_loss")) ** 2))
+    problem = bilevel.Problem(
+        lambda w, outer, batch, key: inner(w, outer),
+        lambda w, outer, batch, key: jnp.sum((w - there("outer_loss")) ** 2),
+        lambda key, outer: 0.1 * there("init_inner"),
+        lambda key: jnp.ones(6),
+    )
+    return problem, lambda outer: optax.sgd(0.1 * there("optimizer")[0] * jnp.exp(outer[0]))
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.CustomDerivativeWarning")
+@pytest.mark.parametrize("place", CAPTURING)
+def test_a_folder_knows_the_arrays_that_functions_captured(place, tmp_path):
+    def search(array, stop=None):
+        def ones(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return jnp.ones(1)
+
+        problem, optimizer = capturing(place, array)
+        made = Replay(optimizer, 6, segment=2, store=str(tmp_path / "kept"))
+        return made.estimate(problem, None, jnp.ones(6), ones, None, KEY)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(jnp.ones(6), stop=4)
+    with pytest.raises(ValueError, match=r"another problem \(other: .*(captured|computation)"):
+        search(2 * jnp.ones(6))
+    assert np.isfinite(search(jnp.ones(6)).grad).all()
+
+
 def damage_truncate(folder):
     file = max(folder.glob("*.npz"), key=lambda path: path.name.startswith("here"))
     file.write_bytes(file.read_bytes()[:-40])
@@ -314,6 +380,11 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence():
+    with pytest.raises(ValueError, match="no such folder can be made"):
+        estimate(Replay(OPTIMIZERS["adam"], STEPS, store="/proc/none/kept"))
+
+
 def test_a_disk_without_room_is_said_before_and_loses_nothing_later(tmp_path, monkeypatch):
     folder = tmp_path / "kept"
     usage = lambda free: lambda path: shutil._ntuple_diskusage(10, 10 - free, free)  # noqa: E731
@@ -357,7 +428,7 @@ def test_a_function_that_is_no_batch_of_a_step_is_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"segment": 0}, {"store": ""}, {"store": 3}, {"keep": "some"}, {"mode": "forward"}]
+    "settings", [{"segment": 0}, {"store": ""}, {"store": 3}, {"store": "Host"}, {"keep": "some"}, {"mode": "forward"}]
 )
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=r"Replay\("):
@@ -397,7 +468,7 @@ def test_compilations_do_not_depend_on_the_number_of_steps():
     problem, train, val = ridge()
 
     def compiled(steps):
-        programs = replay_pass.advanced, replay_pass._segment_reversed
+        programs = replay_programs.advanced, replay_programs.reversed_segment
         before = [program._cache_size() for program in programs]
         made = Replay(SGD, steps, segment=4)
         made.estimate(problem, None, jnp.zeros(()), bilevel.FullBatch(train), val, KEY)

@@ -103,6 +103,25 @@ def test_without_weights_parts_count_the_same():
     assert abs(sum(each) / 3 - weighted(w, batch)) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["mixed", "reverse", "implicit"])
+def test_a_part_that_counts_nothing_is_left_out(name):
+    def arrays(*lead):
+        x, y, mask = data(ROWS, *lead)
+        return x, y, mask.at[..., 1::3, :].set(False)  # the second of three parts
+
+    whole = problem()
+    results = []
+    for of in (whole, in_parts(whole, 3)):
+        function = jax.jit(lambda of, outer, *batches: ESTIMATORS[name].estimate(of, None, outer, *batches, KEY)[:3])
+        results.append(function(of, of.start_outer(KEY), arrays(STEPS), arrays()))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), *results)
+
+
+def test_a_loss_that_draws_nothing_needs_no_key():
+    loss = bilevel.MicroBatches(lambda w, outer, batch, key: jnp.mean(batch), 3)
+    np.testing.assert_allclose(loss(None, None, jnp.arange(6.0), None), 2.5, rtol=1e-12)
+
+
 def test_each_part_has_a_key_of_its_own_and_aux_comes_out_by_part():
     def loss(inner, outer, batch, key):
         noise = jax.random.normal(key)
@@ -160,6 +179,7 @@ def test_memory_is_that_of_a_part_and_operations_are_those_of_the_whole():
         ((jnp.zeros((6, 2)), jnp.zeros(())), None, "must lead with one number of rows"),
         ((jnp.zeros((6, 2)), jnp.zeros(3)), None, "must lead with one number of rows"),
         (jnp.zeros((0, 2)), None, "a batch of 0 rows cannot be divided"),
+        (jnp.zeros((6, 2)), lambda batch: None, r"weight\(batch\) returned a NoneType, but must return a scalar"),
         (jnp.zeros((6, 2)), lambda batch: batch.sum(axis=0), r"weight\(batch\) returned float64\[2\], but must return"),
     ],
 )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel.running.feeds import described
+from bilevel.differentiation.described import described
 
 
 def code_hash(value: Any) -> str:
