@@ -85,8 +85,8 @@ class MicroBatches:
     def divided(self, batch: Batch, key: Key) -> tuple[jax.Array, Batch, Key]:
         """`(p, batches, keys)`: each leaf leads with an axis of the m parts."""
         batches = jax.tree.map(self._leaf, self._checked(batch))
-        numbers = jnp.arange(self.parts)
-        keys: Any = None if key is None else jax.vmap(lambda part: jax.random.fold_in(key, part))(numbers.astype(jnp.uint32))
+        numbers = jnp.arange(self.parts, dtype=jnp.int32)
+        keys: Any = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(numbers.astype(jnp.uint32))
         if self.weight is None:
             return jnp.full((self.parts,), 1 / self.parts), batches, keys
         weights = jax.lax.stop_gradient(jax.vmap(self.weight)(batches))
