@@ -96,7 +96,7 @@ class MicroBatches:
         weights = weights.astype(jnp.result_type(float))
         # A mean over nothing is 0/0, and 0 times that is no 0, nor are its derivatives: in place of a part that counts
         # nothing, the first that does is computed once more, and counts 0.
-        counted = jnp.where(weights == 0, jnp.argmax(weights != 0), numbers)
+        counted = jnp.where(weights == 0, jnp.argmax(weights != 0).astype(jnp.int32), numbers)
         batches = jax.tree.map(lambda x: jnp.take(x, counted, axis=0), batches)
         return weights / weights.sum(), batches, keys
 
