@@ -67,7 +67,8 @@ def float32_copies(text: str) -> int:
     many elements. Each parameter counts once, so that what is left of the temporary memory is not told too small.
     """
     half, copied = {}, set()
-    for line in text[text.index("\nENTRY ") :].splitlines():
+    entry = text.partition("ENTRY ")[2]
+    for line in entry.splitlines():
         found = re.match(r"\s*%(\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)", line)
         if not found:
             continue
