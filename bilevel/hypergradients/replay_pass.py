@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from bilevel.differentiation.computation import Parts, parts
 from bilevel.hypergradients.kept import InFolder, OnDevice, OnHost, Store, refuse_without_room
+from bilevel.hypergradients.progress import Progress
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.replay_actions import actions, most_kept
 from bilevel.hypergradients.replay_programs import (
@@ -31,7 +32,6 @@ from bilevel.hypergradients.replay_programs import (
 )
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
-from bilevel.progress import Progress
 from bilevel.sharding.processes import digest, several
 from bilevel.trees import Batch, PyTree, as_words, partition
 

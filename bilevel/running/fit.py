@@ -16,7 +16,7 @@ from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Query, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.problem.problem import Problem
-from bilevel.progress import Callback
+from bilevel.running.loop import Callback
 from bilevel.running.run import Result, run
 from bilevel.settings.fields import checked
 from bilevel.sharding.sharding import Sharding

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bilevel.differentiation.captures import look_again
 from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
-from bilevel.progress import Callback
 from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import History, chunk, chunk_capacity, wanted_batches
 from bilevel.running.diagnosis import refuse_failed, refuse_start
@@ -26,6 +25,9 @@ from bilevel.sharding.sharding import Sharding, with_problem
 from bilevel.solvers.base import Solver
 from bilevel.solvers.states import check_counts
 from bilevel.trees import PyTree, replayed
+
+Callback = Callable[[int, Any, Mapping[str, Any]], Any]
+"""`callback(step, state, metrics)` between chunks: `metrics` are the new rows; a true return value stops the run."""
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""

@@ -15,13 +15,13 @@ from bilevel.data import slots
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses, warn_if_misplaced
 from bilevel.hypergradients.arguments import check_run
-from bilevel.progress import Callback, Progress
+from bilevel.hypergradients.progress import Progress
 from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import batches, kinds, recorded, wanted_batches
 from bilevel.running.feeds import Feed
 from bilevel.running.fingerprint import fingerprint
 from bilevel.running.interrupts import Terminated, terminable
-from bilevel.running.loop import Loop, Store
+from bilevel.running.loop import Callback, Loop, Store
 from bilevel.running.programs import programs
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings.numeric import check_schedules

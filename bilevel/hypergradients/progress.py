@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 LINE_EVERY = 30.0
@@ -70,7 +70,3 @@ class Progress:
         gone, steps = time.monotonic() - self._begun, self._done - self._first
         seconds = round(gone / max(steps, 1) * (self._total - self._done))
         return f"{seconds // 60}:{seconds % 60:02d} left"
-
-
-Callback = Callable[[int, Any, Mapping[str, Any]], Any]
-"""`callback(step, state, metrics)` between chunks: `metrics` are the new rows; a true return value stops the run."""
