@@ -13,7 +13,7 @@ from bilevel.hypergradients.contract import driven_from_host
 KEY = jax.random.key(7)
 
 # Problem and hypergradient are arguments, so that cases which differ in their arrays share a compilation.
-_estimate = jax.jit(lambda problem, hypergradient, *args: hypergradient.estimate(problem, *args))
+jitted_estimate = jax.jit(lambda problem, hypergradient, *args: hypergradient.estimate(problem, *args))
 _solve = jax.jit(lambda problem, hypergradient, *args: hypergradient.solve(problem, *args))
 step = jax.jit(lambda solver, *args: solver.step(*args))
 
@@ -22,7 +22,7 @@ def estimate(problem: Any, hypergradient: Any, *args: Any) -> Any:
     """`hypergradient.estimate`, compiled unless it runs compiled programs itself."""
     if driven_from_host(hypergradient):
         return hypergradient.estimate(problem, *args)
-    return _estimate(problem, hypergradient, *args)
+    return jitted_estimate(problem, hypergradient, *args)
 
 
 def solve(problem: Any, hypergradient: Any, *args: Any) -> Any:
