@@ -114,6 +114,8 @@ identity = Identity()
 
 def call(adapt: Hook, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """`adapt(site, x, y)`, checked: what comes back has y's shape and dtype. Raises ValueError."""
+    if not callable(adapt):
+        raise ValueError(f"adapt must be a hook, called with (site, x, y), not {adapt!r}: leave it out for none.")
     out = adapt(site, x, y)
     if getattr(out, "shape", None) != y.shape or out.dtype != y.dtype:
         got = f"{out.dtype}{list(out.shape)}" if hasattr(out, "shape") else type(out).__name__

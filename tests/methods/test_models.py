@@ -290,6 +290,7 @@ def test_second_and_third_derivatives_agree_in_both_modes():
         (lambda m, w: m.apply(w, np.zeros((1, 33), np.int32)), "33 tokens but the model was made for 32"),
         (lambda m, w: m.apply(w, TOKENS, MASK.astype(np.int32)), "mask must be bool"),
         (lambda m, w: m.apply(w, TOKENS, None, lambda site, x, y: y), "wrap a plain function"),
+        (lambda m, w: m.apply(w, TOKENS, None, None), "adapt must be a hook, called with .*, not None: leave it out"),
         (lambda m, w: m.apply(w, TOKENS, None, Scale(jnp.zeros(2))), r"leaf \.s has shape \(2,\)"),
         (
             lambda m, w: m.apply(w, TOKENS, None, Chain((Cast(jnp.zeros(3)),))),
