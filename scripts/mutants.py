@@ -1,8 +1,9 @@
 """Mutation testing of `bilevel/`, folder by folder: python scripts/mutants.py [--sample 20] [--minutes 60] [FOLDER ...]
 
 cosmic-ray changes one operator, number or branch at a time in a copy of the package; the tests of that folder should
-fail. A sample of the changes is tried of each folder, the same one each time. What was tried is kept in build/mutants,
-so that a second call goes on where the first one ended; changed sources or tests start anew.
+fail, those of the changed module first. A sample of the changes is tried of each folder, the same one each time. What
+was tried is kept in build/mutants, so that a second call goes on where the first one ended; changed sources or tests
+start anew.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("bilevel", "tests")
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
 
 
 def in_code(source: str) -> Callable[[tuple[int, int]], bool]:
@@ -43,6 +45,25 @@ def tests_of(folder: str) -> list[str]:
     if folder != "bilevel":
         return [str(mirror)]
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / mirror).glob("test_*.py"))
+
+
+def ordered(module: Path, tests: list[str]) -> list[str]:
+    """The tests with those of a module's own name first: `-x` ends at the first that fails, most often one of these."""
+    own = Path("tests") / module.parent / f"test_{module.name}"
+    return [str(own), *tests] if (ROOT / own).exists() else tests
+
+
+def seconds_of(tests: list[str], place: Path) -> float:
+    """What the tests take without any change: run once for these sources, then kept. Ends the process if one fails."""
+    kept = place / "seconds.txt"
+    if kept.exists():
+        return float(kept.read_text())
+    begun = time.monotonic()
+    done = subprocess.run([*PYTEST, *tests], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"The tests fail without any change:\n{done.stdout[-2000:]}")
+    kept.write_text(str(time.monotonic() - begun))
+    return float(kept.read_text())
 
 
 def workplace(folder: str) -> Path:
@@ -88,23 +109,19 @@ def tried(folder: str, sample: int, end: float) -> Counter[bool]:
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_ENABLE_COMPILATION_CACHE": "false"
         }  # fmt: skip
     record = session(folder, place, sample)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests_of(folder)]
-    pending = list(record.pending_work_items)
+    tests, pending = tests_of(folder), list(record.pending_work_items)
     if pending:
         print(f"{folder}: {len(pending)} of {record.num_work_items} changes to try; first the tests as they are")
-        begun = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"The tests of {folder} fail without any change:\n{done.stdout[-2000:]}")
-        patience = 60 + 3 * (time.monotonic() - begun)
+        patience = 60 + 3 * seconds_of(tests, place)
     begun = time.monotonic()
     for i, item in enumerate(pending):
         if time.monotonic() > end:
             print("The time is over; the next call goes on from here.")
             break
-        result = mutate_and_test(item.mutations, shlex.join(command), patience)
-        record.set_result(item.job_id, result)
         (change,) = item.mutations
+        command = shlex.join([*PYTEST, *ordered(Path(change.module_path), tests)])
+        result = mutate_and_test(item.mutations, command, patience)
+        record.set_result(item.job_id, result)
         left = (time.monotonic() - begun) / (i + 1) * (len(pending) - i - 1) / 60
         said = f"{change.module_path}:{change.start_pos[0]} {change.operator_name} (about {left:.0f} min left)"
         print(f"{i + 1}/{len(pending)} {'killed  ' if result.is_killed else 'SURVIVED'} {said}", flush=True)

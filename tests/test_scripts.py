@@ -77,6 +77,9 @@ def test_changes_are_tried_where_code_runs_and_on_the_tests_of_its_folder(mutant
     for folder in folders:
         tests = mutants.tests_of(folder)
         assert tests and all((ROOT / test).exists() for test in tests), folder
+    folder, own = "bilevel/differentiation", "tests/bilevel/differentiation/test_smooth.py"
+    assert mutants.ordered(Path(folder) / "smooth.py", ["tests/" + folder]) == [own, "tests/" + folder]
+    assert mutants.ordered(Path(folder) / "flat.py", ["tests/" + folder]) == ["tests/" + folder]
 
 
 def test_the_demonstration_asks_pip_for_hashes_and_checks_them_again(fetch_demo, tmp_path, monkeypatch):
