@@ -36,6 +36,7 @@ from bilevel.hypergradients.first_order import FirstOrder as FirstOrder
 from bilevel.hypergradients.fixed_point import FixedPoint as FixedPoint
 from bilevel.hypergradients.implicit import Implicit as Implicit
 from bilevel.hypergradients.implicit_solve import ImplicitSolve as ImplicitSolve
+from bilevel.hypergradients.jacobian import value_and_hyperjacobian as value_and_hyperjacobian
 from bilevel.hypergradients.one_step import OneStep as OneStep
 from bilevel.hypergradients.per_task import PerTask as PerTask
 from bilevel.hypergradients.persistent_evolution import PersistentES as PersistentES

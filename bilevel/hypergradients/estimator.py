@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -18,6 +19,7 @@ from bilevel.differentiation.flat import PASSES, of_loss
 from bilevel.differentiation.influence import refuse_reverse_rules, replayed_marks, report
 from bilevel.differentiation.loss_checks import (
     ORDERS,
+    TracedLoss,
     explained,
     refuse_captured,
     traced_losses,
@@ -98,6 +100,22 @@ class Estimator:
             operation that cannot be differentiated as it is needed: names it; if `differentiate` did not do what it
             has to: says what.
         """
+        query, params, losses = self.looked_over(problem, inner_state, outer, inner_batches, outer_batch, key)
+        return self.answered(query, key, losses, lambda: self._answer(query, params))
+
+    def looked_over(
+        self,
+        problem: Problem,
+        inner_state: InnerState | None,
+        outer: Outer,
+        inner_batches: Batch,
+        outer_batch: Batch,
+        key: Key,
+    ) -> tuple[Query, PyTree, list[TracedLoss]]:
+        """The arguments of `estimate` as a `Query`, the shapes of the inner variable, and the losses that were traced.
+
+        Warns and raises as `estimate` does of what is wrong with its arguments.
+        """
         check_estimate(self, problem, inner_state, outer, inner_batches, outer_batch, key)
         compiled = isinstance(key, Tracer)  # by whoever calls it, who has to look at what it reads
         if not compiled:
@@ -112,14 +130,19 @@ class Estimator:
             if self._heeds_rules and loss.name == "inner_loss" and (name := loss.custom_rule()):
                 self.meet_custom_rule(name)
         keys = split_keys(key, self.steps)
-        query = Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys)
+        return Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys), params, losses
+
+    def answered(
+        self, query: Query, key: Key, losses: list[TracedLoss], answer_of: Callable[[], Answer]
+    ) -> Estimate:
+        """What `answer_of()` answers to a query that was looked over, as an `Estimate`. Raises as `estimate`."""
         try:
             with explained(losses, ORDERS):
-                answer = self._answer(query, params)
+                answer = answer_of()
         except Unmet as unmet:
             raise ValueError(f"{type(self).__name__}: {unmet}.") from None
-        if not compiled:
-            look_again(self, problem, outer)
+        if not isinstance(key, Tracer):
+            look_again(self, query.problem, query.outer)
         info = {"inner_loss": answer.trace.value} | answer.info
         return Estimate(answer.value, answer.grad, answer.state, Aux(answer.trace.aux, answer.aux, info))
 

@@ -15,6 +15,7 @@ from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, 
 from bilevel.hypergradients.answers import checked_answer
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.contract import Estimate
+from bilevel.hypergradients.jacobian import question
 from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.replay_actions import actions
 from bilevel.hypergradients.replay_pass import Pass
@@ -131,6 +132,40 @@ class Replay(Trained):
         _refuse_traced("estimate", (problem, inner_state, outer, inner_batches, outer_batch, key))
         batches = self._streamed("estimate", inner_batches)
         return super().estimate(problem, inner_state, outer, batches, outer_batch, key)
+
+    def estimates(
+        self,
+        problem: Problem,
+        inner_state: InnerState | None,
+        outer: Outer,
+        inner_batches: Batch,
+        outer_batches: Batch,
+        key: Key,
+    ) -> Estimate:
+        """`estimate` of several outer batches after one training, which is also recomputed once for all of them.
+
+        Args:
+          outer_batches: arrays that lead with an axis of Q batches.
+          problem, inner_state, outer, inner_batches, key: as for `estimate`.
+
+        Returns:
+          An `Estimate` whose `value`, `grad` and `aux.outer` lead with that axis: row q is `estimate` of batch q, to
+          rounding.
+        """
+        _refuse_traced("estimates", (problem, inner_state, outer, inner_batches, outer_batches, key))
+        first = question(outer_batches)
+        batches = self._streamed("estimates", inner_batches)
+        query, params, losses = self.looked_over(problem, inner_state, outer, batches, first, key)
+
+        def answer() -> Answer:
+            stacked = dataclasses.replace(query, outer_batch=outer_batches)
+            settings = {"keep": self.keep, "store": self.store, "show": self.progress}
+            found = Pass(self.part, stacked, **settings, several=True).answer()
+            if not all(reached := self.twin.looked_at(query, params)[2]):
+                self._report(query, found, reached)
+            return found
+
+        return self.answered(query, key, losses, answer)
 
     def solve(
         self, problem: Problem, inner_state: InnerState | None, outer: Outer, inner_batches: Batch, key: Key

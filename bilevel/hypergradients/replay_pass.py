@@ -39,14 +39,16 @@ from bilevel.trees import Batch, PyTree, as_words, partition
 class Pass:
     """One estimate: actions one after the other, and what they have come to.
 
+    With `several` the outer batch is a stack of them: the value, its adjoint and the hypergradient lead with that axis.
+
     Attributes:
       here: the state at hand; None where the next action does not begin with it.
       adjoint: after the outer loss, the cotangent of the state and the sum of those of `outer`.
       marks: of each segment that was seen, a hash of its batches: those of a function must be the same each time.
     """
 
-    def __init__(self, part: Unrolled, query: Query, *, keep: Any, store: str, show: bool):
-        self.part, self.query, self.show = part, query, show
+    def __init__(self, part: Unrolled, query: Query, *, keep: Any, store: str, show: bool, several: bool = False):
+        self.part, self.query, self.show, self.several = part, query, show, several
         self.count = -(-query.steps // part.steps)
         self.actions = actions(self.count, keep)
         self.ending = next(i for i, action in enumerate(self.actions) if action.kind == "outer")
@@ -81,7 +83,7 @@ class Pass:
         grad = self.query.moving
         if jax.tree.leaves(grad):
             by_start, direct = self.adjoint
-            grad = jax.tree.map(jnp.add, direct, begun_back(self.part, self.query, by_start))
+            grad = jax.tree.map(jnp.add, direct, begun_back(self.part, self.query, by_start, self.several))
         answer = Answer(
             value,
             grad,
@@ -107,7 +109,7 @@ class Pass:
             self.store.put(f"trace-{at}", (trace, jnp.asarray(self.marks.get(at, 0), jnp.uint32)))
 
     def outer(self, number: int, at: int) -> None:
-        outcome, self.adjoint = differentiated(self.query, self.here)
+        outcome, self.adjoint = differentiated(self.query, self.here, self.several)
         self.store.put("end", as_words(self.here)[0])
         self.store.put("outer", outcome)
         self.here = None
@@ -116,7 +118,9 @@ class Pass:
         query = self.query
         before = self._state(f"start-{at}")
         arguments = query.problem, query.moving, query.fixed, before, *self._slot(at)
-        after, self.adjoint = self.adjoint, reversed_segment(self.part, *arguments, self.adjoint)
+        after, self.adjoint = self.adjoint, reversed_segment(
+            self.part, *arguments, self.adjoint, several=self.several
+        )
         jax.block_until_ready(after)
         self.store.drop(f"start-{at}")
 
@@ -166,8 +170,8 @@ class Pass:
             trace = jax.eval_shape(partial(advanced, self.part), query.problem, query.outer, state, *given)[1]
             traces.append((trace, jax.ShapeDtypeStruct((), jnp.uint32)))
         traces = traces[:1] * (self.count - 1) + traces[-1:]
-        outcome, (_, direct) = jax.eval_shape(partial(differentiated, query), state)
-        own = partition(self.state_like)[0]
+        outcome, (stacked, direct) = jax.eval_shape(partial(differentiated, query, several=self.several), state)
+        own = stacked if self.several else partition(self.state_like)[0]
         nowhere = partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
         return self.state_like, nowhere(traces), nowhere(outcome), (own, nowhere(direct))
 
@@ -183,15 +187,15 @@ class Pass:
             )
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_like))
         refuse_without_room(where, (most_kept(self.actions) + 3) * size)
-        settings = query.steps, part.steps, keep, part.mode, part.checkpoint, _version(), jax.__version__
+        settings = query.steps, part.steps, keep, part.mode, part.checkpoint, self.several, _version(), jax.__version__
         segment = slot_like(query, part.steps, 0)
-        adjoint = jax.eval_shape(partial(differentiated, query), self.here)[1]
+        adjoint = jax.eval_shape(partial(differentiated, query, several=self.several), self.here)[1]
         back = query.problem, query.moving, query.fixed, self.here, *segment, adjoint
         # Backward too: what a loss with a derivative of its own does is seen there alone.
         made_of = [
             _parts(partial(advanced, part), query.problem, query.outer, self.here, *segment),
-            _parts(partial(reversed_segment, part), *back),
-            _parts(loss_differentiated, *at_the_end(query, self.here)),
+            _parts(partial(reversed_segment, part, several=self.several), *back),
+            _parts(partial(loss_differentiated, several=self.several), *at_the_end(query, self.here)),
             _parts(partial(start, part), query.problem, query.inner_state, query.outer, query.keys),
         ]
         computation = "\n".join(line for each in made_of for line in (*each.operations, *each.numbers))

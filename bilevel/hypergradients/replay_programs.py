@@ -40,7 +40,7 @@ def begun(part: Unrolled, query: Query) -> InnerState:
     return start(part, query.problem, query.inner_state, query.outer, replayed(query.keys))
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="several")
 def _start_reversed(
     part: Unrolled,
     problem: Problem,
@@ -49,18 +49,23 @@ def _start_reversed(
     fixed: PyTree,
     keys: Keys,
     by: PyTree,
+    several: bool,
 ) -> Outer:
     def started(moving: Outer) -> PyTree:
         return partition(start(part, problem, inner_state, combine(moving, fixed), keys))[0]
 
-    return jax.vjp(started, moving)[1](by)[0]
+    return _each(jax.vjp(started, moving)[1], several)(by)[0]
 
 
-def begun_back(part: Unrolled, query: Query, by: PyTree) -> Outer:
+def begun_back(part: Unrolled, query: Query, by: PyTree, several: bool = False) -> Outer:
     """What the cotangent of the state before the first step is for `outer`."""
-    return _start_reversed(
-        part, query.problem, query.inner_state, query.moving, query.fixed, replayed(query.keys), by
-    )
+    at = query.problem, query.inner_state, query.moving, query.fixed, replayed(query.keys)
+    return _start_reversed(part, *at, by, several=several)
+
+
+def _each(pullback: Callable[[PyTree], Any], several: bool) -> Callable[[PyTree], Any]:
+    """A pullback of one cotangent, or of several that are stacked: what it reads was computed once for all."""
+    return jax.vmap(pullback) if several else pullback
 
 
 @jax.jit
@@ -72,7 +77,7 @@ def advanced(
     return train(problem, part.optimizer, state, outer, batches, keys, **options)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="several")
 def reversed_segment(
     part: Unrolled,
     problem: Problem,
@@ -83,8 +88,9 @@ def reversed_segment(
     keys: jax.Array,
     first: Any,
     adjoint: tuple[PyTree, Outer],
+    several: bool = False,
 ) -> tuple[PyTree, Outer]:
-    """A segment backward: the adjoint before it, of the adjoint after it."""
+    """A segment backward: the adjoint before it, of the adjoint after it; or several adjoints, which are stacked."""
     own, rest = partition(state)
     options = {"first": first, "gradient": _GRADIENTS[part.mode], "checkpoint": part.checkpoint}
 
@@ -93,26 +99,34 @@ def reversed_segment(
         return partition(train(problem, part.optimizer, *at, batches, keys, **options)[0])[0]
 
     by_state, so_far = adjoint
-    by_state, more = jax.vjp(trained, own, moving)[1](by_state)
+    by_state, more = _each(jax.vjp(trained, own, moving)[1], several)(by_state)
     return by_state, jax.tree.map(jnp.add, so_far, more)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="several")
 def loss_differentiated(
-    problem: Problem, steps: Any, moving: Outer, fixed: PyTree, state: InnerState, batch: Batch, keys: Keys
+    problem: Problem,
+    steps: Any,
+    moving: Outer,
+    fixed: PyTree,
+    state: InnerState,
+    batch: Batch,
+    keys: Keys,
+    several: bool = False,
 ) -> Any:
     own, rest = partition(state)
 
-    def loss(own: PyTree, moving: Outer) -> Any:
+    def loss(own: PyTree, moving: Outer, batch: Batch) -> Any:
         return outer_value(problem, steps, combine(own, rest).params, combine(moving, fixed), batch, keys)
 
-    (value, aux), adjoint = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(own, moving)
+    slope = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (value, aux), adjoint = (jax.vmap(slope, (None, None, 0)) if several else slope)(own, moving, batch)
     return (value, aux), adjoint
 
 
-def differentiated(query: Query, state: InnerState) -> Any:
-    """`((value, aux), adjoint)` of the outer loss after the last step."""
-    return loss_differentiated(*at_the_end(query, state))
+def differentiated(query: Query, state: InnerState, several: bool = False) -> Any:
+    """`((value, aux), adjoint)` of the outer loss after the last step; of several batches, which are stacked."""
+    return loss_differentiated(*at_the_end(query, state), several=several)
 
 
 def at_the_end(query: Query, state: InnerState) -> tuple[Any, ...]:
