@@ -37,6 +37,8 @@ KEYS: Mapping[str, Table] = {
     "gemma3_text": {
         **_COMMON,
         **_LOCAL,
+        # transformers reads it and caps nothing, other programs cap: no released model of this kind sets it
+        "attn_logit_softcapping": only(None),
         "rope_parameters": rope.EACH,
         "rope_local_base_freq": POSITIVE,
         "sliding_window_pattern": COUNT,

@@ -10,6 +10,7 @@ Everything is computed in float32 or better and can be differentiated any number
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,10 @@ import numpy as np
 import optax
 
 from methods.tasks.encode import TokenBatch
+
+
+LONGEST = 128
+"""Positions of a sequence whose logits are in memory at a time: 0.5 GB for 8 sequences of a vocabulary of 128k."""
 
 
 class Answers(NamedTuple):
@@ -165,10 +170,33 @@ def answer_loss_at(
 def answer_log_likelihood_at(
     head: Callable[[jax.Array], jax.Array], hidden: jax.Array, batch: TokenBatch, width: int
 ) -> jax.Array:
-    """`answer_log_likelihood(head(hidden), batch)`, `[B]`, with the logits of `answer_loss_at`."""
+    """`answer_log_likelihood(head(hidden), batch)`, `[B]`, with the logits of `answer_loss_at`.
+
+    Answers of more than `LONGEST` tokens go by blocks of as many, whose logits are computed anew in the backward pass:
+    B*LONGEST*V of them are in memory at a time.
+    """
     answers = keep_answers(hidden, batch, width)
-    values = _log_likelihood(head(answers.hidden), answers.targets, answers.mask)
+    if width <= LONGEST:
+        values = _log_likelihood(head(answers.hidden), answers.targets, answers.mask)
+    else:
+        values = _by_blocks(head, answers)
     return jnp.where(jnp.asarray(batch.answer_mask).sum(axis=1) > width, jnp.nan, values)
+
+
+def _by_blocks(head: Callable[[jax.Array], jax.Array], answers: Answers) -> jax.Array:
+    batch, width = answers.mask.shape
+    missing = -width % LONGEST
+
+    def blocks(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(batch, -1, LONGEST, *x.shape[2:]), 1, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)  # inside a scan nothing can be merged with it
+    def add(total: jax.Array, block: Answers) -> tuple[jax.Array, None]:
+        return total + _log_likelihood(head(block.hidden), block.targets, block.mask), None
+
+    dtype = jax.eval_shape(lambda hidden: _wide(head(hidden)), answers.hidden[:, :1]).dtype
+    return jax.lax.scan(add, jnp.zeros(batch, dtype), Answers(*map(blocks, answers)))[0]
 
 
 def _log_likelihood(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:

@@ -81,6 +81,7 @@ ROPE = {"rope_type": "linear", "factor": 2.0}
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("gemma2", {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping is "),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0"),
         ("gemma3_text", {"layer_types": ["chunked_attention"] * 2}, "layer_types is "),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),

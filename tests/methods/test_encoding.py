@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from methods import tasks
 from methods.models import gemma
-from methods.tasks import Pair, encode, evaluate, tokens
+from methods.tasks import Pair, TokenBatch, encode, evaluate, loss, tokens
 from methods.tasks.loss import (
     answer_log_likelihood,
     answer_log_likelihood_at,
@@ -246,6 +246,34 @@ def test_loss_at_the_answers_is_the_same_and_so_are_its_derivatives(scored):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-14)
     at = answer_log_likelihood_at(head, hidden, batch, width)
     np.testing.assert_allclose(at, answer_log_likelihood(head(hidden), batch), rtol=1e-13)
+
+
+@pytest.mark.parametrize("longest", [2, 3, 4])
+def test_answers_in_blocks_have_the_same_loss_and_derivatives(longest, scored, monkeypatch):
+    batch, hidden, head = scored
+    kept = lambda hidden: answer_loss_at(head, hidden, batch, 4)  # noqa: E731
+    both = lambda hidden: (  # noqa: E731
+        jax.value_and_grad(kept)(hidden),
+        jax.jvp(jax.grad(kept), (hidden,), (jnp.cos(hidden),))[1],
+    )
+    whole = both(hidden)
+    monkeypatch.setattr(loss, "LONGEST", longest)
+    for ours, theirs in zip(jax.tree.leaves(both(hidden)), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+    assert jnp.isnan(answer_log_likelihood_at(head, hidden, batch, 3)).tolist() == [True, False, False]
+
+
+def test_long_answers_need_the_memory_of_a_block_of_logits():
+    rows, vocabulary = 2, 8192
+
+    def temporary(length):
+        batch = TokenBatch(*(jnp.ones((rows, length), kind) for kind in (jnp.int32, bool, bool)))
+        shapes = jnp.ones((rows, length, 8)), jnp.ones((8, vocabulary))
+        slope = jax.grad(lambda hidden, kernel: answer_loss_at(lambda h: h @ kernel, hidden, batch, length - 1))
+        return jax.jit(slope).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    whole = rows * 1023 * vocabulary * 8
+    assert temporary(1024) < 0.6 * whole and temporary(1024) < 1.1 * temporary(512)
 
 
 def test_a_width_that_cuts_an_answer_gives_nan_and_never_a_part(scored):
