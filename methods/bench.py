@@ -62,6 +62,10 @@ class Settings:
       remat: recompute blocks in the backward pass: less memory, one more forward pass.
       mesh: devices to compute on, such as data=8, fsdp=8 or data=4,fsdp=2: rows are split over all of them, frozen
         weights over those of fsdp. The numbers are those of one device, to rounding, and a run goes on with another.
+      coordinator: HOST:PORT of the first of several processes that compute together, the same in all of them; "auto"
+        where SLURM, GKE or MPI started them and knows it. Every process is given the same command, and --mesh.
+      processes: how many there are, beside HOST:PORT.
+      process: which one this is, from 0; the first alone writes and speaks. All have to see the run folder.
       dtype: of the frozen weights and of what products are of; "bfloat16" halves their memory. Sums, what is trained,
         its optimizer's state and hypergradients are float32 all the same.
     """
@@ -88,6 +92,9 @@ class Settings:
     patience: CountOrNone = 0
     remat: bool = True
     mesh: str | None = None
+    coordinator: str | None = None
+    processes: Annotated[int, Range(1, ranges.LARGEST)] | None = None
+    process: Annotated[int, Range(0, ranges.LARGEST)] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -172,8 +179,7 @@ def check(settings: Settings) -> None:
                 f"--{size.replace('_', '-')} {getattr(settings, size)} is larger than the data, "
                 f"--{rows.replace('_', '-')} {getattr(settings, rows)}: lower it."
             )
-    if settings.mesh is not None:
-        mesh.sharding(settings.mesh)
+    if mesh.sharding(settings.mesh) is not None and settings.mesh is not None:
         axes = mesh.sizes(settings.mesh)
         mesh.rows_divide("--batch-size", settings.batch_size, axes)
         mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)

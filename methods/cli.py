@@ -78,8 +78,12 @@ def run(arguments: list[str]) -> int:
         settings = _parse(command, name, rest)
         if settings is None:  # help was asked for
             return 0
+        from methods import processes
+
+        processes.start(settings)
         left_out = command.main(settings)
-        _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
+        if processes.is_first():
+            _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
         return _fail(left_out) if left_out else 0
     except KeyboardInterrupt:
         kept = settings is not None and (settings.out / "config.json").is_file()

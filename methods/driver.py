@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import evaluation, pages
+from methods import evaluation, mesh, pages
 from methods.bench import Bench, Settings, open_run, prepare, recipe
 from methods.objective import Bound
 from methods.pages import Page, Run
@@ -225,8 +225,8 @@ def search(each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = 
     """Runs a search; kept in the run folder and continued from there."""
     return bilevel.run(
         each.solver,
-        inner_data=each.inner_data,
-        outer_data=each.outer_data,
+        inner_data=mesh.shared(each.inner_data, sharding),
+        outer_data=mesh.shared(each.outer_data, sharding),
         steps=each.steps,
         key=each.key,
         callbacks=[folder.log(each.name)],

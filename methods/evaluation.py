@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from methods import tasks
+from methods import processes, tasks
 from methods.bench import WRITTEN, Bench
 from methods.objective import Bound, jitted_outputs, jitted_row_losses, write
 from methods.tasks import Accuracy, Classified, Evaluation, Written
@@ -28,7 +28,7 @@ def validation_loss(bench: Bench, bound: Bound, batch_size: int = 16) -> float:
     for index, length in by_length(rows.mask.sum(axis=1), batch_size, 32, rows.mask.shape[1]):
         batch = cut(rows, np.resize(index, batch_size), length)
         losses, counts = jitted_row_losses(bench.pretrained.model, bench.head, bench.width, weights, bound, batch)
-        losses, counts = np.asarray(losses)[: len(index)], np.asarray(counts)[: len(index)]
+        losses, counts = processes.whole(losses)[: len(index)], processes.whole(counts)[: len(index)]
         if bench.row_means:
             losses, counts = losses / counts, np.ones_like(counts)
         total, count = total + float(losses.sum()), count + int(counts.sum())
@@ -43,7 +43,10 @@ def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written:
     task: Any = bench.task
     longest = bench.pretrained.config.max_positions
     if bench.head is not None:
-        answer = partial(jitted_outputs, bench.pretrained.model, bench.head, weights, bound)
+
+        def answer(batch):
+            return processes.whole(jitted_outputs(bench.pretrained.model, bench.head, weights, bound, batch))
+
         found: Any = tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
     elif isinstance(task, tasks.Generation):
         shortened = 0
@@ -100,4 +103,4 @@ def _score(model, weights, adapt, tokens, mask, answer_mask):
     width = -(-int(answer_mask.sum(axis=1).max()) // 32) * 32  # few widths, so few compilations
     bound, batch = Bound(adapt, {}), tasks.TokenBatch(tokens, mask, answer_mask)
     losses, _ = jitted_row_losses(model, None, width, weights, bound, batch)
-    return -losses
+    return -processes.whole(losses)

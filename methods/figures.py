@@ -40,7 +40,7 @@ def training(file: Path, folder: RunFolder, arms: Sequence[str]) -> None:
         window = max(1, len(loss) // 20)
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         (line,) = ax.plot(np.arange(window, len(loss) + 1), smooth, lw=1.2, label=f"{name}, training")
-        if (folder.path / f"validation/{name}.json").is_file():
+        if folder.has(f"validation/{name}"):
             points = folder.read(f"validation/{name}")
             at, values = [p["step"] for p in points], [p["loss"] for p in points]
             ax.plot(at, values, "o--", ms=4, lw=0.8, color=line.get_color(), label=f"{name}, validation")

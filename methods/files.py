@@ -2,6 +2,8 @@
 
 Without the sync a machine that loses power can leave an empty file under the new name: a rename may reach the disk
 before the bytes that it names.
+
+Of several processes of a command the first writes; in the others all of this leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from methods import processes
 
 PART = ".part-"
 """How the names of unfinished files begin."""
@@ -25,6 +30,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If the block fails it is removed, and `path` stays as it was.
     """
+    if not processes.is_first():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     try:
@@ -44,6 +53,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     Raises:
       FileExistsError: if `folder` holds something that the new one does not, which would be lost.
     """
+    if not processes.is_first():
+        with tempfile.TemporaryDirectory() as fresh:
+            yield Path(fresh)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = _beside(folder)
     stale = fresh.with_name(fresh.name + "-old")
@@ -84,6 +97,8 @@ def write_text(path: Path, text: str) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Adds to the end of a file, and syncs it. What is killed in between leaves a last line that is torn."""
+    if not processes.is_first():
+        return
     with path.open("ab") as file:
         file.write(data)
         file.flush()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import bilevel
+from methods import processes
 
 AXES = {
     "data": "each device has all weights, and its own rows of a batch",
@@ -45,9 +49,14 @@ def sharding(text: str | None) -> bilevel.Sharding | None:
     """Rows split over all devices of the mesh, frozen weights over those of its axis fsdp; None without a mesh.
 
     Raises:
-      ValueError: if there are not so many devices.
+      ValueError: if there are not so many devices, or some that no process of the command would use.
     """
     if text is None:
+        if processes.count() > 1:
+            raise ValueError(
+                f"--coordinator is of {processes.count()} processes with {jax.device_count()} devices together: say "
+                f"how they share the work, by --mesh data={jax.device_count()} for instance."
+            )
         return None
     axes = sizes(text)
     wanted, there = math.prod(axes.values()), jax.devices()
@@ -58,5 +67,48 @@ def sharding(text: str | None) -> bilevel.Sharding | None:
             f"--mesh {text} wants {wanted} devices, but JAX finds {len(there)} ({kind}): name fewer"
             f"{hint * (kind == 'cpu')}."
         )
+    if processes.count() > 1 and wanted != len(there):
+        raise ValueError(
+            f"--mesh {text} is of {wanted} devices, but the {processes.count()} processes have {len(there)} together: "
+            "name all of them."
+        )
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), devices=there[:wanted])
     return bilevel.Sharding(mesh, batch=tuple(axes))
+
+
+def shared(data: Any, sharding: bilevel.Sharding | None) -> Any:
+    """`data` of `bilevel.run` as each process of the command gives it: of an iterator's batches, its own rows."""
+    iterates = sharding is not None and processes.count() > 1 and hasattr(data, "__next__")
+    return OwnRows(data, sharding) if iterates else data
+
+
+class OwnRows:
+    """Of the batches of an iterator, the rows that the devices of this process hold.
+
+    Every process reads the whole batch, so that all cut it to the same length, and knows its place by one number.
+
+    Args:
+      batches: an iterator with `get_state` and `set_state`; each batch a pytree of arrays that lead with its rows.
+      sharding: where the rows lie.
+    """
+
+    def __init__(self, batches: Any, sharding: bilevel.Sharding):
+        self.batches, self._rows = batches, NamedSharding(sharding.mesh, PartitionSpec(sharding.batch))
+
+    def __iter__(self) -> OwnRows:
+        return self
+
+    def __next__(self) -> Any:
+        batch = next(self.batches)
+        count = len(jax.tree.leaves(batch)[0])
+        slices = {index[0].indices(count) for index in self._rows.addressable_devices_indices_map((count,)).values()}
+        own = np.concatenate([np.arange(*each) for each in sorted(slices)])
+        return jax.tree.map(lambda x: x[own], batch)
+
+    def get_state(self) -> Any:
+        """That of the iterator."""
+        return self.batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        """Goes on from that state."""
+        self.batches.set_state(state)

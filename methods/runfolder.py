@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods import files, fingerprint
+from methods import files, fingerprint, processes
 from methods.causes import reading
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
-FREE = ("mesh",)
+FREE = ("mesh", "coordinator", "processes", "process")
 """Settings that change no result, to rounding: a run goes on with others."""
 FOLDERS = ("adapter", "checkpoints", "figures", "results", "tried", "validation")
 
@@ -27,8 +27,14 @@ def check(path: Path, settings: Any) -> None:
 
     Raises:
       ValueError: if it cannot be written, holds a run with other settings or of other versions, or something that is
-        not a run.
+        not a run; and where the processes of a command have different settings.
     """
+    shared = {name: value for name, value in _config(settings).items() if name not in FREE or name == "mesh"}
+    processes.agree("The options", shared | {"out": str(path)})
+    processes.decided(lambda: _check(path, settings))
+
+
+def _check(path: Path, settings: Any) -> None:
     files.check_writable(path)
     if not (path / CONFIG).is_file():
         # What a run leaves that was killed while it made its folder is no run, and no stranger's file.
@@ -79,14 +85,16 @@ class RunFolder:
         self, path: Path, settings: Any, inputs: Mapping[str, Any] | None = None, model: Path | None = None
     ):
         check(path, settings)
-        self.path = path
+        self.path, self._known = path, {}
+        now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {})}
+        processes.agree("The rows or versions", now)
+        processes.decided(lambda: self._open(settings, now, model))
+
+    def _open(self, settings: Any, now: dict[str, Any], model: Path | None) -> None:
+        path = self.path
         before = _read_object(path / FINGERPRINT) if (path / CONFIG).is_file() else {}
         known = before.get("model files") or {}
-        now = {
-            "versions": fingerprint.versions(),
-            "inputs": dict(inputs or {}),
-            "model files": {} if model is None else fingerprint.model_files(model, known),
-        }
+        now = now | {"model files": {} if model is None else fingerprint.model_files(model, known)}
         for part, title in (("inputs", "rows"), ("model files", "model files")):
             if before and (changed := fingerprint.difference(before.get(part) or {}, now[part])):
                 raise ValueError(
@@ -105,6 +113,10 @@ class RunFolder:
         """Writes a text file, whole or not at all."""
         files.write_text(self.path / name, text)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a `name.json`."""
+        return processes.decided(lambda: (self.path / f"{name}.json").is_file())
+
     def write_arrays(self, name: str, tree: Any) -> None:
         """Writes the arrays of a pytree as `name.safetensors`."""
         from safetensors.numpy import save
@@ -121,6 +133,7 @@ class RunFolder:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        processes.decided(lambda: None)  # the first has written
         file = self.path / f"{name}.safetensors"
         try:
             arrays = load_file(file)
@@ -137,13 +150,14 @@ class RunFolder:
         Raises:
           ValueError: if it is damaged.
         """
-        return read_json(self.path / f"{name}.json")
+        return processes.decided(lambda: read_json(self.path / f"{name}.json"))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """`name.json`, made by `make()` if it is not there yet."""
-        if not (self.path / f"{name}.json").is_file():
-            self.write(name, make())
-        else:
+        if not self.has(name):
+            with processes.attempt():
+                self.write(name, make())
+        elif processes.is_first():
             print(f"{name}: already finished, in {self.path}", flush=True)
         return self.read(name)
 
@@ -151,6 +165,8 @@ class RunFolder:
         """A callback of `bilevel.run` that adds its rows to `metrics.jsonl`; a repeated step replaces its row."""
 
         def callback(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+            if not processes.is_first():
+                return
             count, new, replaced = len(next(iter(metrics.values()))), [], False
             for i in range(count):
                 row = {"stage": stage, "step": step - count + i + 1}
@@ -172,7 +188,9 @@ class RunFolder:
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """The logged rows of one stage, by step."""
-        return [json.loads(line) for (of, _), line in sorted(self._lines()) if of == stage]
+        return processes.decided(
+            lambda: [json.loads(line) for (of, _), line in sorted(self._lines()) if of == stage]
+        )
 
     def _lines(self) -> list[tuple[tuple[str, int], str]]:
         """`((stage, step), line)` of `metrics.jsonl`, from which a last line that was not written whole is cut off."""

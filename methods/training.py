@@ -18,6 +18,7 @@ import optax
 
 import bilevel
 from bilevel.extend import Checkpoints
+from methods import mesh
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets
 
@@ -127,7 +128,7 @@ def train(
             problem,
             outer,
             optimizer=optimizer,
-            data=batches,
+            data=mesh.shared(batches, sharding),
             steps=steps,
             key=key,
             progress=progress,
@@ -157,8 +158,7 @@ class Validation:
 
     def __init__(self, validate: Callable[[Any], float], recipe: Recipe, folder: RunFolder, name: str):
         self._validate, self._recipe, self._folder, self._name = validate, recipe, folder, f"validation/{name}"
-        known = (folder.path / f"{self._name}.json").is_file()
-        rows = folder.read(self._name) if known else []
+        rows = folder.read(self._name) if folder.has(self._name) else []
         self.losses: dict[int, float] = {row["step"]: row["loss"] for row in rows}
 
     def __call__(self, step: int, state: Any, metrics: Any) -> bool:

@@ -45,7 +45,7 @@ class Checkpoints:
     may lie there too, with a number for a name: only what holds a checkpoint is read, renamed or removed.
 
     Raises:
-      ValueError: if it is no folder, or cannot be made or written; and in a run of one of several processes alone.
+      ValueError: if it is no folder, or cannot be made or written.
 
     Examples:
       >>> import tempfile
@@ -57,12 +57,6 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path):
         checked("Checkpoints", "folder", folder, is_folder)
-        if count() < jax.process_count():
-            raise ValueError(
-                f"checkpoint_dir {folder}: this run is that of one of {jax.process_count()} processes alone, and what "
-                "is not of all of them is not saved: give a sharding over jax.devices(), or start the process without "
-                "jax.distributed."
-            )
         self._folder = Path(folder).absolute()
         try:
             with attempt("looking at its checkpoint_dir"):
@@ -148,8 +142,15 @@ class Checkpoints:
           RuntimeWarning: if it holds checkpoints without a fingerprint.
 
         Raises:
-          ValueError: if it holds checkpoints of another run: names what differs.
+          ValueError: if it holds checkpoints of another run: names what differs; and in a run of one of several
+            processes alone.
         """
+        if count() < jax.process_count():
+            raise ValueError(
+                f"checkpoint_dir {self._folder}: this run is that of one of {jax.process_count()} processes alone, and "
+                "what is not of all of them is not saved: give a sharding over jax.devices(), or start the process "
+                "without jax.distributed."
+            )
         file = self._folder / _FINGERPRINT
         if file.is_dir():
             raise ValueError(f"{file} is a folder, where the fingerprint of the run belongs: move it away.")

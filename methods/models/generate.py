@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from methods import processes
 from methods.models import hooks
 from methods.models.causal import Causal
 from methods.models.loading import Pretrained
@@ -66,7 +67,7 @@ def greedy(
         )
     ends = jnp.asarray(np.asarray(tuple(stop), np.int32))
     generated = _greedy(model, max_new_tokens, pretrained.weights, tokens, mask, ends, adapt)
-    return Generated(*map(np.asarray, generated))
+    return Generated(*map(processes.whole, generated))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -1,10 +1,16 @@
 """A command on a mesh: the numbers of one device, and a run that goes on with another."""
 
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from methods import cli
 from tests.methods.small import flexora_words
@@ -46,5 +52,87 @@ def test_flexora_on_a_mesh_is_flexora_on_a_device(tiny_model, tiny_data, tmp_pat
 )
 def test_a_mesh_that_cannot_be_is_one_sentence(mesh, sentence, tiny_model, tiny_data, tmp_path, capsys):
     assert cli.run(flexora_words(tiny_model, tiny_data, tmp_path / "run", "--mesh", mesh)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# --- several processes --------------------------------------------------------------------------------------------
+
+
+def together(words, *own):
+    """The command in two processes of two devices each, `own` options in each: `(status, output, errors)` of both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_ENABLE_X64": "0"}
+    command = [sys.executable, "-m", "methods.cli", *words, "--coordinator", where, "--processes", "2", "--process"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), *(own[i] if own else ())],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in (0, 1)
+    ]  # fmt: skip
+    try:
+        return [(process.wait(600), *process.communicate()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_command_in_two_processes_is_that_of_one(wide_model, tiny_data, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    mesh = "--mesh", "data=2,fsdp=2"
+    more = "--random-baselines", "0", "--validate-every", "1"
+    both = together(flexora_words(wide_model, tiny_data, two, *mesh, *more))
+    assert [status for status, _, _ in both] == [0, 0], [error[-2000:] for _, _, error in both]
+    assert "Done" in both[0][1] and "Done" not in both[1][1] and "search" not in both[1][2]
+    with jax.enable_x64(False):
+        assert cli.run(flexora_words(wide_model, tiny_data, one, *mesh, *more)) == 0
+    for alone, split in zip(rows(one), rows(two), strict=True):
+        for name in alone.keys() - {"stage"}:
+            np.testing.assert_allclose(split[name], alone[name], rtol=1e-4, atol=1e-7, err_msg=name)
+    written = [sorted(f.name for f in out.rglob("*.*") if "checkpoints" not in f.parts) for out in (one, two)]
+    assert written[0] == written[1]
+    # What is done is done, and what differs is named, in all.
+    both = together(flexora_words(wide_model, tiny_data, two, *mesh, *more), (), ("--seed", "1"))
+    for status, _, error in both:
+        assert status == 2 and "The options differ from those of process 0 (seed is 1 and not 0)" in error
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model, tmp_path_factory):
+    """`tiny_model` with weights that are large enough to be split over devices."""
+    folder = tmp_path_factory.mktemp("wide")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    factor = 16
+    for name in ("hidden_size", "intermediate_size"):
+        config[name] *= factor
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    tensors = load_file(folder / "model.safetensors")
+    vocabulary = config["vocab_size"]
+    for name, tensor in tensors.items():
+        shape = [size if size == vocabulary else factor * size for size in tensor.shape]
+        drawn = np.ones(shape) if tensor.ndim == 1 else rng.normal(0, 0.06, shape)
+        tensors[name] = drawn.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--processes", "2"], "--processes is of several processes: give --coordinator HOST:PORT too"),
+        (["--coordinator", "here"], "--coordinator 'here': give HOST:PORT"),
+        (["--coordinator", "h:1", "--processes", "2", "--process", "2"], "with I from 0 to N - 1 and another in each"),
+        (["--coordinator", "h:1"], "they are None and None"),
+        (["--coordinator", "auto", "--process", "0"], "--coordinator auto asks the launcher: leave --processes and"),
+        (["--coordinator", "h:1", "--process", "-1", "--processes", "2"], "--process -1 "),
+    ],
+)
+def test_processes_that_cannot_be_are_one_sentence(words, sentence, tiny_model, tiny_data, tmp_path, capsys):
+    assert cli.run(flexora_words(tiny_model, tiny_data, tmp_path / "run", *words)) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,149 @@
+"""`--coordinator`: several processes, on one host or on many, that compute one command together.
+
+All of them run the same program: a device computation that spans them starts when each has called it. The first process
+alone writes files and speaks; what it finds in the run folder decides for all. In a command of one process nothing here
+does anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from methods.causes import sentence
+
+LAUNCHER = "auto"
+"""What `--coordinator` is where a launcher (SLURM, GKE, MPI) tells each process who it is."""
+_OPTIONS = ("coordinator", "processes", "process")
+_HEARTBEAT = 30
+"""Seconds after which the others end that a process was last heard of."""
+_index, _count = 0, 1
+
+
+def start(settings: Any) -> None:
+    """Joins the processes that `settings` name, before JAX is used for anything else.
+
+    Raises:
+      ValueError: for options that do not name a process, or a coordinator that does not answer.
+    """
+    global _index, _count
+    where, count, index = (getattr(settings, name, None) for name in _OPTIONS)
+    if where is None:
+        if given := [name for name in _OPTIONS[1:] if getattr(settings, name, None) is not None]:
+            raise ValueError(f"--{given[0]} is of several processes: give --coordinator HOST:PORT too.")
+        return
+    if where == LAUNCHER:
+        if count is not None or index is not None:
+            raise ValueError("--coordinator auto asks the launcher: leave --processes and --process out.")
+        named: dict[str, Any] = {}
+    else:
+        if not re.fullmatch(r"\S+:[0-9]{1,5}", where):
+            raise ValueError(
+                f"--coordinator {where[:100]!r}: give HOST:PORT, an address of the first process that all of them "
+                'reach, or "auto" under SLURM, GKE or MPI.'
+            )
+        if count is None or index is None or not 0 <= index < count:
+            raise ValueError(
+                "--coordinator HOST:PORT needs --processes N and --process I, with I from 0 to N - 1 and another in "
+                f"each process: they are {count} and {index}."
+            )
+        named = {"coordinator_address": where, "num_processes": count, "process_id": index}
+    if _count > 1:  # a second command in one program
+        return
+    try:
+        jax.distributed.initialize(**named, heartbeat_timeout_seconds=_HEARTBEAT)
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--coordinator {where}: the processes did not come together ({told}): start all of them within five "
+            "minutes, with the same address and each with a number of its own."
+        ) from error
+    _index, _count = jax.process_index(), jax.process_count()
+
+
+def count() -> int:
+    """How many processes compute the command."""
+    return _count
+
+
+def is_first() -> bool:
+    """Whether this process writes files and speaks."""
+    return _index == 0
+
+
+def whole(x: Any) -> np.ndarray:
+    """All of an array on the host, of which other processes may hold parts: then all of them call this."""
+    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@contextlib.contextmanager
+def attempt() -> Iterator[None]:
+    """A block that every process goes through, and that may fail in one of them: then it fails in all.
+
+    Raises:
+      ValueError: in the processes where it did not fail, with what another said. That one raises its own error.
+    """
+    error = None
+    try:
+        yield
+    except Exception as own:
+        error = own
+    if _count == 1:
+        if error is not None:
+            raise error
+        return
+    said = None if error is None else sentence(error) or f"{type(error).__name__}: {error}"
+    for process in range(_count):
+        if (told := _told(process, said)) is not None and error is None:
+            raise ValueError(f"Process {process} of {_count} said: {told}")
+    if error is not None:
+        raise error
+
+
+def decided(make: Callable[[], Any]) -> Any:
+    """What `make()` gives in the first process, a value of JSON; the others do not call it.
+
+    Raises:
+      ValueError: as `attempt`.
+    """
+    value = None
+    with attempt():
+        if is_first():
+            value = make()
+    return value if _count == 1 else _told(0, value)
+
+
+def agree(what: str, value: Any) -> None:
+    """Raises ValueError, in all processes, if one has another value, of JSON, than the first."""
+    with attempt():
+        if (first := decided(lambda: value)) != value:
+            raise ValueError(f"{what} differ from those of process 0 ({_difference(first, value)}): give all the same.")
+
+
+def _difference(first: Any, own: Any) -> str:
+    if isinstance(first, dict) and isinstance(own, dict):
+        for name in {**first, **own}:
+            if first.get(name) != own.get(name):
+                return f"{name} is {own.get(name)!r} and not {first.get(name)!r}"
+    return f"{own!r} and not {first!r}"
+
+
+def _told(process: int, value: Any) -> Any:
+    """What one process has as `value`, of JSON, in all of them."""
+    from jax.experimental import multihost_utils
+
+    here = process == _index
+    text = np.frombuffer(json.dumps(value).encode() if here else b"", np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text)), is_source=here))
+    bytes_ = text if here else np.zeros(length, np.uint8)
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(bytes_, is_source=here)).tobytes())
