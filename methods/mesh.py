@@ -78,8 +78,9 @@ def sharding(text: str | None) -> bilevel.Sharding | None:
 
 def shared(data: Any, sharding: bilevel.Sharding | None) -> Any:
     """`data` of `bilevel.run` as each process of the command gives it: of an iterator's batches, its own rows."""
-    iterates = sharding is not None and processes.count() > 1 and hasattr(data, "__next__")
-    return OwnRows(data, sharding) if iterates else data
+    if sharding is None or processes.count() == 1 or not hasattr(data, "__next__"):
+        return data
+    return OwnRows(data, sharding)
 
 
 class OwnRows:
@@ -101,7 +102,8 @@ class OwnRows:
     def __next__(self) -> Any:
         batch = next(self.batches)
         count = len(jax.tree.leaves(batch)[0])
-        slices = {index[0].indices(count) for index in self._rows.addressable_devices_indices_map((count,)).values()}
+        held = self._rows.addressable_devices_indices_map((count,)).values()
+        slices = {index[0].indices(count) for index in held if index is not None}
         own = np.concatenate([np.arange(*each) for each in sorted(slices)])
         return jax.tree.map(lambda x: x[own], batch)
 

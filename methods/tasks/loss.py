@@ -20,7 +20,6 @@ import optax
 
 from methods.tasks.encode import TokenBatch
 
-
 LONGEST = 128
 """Positions of a sequence whose logits are in memory at a time: 0.5 GB for 8 sequences of a vocabulary of 128k."""
 
