@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from methods import cli
-from tests.methods.small import flexora_words
+from tests.methods.small import arguments, flexora_words
 
 
 def rows(out):
@@ -82,21 +82,19 @@ def together(words, *own):
 
 def test_a_command_in_two_processes_is_that_of_one(wide_model, tiny_data, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    mesh = "--mesh", "data=2,fsdp=2"
-    more = "--random-baselines", "0", "--validate-every", "1"
-    both = together(flexora_words(wide_model, tiny_data, two, *mesh, *more))
+    more = "--mesh", "data=2,fsdp=2", "--validate-every", "1"
+    words = lambda out: ["lora", *arguments(wide_model, tiny_data, out), *more]  # noqa: E731
+    both = together(words(two))
     assert [status for status, _, _ in both] == [0, 0], [error[-2000:] for _, _, error in both]
-    assert "Done" in both[0][1] and "Done" not in both[1][1] and "search" not in both[1][2]
+    assert "Done" in both[0][1] and "Done" not in both[1][1] and "fine-tuning" not in both[1][2]
     with jax.enable_x64(False):
-        assert cli.run(flexora_words(wide_model, tiny_data, one, *mesh, *more)) == 0
+        assert cli.run(words(one)) == 0
     for alone, split in zip(rows(one), rows(two), strict=True):
         for name in alone.keys() - {"stage"}:
             np.testing.assert_allclose(split[name], alone[name], rtol=1e-4, atol=1e-7, err_msg=name)
     written = [sorted(f.name for f in out.rglob("*.*") if "checkpoints" not in f.parts) for out in (one, two)]
     assert written[0] == written[1]
-    # What is done is done, and what differs is named, in all.
-    both = together(flexora_words(wide_model, tiny_data, two, *mesh, *more), (), ("--seed", "1"))
-    for status, _, error in both:
+    for status, _, error in together(words(two), (), ("--seed", "1")):
         assert status == 2 and "The options differ from those of process 0 (seed is 1 and not 0)" in error
 
 
