@@ -72,8 +72,11 @@ def case(dtype=np.float64):
     return bilevel.Problem(bind(inner_loss, weights), bind(outer_loss, weights), begin, zero), data
 
 
-def nested(problem, optimizer=None):
-    return Nested(problem, Unrolled(optimizer or optax.sgd(0.1), 2), optax.adam(0.1))
+INNER, OUTER = optax.sgd(0.1), optax.adam(0.1)  # optimizers compare by identity: others would be compiled anew
+
+
+def nested(problem, optimizer=INNER):
+    return Nested(problem, Unrolled(optimizer, 2), OUTER)
 
 
 def run(solver, data, steps=20, **settings):
