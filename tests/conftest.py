@@ -26,21 +26,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 
-def _is_known(flag: str) -> bool:
-    """Whether the installed jaxlib takes `flag`: it ends the process at an unknown one, so a child is asked.
+def _are_known(*flags: str) -> bool:
+    """Whether the installed jaxlib takes `flags`: it ends the process at an unknown one, so a child is asked.
 
     (A retired flag's name stays in the library as a reserved word, and versions say little about flags: only trying
     tells.)
     """
     start = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.make_cpu_client()"]
-    return subprocess.run(start, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True).returncode == 0
+    return subprocess.run(start, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True).returncode == 0
 
 
-# XLA's older code generator, where there still is one, hands LLVM half the work, and compilation is what takes most of
-# the suite's time. Workers of pytest-xdist find the variable as their parent has set it.
-_flag, _flags = "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")
-if _flag not in _flags and _is_known(_flag):
-    os.environ["XLA_FLAGS"] = f"{_flag} {_flags}".strip()
+# Compilation is what takes most of the suite's time. XLA's older code generator, where there still is one, hands LLVM
+# half the work, and LLVM need not optimise what runs once on a few numbers: products of matrices are a library's.
+_QUICK = (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+# Workers, and processes that tests start, find the variables as their parent has set them.
+if "BILEVEL_QUICK_FLAGS" not in os.environ:
+    _known = _QUICK if _are_known(*_QUICK) else [flag for flag in _QUICK if _are_known(flag)]
+    os.environ["BILEVEL_QUICK_FLAGS"] = " ".join(_known)
+    os.environ["XLA_FLAGS"] = f"{' '.join(_known)} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Tests of a mesh run in a process of their own (`make devices`), whose processor is told to be eight devices.
 collect_ignore = [] if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else ["devices"]

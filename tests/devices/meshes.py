@@ -1,6 +1,7 @@
 """Meshes of eight devices, a problem for them, and how far two results are apart."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ import bilevel
 from bilevel import Batches, Nested, Sharding, Unrolled
 
 SHAPES = {"data": {"data": 8}, "fsdp": {"fsdp": 8}, "both": {"data": 4, "fsdp": 2}}
+
+
+def devices(count):
+    """The flags of a process whose processor is told to be so many devices."""
+    return f"{os.environ.get('BILEVEL_QUICK_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
 def on(name="both", kind=AxisType.Auto, count=8, **rules):

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from methods import cli
+from tests.devices.meshes import devices
 from tests.methods.small import arguments, flexora_words
 
 
@@ -64,7 +65,7 @@ def together(words, *own):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_ENABLE_X64": "0"}
+    environment = os.environ | {"XLA_FLAGS": devices(2), "JAX_ENABLE_X64": "0"}
     command = [sys.executable, "-m", "methods.cli", *words, "--coordinator", where, "--processes", "2", "--process"]
     processes = [
         subprocess.Popen(

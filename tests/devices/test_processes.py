@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.devices.meshes import case, nested, on, run
+from tests.devices.meshes import case, devices, nested, on, run
 
 
 def start(folder, *scenarios):
@@ -18,7 +18,7 @@ def start(folder, *scenarios):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": devices(4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.devices.one_of_two"]
     return [
         subprocess.Popen(
