@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import evaluation, mesh, pages
+from methods import evaluation, mesh, pages, processes
 from methods.bench import Bench, Settings, open_run, prepare, recipe
 from methods.objective import Bound
 from methods.pages import Page, Run
@@ -163,7 +163,8 @@ class Method:
         found = [search(each, folder, bench.sharding) for each in searches]
         chosen = self.choose(setup, bench, found, trying(bench, folder))
         if chosen.selection:
-            folder.write("selection", chosen.selection)
+            with processes.attempt():
+                folder.write("selection", chosen.selection)
         once = {arm.name: partial(row, arm, bench, folder) for arm in chosen.arms}
         results = {name: folder.once(f"results/{name}", make) for name, make in once.items()}
         selection = folder.read("selection") if chosen.selection else {}

@@ -103,11 +103,12 @@ def attempt() -> Iterator[None]:
             raise error
         return
     said = None if error is None else sentence(error) or f"{type(error).__name__}: {error}"
-    for process in range(_count):
-        if (told := _told(process, said)) is not None and error is None:
-            raise ValueError(f"Process {process} of {_count} said: {told}")
+    everyone = [_told(process, said) for process in range(_count)]
     if error is not None:
         raise error
+    for process, told in enumerate(everyone):
+        if told is not None:
+            raise ValueError(f"Process {process} of {_count} said: {told}")
 
 
 def decided(make: Callable[[], Any]) -> Any:

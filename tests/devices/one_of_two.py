@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import bilevel
 from bilevel.running import checkpoints
+from methods import processes
 from tests.devices.meshes import case, nested, on, run
 
 
@@ -176,6 +177,26 @@ def local(folder=None):
     return run(nested(problem), data, 3 + jax.process_index(), **settings)
 
 
+def command(folder):
+    """What the processes of a command tell each other: what each of them raises, and what the first decides."""
+    # As `processes.start` leaves them, which connects the processes itself.
+    processes._index, processes._count = jax.process_index(), jax.process_count()
+    said = []
+    for failing in (0, 1):
+        try:
+            with processes.attempt():
+                if failing == jax.process_index():
+                    raise KeyError("of mine")
+        except (KeyError, ValueError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    try:
+        processes.agree("The rows", {"rows": jax.process_index(), "seed": 0})
+    except ValueError as error:
+        said.append(str(error))
+    index = jax.process_index()
+    return {"said": said, "decided": processes.decided(lambda: [index, {"a": None}, "\u00e9" * 300])}
+
+
 SCENARIOS = {
     "whole": lambda folder: whole(),
     "rows": lambda folder: rows(),
@@ -200,6 +221,7 @@ SCENARIOS = {
     "other mesh": other_mesh,
     "diverges": diverges,
     "dies": dies,
+    "command": command,
     "local": lambda folder: local(),
     "local, saved": local,
 }
@@ -217,7 +239,8 @@ def main(process, port, folder, *scenarios):
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process), heartbeat_timeout_seconds=10)
     for scenario in scenarios:
         try:
-            found = numbers(SCENARIOS[scenario](folder))
+            found = SCENARIOS[scenario](folder)
+            found = found if isinstance(found, dict) else numbers(found)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"scenario": scenario} | found), flush=True)

@@ -87,7 +87,8 @@ def test_checkpoints_go_on_in_as_many_processes_or_in_one(tmp_path):
 
 
 def test_what_differs_between_processes_ends_all_of_them_in_a_sentence(tmp_path):
-    same, differs, fails, stops, diverges = found(tmp_path, "same rows", "differs", "fails", "stops", "diverges")
+    scenarios = "same rows", "differs", "fails", "stops", "diverges", "command"
+    same, differs, fails, stops, diverges, command = found(tmp_path, *scenarios)
     unlike = "rows differ", "weights differ", "records differ", "unshared", "uneven", "folder of one", "other mesh"
     sentences = (
         "inner_data in leaf [0] is another array in process 1 than in process 0",
@@ -109,6 +110,13 @@ def test_what_differs_between_processes_ends_all_of_them_in_a_sentence(tmp_path)
     assert "Process 1 of 2 failed while calling its callbacks" in fails[0]["error"]
     assert fails[1]["error"] == "KeyError: 'of mine'"
     assert [told["steps"] for told in stops] == [3, 3]
+    own = "KeyError: 'of mine'"
+    rows = "The rows differ from those of process 0 (rows is 1 and not 0): give all the same."
+    for process, told in enumerate(command):
+        other = f"ValueError: Process {1 - process} of 2 said: {own}"
+        assert told["said"][:2] == ([other, own] if process else [own, other])
+        assert told["said"][2] == (rows if process else f"Process 1 of 2 said: {rows}")
+        assert told["decided"] == [0, {"a": None}, "\u00e9" * 300]
     for told in diverges:
         assert "inner_loss is nan at inner step 1" in told["error"]
 
