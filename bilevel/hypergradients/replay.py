@@ -11,13 +11,13 @@ import jax
 from jax.core import Tracer
 
 from bilevel.data import FullBatch
-from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, is_schedule
+from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, is_schedule, nbytes
 from bilevel.hypergradients.answers import checked_answer
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.contract import Estimate
 from bilevel.hypergradients.jacobian import question
 from bilevel.hypergradients.query import Answer, Query, split_keys
-from bilevel.hypergradients.replay_actions import actions
+from bilevel.hypergradients.replay_actions import actions, bytes_kept
 from bilevel.hypergradients.replay_pass import Pass
 from bilevel.hypergradients.replay_programs import Streamed, advanced, batch_of, begun, segment_bytes, slot
 from bilevel.hypergradients.training import InnerState
@@ -26,7 +26,7 @@ from bilevel.problem.problem import Problem
 from bilevel.settings.fields import Unfit, register, setting
 from bilevel.settings.numeric import integer
 from bilevel.settings.rules import boolean, misfit, one_of, optional
-from bilevel.trees import Batch, Key, Outer, PyTree
+from bilevel.trees import Batch, Key, Outer, PyTree, as_words
 
 Mode = Literal["mixed", "reverse"]
 STORES = ("device", "host")
@@ -212,6 +212,12 @@ class Replay(Trained):
         batches = self._streamed("temporary_bytes", inner_batches)
         query = Query(problem, self.steps, inner_state, outer, batches, outer_batch, split_keys(key, self.steps))
         return segment_bytes(self.part, query)
+
+    def kept_bytes(self, problem: Problem, inner_state: InnerState | None, outer: Outer, key: Key) -> int:
+        """The most bytes that lie in its store at once; nothing is computed."""
+        query = Query(problem, self.steps, inner_state, outer, None, None, split_keys(key, self.steps))
+        state = jax.eval_shape(lambda: as_words(begun(self.part, query))[0])
+        return bytes_kept(actions(self.count, self.keep), sum(map(nbytes, jax.tree.leaves(state))))
 
     @property
     def part(self) -> Unrolled:

@@ -16,7 +16,7 @@ from bilevel.differentiation.computation import Parts, parts
 from bilevel.hypergradients.kept import InFolder, OnDevice, OnHost, Store, refuse_without_room
 from bilevel.hypergradients.progress import Progress
 from bilevel.hypergradients.query import Answer, Query
-from bilevel.hypergradients.replay_actions import actions, most_kept
+from bilevel.hypergradients.replay_actions import actions, bytes_kept
 from bilevel.hypergradients.replay_programs import (
     Streamed,
     advanced,
@@ -186,7 +186,7 @@ class Pass:
                 "the states with store='host'."
             )
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_like))
-        refuse_without_room(where, (most_kept(self.actions) + 3) * size)
+        refuse_without_room(where, bytes_kept(self.actions, size))
         settings = query.steps, part.steps, keep, part.mode, part.checkpoint, self.several, _version(), jax.__version__
         segment = slot_like(query, part.steps, 0)
         adjoint = jax.eval_shape(partial(differentiated, query, several=self.several), self.here)[1]

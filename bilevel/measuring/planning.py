@@ -5,7 +5,7 @@ Two such programs are compiled for each mode, with and without rematerialised st
 schedules. Time is counted in floating-point operations of the traced program (`flops`).
 
 Limits. The compiler may share a computation that is counted twice here, and it lays out very small programs (kept
-states below a few kilobytes) as it likes. Only `Unrolled` has schedules to plan.
+states below a few kilobytes) as it likes. Only `Unrolled` and `Replay` have schedules to plan.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bilevel.differentiation.binomial import evaluations
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
 from bilevel.differentiation.tracing import is_literal, jaxprs, operation, read, scan_counts, without_unused
-from bilevel.hypergradients.contract import driven_from_host
+from bilevel.hypergradients.replay import Replay
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.measuring.flops import flops, gradient_flops, operations
@@ -47,6 +47,7 @@ class Row:
       flops: floating-point operations.
       evaluations: these in units of one inner gradient.
       temp_bytes: peak of temporary memory, besides arguments and results.
+      kept_bytes: of `Replay`, the most that lies in its store at once; `checkpoint` is then its `keep`.
     """
 
     mode: str
@@ -54,6 +55,7 @@ class Row:
     flops: float
     evaluations: float
     temp_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +93,14 @@ class Plan:
 
     def __rich__(self) -> Table:
         table = Table(title=f"One hypergradient through {self.steps} steps")
-        for name in ("mode", "checkpoint", "gradients", "a step", "GFLOP", "temporary MB"):
-            table.add_column(name, justify="left" if name in ("mode", "checkpoint") else "right")
+        replayed = any(row.kept_bytes for row in self.rows)
+        names = ("mode", "keep" if replayed else "checkpoint", "gradients", "a step", "GFLOP", "temporary MB")
+        for name in (*names, *["kept MB"] * replayed):
+            table.add_column(name, justify="left" if name in names[:2] else "right")
         for row in self.rows:
             name = row.checkpoint if isinstance(row.checkpoint, str) else repr(row.checkpoint)
-            numbers = (row.evaluations, row.evaluations / self.steps, row.flops / 1e9, row.temp_bytes / 1e6)
+            numbers = [row.evaluations, row.evaluations / self.steps, row.flops / 1e9, row.temp_bytes / 1e6]
+            numbers += [row.kept_bytes / 1e6] * replayed
             cells = (f"{n:,.2f}" if n < 100 else f"{n:,.0f}" for n in numbers)
             table.add_row(row.mode, name, *cells, style="bold" if row == self.chosen else None)
         return table
@@ -109,7 +114,7 @@ class Plan:
 
 def plan(
     problem: Problem,
-    hypergradient: Unrolled,
+    hypergradient: Unrolled | Replay,
     *,
     outer: Outer = None,
     inner_state: InnerState | None = None,
@@ -121,7 +126,8 @@ def plan(
 
     Args:
       problem: the problem.
-      hypergradient: an `Unrolled`; its optimizer, steps, truncation and chunk are kept, mode and schedule varied.
+      hypergradient: an `Unrolled`; its optimizer, steps, truncation and chunk are kept, mode and schedule varied. Or a
+        `Replay`, of which `keep` is varied: what lies in its store is planned beside the device's temporary memory.
       outer: the point; by default `problem.start_outer(key)`. Only shapes matter.
       inner_state: a warm start; None for a cold one.
       inner_data, outer_data: as for `run`, without iterators.
@@ -138,16 +144,33 @@ def plan(
       >>> plan.row("mixed", "step").evaluations < plan.row("mixed", "sqrt").evaluations  # the price of less memory
       True
     """
-    if driven_from_host(hypergradient):
-        raise TypeError(
-            f"{type(hypergradient).__name__} runs in segments whose length and store are its own settings: plan the "
-            "Unrolled of as many steps as a segment has, or compare it."
-        )
-    if not isinstance(hypergradient, Unrolled):
+    if not isinstance(hypergradient, Unrolled | Replay):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
     forget_outdated(problem, hypergradient)
     point = Point.of("plan", problem, outer, inner_state, inner_data, outer_data, key)
-    return planned(hypergradient, *point.arguments(hypergradient.steps))
+    arguments = point.arguments(hypergradient.steps)
+    return (_replayed if isinstance(hypergradient, Replay) else planned)(hypergradient, *arguments)
+
+
+def _replayed(hypergradient: Replay, *arguments: Any) -> Plan:
+    """As `planned`, for a `Replay` and each of its `keep`."""
+    problem, state, outer, inner_batches, _, key = arguments
+    twin = hypergradient.twin
+    gradient = gradient_flops(problem, twin, outer, inner_batches, key)
+    step = flops(_solve, twin, *arguments[:4], key) / hypergradient.steps
+    whole, temporary = flops(_estimate, twin, *arguments), hypergradient.temporary_bytes(*arguments)
+    keeps: list[Any] = ["all", "sqrt", Levels(3), Binomial(max(2, math.ceil(math.log2(hypergradient.count + 1))))]
+    rows = []
+    for keep in keeps if hypergradient.keep in keeps else [*keeps, hypergradient.keep]:
+        each = dataclasses.replace(hypergradient, keep=keep)
+        # A program of all steps evaluates each once forward; here a segment's derivative is a program of its own, which
+        # does so again.
+        count = whole + each.advanced_steps * step
+        kept = each.kept_bytes(problem, state, outer, key)
+        on_device = kept if hypergradient.store == "device" else 0
+        rows.append(Row(hypergradient.mode, keep, count, count / gradient, temporary + on_device, kept))
+    (chosen,) = (row for row in rows if row.checkpoint == hypergradient.keep)
+    return Plan(hypergradient.steps, tuple(rows), chosen)
 
 
 def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:

@@ -1,16 +1,19 @@
 """Predicted costs against those of the compiled program."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.core import Tracer
 
 import bilevel
 from benchmarks.hypergradients import problems
 from bilevel import Binomial, Levels, Unrolled
+from bilevel.hypergradients import kept, replay_pass
 from bilevel.measuring.flops import flops
 from bilevel.measuring.planning import planned, temp_bytes
 
@@ -107,3 +110,46 @@ def test_only_unrolled_is_planned():
     problem = bilevel.Problem(lambda *a: a[0], lambda *a: a[0], lambda key, outer: 1.0, lambda key: 1.0)
     with pytest.raises(TypeError, match="nothing to plan"):
         bilevel.plan(problem, bilevel.FirstOrder(optax.sgd(0.1), 4), outer=1.0)
+
+
+@pytest.mark.parametrize("keep", ["all", "sqrt", Binomial(2)], ids=str)
+def test_a_replay_is_planned_by_what_its_programs_do_and_its_folder_holds(keep, tmp_path, monkeypatch):
+    case, steps = small("data_weighting"), 24
+    hypergradient = bilevel.Replay(optax.adam(0.1), steps, segment=2, keep=keep, store=str(tmp_path / "kept"))
+    problem, outer, _, batch, key = arguments(case, steps)
+    data = case.batch(KEY)
+    plan = bilevel.plan(problem, hypergradient, outer=outer, inner_data=data, outer_data=batch, key=key)
+    assert plan.chosen.checkpoint == keep and "kept MB" in str(plan) and "keep" in str(plan)
+    most, commit = [0], kept.InFolder.commit
+
+    def noted(self, done):
+        commit(self, done)
+        files = (self.folder / file for file in set(self._files.values()))
+        most[0] = max(most[0], sum(file.stat().st_size for file in files))
+
+    monkeypatch.setattr(kept.InFolder, "commit", noted)
+    counts = Counter()
+    for name in ("advanced", "reversed_segment"):
+        program = getattr(replay_pass, name)
+
+        def counted(*given, program=program, name=name, **options):
+            if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(given)):  # else it is only looked at
+                counts[name] += flops(lambda *given: program(*given, **options), *given)
+            return program(*given, **options)
+
+        monkeypatch.setattr(replay_pass, name, counted)
+    hypergradient.estimate(problem, None, outer, bilevel.FullBatch(data), batch, key)
+    assert plan.chosen.flops == pytest.approx(counts.total(), rel=0.01)  # beside them there is the outer loss, once
+    # Names and shapes stand in the files beside the numbers, and so do the losses of each step.
+    assert 0.8 * plan.chosen.kept_bytes < most[0] < 1.2 * plan.chosen.kept_bytes
+
+
+def test_states_of_a_replay_on_the_device_are_temporary_memory():
+    case = small("data_weighting")
+    problem, outer, _, batch, key = arguments(case, 24)
+    given = {"outer": outer, "inner_data": batch, "outer_data": batch, "key": key}
+    on_host, on_device = (
+        bilevel.plan(problem, bilevel.Replay(optax.sgd(0.1), 24, store=store), **given) for store in ("host", "device")
+    )
+    for ours, theirs in zip(on_host.rows, on_device.rows, strict=True):
+        assert theirs.temp_bytes - ours.temp_bytes == ours.kept_bytes > 0
