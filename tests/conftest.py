@@ -37,12 +37,11 @@ def _are_known(*flags: str) -> bool:
 
 
 # Compilation is what takes most of the suite's time. XLA's older code generator, where there still is one, hands LLVM
-# half the work, and LLVM need not optimise what runs once on a few numbers: products of matrices are a library's.
-_QUICK = (
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-)
+# half the work. Programs of a mesh are large and run a few times: LLVM need not optimise them.
+_ON_A_MESH = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+_QUICK = ["--xla_cpu_use_fusion_emitters=false"]
+if _ON_A_MESH:
+    _QUICK += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # Workers, and processes that tests start, find the variables as their parent has set them.
 if "BILEVEL_QUICK_FLAGS" not in os.environ:
     _known = _QUICK if _are_known(*_QUICK) else [flag for flag in _QUICK if _are_known(flag)]
@@ -50,7 +49,7 @@ if "BILEVEL_QUICK_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = f"{' '.join(_known)} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 # Tests of a mesh run in a process of their own (`make devices`), whose processor is told to be eight devices.
-collect_ignore = [] if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "") else ["devices"]
+collect_ignore = [] if _ON_A_MESH else ["devices"]
 
 import jax  # noqa: E402
 

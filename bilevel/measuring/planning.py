@@ -149,7 +149,9 @@ def plan(
     forget_outdated(problem, hypergradient)
     point = Point.of("plan", problem, outer, inner_state, inner_data, outer_data, key)
     arguments = point.arguments(hypergradient.steps)
-    return (_replayed if isinstance(hypergradient, Replay) else planned)(hypergradient, *arguments)
+    if isinstance(hypergradient, Replay):
+        return _replayed(hypergradient, *arguments)
+    return planned(hypergradient, *arguments)
 
 
 def _replayed(hypergradient: Replay, *arguments: Any) -> Plan:
