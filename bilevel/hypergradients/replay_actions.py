@@ -72,10 +72,10 @@ def _stops(start: int, end: int, slots: Any) -> list[int]:
     return [start + (binomial.advance(length, count + 1) if count else length - 1)]
 
 
-def bytes_kept(todo: list[Action], state: int) -> int:
+def bytes_kept(todo: list[Action], state: int, adjoints: int = 1) -> int:
     """The most bytes that are kept at once, of states of so many: starts of segments, the state at hand, that at the
-    end, and the adjoint."""
-    return (most_kept(todo) + 3) * state
+    end, and the adjoint of each question."""
+    return (most_kept(todo) + 2 + adjoints) * state
 
 
 def most_kept(todo: list[Action]) -> int:

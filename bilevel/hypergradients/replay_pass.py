@@ -186,7 +186,8 @@ class Pass:
                 "the states with store='host'."
             )
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.state_like))
-        refuse_without_room(where, bytes_kept(self.actions, size))
+        questions = len(jax.tree.leaves(query.outer_batch)[0]) if self.several else 1
+        refuse_without_room(where, bytes_kept(self.actions, size, questions))
         settings = query.steps, part.steps, keep, part.mode, part.checkpoint, self.several, _version(), jax.__version__
         segment = slot_like(query, part.steps, 0)
         adjoint = jax.eval_shape(partial(differentiated, query, several=self.several), self.here)[1]

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import bilevel
+from bilevel.hypergradients import replay_pass
 from bilevel.hypergradients.contract import driven_from_host
 from bilevel.measuring.flops import flops
 from tests.bilevel.estimators import TABLE
@@ -96,6 +97,21 @@ def test_several_questions_go_on_where_they_were_killed(tmp_path):
         # One question is another computation.
         with pytest.raises(ValueError, match="settings or versions"):
             replayed(made, batch)
+
+
+def test_room_is_asked_for_the_adjoint_of_each_question(tmp_path, monkeypatch):
+    asked, outer = [], PROBLEM.start_outer(KEY)
+    monkeypatch.setattr(replay_pass, "refuse_without_room", lambda folder, size: asked.append(size))
+    (tmp_path / "kept").mkdir()
+    made = bilevel.Replay(OPTIMIZERS["adam"], STEPS, segment=4, store=str(tmp_path / "kept"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=bilevel.StructuralZeroWarning)
+        for count in (1, 5):
+            made.estimates(PROBLEM, None, outer, batch, (X[:count], Y[:count]), KEY)
+    one, five = asked
+    assert one == made.kept_bytes(PROBLEM, None, outer, KEY)
+    starts = 3  # of segments, beside the state at hand, that at the end, and the adjoint
+    assert five - one == 4 * one // (starts + 3)
 
 
 @pytest.mark.parametrize("wrong", [None, jnp.zeros(()), (X[:3], Y[:2]), ()], ids=str)
