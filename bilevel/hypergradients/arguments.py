@@ -17,7 +17,17 @@ from bilevel.problem.arguments import check_outer
 from bilevel.problem.problem import is_problem, unlike_start
 from bilevel.settings.fields import Unfit, check_arguments, shown
 from bilevel.settings.numeric import integer, real
-from bilevel.settings.rules import boolean, function, having, instance, is_folder, optional, pytree, random_key
+from bilevel.settings.rules import (
+    boolean,
+    function,
+    having,
+    instance,
+    is_folder,
+    optional,
+    pytree,
+    random_key,
+    random_keys,
+)
 from bilevel.sharding.sharding import is_sharding
 from bilevel.trees import PyTree, in_leaf, is_inexact, leaf_names, unlike_array
 
@@ -102,7 +112,7 @@ _RUN = {
         )
     ),
     "steps": integer(1),
-    "key": optional(random_key),
+    "key": optional(random_keys),
     "progress": boolean,
     "callbacks": _callbacks,
     "callback_every": integer(1),

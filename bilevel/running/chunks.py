@@ -34,13 +34,14 @@ def chunk(
       solver: the solver.
       record: as for `run`.
       capacity: most steps of a chunk; there are fewer, `len(rows[name])`, where rows are large.
-      state: of the solver.
+      state: of the solver; or a stack of states, those of several runs, with one key each in `data`.
       data: `(source, key)` for the inner and the outer loss.
       count: how many steps, traced.
 
     Returns:
       The state; name -> rows of metrics, of which the first `count` are meant; and for each inexact leaf of the state
-      how many of its entries are not finite, and how many are NaN, `[leaves, 2]`.
+      how many of its entries are not finite, and how many are NaN, `[leaves, 2]`. Of a stack of runs, rows have the
+      axis of runs behind that of steps, and the counts have it first.
 
     Examples:
       >>> import bilevel, jax
@@ -71,6 +72,22 @@ def _by_hand(solver, record, state, data, count):
 @partial(jax.jit, static_argnums=(1, 2))
 def compiled(solver, record, capacity, state, data, count):
     """`chunk` as one program."""
+    sharding = getattr(solver.problem, "sharding", None)
+    one = partial(_program, solver, record, capacity)
+    if jnp.ndim(state.step) == 0:
+        state, *results = one(state, data, count)
+    else:
+        # Runs of a stack share settings and data. What is pinned inside is pinned of each run; the axis of the runs
+        # goes over the mesh axes `keys`.
+        axes = (0, [(None, 0)] * len(data), None)
+        over = sharding.keys if sharding else None
+        state, rows, holes = jax.vmap(one, in_axes=axes, spmd_axis_name=over)(state, data, count)
+        results = {name: jnp.moveaxis(row, 0, 1) for name, row in rows.items()}, holes
+    return state, *(results if sharding is None else sharding.pin_results(results))
+
+
+def _program(solver, record, capacity, state, data, count):
+    """`compiled`, of one run."""
     # Once a chunk: a call of the generator at every step would cost more than the gradient of a small problem.
     data = [
         (source.shuffle(key, state.step * wanted, capacity * wanted), key) if isinstance(source, Batches) else feed
@@ -101,8 +118,7 @@ def compiled(solver, record, capacity, state, data, count):
 
     state, buffer = jax.lax.fori_loop(0, count, body, (state, buffer))
     state = state if sharding is None else sharding.pin_state(state)
-    results = jax.vmap(partial(_unpacked, shapes[1]))(buffer), _holes(state)
-    return state, *(results if sharding is None else sharding.pin_results(results))
+    return state, jax.vmap(partial(_unpacked, shapes[1]))(buffer), _holes(state)
 
 
 def chunk_capacity(solver: Solver) -> int:

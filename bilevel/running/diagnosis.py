@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -29,8 +29,17 @@ def refuse_start(solver: Any, state: Any, holes: np.ndarray, number: int) -> Non
         )
 
 
-def refuse_failed(solver, record, capacity, before, data, done, rows, holes, new_holes, earlier=None) -> None:
-    """Raises FloatingPointError if a chunk of steps from state `before` made something that is not finite.
+def has_failed(rows: dict[str, np.ndarray], holes: np.ndarray, new_holes: np.ndarray) -> bool:
+    """Whether a chunk of steps made something that is not finite: a metric, or more of the state than before."""
+    return bool(np.any(new_holes > holes)) or not all(np.isfinite(v).all() for v in _numbers(rows).values())
+
+
+def _numbers(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: values for name, values in rows.items() if np.issubdtype(values.dtype, np.inexact)}
+
+
+def refuse_failed(solver, record, capacity, before, data, done, rows, holes, new_holes, earlier=None) -> NoReturn:
+    """Raises FloatingPointError for a chunk of steps from state `before` that has failed.
 
     Args:
       solver, record, capacity, data: what the chunk was given.
@@ -41,12 +50,10 @@ def refuse_failed(solver, record, capacity, before, data, done, rows, holes, new
       holes, new_holes: how many entries of each inexact leaf of the state are not finite, and how many NaN: from the
         start, and now.
     """
-    numbers = {n: v for n, v in rows.items() if np.issubdtype(v.dtype, np.inexact)}
+    numbers = _numbers(rows)
     bad = [
         int(np.argmin(np.isfinite(v.reshape(len(v), -1)).all(1))) for v in numbers.values() if not np.isfinite(v).all()
     ]
-    if not bad and not np.any(new_holes > holes):
-        return
     # The state may have been lost in a step whose metrics, taken before its update, are still finite.
     count = len(next(iter(rows.values()))) if rows else capacity
     first, last = 0, min(bad, default=count - 1)

@@ -11,13 +11,14 @@ import numpy as np
 
 from bilevel.differentiation.captures import look_again
 from bilevel.differentiation.influence import EXACTNESS, warn_if_inexact
+from bilevel.running import seeds
 from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import History, chunk, chunk_capacity, wanted_batches
-from bilevel.running.diagnosis import refuse_failed, refuse_start
+from bilevel.running.diagnosis import has_failed, refuse_failed, refuse_start
 from bilevel.running.feeds import Feed
 from bilevel.running.interrupts import end_by, noted, uninterrupted
 from bilevel.running.singular import undetermined
-from bilevel.running.steep import warn_if_steep
+from bilevel.running.steep import may_be_steep, warn_if_steep
 from bilevel.running.unsteady import are_steady
 from bilevel.settings.fields import shown
 from bilevel.sharding.processes import attempt, everyone
@@ -145,10 +146,8 @@ class Loop:
         fixed = self.solver, self.record, self.capacity
         new, buffer, holes = chunk(*fixed, self.state, self.data, count)
         rows = {name: np.asarray(value)[:count] for name, value in buffer.items()}
-        left = self.holes, np.asarray(holes)
-        refuse_failed(*fixed, self.state, self.data, self.done, rows, *left, self.earlier)
-        check_counts(self.solver, int(self.state.step), int(new.step), count)
-        self.looked = self.looked or warn_if_steep(*fixed, self.state, self.data, rows)
+        self._look(fixed, rows, np.asarray(holes))
+        check_counts(self.solver, int(np.max(self.state.step)), int(np.max(new.step)), count)
         # All at once, after the device is done: an interrupt or a failure before leaves what was done.
         self.history.append(rows, count)
         self.earlier = self.state.outer
@@ -157,14 +156,34 @@ class Loop:
         elapsed = time.monotonic() - begun
         self.room = max((len(value) for value in buffer.values()), default=self.capacity)
         self.count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
-        return {name: float(row[-1]) for name, row in rows.items() if row.ndim == 1 and _is_real(row)}
+        axes = 1 + np.ndim(new.step)  # of a stack of runs the display shows means
+        return {name: float(np.mean(row[-1])) for name, row in rows.items() if row.ndim == axes and _is_real(row)}
+
+    def _look(self, fixed: tuple[Solver, Any, int], rows: dict[str, np.ndarray], holes: np.ndarray) -> None:
+        """Looks at what a chunk from `state` has made, of every run of a stack: what is not finite, what is steep."""
+        for number in seeds.numbers(self.state):
+            own = seeds.rows_of(number, rows)
+            before, after = seeds.of(number, (self.holes, holes))
+            failed, steep = has_failed(own, before, after), not self.looked and may_be_steep(own)
+            if not failed and not steep:
+                continue
+            state, data = seeds.of(number, self.state), seeds.data_of(number, self.data)
+            with seeds.told_of(number):
+                if failed:
+                    earlier = seeds.of(number, self.earlier)
+                    refuse_failed(*fixed, state, data, self.done, own, before, after, earlier)
+                warn_if_steep(*fixed, state, data, own)
+                self.looked = True
 
     def _compiled(self) -> np.ndarray:
         """Compiles the chunk by computing no step of it: what is not finite in the state that it begins with."""
         state, data = replayed((self.state, self.data))
         holes = np.asarray(chunk(self.solver, self.record, self.capacity, state, data, 0)[2])
         are_steady(look_again(self.solver, self.record))
-        refuse_start(self.solver, self.state, holes, self.done)
+        for number in seeds.numbers(self.state) if holes.any() else ():
+            own = holes if number is None else holes[number]
+            with seeds.told_of(number):
+                refuse_start(self.solver, seeds.of(number, self.state), own, self.done)
         return holes
 
     def call_back(self) -> None:
@@ -211,9 +230,16 @@ class Loop:
         """Warns if an implicit estimator's last point was not trained, or its system not solved."""
         if len(self.history):
             last = self.history.rows(len(self.history) - 1)
-            exactness = {name: last[name][-1] for name in EXACTNESS if name in last}
-            arguments = self.state, self.data
-            warn_if_inexact(exactness, undetermined=lambda: undetermined(self.solver, *replayed(arguments)))
+            for number in seeds.numbers(self.state):
+                own = seeds.rows_of(number, last)
+                exactness = {name: own[name][-1] for name in EXACTNESS if name in own}
+
+                def leaves(number=number):
+                    arguments = seeds.of(number, self.state), seeds.data_of(number, self.data)
+                    return undetermined(self.solver, *replayed(arguments))
+
+                with seeds.told_of(number):
+                    warn_if_inexact(exactness, undetermined=leaves)
 
     def _positions(self) -> list[Any]:
         return [feed.position() for feed in self.feeds]

@@ -16,6 +16,7 @@ from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.loss_checks import TracedLoss, refuse_captured, traced_losses, warn_if_misplaced
 from bilevel.hypergradients.arguments import check_run
 from bilevel.hypergradients.progress import Progress
+from bilevel.running import seeds
 from bilevel.running.checkpoints import Checkpoints
 from bilevel.running.chunks import batches, kinds, recorded, wanted_batches
 from bilevel.running.feeds import Feed
@@ -29,7 +30,6 @@ from bilevel.sharding.inside import no_mesh
 from bilevel.sharding.processes import agree, attempt, is_first, is_in_all, several, together
 from bilevel.sharding.sharding import Sharding
 from bilevel.solvers.base import Solver
-from bilevel.solvers.states import check_state
 from bilevel.trees import Key, Outer, is_key, replayed, shapes
 
 
@@ -39,7 +39,7 @@ class Result(NamedTuple):
     Attributes:
       outer: the outer variable.
       inner: the state of the inner problem (`InnerState`, or the solver's own).
-      history: name -> array with one row a step.
+      history: name -> array with one row a step; of a run over a stack of keys its second axis is that of the keys.
       state: the solver's whole state, to continue from.
 
     Examples:
@@ -87,7 +87,10 @@ def run(
         `outer_batches_per_step` of them an outer step), which a run can only be resumed from if it has
         `get_state() -> JSON` and `set_state`; None where the loss reads no batch.
       steps: outer iterations in all, resumed ones included.
-      key: randomness of the run; None is `jax.random.key(0)`.
+      key: randomness of the run; None is `jax.random.key(0)`. A stack of keys, `jax.random.split(key, 5)`, is as many
+        runs side by side in one program (`jax.vmap`): each is, to rounding, the run of its own key alone. All of
+        `outer`, `inner` and `state` then have a leading axis, that of the keys, and `record` is given the state of one
+        of them. Two branches of a `jax.lax.cond` that reads what differs between the runs are both computed.
       progress: whether to show progress on stderr.
       callbacks: called as `callback(step, state, metrics)` after every `callback_every` steps and after the last, with
         copies of the rows of metrics since they were last called; a true return value stops the run. If a run was
@@ -138,7 +141,7 @@ def run(
         reads = forget_outdated(solver, record)
         key = jax.random.key(0) if key is None else key if is_key(key) else jax.random.wrap_key_data(key)
         key = _uncommitted(key) if sharding else key
-        solver_key, inner_key, outer_key = jax.random.split(key, 3)
+        solver_key, inner_key, outer_key = seeds.split(key)
         with attempt("looking at its data"):
             feeds = (
                 Feed.of("inner_data", inner_data, inner_key, steps, getattr(solver, "data_title", "")),
@@ -154,17 +157,19 @@ def run(
         with attempt("reading its checkpoints") as alike:
             note = store.checkpoints.note(steps) if store else None
             alike += [f"the checkpoint of step {note['step']}" if note else "no checkpoint"]
-        state = solver.init(solver_key)
-        check_state(solver, state)
+        state = seeds.start(solver, solver_key)
         data = _first(solver, feeds, note)
-        losses = _refuse_unfit(solver, state, data, record, reads)
+        # What is looked at before the first step is the same for all runs of a stack.
+        first = seeds.numbers(state)[0]
+        alone = seeds.of(first, state)
+        losses = _refuse_unfit(solver, alone, seeds.data_of(first, data), record, reads)
         every = callback_every if callbacks else steps
         loop = Loop(solver, record, steps, callbacks, every, feeds, store, state, data, fresh=not note)
-        returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), state)) if record else "none"
+        returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), alone)) if record else "none"
         if store:
             store.record = returned
         if store or several():
-            found = fingerprint(solver, key, state, losses, feeds, record)
+            found = fingerprint(solver, key, alone, losses, feeds, record)
             agree("run", found | {"record": returned})
         if sharding:
             loop.pin(sharding)
@@ -204,6 +209,7 @@ def run(
 
 def _alike(solver, feeds, steps, callbacks, callback_every, checkpoint_dir, sharding) -> dict[str, str]:
     """What several processes must share for the same programs to run in each, as text by name."""
+    mesh = sharding.mesh
     sources = [type(feed.source).__name__ if feed.is_iterator else shapes(feed.source) for feed in feeds]
     return {
         "steps": str(steps),
@@ -212,7 +218,7 @@ def _alike(solver, feeds, steps, callbacks, callback_every, checkpoint_dir, shar
         "inner_data": sources[0],
         "outer_data": sources[1],
         "checkpoint_dir": "none" if checkpoint_dir is None else str(Path(checkpoint_dir).absolute()),
-        "sharding": f"{sharding.mesh.shape} {sharding.batch} {list(map(str, sharding.mesh.devices.flat))}",
+        "sharding": f"{mesh.shape} {sharding.batch} {sharding.keys} {list(map(str, mesh.devices.flat))}",
     }
 
 

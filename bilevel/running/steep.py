@@ -28,15 +28,18 @@ AMPLIFIED = 1e2
 REMEDY = "start training elsewhere, or give the optimizer a larger eps (as in optax.adam(rate, eps=1e-3))"
 
 
-def warn_if_steep(solver, record, capacity, before, data, rows) -> bool:
-    """Whether a hypergradient of a chunk was so large that it was looked into; warns if it was for a steep update.
+def may_be_steep(rows: dict[str, np.ndarray]) -> bool:
+    """Whether a hypergradient of a chunk is so large that it has to be looked into."""
+    return bool(np.max(rows.get("hypergradient_norm", np.zeros(1))) > STEEP)
+
+
+def warn_if_steep(solver, record, capacity, before, data, rows) -> None:
+    """Warns if a hypergradient of a chunk, which `may_be_steep`, is so for a steep update.
 
     Args, Warns:
       As for `bilevel.running.diagnosis.refuse_failed`; SteepUpdateWarning, names the inner leaf.
     """
-    norms = rows.get("hypergradient_norm", np.zeros(1))
-    if not np.max(norms) > STEEP:
-        return False
+    norms = rows["hypergradient_norm"]
     at, state = int(np.argmax(norms > STEEP)), before
     if at:
         state = chunk(solver, record, capacity, before, data, at)[0]
@@ -44,7 +47,6 @@ def warn_if_steep(solver, record, capacity, before, data, rows) -> bool:
         warnings.warn(
             f"The hypergradient has norm {norms[at]:.2g}: {why(names)}; {REMEDY}.", SteepUpdateWarning, stacklevel=3
         )
-    return True
 
 
 def why(names: list[str]) -> str:

@@ -145,9 +145,22 @@ def as_pytree(function: Any) -> Any:
 
 def random_key(value: Any) -> Any:
     """A random key: typed, or the two words of `jax.random.PRNGKey`."""
-    kind = getattr(value, "dtype", None)
-    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key) and np.shape(value) == ()
-    words = kind == np.uint32 and np.ndim(value) == 1
-    if not (typed or words) or (isinstance(value, np.ndarray) and not words):
+    if not _are_keys(value, 0):
         raise Unfit("must be a random key, as jax.random.key(0) is")
     return value
+
+
+def random_keys(value: Any) -> Any:
+    """A random key, or a stack of some."""
+    if not _are_keys(value, 0) and not (_are_keys(value, 1) and len(value)):
+        raise Unfit("must be a random key, as jax.random.key(0) is, or a stack of some, as jax.random.split(key, 5) is")
+    return value
+
+
+def _are_keys(value: Any, axes: int) -> bool:
+    """Whether `value` is an array of random keys with so many axes; in words, it has one more."""
+    kind = getattr(value, "dtype", None)
+    if kind == np.uint32:
+        return np.ndim(value) == axes + 1
+    typed = kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key)
+    return typed and np.ndim(value) == axes and not isinstance(value, np.ndarray)

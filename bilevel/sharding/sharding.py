@@ -23,7 +23,7 @@ from bilevel.sharding.processes import (
     row_factor,
     row_holders,
 )
-from bilevel.sharding.specs import Rule, are_axes, auto, check, is_mesh, is_rule, pin, rows, specs_of, split
+from bilevel.sharding.specs import Rule, are_axes, auto, check, is_mesh, is_rule, is_spec, pin, rows, specs_of, split
 from bilevel.trees import PyTree, leaf_names
 
 _NO_ROWS = " (what has no rows is no part of a batch: bind it to the loss, jax.tree_util.Partial(loss, it))"
@@ -50,6 +50,9 @@ class Sharding:
       mesh: a `jax.sharding.Mesh`.
       batch: the mesh axes that the leading axis of a batch is split over. With `"fsdp"` among them each device gathers
         the weights it needs, and frees them: fully sharded data parallelism.
+      keys: the mesh axes that the runs of a stack of keys are split over, `run(key=jax.random.split(key, 8))`: other
+        ones than those of `batch`, as in `Sharding(mesh, batch=(), keys="data")`, where each device has runs of its own
+        on whole batches, and no device waits for another. With none, every device has a part of every run.
       weights, inner, outer: a `PartitionSpec` for all leaves; a tree of them, like the variable or like what is bound
         to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above.
 
@@ -73,6 +76,7 @@ class Sharding:
 
     mesh: Mesh = dataclasses.field(metadata=setting(is_mesh))
     batch: tuple[str, ...] | str = dataclasses.field(default="data", kw_only=True, metadata=setting(are_axes))
+    keys: tuple[str, ...] | str = dataclasses.field(default=(), kw_only=True, metadata=setting(are_axes))
     weights: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
     inner: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
     outer: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
@@ -80,13 +84,17 @@ class Sharding:
     def __post_init__(self):
         check_fields(self)
         refuse_partial(self.mesh)
-        if missing := [axis for axis in self.batch if axis not in self.mesh.axis_names]:
+        used = (*self.batch, *self.keys)
+        given = f"batch={self.batch!r}" + (f", keys={self.keys!r}" if self.keys else "")
+        if not used:
+            raise ValueError("Sharding(batch=()) splits nothing: name the mesh axes of batch, or of keys.")
+        if missing := [axis for axis in used if axis not in self.mesh.axis_names]:
             raise ValueError(
-                f"Sharding(batch={self.batch!r}): the mesh has the axes {', '.join(self.mesh.axis_names)}, and no "
-                f"{', '.join(missing)}: name the axes that the rows of a batch are split over."
+                f"Sharding({given}): the mesh has the axes {', '.join(self.mesh.axis_names)}, and no "
+                f"{', '.join(missing)}: name the axes that the rows of a batch are split over, or the keys."
             )
-        if len(set(self.batch)) < len(self.batch):
-            raise ValueError(f"Sharding(batch={self.batch!r}) names a mesh axis twice: name each once.")
+        if len(set(used)) < len(used):
+            raise ValueError(f"Sharding({given}) names a mesh axis twice: name each once.")
 
     # What a user calls.
 
@@ -149,8 +157,24 @@ class Sharding:
         return self.place("What is bound to the problem", problem, self.weights, self._split)
 
     def place_state(self, state: PyTree) -> PyTree:
-        """The state of a solver, placed: its variables, and what an optimizer holds for them, where these belong."""
-        specs = self._of_state(state)
+        """The state of a solver, placed: its variables, and what an optimizer holds for them, where these belong.
+
+        Of a stack of states the runs are split over the axes `keys`.
+
+        Raises:
+          ValueError: for so many runs that the devices do not divide them, and for one alone where there are such axes.
+        """
+        if not jnp.ndim(state.step):
+            if self.keys:
+                raise ValueError(
+                    f"Sharding(keys={self.keys!r}) splits runs over devices, but run was given one key: give a stack "
+                    "of some, as jax.random.split(key, 8), or no keys=."
+                )
+            return jax.tree.map(self._put, state, self._of_state(state))
+        one = jax.eval_shape(lambda state: jax.tree.map(lambda x: x[0], state), state)
+        over = self.keys or None
+        specs = jax.tree.map(lambda spec: PartitionSpec(over, *spec), self._of_state(one), is_leaf=is_spec)
+        check(self.mesh, "A stack of keys", "", state.step, PartitionSpec(over))
         return jax.tree.map(self._put, state, specs)
 
     def pin_state(self, state: PyTree) -> PyTree:

@@ -36,9 +36,9 @@ def auto(mesh: Mesh) -> Mesh:
 
 
 def are_axes(value: Any) -> tuple[str, ...]:
-    """The rule of a setting that names one mesh axis or several."""
+    """The rule of a setting that names one mesh axis, several or none."""
     axes = (value,) if isinstance(value, str) else value
-    if not isinstance(axes, tuple | list) or not axes or not all(isinstance(axis, str) for axis in axes):
+    if not isinstance(axes, tuple | list) or not all(isinstance(axis, str) for axis in axes):
         raise Unfit("must be a name of a mesh axis, or several: 'data' or ('data', 'fsdp')")
     return tuple(axes)
 

@@ -13,8 +13,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bilevel
+from benchmarks import scaling
 from bilevel import Batches, Indexed, Nested, Sharding, Unrolled
 from bilevel.hypergradients.contract import driven_from_host
+from bilevel.running.chunks import compiled
 from tests.bilevel.estimators import TABLE
 from tests.bilevel.helpers import KEY, NETWORK, ROWS
 from tests.bilevel.solvers.table import TABLE as SOLVERS
@@ -241,3 +243,39 @@ def test_what_does_not_fit_is_one_sentence(name):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value).removesuffix("\n")
+
+
+def test_runs_of_a_stack_of_keys_are_split_over_devices():
+    problem, data = case()
+    keys = jax.random.split(KEY, 4)
+    together = run(nested(problem), data, 5, key=keys)
+    apart_keys = Sharding(on().mesh, batch=(), keys="data")  # weights are split over the other axis
+    found = run(nested(problem), data, 5, key=keys, sharding=apart_keys)
+    assert apart((found.outer, found.history), (together.outer, together.history)) < 1e-12
+    assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(found.inner.params)} == {"data"}
+    # Rows and runs over axes of their own.
+    found = run(nested(problem), data, 5, key=keys, sharding=Sharding(on().mesh, batch="fsdp", keys="data"))
+    assert apart((found.outer, found.history), (together.outer, together.history)) < 1e-12
+    with pytest.raises(ValueError, match=r"A stack of keys .* has 3 along axis 0, which 4 devices .* do not divide"):
+        run(nested(problem), data, 1, key=keys[:3], sharding=apart_keys)
+    with pytest.raises(ValueError, match="was given one key: give a stack"):
+        run(nested(problem), data, 1, sharding=apart_keys)
+    for wrong in ({"batch": (), "keys": ()}, {"batch": "data", "keys": "data"}, {"batch": (), "keys": "seeds"}):
+        with pytest.raises(ValueError, match=r"splits nothing|names a mesh axis twice|and no seeds"):
+            Sharding(on().mesh, **wrong)
+
+
+def test_no_device_waits_for_another_where_each_has_runs_of_its_own():
+    """But to hand over what the host reads."""
+    problem, data = case()
+    sharding = Sharding(on("data").mesh, batch=(), keys="data")
+    solver = sharding.solver(nested(problem))
+    solver = dataclasses.replace(solver, problem=dataclasses.replace(solver.problem, sharding=sharding))
+    keys = jax.random.split(KEY, 8)
+    state = sharding.place_state(jax.tree.map(lambda *x: jnp.stack(x), *map(solver.init, keys)))
+    feeds = [(sharding.replicated(Batches(data, 16)), sharding.replicated(keys)) for _ in range(2)]
+    parts = str(compiled.lower(solver, None, 4, state, feeds, 3).compile().as_text()).split("\n\n")
+    (entry,) = (part for part in parts if part.lstrip().startswith("ENTRY"))
+    assert any(" while(" in part for part in parts)
+    assert not [each for part in parts if part is not entry for each in scaling.collectives(part)]
+    assert {each.kind for each in scaling.collectives(entry)} == {"all-gather"}
