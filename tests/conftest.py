@@ -36,12 +36,11 @@ def _are_known(*flags: str) -> bool:
     return subprocess.run(start, env=os.environ | {"XLA_FLAGS": " ".join(flags)}, capture_output=True).returncode == 0
 
 
-# Compilation is what takes most of the suite's time. XLA's older code generator, where there still is one, hands LLVM
-# half the work. Programs of a mesh are large and run a few times: LLVM need not optimise them.
+# Compilation is what takes most of the suite's time, and programs run for milliseconds: LLVM need not optimise them.
+# XLA's older code generator, where there still is one, hands it half the work.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _ON_A_MESH = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
 _QUICK = ["--xla_cpu_use_fusion_emitters=false"]
-if _ON_A_MESH:
-    _QUICK += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # Workers, and processes that tests start, find the variables as their parent has set them.
 if "BILEVEL_QUICK_FLAGS" not in os.environ:
     _known = _QUICK if _are_known(*_QUICK) else [flag for flag in _QUICK if _are_known(flag)]
@@ -63,6 +62,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _MAPS = Path("/proc/self/maps")
 _MOST_MAPS = 20_000  # Linux allows a process 65,530 and XLA crashes at the limit; compiled programs hold most of them
 _tests = itertools.count()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector of garbage need not walk through it again, a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)
