@@ -8,6 +8,7 @@ An `outer` (or `inner`) tree may mix all three. Everything that differentiates o
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,11 @@ def _map_keys(function, tree: PyTree) -> PyTree:
         return flat.reshape(leaf.shape)
 
     return jax.tree.map(visit, tree)
+
+
+def nbytes(array: Any) -> int:
+    """Bytes of an array or abstract array; a random key counts as two words."""
+    return math.prod(array.shape) * (8 if is_key(array) else array.dtype.itemsize)
 
 
 def replayed(tree: PyTree) -> PyTree:

@@ -15,8 +15,8 @@ gradient in reverse mode), at most this is kept, and so many times the inner gra
 | `"auto"` | `Auto` with an eighth of the device's memory (of the host's, on a CPU) | | |
 
 Limits. `Binomial` allows neither forward mode nor a third level. A derivative by the inputs of the loop (batches that
-depend on what is differentiated) is summed over all of them once a chunk. `Auto` counts whole arrays: the batch axis of
-a surrounding `vmap` it does not see, and sharding makes it overestimate.
+depend on what is differentiated) is summed over all of them once a chunk. `Auto` does not see the batch axis of a
+surrounding `vmap`. On a mesh it counts the bytes of one device, as `bilevel.sharding.held` tells them from shapes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bilevel.differentiation.gradients import INNER_GRADIENT
 from bilevel.differentiation.tracing import is_literal, operation
 from bilevel.settings.fields import Unfit, check_fields, setting
 from bilevel.settings.numeric import integer, real
-from bilevel.trees import as_words, combine, partition
+from bilevel.trees import as_words, combine, nbytes, partition
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -146,12 +146,15 @@ def is_schedule(value: Any) -> Any:
     return value
 
 
-def scan(checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int) -> tuple[Any, Any]:
+def scan(
+    checkpoint: Checkpoint, step: Step, carry: Any, xs: Any, length: int, size: Callable[[Any], int] = nbytes
+) -> tuple[Any, Any]:
     """`jax.lax.scan(step, carry, xs)` whose backward pass follows the schedule `checkpoint`.
 
     Values are the same for every schedule, bit for bit. The stacked outputs are reports: they carry no derivative.
+    `size` is what an array takes on a device, by which a schedule is chosen where that is left open.
     """
-    checkpoint = choose(checkpoint, lambda: step_bytes(step, carry, xs), length)
+    checkpoint = choose(checkpoint, lambda: step_bytes(step, carry, xs, size), length)
     if checkpoint != "none":
         # A step is done more than once, and reads its keys from a stack each time: as words, which may be read again.
         xs, as_keys = as_words(xs)
@@ -251,8 +254,8 @@ class StepBytes(NamedTuple):
         return sum(sizes) * self.state + sizes[-1] * self.gradient + self.residual
 
 
-def step_bytes(step: Step, carry: Any, xs: Any) -> StepBytes:
-    """The sizes of `step(carry, x)`, from shapes alone, for `x` a slice of `xs`."""
+def step_bytes(step: Step, carry: Any, xs: Any, size: Callable[[Any], int] = nbytes) -> StepBytes:
+    """The sizes of `step(carry, x)`, from shapes alone, for `x` a slice of `xs`; `size` is that of one array."""
     carry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), carry)
     x = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
 
@@ -268,15 +271,10 @@ def step_bytes(step: Step, carry: Any, xs: Any) -> StepBytes:
     plain = jax.make_jaxpr(step)(carry, x).jaxpr
     named = [e.outvars[0] for e in plain.eqns if operation(e) == "name" and e.params["name"] == INNER_GRADIENT]
     return StepBytes(
-        state=sum(nbytes(x) for x in jax.tree.leaves(carry)),
-        gradient=sum(nbytes(v.aval) for v in named),
-        residual=sum(nbytes(v.aval) for v in left),
+        state=sum(size(x) for x in jax.tree.leaves(carry)),
+        gradient=sum(size(v.aval) for v in named),
+        residual=sum(size(v.aval) for v in left),
     )
-
-
-def nbytes(array: Any) -> int:
-    """Bytes of an array or abstract array; a random key counts as two words."""
-    return math.prod(array.shape) * (8 if jnp.issubdtype(array.dtype, jax.dtypes.extended) else array.dtype.itemsize)
 
 
 def choose(checkpoint: Checkpoint, sizes: Callable[[], StepBytes], length: int) -> Checkpoint:

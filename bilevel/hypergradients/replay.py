@@ -11,7 +11,7 @@ import jax
 from jax.core import Tracer
 
 from bilevel.data import FullBatch
-from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, is_schedule, nbytes
+from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, is_schedule
 from bilevel.hypergradients.answers import checked_answer
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.contract import Estimate
@@ -26,7 +26,7 @@ from bilevel.problem.problem import Problem
 from bilevel.settings.fields import Unfit, register, setting
 from bilevel.settings.numeric import integer
 from bilevel.settings.rules import boolean, misfit, one_of, optional
-from bilevel.trees import Batch, Key, Outer, PyTree, as_words
+from bilevel.trees import Batch, Key, Outer, PyTree, as_words, nbytes
 
 Mode = Literal["mixed", "reverse"]
 STORES = ("device", "host")

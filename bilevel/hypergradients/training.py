@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevel.data import slots
+from bilevel.data import resolve, slots
 from bilevel.differentiation import optimizers
 from bilevel.differentiation.checkpointing import Checkpoint, scan
 from bilevel.differentiation.gradients import Gradient, Point, mixed_gradient
 from bilevel.differentiation.optimizers import Optimizer
 from bilevel.problem.problem import Problem, mutable_entries, split_inner
+from bilevel.sharding.held import on_one_device
 from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, partition
 
 
@@ -106,7 +107,9 @@ def train(
 
     times = first + jnp.arange(steps, dtype=jnp.int32)
     carry = moving, mutable_entries(problem, state.params), state.opt_state
-    (moving, carried, opt_state), trace = scan(checkpoint, step, carry, (times, xs, keys), steps)
+    one = jax.eval_shape(lambda xs: resolve(bind(jax.tree.map(lambda x: x[0], xs))), xs)
+    size = on_one_device(problem.sharding, state.params, one)
+    (moving, carried, opt_state), trace = scan(checkpoint, step, carry, (times, xs, keys), steps, size)
     params = combine(moving, fixed | carried if carried else fixed)
     return InnerState(params, opt_state, state.step + steps, state.extra), trace
 

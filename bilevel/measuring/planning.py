@@ -4,6 +4,9 @@ Memory is that of a compiled program of a few steps, plus what more steps keep, 
 Two such programs are compiled for each mode, with and without rematerialised steps, whatever the number of steps and
 schedules. Time is counted in floating-point operations of the traced program (`flops`).
 
+On a mesh memory is that of one device. What part of the kept arrays lies there is measured: by how much the memory of
+the compiled program grows with the number of steps.
+
 Limits. The compiler may share a computation that is counted twice here, and it lays out very small programs (kept
 states below a few kilobytes) as it likes. Only `Unrolled` and `Replay` have schedules to plan.
 """
@@ -32,7 +35,10 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.measuring.flops import flops, gradient_flops, operations
 from bilevel.measuring.point import Point
 from bilevel.problem.problem import Problem
-from bilevel.trees import Outer, partition
+from bilevel.settings.fields import checked
+from bilevel.settings.rules import optional
+from bilevel.sharding.sharding import Sharding, is_sharding
+from bilevel.trees import Outer, nbytes, partition
 
 _SHORT = 4
 """Steps of the compiled programs: so few that they cost little to hold, and so many that no loop is unrolled."""
@@ -44,9 +50,9 @@ class Row:
 
     Attributes:
       mode, checkpoint: as for `Unrolled`.
-      flops: floating-point operations.
+      flops: floating-point operations, of all devices together.
       evaluations: these in units of one inner gradient.
-      temp_bytes: peak of temporary memory, besides arguments and results.
+      temp_bytes: peak of temporary memory of one device, besides arguments and results.
       kept_bytes: of `Replay`, the most that lies in its store at once; `checkpoint` is then its `keep`.
     """
 
@@ -121,6 +127,7 @@ def plan(
     inner_data: Any = None,
     outer_data: Any = None,
     key: jax.Array | None = None,
+    sharding: Sharding | None = None,
 ) -> Plan:
     """Predicts time and memory of `hypergradient.estimate` for every mode and schedule; nothing is run.
 
@@ -132,9 +139,12 @@ def plan(
       inner_state: a warm start; None for a cold one.
       inner_data, outer_data: as for `run`, without iterators.
       key: randomness; None is `jax.random.key(0)`.
+      sharding: where arrays lie on a mesh, as for `run`: memory is then that of one device. Of a `Replay` no plan is
+        made on a mesh.
 
     Raises:
       TypeError: for an estimator without schedules.
+      ValueError: for a `Replay` on a mesh.
 
     Examples:
       >>> import bilevel, optax
@@ -146,7 +156,12 @@ def plan(
     """
     if not isinstance(hypergradient, Unrolled | Replay):
         raise TypeError(f"{type(hypergradient).__name__} keeps no trajectory, so there is nothing to plan: compare it.")
+    checked("plan", "sharding", sharding, optional(is_sharding))
+    if sharding and isinstance(hypergradient, Replay):
+        raise ValueError("plan(sharding=...) plans an Unrolled: a Replay runs on a mesh, but is not planned there.")
     forget_outdated(problem, hypergradient)
+    if sharding:
+        problem = sharding.problem(problem)
     point = Point.of("plan", problem, outer, inner_state, inner_data, outer_data, key)
     arguments = point.arguments(hypergradient.steps)
     if isinstance(hypergradient, Replay):
@@ -185,12 +200,12 @@ def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:
     rows = []
     for mode in ("mixed", "reverse", "forward"):
         own = dataclasses.replace(hypergradient, mode=mode, checkpoint="none")
-        rest, plain = _fixed_bytes(_short(own, *arguments)), _Traced.of(own, *arguments)
-        rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, rest + plain.kept))
+        measured, plain = _Measured.of(own, *arguments), _Traced.of(own, *arguments)
+        rows.append(Row(mode, "none", plain.flops, plain.flops / gradient, measured.with_kept(plain.kept)))
         if mode == "forward":
             break
-        rest = _fixed_bytes(_short(dataclasses.replace(own, checkpoint="step"), *arguments))
-        state = _sizes(own, *arguments).state
+        measured = _Measured.of(dataclasses.replace(own, checkpoint="step"), *arguments)
+        rest, state = measured.rest, _sizes(own, *arguments).state
         # Binomial's loop of recomputations has arrays of its own; without iterates to keep there is no such loop.
         two = _short(dataclasses.replace(own, checkpoint=Binomial(2)), *arguments)
         binomial = temp_bytes(_estimate, *two) - 2 * state if plain.kept else rest
@@ -198,13 +213,15 @@ def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:
             if isinstance(checkpoint, Binomial):
                 slots = min(checkpoint.c, through)
                 count = plain.flops + (through + evaluations(through, slots)) * step
-                kept = binomial - rest + (slots * state if plain.kept else 0)
+                kept = slots * state if plain.kept else 0
+                memory = binomial + kept
             else:
                 traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
                 # Every loop inside another sums up a derivative by `outer` of its own.
                 inside = len(checkpointing.chunks(through, checkpointing.levels(checkpoint))) - 1
-                count, kept = traced.flops, traced.kept + inside * sum(map(checkpointing.nbytes, moving))
-            rows.append(Row(mode, checkpoint, count, count / gradient, rest + kept))
+                count = traced.flops
+                memory = measured.with_kept(traced.kept + inside * sum(map(nbytes, moving)))
+            rows.append(Row(mode, checkpoint, count, count / gradient, memory))
     return Plan(hypergradient.steps, tuple(rows), _chosen(rows, hypergradient, arguments, through))
 
 
@@ -242,16 +259,40 @@ class _Traced(NamedTuple):
         return cls(operations(jaxpr), _kept(jaxpr))
 
 
-def _short(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> tuple[Any, ...]:
+class _Measured(NamedTuple):
+    """The memory of a compiled estimate, on one device.
+
+    Attributes:
+      rest: temporary bytes that do not depend on the number of its steps.
+      share: what part of that which loops keep lies on one device: 1 without a mesh.
+    """
+
+    rest: int
+    share: float
+
+    @classmethod
+    def of(cls, *arguments: Any) -> _Measured:
+        short = _short(*arguments)
+        bytes_, kept = temp_bytes(_estimate, *short), _Traced.of(*short).kept
+        share, longer = 1.0, _short(*arguments, most=4 * _SHORT)
+        if arguments[1].sharding is not None and (more := _Traced.of(*longer).kept - kept) > 0:
+            # A compiler may lay out a small program as it likes, but holds neither nothing of an array nor it twice.
+            share = (temp_bytes(_estimate, *longer) - bytes_) / more
+            share = min(1.0, max(share, 1 / arguments[1].sharding.mesh.size))
+        return cls(bytes_ - round(share * kept), share)
+
+    def with_kept(self, kept: int) -> int:
+        """Temporary bytes where loops keep so many, counted as whole arrays."""
+        return self.rest + round(self.share * kept)
+
+
+def _short(
+    hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key, *, most: int = _SHORT
+) -> tuple[Any, ...]:
     """Cuts the arguments of `_estimate` down to a few steps."""
-    steps = min(_SHORT, hypergradient.steps)
+    steps = min(most, hypergradient.steps)
     few = dataclasses.replace(hypergradient, steps=steps, truncate=None)
     return few, problem, state, outer, narrow(inner_batches, 0, steps), outer_batch, key
-
-
-def _fixed_bytes(arguments: tuple[Any, ...]) -> int:
-    """Temporary bytes of a compiled estimate that do not depend on the number of its steps."""
-    return temp_bytes(_estimate, *arguments) - _Traced.of(*arguments).kept
 
 
 def _kept(jaxpr: Any) -> int:
@@ -264,7 +305,7 @@ def _kept(jaxpr: Any) -> int:
     for eqn in jaxpr.eqns:
         if operation(eqn) == "scan":
             stacks = eqn.outvars[scan_counts(eqn)[1] :]
-            stacked += sum(checkpointing.nbytes(v.aval) for v in stacks if v not in results and v in used)
+            stacked += sum(nbytes(v.aval) for v in stacks if v not in results and v in used)
         inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])
     return stacked + inside
 

@@ -197,8 +197,13 @@ class Sharding:
     def pin_training(self, inner: PyTree, carry: PyTree) -> PyTree:
         """What training carries, inside a compiled program: what is like a leaf of `inner` where that belongs."""
         names, leaves = leaf_names(carry), jax.tree.leaves(carry)
-        specs = self._like("The inner variable", self.inner, inner, names, leaves)
-        return jax.tree.unflatten(jax.tree.structure(carry), map(self._pin, leaves, specs))
+        return jax.tree.unflatten(
+            jax.tree.structure(carry), map(self._pin, leaves, self.of_inner(inner, names, leaves))
+        )
+
+    def of_inner(self, inner: PyTree, names: list[str], leaves: list[Any]) -> list[PartitionSpec]:
+        """A spec for each of `leaves`, by its name: that of the leaf of `inner` that it is like; else none."""
+        return self._like("The inner variable", self.inner, inner, names, leaves)
 
     def entered(self) -> contextlib.AbstractContextManager[None]:
         """For the trace of a loss: what a model calls finds the mesh."""

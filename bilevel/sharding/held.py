@@ -1,0 +1,43 @@
+"""How many bytes of an array one device holds, told from shapes: of what training carries, and of what it computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevel.sharding.sharding import Sharding
+from bilevel.trees import PyTree, leaf_names, nbytes
+
+
+def on_one_device(sharding: Sharding | None, inner: PyTree, batch: PyTree) -> Callable[[Any], int]:
+    """`size(array)`: the bytes of an array, or of its shape, on one device, in a training of `inner` on `batch`.
+
+    What is shaped like a leaf of the inner variable lies as that leaf does. What has an axis as long as the batch has
+    rows, or its first axes together (rows times tokens), is computed row by row, and lies as the batch does. Anything
+    else counts whole: the compiler may split more, never less.
+    """
+    if sharding is None:
+        return nbytes
+    leaves = jax.tree.leaves(inner)
+    specs = sharding.of_inner(inner, leaf_names(inner), leaves)
+    shares = {
+        jnp.shape(x): math.prod(sharding.mesh.shape[axis] for axes in spec for axis in _names(axes))
+        for x, spec in zip(leaves, specs, strict=True)
+    }
+    rows = {math.prod(x.shape[:n]) for x in jax.tree.leaves(batch) for n in (1, 2) if jnp.ndim(x) >= n}
+
+    def size(array: Any) -> int:
+        if array.shape in shares:
+            return nbytes(array) // shares[array.shape]
+        by_rows = any(axis in rows and axis % sharding.parts == 0 for axis in array.shape)
+        return nbytes(array) // (sharding.parts if by_rows else 1)
+
+    return size
+
+
+def _names(axes: Any) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
