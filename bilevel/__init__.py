@@ -20,6 +20,7 @@ from bilevel.data import Indexed as Indexed
 from bilevel.differentiation.checkpointing import Auto as Auto
 from bilevel.differentiation.checkpointing import Binomial as Binomial
 from bilevel.differentiation.checkpointing import Levels as Levels
+from bilevel.differentiation.checkpointing import Offload as Offload
 from bilevel.differentiation.custom_rules import CustomDerivativeWarning as CustomDerivativeWarning
 from bilevel.differentiation.influence import InexactHypergradientWarning as InexactHypergradientWarning
 from bilevel.differentiation.influence import SteepUpdateWarning as SteepUpdateWarning

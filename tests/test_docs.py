@@ -12,7 +12,6 @@ import pytest
 import bilevel
 import bilevel.extend
 import bilevel.testing
-from tests.bilevel.conftest import quick_compilation  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

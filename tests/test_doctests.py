@@ -9,7 +9,6 @@ import pytest
 import bilevel
 import bilevel.extend
 import bilevel.testing
-from tests.bilevel.conftest import quick_compilation  # noqa: F401
 
 MODULES = (bilevel, bilevel.extend, bilevel.testing)
 

@@ -100,10 +100,11 @@ def scan(step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, lengt
     except TypeError as error:
         if "custom_vjp" not in str(error):
             raise
-        raise ValueError(f"Binomial checkpoints allow no forward-mode derivative: {_REMEDY}") from None
+        raise ValueError(f"Binomial checkpoints allow no forward-mode derivative: {REMEDY}") from None
 
 
-_REMEDY = "use checkpoint='sqrt' or Levels(n), which can be differentiated in every way."
+REMEDY = "use checkpoint='sqrt' or Levels(n), which can be differentiated in every way."
+"""What to do where a schedule can be differentiated once alone."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,7 +134,7 @@ def _final(x):
 
 @_final.defjvp
 def _refuse(primals, tangents):
-    raise ValueError(f"Binomial checkpoints allow no derivative of the hypergradient (no third level): {_REMEDY}")
+    raise ValueError(f"Binomial checkpoints allow no derivative of the hypergradient (no third level): {REMEDY}")
 
 
 @jax.tree_util.register_dataclass

@@ -34,6 +34,11 @@ def operation(eqn: Any) -> str:
     return _OTHER_NAMES.get(name, name)
 
 
+def is_on_host(aval: Any) -> bool:
+    """Whether an abstract array lies in the memory of the host, beside a device's own."""
+    return getattr(aval, "memory_space", None) == jax.memory.Space.Host
+
+
 def is_jaxpr(value: Any) -> bool:
     """Whether `value` is a jaxpr, with or without the values of its constants."""
     return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)

@@ -58,7 +58,7 @@ class Unrolled(Trained):
       steps: K, inner steps an outer iteration.
       mode: `"mixed"` (forward over reverse: keeps the point of a step, not its graph), `"reverse"` or `"forward"`.
       checkpoint: which steps keep their state: `"auto"`, `"none"`, `"step"`, `"sqrt"`, `Levels(n)`, `Binomial(c)`,
-        `Auto(bytes)` (`bilevel.plan` tells what each costs). Forward mode keeps none.
+        `Offload()`, `Auto(bytes)` (`bilevel.plan` tells what each costs). Forward mode keeps none.
       truncate: T, or None for all steps.
       chunk: in forward mode, how many outer numbers are differentiated at once: memory is that of `chunk` trainings.
 

@@ -28,7 +28,7 @@ from bilevel.differentiation import checkpointing
 from bilevel.differentiation.binomial import evaluations
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
-from bilevel.differentiation.tracing import is_literal, jaxprs, operation, read, scan_counts, without_unused
+from bilevel.differentiation.tracing import is_literal, is_on_host, jaxprs, operation, read, scan_counts, without_unused
 from bilevel.hypergradients.replay import Replay
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
@@ -305,7 +305,8 @@ def _kept(jaxpr: Any) -> int:
     for eqn in jaxpr.eqns:
         if operation(eqn) == "scan":
             stacks = eqn.outvars[scan_counts(eqn)[1] :]
-            stacked += sum(nbytes(v.aval) for v in stacks if v not in results and v in used)
+            kept = (v.aval for v in stacks if v not in results and v in used and not is_on_host(v.aval))
+            stacked += sum(map(nbytes, kept))
         inside = max([inside, *(_kept(inner) for inner in jaxprs(eqn.params))])
     return stacked + inside
 

@@ -10,7 +10,6 @@ import pytest
 from benchmarks.lora import dropout, edits, filters, low_data_report, pruning
 from benchmarks.lora.planted import auroc
 from methods.adapters.filters import task_vectors
-from tests.bilevel.conftest import quick_compilation  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
 

@@ -12,17 +12,18 @@ import optax
 import pytest
 
 import bilevel
-from bilevel import Auto, Binomial, Levels, Unrolled
+from bilevel import Auto, Binomial, Levels, Offload, Unrolled
 from bilevel.differentiation import binomial, checkpointing
-from bilevel.measuring.planning import temp_bytes
+from bilevel.differentiation.tracing import is_on_host, jaxprs, operation, scan_counts, without_unused
+from bilevel.measuring.planning import planned, temp_bytes
+from tests.bilevel.helpers import KEY
 from tests.bilevel.quadratic import Quadratic, error
 
 STEPS = (1, 2, 5, 7, 16, 64)
-SCHEDULES = ("none", "step", "sqrt", Levels(3), Binomial(1), Binomial(3))
+SCHEDULES = ("none", "step", "sqrt", Levels(3), Binomial(1), Binomial(3), Offload())
 # Every schedule in mixed mode, those that differ in kind in reverse mode, and the only one of forward mode.
-WAYS = (
-    [("mixed", c) for c in SCHEDULES] + [("reverse", c) for c in ("none", "sqrt", Binomial(2))] + [("forward", "auto")]
-)
+WAYS = [("mixed", c) for c in SCHEDULES]
+WAYS += [("reverse", c) for c in ("none", "sqrt", Binomial(2), Offload())] + [("forward", "auto")]
 
 
 @jax.jit
@@ -251,6 +252,49 @@ def test_memory_grows_as_promised(mode, checkpoint, growth):
         assert 3.5 <= memory(144, mode, Binomial(8)) - large <= 4.5
 
 
+@pytest.mark.parametrize("mode", ["mixed", "reverse"])
+def test_what_steps_keep_goes_to_the_host(mode):
+    """On the device there is no stack of states, and no stack of gradients, whatever the number of steps."""
+    batches = mlp_batches(16)
+    held_out = jax.tree.map(lambda x: x[0], batches)
+
+    def stacks(checkpoint):
+        unrolled = Unrolled(adam, 16, mode=mode, checkpoint=checkpoint)
+        arguments = unrolled, PROBLEM, None, OUTER, batches, held_out, KEY
+        traced = jax.make_jaxpr(lambda unrolled, *rest: unrolled.estimate(*rest))(*arguments)
+        return [v for v in stacked_by_loops(without_unused(traced.jaxpr)) if v.dtype == float and v.ndim > 1]
+
+    kept, there = stacks(Offload()), stacks("step")
+    assert kept and all(map(is_on_host, kept))
+    assert not any(map(is_on_host, there)) and sorted(v.shape for v in there) == sorted(v.shape for v in kept)
+    unrolled = Unrolled(adam, 16, mode=mode, checkpoint=Offload())
+    plan = planned(unrolled, PROBLEM, None, OUTER, batches, held_out, KEY)
+    step = plan.row(mode, "step")
+    assert plan.chosen.temp_bytes <= step.temp_bytes - sum(8 * v.size for v in kept)
+    assert plan.chosen.evaluations == pytest.approx(step.evaluations, rel=0.01)
+
+
+def stacked_by_loops(jaxpr):
+    for eqn in jaxpr.eqns:
+        if operation(eqn) == "scan":
+            yield from (v.aval for v in eqn.outvars[scan_counts(eqn)[1] :] if type(v).__name__ != "DropVar")
+        for inner in jaxprs(eqn.params):
+            yield from stacked_by_loops(inner)
+
+
+def test_a_device_without_memory_of_the_host_beside_its_own_is_told(monkeypatch):
+    class Device:
+        platform = "abacus"
+
+        def addressable_memories(self):
+            return []
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    unrolled = Unrolled(SGD, 4, checkpoint=Offload())
+    with pytest.raises(ValueError, match=r"^checkpoint=Offload\(\): a device of the abacus backend has no"):
+        unrolled.estimate(QUADRATIC.problem(), None, jnp.asarray(QUADRATIC.outer), None, None, KEY)
+
+
 def test_auto_takes_the_fastest_schedule_within_its_budget():
     sizes = checkpointing.StepBytes(state=10, gradient=5, residual=30)
 
@@ -303,9 +347,10 @@ def test_refusals(build, message):
         build()
 
 
-def test_binomial_allows_no_forward_mode_and_no_third_level():
+@pytest.mark.parametrize("checkpoint", [Binomial(2), Offload()], ids=str)
+def test_some_schedules_allow_no_forward_mode_and_no_third_level(checkpoint):
     problem, outer = QUADRATIC.problem(), jnp.asarray(QUADRATIC.outer)
-    unrolled = Unrolled(SGD, 5, checkpoint=Binomial(2))
+    unrolled = Unrolled(SGD, 5, mode="reverse", checkpoint=checkpoint)
 
     def trained(outer):
         return unrolled.solve(problem, None, outer, None, jax.random.key(0)).params

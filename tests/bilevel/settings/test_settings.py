@@ -25,6 +25,7 @@ GIVEN = {
     "MicroBatches": {"loss": LINE.inner_loss, "parts": 2},
     "Levels": {"n": 2},
     "Binomial": {"c": 2},
+    "Offload": {},
     "Auto": {"bytes": 1e6},
     "Interval": {"low": 0.0, "high": 1.0},
     "Compose": {"first": bilevel.Positive(), "then": bilevel.Softplus()},
