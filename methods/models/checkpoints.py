@@ -33,7 +33,7 @@ class Checkpoint:
 
     kind: which of a tensor's names hold. where: the file or folder, for messages. settings: config.json, or
     the GGUF metadata. architecture: `model_type` or `general.architecture`. stored: name -> what its header says.
-    read: name -> array as stored, dequantised.
+    read: name, and slices of its axes, none for all of it -> array as stored, dequantised.
     """
 
     kind: Literal["hf", "gguf"]
@@ -41,7 +41,7 @@ class Checkpoint:
     architecture: str
     settings: Mapping[str, Any]
     stored: Mapping[str, Stored]
-    read: Callable[[str], np.ndarray]
+    read: Callable[..., np.ndarray]
 
     @property
     def names(self) -> frozenset[str]:
@@ -178,10 +178,10 @@ def _open_safetensors(
         path, _ = home[extra[0]]
         raise ValueError(f"{path} holds the tensor {shown(extra[0])}, which its index does not name: fetch both again.")
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
         path, file = home[name]
         with explain(f"{path} cannot give the tensor {name!r}: fetch it again", SafetensorError, OSError, TypeError):
-            return file.get_tensor(name)
+            return file.get_slice(name)[part] if part else file.get_tensor(name)
 
     return stored, read
 
@@ -197,10 +197,10 @@ def open_gguf(path: Path) -> Checkpoint:
     if not isinstance(architecture, str):
         raise ValueError(f"{path} names no general.architecture: it holds no model.")
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, part: tuple[slice, ...] = ()) -> np.ndarray:
         kind = file.tensors[name].kind.name
         with explain(f"{path} cannot give the tensor {name!r} of type {kind}", ValueError, NotImplementedError):
-            return dequantised(file, name)
+            return dequantised(file, name)[part]
 
     stored = {name: Stored(tensor.shape, tensor.kind.name) for name, tensor in file.tensors.items()}
     return Checkpoint("gguf", str(path), architecture, file.metadata, stored, read)

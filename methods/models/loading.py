@@ -99,7 +99,8 @@ def load(
     products, whose results are of that dtype: `dtype=bfloat16, accumulate=float32`. At most one array more than the
     weights is held at a time. `check(config, model)` is called before weights are read, to refuse a model that does not
     fit. With `sharding` each array (of all layers) is split over its mesh before the next one is read, so that neither
-    the host nor a device ever holds the whole model; its rule `weights` is one `PartitionSpec`, a function or None.
+    the host nor a device ever holds the whole model; its rule `weights` is one `PartitionSpec`, a function or None. Of
+    safetensors each process reads what its own devices hold.
 
     Raises FileNotFoundError if there is no such file, folder or model, and ValueError if a file is damaged,
     the architecture is not known, a key of its config is not known or means another computation, a tensor is missing,
@@ -127,8 +128,7 @@ def load(
             f"the tokenizer of {checkpoint.where} has ids up to {max(tokenizer.get_vocab().values())}, but "
             f"the embedding has {config.vocab_size} rows: tokenizer and weights are of different models."
         )
-    place = sharding.frozen if sharding else jax.device_put
-    weights, head_weights = read_weights(checkpoint, family, config, dtype, place)
+    weights, head_weights = read_weights(checkpoint, family, config, dtype, sharding)
     head = {tensor.path: tensor.hf for tensor in family.head(config)}
     conv1d = any(tensor.conv1d for tensor in family.tensors(config))
     return Pretrained(

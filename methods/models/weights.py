@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import bilevel
+from methods import processes
 from methods.models.checkpoints import Checkpoint
 from methods.models.family import Family, Tensor
 
@@ -64,13 +66,15 @@ def read_weights(
     family: Family,
     config: Any,
     dtype: np.dtype,
-    put: Callable[[Any], Any] = jax.device_put,
+    sharding: bilevel.Sharding | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The stacked weights and those of a classification head, one array at a time.
 
-    `put` lays a tree with one array of the weights where it is to be; none but that one is held on the host.
+    With `sharding` an array goes to its devices before the next one is read: none but that one is held on the host, and
+    of that one, if it is split and stored as safetensors, what the devices of this process hold.
 
-    Raises ValueError on a tensor that is missing, left over, of the wrong shape or dtype, or not finite.
+    Raises ValueError on a tensor that is missing, left over, of the wrong shape or dtype, or not finite, and on one
+    that is another in another process.
     """
     places = _places(checkpoint, family, config, family.tensors(config))
     classifies = any(kind.endswith("ForSequenceClassification") for kind in _architectures(checkpoint))
@@ -81,10 +85,20 @@ def read_weights(
     weights, head = {}, {}
     for tensor, names in places:
         shape = (config.num_layers, *tensor.shape) if tensor.stacked else tensor.shape
-        out = aligned(shape, dtype)
-        for name, place in zip(names, out if tensor.stacked else [out], strict=True):
-            _fill(place, name, tensor, checkpoint, family)
-        _put(weights, tensor.path, _at(put(_nested(tensor.path, out)), tensor.path))
+
+        def part(index, shape=shape, tensor=tensor, names=names):
+            """The part of an array that `index`, a slice for each axis, names."""
+            index = tuple(slice(*axis.indices(size)) for axis, size in zip(index, shape, strict=True))
+            taken = tuple(axis.stop - axis.start for axis in index)
+            out = aligned(taken, dtype)
+            layers = list(zip(names[index[0]], out, strict=True)) if tensor.stacked else [(names[0], out)]
+            first = int(tensor.stacked)
+            inside = () if taken[first:] == shape[first:] else index[first:]  # none: all of a tensor
+            for name, place in layers:
+                _fill(place, name, tensor, checkpoint, family, inside)
+            return out
+
+        _put(weights, tensor.path, _placed(tensor, shape, dtype, part, checkpoint.kind, sharding))
     for tensor, (name,) in head_places:
         labels = checkpoint.stored[name].shape[0]
         out = np.empty([labels if size < 0 else size for size in tensor.shape], dtype)
@@ -184,9 +198,47 @@ def _account_for_the_rest(
         )
 
 
-def _fill(place: np.ndarray, name: str, tensor: Tensor, checkpoint: Checkpoint, family: Family) -> None:
-    """Reads one tensor into its place. Raises ValueError if it is not finite there."""
-    array = _oriented(checkpoint.read(name), tensor, checkpoint, family)
+def _placed(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    part: Callable[[tuple[slice, ...]], np.ndarray],
+    kind: str,
+    sharding: bilevel.Sharding | None,
+) -> jax.Array:
+    """An array of the weights where it is to be, made of its parts."""
+    path, whole = tensor.path, (slice(None),) * len(shape)
+    if sharding is None:
+        return jax.device_put(part(whole))
+    where = _at(sharding.frozen(_nested(path, jax.ShapeDtypeStruct(shape, dtype))), path).sharding
+    if kind == "gguf" or where.is_fully_replicated:  # one tensor of GGUF is dequantised as a whole
+        return _at(sharding.frozen(_nested(path, part(whole))), path)
+    if not where.is_fully_addressable:
+        # Others read the rest, maybe from a file of their own: the first and the last row of each tensor tell another.
+        layers = whole[: int(tensor.stacked)]
+        with processes.attempt():
+            ends = [part((*layers, end, *whole[len(layers) + 1 :])) for end in (slice(0, 1), slice(-1, None))]
+        sharding.replicated(_nested(path, ends), what="A weight")
+    read: dict[tuple[Any, ...], np.ndarray] = {}  # devices that hold the same part share it
+
+    def once(index: Any) -> np.ndarray:
+        key = tuple((axis.start, axis.stop) for axis in index)
+        if key not in read:
+            read[key] = part(index)
+        return read[key]
+
+    with processes.attempt():
+        return jax.make_array_from_callback(shape, where, once)
+
+
+def _fill(
+    place: np.ndarray, name: str, tensor: Tensor, checkpoint: Checkpoint, family: Family, index: tuple[slice, ...] = ()
+) -> None:
+    """Reads one tensor, or the part of it that `index` names, into its place. Raises ValueError if it is not finite."""
+    if checkpoint.kind == "hf":
+        array = _oriented(checkpoint.read(name, _stored(index, tensor)), tensor, checkpoint, family, cut=not index)
+    else:
+        array = _oriented(checkpoint.read(name), tensor, checkpoint, family)[index]
     with np.errstate(over="ignore", invalid="ignore"):
         place[...] = array
     if not is_finite(place):
@@ -206,15 +258,26 @@ def is_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
-def _oriented(array: np.ndarray, tensor: Tensor, checkpoint: Checkpoint, family: Family) -> np.ndarray:
-    """As the model wants it: rotary pairs half a head apart, [in, out], and only the tensor's part of it."""
+def _stored(index: tuple[slice, ...], tensor: Tensor) -> tuple[slice, ...]:
+    """Slices of a tensor as the model wants it, as slices of what a safetensors file holds."""
+    if not index:
+        return ()
+    first, _ = tensor.cut
+    index = (*index[:-1], slice(index[-1].start + first, index[-1].stop + first))
+    return index[::-1] if tensor.turned("hf") else index
+
+
+def _oriented(
+    array: np.ndarray, tensor: Tensor, checkpoint: Checkpoint, family: Family, *, cut: bool = True
+) -> np.ndarray:
+    """As the model wants it: rotary pairs half a head apart, [in, out], and with `cut` only the tensor's part of it."""
     if tensor.interleaved_heads and checkpoint.kind == "gguf" and checkpoint.architecture in family.gguf_interleaved:
         heads = array.reshape(tensor.interleaved_heads, -1, 2, *array.shape[1:])
         array = heads.swapaxes(1, 2).reshape(array.shape)
     if tensor.turned(checkpoint.kind):
         array = array.T
     first, whole = tensor.cut
-    return array[..., first : first + tensor.shape[-1]] if whole else array
+    return array[..., first : first + tensor.shape[-1]] if whole and cut else array
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

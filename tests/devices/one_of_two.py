@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 import bilevel
 from bilevel.running import checkpoints
 from methods import processes
+from methods.models import checkpoints as checkpoints_of_models
+from methods.models import loading
 from tests.devices.meshes import case, nested, on, run
 
 
@@ -197,7 +200,33 @@ def command(folder):
     return {"said": said, "decided": processes.decided(lambda: [index, {"a": None}, "\u00e9" * 300])}
 
 
+def model(folder, name="model"):
+    """A model of which each process reads its part, from a folder of its own."""
+    processes._index, processes._count = jax.process_index(), jax.process_count()
+    own = Path(folder) / f"{name}-{jax.process_index()}"
+    read = []
+
+    def counting(path):
+        checkpoint = checkpoints_of_models.open_folder(path)
+
+        def counted(tensor, part=()):
+            array = checkpoint.read(tensor, part)
+            read.append(array.nbytes)
+            return array
+
+        return dataclasses.replace(checkpoint, read=counted)
+
+    loading.open_folder = counting
+    rule = lambda path, x: P(*[None] * (x.ndim - 1), "fsdp") if x.ndim > 1 else P()  # noqa: E731
+    weights = loading.load(own, sharding=on("fsdp", weights=rule)).weights
+    total = jax.jit(lambda tree: sum(x.astype("float64").sum() for x in jax.tree.leaves(tree)))(weights)
+    return {"read": sum(read), "sum": float(total)}
+
+
 SCENARIOS = {
+    "model": model,
+    "other model": lambda folder: model(folder, "other model"),
+    "damaged model": lambda folder: model(folder, "damaged model"),
     "whole": lambda folder: whole(),
     "rows": lambda folder: rows(),
     "same rows": lambda folder: rows(same=True),

@@ -1,5 +1,7 @@
 """Language models whose weights are split over a mesh: the numbers of one device, and what devices send each other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from benchmarks import scaling
 from bilevel import Batches, Nested, Unrolled
 from methods import flexora, models
 from methods.adapters.lora import LoRAConfig
+from methods.models import loading
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.objective import of_hook
+from tests.conftest import require
 from tests.devices.meshes import apart, on
 
 ROWS, TOKENS = 8, 64
@@ -62,6 +66,51 @@ def test_a_model_is_loaded_straight_onto_a_mesh(tiny_model):
         expected = P(None, None, "fsdp") if "q_proj" in jax.tree_util.keystr(path) else P()
         assert len(leaf.sharding.device_set) == 8 and leaf.sharding.spec == expected
     assert found["blocks"]["q_proj"]["kernel"].addressable_shards[0].data.shape == (2, 16, 8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_device_is_given_its_part_of_each_tensor(name, tmp_path, monkeypatch):
+    """Read as slices of the file: turned, cut out of a tensor of three, along any axis, and none twice."""
+    transformers, torch = require("transformers"), require("torch")
+    if name == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, dtype="bfloat16")
+        oracle = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    else:
+        sizes = {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        oracle = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    folder = tmp_path / name
+    oracle.save_pretrained(folder)
+    whole = models.load(folder).weights
+    read = []
+
+    def counting(checkpoint):
+        def counted(tensor, part=()):
+            array = checkpoint.read(tensor, part)
+            read.append(array.nbytes)
+            return array
+
+        return dataclasses.replace(checkpoint, read=counted)
+
+    opened = loading.open_folder
+    monkeypatch.setattr(loading, "open_folder", lambda path: counting(opened(path)))
+    models.load(folder)
+    all_of_it, numbers = sum(read), sum(leaf.size for leaf in jax.tree.leaves(whole))
+    for axis in (-1, -2):
+
+        def rule(path, x, axis=axis):
+            spec = [None] * x.ndim
+            if x.ndim >= 2 and x.shape[axis] % 8 == 0:
+                spec[axis] = "fsdp"
+            return P(*spec)
+
+        read.clear()
+        found = models.load(folder, sharding=on("fsdp", weights=rule)).weights
+        jax.tree.map(np.testing.assert_array_equal, found, whole)
+        assert any(leaf.sharding.spec != P() for leaf in jax.tree.leaves(found))
+        assert sum(read) <= all_of_it and len(read) > 8
+        if name == "llama":  # of GPT-2's tensors of three, all is read three times where one is not cut
+            assert sum(read) == 2 * numbers
 
 
 @pytest.fixture(scope="module")

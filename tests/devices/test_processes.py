@@ -2,14 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from methods import models
 from tests.devices.meshes import case, devices, nested, on, run
 
 
@@ -119,6 +123,31 @@ def test_what_differs_between_processes_ends_all_of_them_in_a_sentence(tmp_path)
         assert told["decided"] == [0, {"a": None}, "\u00e9" * 300]
     for told in diverges:
         assert "inner_loss is nan at inner step 1" in told["error"]
+
+
+def test_each_process_reads_its_part_of_a_model(tmp_path, tiny_model):
+    def copies(name, **changed):
+        """A folder of the model for each process; in the second one's some entries of tensors are others."""
+        for process in (0, 1):
+            own = shutil.copytree(tiny_model, tmp_path / f"{name}-{process}")
+            tensors = load_file(own / "model.safetensors")
+            for tensor, (place, value) in changed.items() if process else ():
+                tensors[f"model.{tensor}.weight".replace("_of_", ".")][place] = value
+            save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+
+    copies("model")
+    copies("other model", layers_of_1_of_mlp_of_up_proj=((3, -1), 9.0))
+    copies("damaged model", layers_of_0_of_mlp_of_up_proj=((13, 3), np.nan))  # in the part of the second process
+    scenarios = "model", "other model", "damaged model"
+    same, other, damaged = found(tmp_path, *scenarios)
+    whole = jax.tree.leaves(models.load(tiny_model).weights)
+    for told in same:
+        np.testing.assert_allclose(told["sum"], sum(float(np.sum(x, dtype=np.float64)) for x in whole), rtol=1e-12)
+        assert told["read"] < 0.7 * sum(x.nbytes for x in whole)  # and the ends of each array, to compare them
+    for told in other:
+        assert "['blocks']['up_proj']['kernel'][1] is another array in process 1 than in process 0" in told["error"]
+    assert "'model.layers.0.mlp.up_proj.weight' of " in damaged[1]["error"]
+    assert "Process 1 of 2 said: tensor 'model.layers.0.mlp.up_proj.weight' of " in damaged[0]["error"]
 
 
 def test_runs_of_each_process_alone_know_nothing_of_each_other(tmp_path):
