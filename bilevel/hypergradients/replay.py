@@ -11,7 +11,7 @@ import jax
 from jax.core import Tracer
 
 from bilevel.data import FullBatch
-from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, is_schedule
+from bilevel.differentiation.schedules import Binomial, Checkpoint, Levels, is_schedule
 from bilevel.hypergradients.answers import checked_answer
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.contract import Estimate

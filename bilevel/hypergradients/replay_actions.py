@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from bilevel.differentiation import binomial
-from bilevel.differentiation.checkpointing import Binomial
+from bilevel.differentiation.schedules import Binomial
 
 
 class Action(NamedTuple):

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from bilevel.data import resolve, slots
 from bilevel.differentiation import optimizers
-from bilevel.differentiation.checkpointing import Checkpoint, scan
+from bilevel.differentiation.checkpointing import scan
 from bilevel.differentiation.gradients import Gradient, Point, mixed_gradient
 from bilevel.differentiation.optimizers import Optimizer
+from bilevel.differentiation.schedules import Checkpoint
 from bilevel.problem.problem import Problem, mutable_entries, split_inner
 from bilevel.sharding.held import on_one_device
 from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, partition

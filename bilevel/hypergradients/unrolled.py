@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from bilevel.data import narrow, slots
-from bilevel.differentiation.checkpointing import Checkpoint, is_schedule
 from bilevel.differentiation.custom_rules import CustomDerivativeWarning
 from bilevel.differentiation.forward import forward_value_and_grad
 from bilevel.differentiation.gradients import mixed_gradient, reverse_gradient
 from bilevel.differentiation.influence import arrives
+from bilevel.differentiation.schedules import Checkpoint, is_schedule
 from bilevel.hypergradients.base import Trained
 from bilevel.hypergradients.query import Answer, Query
 from bilevel.hypergradients.training import InnerState, Trace, train

@@ -1,6 +1,6 @@
 r"""What a hypergradient will cost before it is run: time in gradient evaluations, and memory, for every schedule.
 
-Memory is that of a compiled program of a few steps, plus what more steps keep, by the arithmetic of checkpointing.py.
+Memory is that of a compiled program of a few steps, plus what more steps keep, by the arithmetic of schedules.py.
 Two such programs are compiled for each mode, with and without rematerialised steps, whatever the number of steps and
 schedules. Time is counted in floating-point operations of the traced program (`flops`).
 
@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bilevel.data import narrow
-from bilevel.differentiation import checkpointing
+from bilevel.differentiation import schedules
 from bilevel.differentiation.binomial import evaluations
 from bilevel.differentiation.captures import forget_outdated
-from bilevel.differentiation.checkpointing import Binomial, Checkpoint, Levels, StepBytes
+from bilevel.differentiation.schedules import Binomial, Checkpoint, Levels, StepBytes
 from bilevel.differentiation.tracing import is_literal, is_on_host, jaxprs, operation, read, scan_counts, without_unused
 from bilevel.hypergradients.replay import Replay
 from bilevel.hypergradients.training import InnerState
@@ -218,7 +218,7 @@ def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:
             else:
                 traced = _Traced.of(dataclasses.replace(own, checkpoint=checkpoint), *arguments)
                 # Every loop inside another sums up a derivative by `outer` of its own.
-                inside = len(checkpointing.chunks(through, checkpointing.levels(checkpoint))) - 1
+                inside = len(schedules.chunks(through, schedules.levels(checkpoint))) - 1
                 count = traced.flops
                 memory = measured.with_kept(traced.kept + inside * sum(map(nbytes, moving)))
             rows.append(Row(mode, checkpoint, count, count / gradient, memory))
@@ -228,13 +228,13 @@ def planned(hypergradient: Unrolled, *arguments: Any) -> Plan:
 def _table(length: int, own: Checkpoint) -> list[Checkpoint]:
     table: list[Checkpoint] = ["step", "sqrt", Levels(3), Binomial(max(2, math.ceil(math.log2(length + 1))))]
     known = [*table, "auto", "none", Levels(1), Levels(2)]
-    return table if own in known or isinstance(own, checkpointing.Auto) else [*table, own]
+    return table if own in known or isinstance(own, schedules.Auto) else [*table, own]
 
 
 def _chosen(rows: list[Row], hypergradient: Unrolled, arguments: tuple[Any, ...], length: int) -> Row:
     checkpoint: Checkpoint = "none"
     if hypergradient.mode != "forward":
-        checkpoint = checkpointing.choose(hypergradient.checkpoint, lambda: _sizes(hypergradient, *arguments), length)
+        checkpoint = schedules.choose(hypergradient.checkpoint, lambda: _sizes(hypergradient, *arguments), length)
     aliases = {Levels(1): "step", Levels(2): "sqrt"}
     wanted = aliases[checkpoint] if checkpoint in aliases else checkpoint
     found = [row for row in rows if (row.mode, row.checkpoint) == (hypergradient.mode, wanted)]
@@ -320,7 +320,7 @@ def _solve(hypergradient, problem, state, outer, inner_batches, key):
 
 
 def _sizes(hypergradient: Unrolled, problem, state, outer, inner_batches, outer_batch, key) -> StepBytes:
-    probe = checkpointing.Probe([])
+    probe = schedules.Probe([])
     measured = dataclasses.replace(hypergradient, checkpoint=probe)
     jax.eval_shape(lambda *arguments: _solve(measured, *arguments), problem, state, outer, inner_batches, key)
     return probe.found[-1]

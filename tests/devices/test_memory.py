@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import bilevel
 from bilevel import Batches, Unrolled
 from bilevel.differentiation import checkpointing
-from bilevel.differentiation.checkpointing import choose
+from bilevel.differentiation.schedules import choose
 from bilevel.measuring.planning import temp_bytes
 from bilevel.measuring.point import Point
 from tests.devices.meshes import case, on

@@ -13,7 +13,7 @@ import pytest
 
 import bilevel
 from bilevel import Auto, Binomial, Levels, Offload, Unrolled
-from bilevel.differentiation import binomial, checkpointing
+from bilevel.differentiation import binomial, schedules
 from bilevel.differentiation.tracing import is_on_host, jaxprs, operation, scan_counts, without_unused
 from bilevel.measuring.planning import planned, temp_bytes
 from tests.bilevel.helpers import KEY
@@ -190,7 +190,7 @@ def test_binomial_schedules_are_the_shortest_possible_and_reach_every_state():
 def test_nested_loops_fit_their_length():
     for length in (1, 2, 3, 5, 7, 16, 17, 61, 64, 97, 1009):
         for depth in (1, 2, 3, 4):
-            sizes = checkpointing.chunks(length, depth)
+            sizes = schedules.chunks(length, depth)
             # Skipped steps are few, and no loop is much longer than the others.
             assert length <= math.prod(sizes) <= 1.5 * length
             assert max(sizes) <= 2 * length ** (1 / len(sizes)) + 1
@@ -296,10 +296,10 @@ def test_a_device_without_memory_of_the_host_beside_its_own_is_told(monkeypatch)
 
 
 def test_auto_takes_the_fastest_schedule_within_its_budget():
-    sizes = checkpointing.StepBytes(state=10, gradient=5, residual=30)
+    sizes = schedules.StepBytes(state=10, gradient=5, residual=30)
 
     def choice(budget):
-        return checkpointing.choose(Auto(budget), lambda: sizes, 64)
+        return schedules.choose(Auto(budget), lambda: sizes, 64)
 
     assert choice(64 * 30) == "none"
     assert choice(64 * 30 - 1) == "step"
@@ -308,12 +308,12 @@ def test_auto_takes_the_fastest_schedule_within_its_budget():
     assert choice(16 * 10 + 8 * 5 + 29) == Levels(3)
     with pytest.warns(UserWarning, match="keeps least"):
         choice(1)
-    assert checkpointing.choose("auto", lambda: sizes, 64) == "none"
+    assert schedules.choose("auto", lambda: sizes, 64) == "none"
 
 
 def test_auto_counts_what_a_step_keeps():
     def sizes(mode):
-        probe = checkpointing.Probe([])
+        probe = schedules.Probe([])
         unrolled = Unrolled(adam, 4, mode=mode, checkpoint=probe)
         key = jax.random.key(0)
         jax.eval_shape(lambda: unrolled.solve(PROBLEM, None, OUTER, mlp_batches(4), key))

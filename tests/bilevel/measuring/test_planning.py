@@ -57,8 +57,10 @@ def arguments(case, steps):
 MEASURED = {
     ("quadratic", 16): [("mixed", "none"), ("mixed", "sqrt"), ("reverse", "step")],
     ("quadratic", 256): [("mixed", "sqrt"), ("mixed", Levels(3)), ("mixed", Binomial(9))],
-    ("data_weighting", 16): [("mixed", "none"), ("mixed", "sqrt"), ("reverse", "none"), ("mixed", Binomial(5))],
-    ("data_weighting", 100): [("mixed", "step"), ("mixed", Levels(3)), ("reverse", "sqrt")],
+    ("data_weighting", 100): [
+        *(("mixed", checkpoint) for checkpoint in ("none", "step", Levels(3), Binomial(5))),
+        *(("reverse", checkpoint) for checkpoint in ("none", "sqrt")),
+    ],
     ("lora_transformer", 16): [("mixed", "step"), ("reverse", "none"), ("reverse", Binomial(5))],
 }
 
