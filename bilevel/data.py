@@ -8,6 +8,7 @@ rows itself. `FullBatch(arrays)` is the same whole data at every step. `None` is
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from jax.core import Tracer
 from bilevel.settings.fields import check_fields, register, setting, shown, signature
 from bilevel.settings.numeric import integer
 from bilevel.settings.rules import boolean, one_of
-from bilevel.trees import PyTree, in_leaf, leaf_names, unlike_array
+from bilevel.trees import PyTree, in_leaf, is_steady, leaf_names, unlike_array
 
 Order = Literal["rows", "blocks"]
 
@@ -351,8 +352,8 @@ class Batches:
         """Draws what `take` needs for batches number `first` to `first + count - 1`, once for many calls of it."""
         per_epoch, epochs = self.per_epoch, min(count, (count - 1) // self.per_epoch + 2)
         start = jnp.asarray(first, jnp.uint32) // jnp.uint32(per_epoch)
-        words = jax.vmap(lambda e: _words(jax.random.fold_in(key, e)))(start + jnp.arange(epochs, dtype=jnp.uint32))
-        return Shuffled(self, start, words)
+        key, numbers = _as_threefry(key), start + jnp.arange(epochs, dtype=jnp.uint32)
+        return Shuffled(self, start, jax.vmap(lambda e: _words(jax.random.fold_in(key, e)))(numbers))
 
     @property
     def per_epoch(self) -> int:
@@ -387,6 +388,18 @@ class Shuffled:
 ROUNDS = 24
 """Rounds of the pseudo-random permutation that shuffles rows. In each place of a batch, every row (and in each pair of
 places every pair of rows) comes up equally often, up to about 2**-ROUNDS, however many rows there are."""
+
+
+def _as_threefry(key: jax.Array) -> jax.Array:
+    """`key`, or one of threefry made of its words: others draw other numbers in company than alone (`jax.vmap`).
+
+    The epochs that are drawn together are those of a chunk of steps, which is as long as the machine is fast.
+    """
+    if is_steady(key):
+        return key
+    words = jnp.ravel(jax.random.key_data(key))
+    start = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+    return functools.reduce(jax.random.fold_in, words[2:], start)
 
 
 def _words(key: jax.Array) -> jax.Array:

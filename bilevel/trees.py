@@ -137,6 +137,11 @@ def _map_keys(function, tree: PyTree) -> PyTree:
     return jax.tree.map(visit, tree)
 
 
+def is_steady(key: Any) -> bool:
+    """Whether a random key draws the same numbers in company (`jax.vmap`) as alone: of JAX's kinds, threefry does."""
+    return "fry" in str(key.dtype) if is_key(key) else jnp.shape(key)[-1] == 2  # key<fry>, or two words
+
+
 def nbytes(array: Any) -> int:
     """Bytes of an array or abstract array; a random key counts as two words."""
     return math.prod(array.shape) * (8 if is_key(array) else array.dtype.itemsize)

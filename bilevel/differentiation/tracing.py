@@ -126,6 +126,17 @@ def jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield item
 
 
+def keys_inside(jaxpr: Any) -> Iterator[Any]:
+    """The random keys, as abstract arrays, that a program is given, holds or makes."""
+    for var in [*jaxpr.constvars, *jaxpr.invars, *(var for eqn in jaxpr.eqns for var in eqn.outvars)]:
+        kind = getattr(var.aval, "dtype", None)
+        if kind is not None and jnp.issubdtype(kind, jax.dtypes.prng_key):
+            yield var.aval
+    for eqn in jaxpr.eqns:
+        for inner in jaxprs(eqn.params):
+            yield from keys_inside(inner)
+
+
 def called(eqn: Any) -> Any:
     """The closed jaxpr that an operation which only calls one (`jit`, `checkpoint`, `custom_jvp_call`) holds."""
     held = eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"]

@@ -178,7 +178,8 @@ class Loop:
     def _compiled(self) -> np.ndarray:
         """Compiles the chunk by computing no step of it: what is not finite in the state that it begins with."""
         state, data = replayed((self.state, self.data))
-        holes = np.asarray(chunk(self.solver, self.record, self.capacity, state, data, 0)[2])
+        with seeds.mapped(state):
+            holes = np.asarray(chunk(self.solver, self.record, self.capacity, state, data, 0)[2])
         are_steady(look_again(self.solver, self.record))
         for number in seeds.numbers(self.state) if holes.any() else ():
             own = holes if number is None else holes[number]

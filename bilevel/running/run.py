@@ -90,7 +90,8 @@ def run(
       key: randomness of the run; None is `jax.random.key(0)`. A stack of keys, `jax.random.split(key, 5)`, is as many
         runs side by side in one program (`jax.vmap`): each is, to rounding, the run of its own key alone. All of
         `outer`, `inner` and `state` then have a leading axis, that of the keys, and `record` is given the state of one
-        of them. Two branches of a `jax.lax.cond` that reads what differs between the runs are both computed.
+        of them. Two branches of a `jax.lax.cond` that reads what differs between the runs are both computed; what
+        cannot be mapped (an ordered callback, keys of another kind than threefry, `Replay`) is refused.
       progress: whether to show progress on stderr.
       callbacks: called as `callback(step, state, metrics)` after every `callback_every` steps and after the last, with
         copies of the rows of metrics since they were last called; a true return value stops the run. If a run was
@@ -163,6 +164,7 @@ def run(
         first = seeds.numbers(state)[0]
         alone = seeds.of(first, state)
         losses = _refuse_unfit(solver, alone, seeds.data_of(first, data), record, reads)
+        seeds.refuse_unsteady_losses(state, losses)
         every = callback_every if callbacks else steps
         loop = Loop(solver, record, steps, callbacks, every, feeds, store, state, data, fresh=not note)
         returned = kinds(jax.eval_shape(lambda state: recorded(record, state, {}), alone)) if record else "none"

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel.differentiation.tracing import keys_inside
 from bilevel.hypergradients.contract import driven_from_host
 from bilevel.solvers.states import check_state
-from bilevel.trees import Key, PyTree
+from bilevel.trees import Key, PyTree, is_key, is_steady, leaf_names, shape
 
 
 def split(key: Key) -> Iterator[Key]:
@@ -33,20 +34,66 @@ def start(solver: Any, key: Key) -> Any:
         check_state(solver, state)
         return state
     if driven_from_host(solver):
+        name = type(getattr(solver, "hypergradient", solver)).__name__
         raise ValueError(
-            f"run(key=...): was given {len(key)} keys, but {type(solver).__name__} is driven from the host, step by "
-            "step, and cannot be part of one program for all of them: call run once for each."
+            f"run(key=...): was given {len(key)} keys, but {name} is driven from the host, step by step, and cannot be "
+            "part of one program for all of them: call run once for each."
         )
     # One after the other: a start may look at numbers, which a traced program has not.
     states = [solver.init(one) for one in key]
-    for state in states:
+    for number, state in enumerate(states):
         check_state(solver, state)
-    if unlike := {jax.tree.structure(state) for state in states} - {jax.tree.structure(states[0])}:
-        raise ValueError(
-            f"run(key=...): the start of another key is another kind of tree, {unlike.pop()} and "
-            f"{jax.tree.structure(states[0])}: runs side by side must be of one structure; call run once for each."
-        )
+        own, other = (_shapes(tree) for tree in (state, states[0]))
+        if unlike := [name for name in own | other if own.get(name) != other.get(name)]:
+            now, before = (leaves.get(unlike[0], "nothing") for leaves in (own, other))
+            raise ValueError(
+                f"run(key=...): init_outer and init_inner give key[{number}] another kind of start than key[0]: state"
+                f"{unlike[0]} is {now}, and was {before}. Runs side by side are of one structure, shape and dtype: "
+                "call run once for each."
+            )
+    refuse_unsteady(states[0])
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    """Name -> shape and dtype of each leaf, in words."""
+    return dict(zip(leaf_names(tree), map(shape, jax.tree.leaves(tree)), strict=True))
+
+
+def refuse_unsteady(keys: PyTree, where: str = "") -> None:
+    """Raises ValueError if a leaf of `keys` is a random key that draws other numbers beside others than alone."""
+    for key in filter(is_key, jax.tree.leaves(keys)):
+        if not is_steady(key):
+            raise ValueError(
+                f"run(key=...): a stack of keys is mapped by jax.vmap, under which a {key.dtype}{where} "
+                "draws other numbers than alone: give threefry2x32 keys, as jax.random.key(0) is unless "
+                "jax_default_prng_impl says otherwise, or call run once for each."
+            )
+
+
+def refuse_unsteady_losses(state: Any, losses: list[Any]) -> None:
+    """The same for keys that a loss makes itself; nothing of a run alone."""
+    if jnp.ndim(state.step):
+        for loss in losses:
+            refuse_unsteady(list(keys_inside(loss.closed.jaxpr)), f" inside {loss.name}")
+
+
+@contextlib.contextmanager
+def mapped(state: Any) -> Iterator[None]:
+    """What JAX cannot map over a stack of runs is said in a sentence.
+
+    Raises:
+      ValueError: in place of JAX's own error, which names no remedy.
+    """
+    try:
+        yield
+    except Exception as error:  # each operation that cannot be mapped raises a kind of its own
+        if not jnp.ndim(state.step) or "vmap" not in str(error):
+            raise
+        raise ValueError(
+            "run(key=...): a stack of keys is mapped by jax.vmap, which something that the losses or the solver call "
+            f"does not allow: {str(error).strip().splitlines()[0]} Mend it, or call run once for each key."
+        ) from error
 
 
 def numbers(state: Any) -> list[int | None]:

@@ -174,7 +174,10 @@ class Sharding:
         one = jax.eval_shape(lambda state: jax.tree.map(lambda x: x[0], state), state)
         over = self.keys or None
         specs = jax.tree.map(lambda spec: PartitionSpec(over, *spec), self._of_state(one), is_leaf=is_spec)
-        check(self.mesh, "A stack of keys", "", state.step, PartitionSpec(over))
+        check(self.mesh, "A stack of keys", ".", state.step, PartitionSpec(over))
+        placed = [leaf for leaf in jax.tree.leaves(specs, is_leaf=is_spec)]
+        for name, x, spec in zip(leaf_names(state), jax.tree.leaves(state), placed, strict=True):
+            check(self.mesh, f"With keys={self.keys!r}, an array of the state", name, x, spec)
         return jax.tree.map(self._put, state, specs)
 
     def pin_state(self, state: PyTree) -> PyTree:

@@ -260,6 +260,9 @@ def test_runs_of_a_stack_of_keys_are_split_over_devices():
         run(nested(problem), data, 1, key=keys[:3], sharding=apart_keys)
     with pytest.raises(ValueError, match="was given one key: give a stack"):
         run(nested(problem), data, 1, sharding=apart_keys)
+    both = Sharding(on().mesh, batch=(), keys="data", inner=P("data"))
+    with pytest.raises(ValueError, match=r"names a mesh axis twice"):
+        run(nested(problem), data, 1, key=keys, sharding=both)
     for wrong in ({"batch": (), "keys": ()}, {"batch": "data", "keys": "data"}, {"batch": (), "keys": "seeds"}):
         with pytest.raises(ValueError, match=r"splits nothing|names a mesh axis twice|and no seeds"):
             Sharding(on().mesh, **wrong)

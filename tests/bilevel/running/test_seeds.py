@@ -131,7 +131,7 @@ def test_warnings_say_of_which_run_they_are():
 def test_what_cannot_be_run_side_by_side():
     replay = Nested(NETWORK, bilevel.Replay(optax.sgd(0.1), 3), optax.sgd(0.1))
     data = {"inner_data": Batches(ROWS, 5), "outer_data": ROWS}
-    with pytest.raises(ValueError, match=r"run\(key=...\): was given 3 keys, but Nested is driven from the host"):
+    with pytest.raises(ValueError, match=r"run\(key=...\): was given 3 keys, but Replay is driven from the host"):
         run(replay, 1, **data, key=KEYS)
     for wrong in (KEYS[:0], KEYS[None], jnp.zeros((1, 2, 2), jnp.uint32), np.arange(3)):
         with pytest.raises(ValueError, match=r"run\(key=.*must be a random key, as .*, or a stack of some"):
@@ -142,5 +142,68 @@ def test_what_cannot_be_run_side_by_side():
         lambda key, outer: (jnp.ones(1),) * (1 + next(turns)), lambda key: jnp.ones(()),
     )  # fmt: skip
     solver = bilevel.SOBA(uneven, inner_step=0.1, outer_step=0.1)
-    with pytest.raises(ValueError, match=r"the start of another key is another kind of tree"):
+    with pytest.raises(ValueError, match=r"give key\[1\] another kind of start .* state.inner.params\[1\] is"):
+        run(solver, 1, inner_data=None, key=KEYS)
+    sizes = iter((1, 2, 2))
+    ragged = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum(w**2), lambda w, o, b, k: jnp.sum(w**2) * o,
+        lambda key, outer: jnp.ones(next(sizes)), lambda key: jnp.ones(()),
+    )  # fmt: skip
+    solver = bilevel.SOBA(ragged, inner_step=0.1, outer_step=0.1)
+    with pytest.raises(ValueError, match=r"state.inner.params is float64\[2\], and was float64\[1\]. Runs"):
+        run(solver, 1, inner_data=None, key=KEYS)
+
+
+def line(loss):
+    return bilevel.Problem(loss, lambda w, o, b, k: jnp.sum(w**2) * o, lambda key, o: jnp.ones(2), lambda key: 1.0)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_that_draw_other_numbers_in_company_are_refused(impl):
+    """Whether a run is given them, holds them in its outer variable, or makes them inside a loss."""
+    problem, train, val = ridge()
+    solver = bilevel.SOBA(problem, inner_step=0.2, outer_step=0.1)
+    data = {"inner_data": Batches(train, 2), "outer_data": val}
+    with pytest.raises(ValueError, match=r"under which a key<\w*rbg> draws other numbers than alone"):
+        run(solver, 1, **data, key=jax.random.split(jax.random.key(1, impl=impl), 2))
+    within = bilevel.Problem(
+        problem.inner_loss, lambda w, o, b, k: problem.outer_loss(w, o["l"], b, k),
+        lambda key, o: problem.init_inner(key, o["l"]), lambda key: {"l": 0.0, "k": jax.random.key(3, impl=impl)},
+    )  # fmt: skip
+    held = bilevel.Problem(
+        lambda w, o, b, k: problem.inner_loss(w, o["l"], b, k), *(
+            getattr(within, name) for name in ("outer_loss", "init_inner", "init_outer")
+        )
+    )
+    with pytest.raises(ValueError, match=r"under which a key<\w*rbg> draws"):
+        run(bilevel.SOBA(held, inner_step=0.2, outer_step=0.1), 1, **data, key=KEYS)
+
+    def noisy(w, outer, batch, key):
+        made = jax.random.key(jax.random.bits(key) % 7, impl=impl)
+        return jnp.sum((w - outer - jax.random.normal(made)) ** 2)
+
+    with pytest.raises(ValueError, match=r"a key<\w*rbg> inside inner_loss draws"):
+        run(bilevel.SOBA(line(noisy), inner_step=0.2, outer_step=0.1), 1, inner_data=None, key=KEYS)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_batches_are_those_of_their_number_whatever_the_kind_of_key(impl):
+    data, key = Batches(np.arange(9), 2), jax.random.key(1, impl=impl)  # four batches an epoch
+    whole = data.take(key, 0, 12).index
+    parts = [data.take(key, first, 4).index for first in (0, 4, 8)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    assert len(np.unique(whole[:4])) == 8 and not np.array_equal(whole[:4], whole[4:8])
+    other = jax.random.split(key)[1]
+    assert not np.array_equal(data.take(other, 0, 12).index, whole)
+
+
+def test_what_cannot_be_mapped_is_told():
+    def asks(w, outer, batch, key):
+        still = jax.lax.stop_gradient(outer)
+        seen = jax.pure_callback(lambda x: np.asarray(x), jax.ShapeDtypeStruct((), float), still)
+        return jnp.sum((w - seen) ** 2) + jnp.sum(w * outer)
+
+    solver = bilevel.SOBA(line(asks), inner_step=0.2, outer_step=0.1)
+    run(solver, 1, inner_data=None, key=KEYS[0])
+    with pytest.raises(ValueError, match=r"mapped by jax.vmap, which something that the losses .* for each key"):
         run(solver, 1, inner_data=None, key=KEYS)
