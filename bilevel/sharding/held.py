@@ -18,16 +18,16 @@ def on_one_device(sharding: Sharding | None, inner: PyTree, batch: PyTree) -> Ca
 
     What is shaped like a leaf of the inner variable lies as that leaf does. What has an axis as long as the batch has
     rows, or its first axes together (rows times tokens), is computed row by row, and lies as the batch does. Anything
-    else counts whole: the compiler may split more, never less.
+    else counts whole; the compiler may split more of it.
     """
     if sharding is None:
         return nbytes
     leaves = jax.tree.leaves(inner)
     specs = sharding.of_inner(inner, leaf_names(inner), leaves)
-    shares = {
-        jnp.shape(x): math.prod(sharding.mesh.shape[axis] for axes in spec for axis in _names(axes))
-        for x, spec in zip(leaves, specs, strict=True)
-    }
+    shares: dict[tuple[int, ...], int] = {}  # of leaves of one shape the share of the one that is split least
+    for x, spec in zip(leaves, specs, strict=True):
+        share = math.prod(sharding.mesh.shape[axis] for axes in spec for axis in _names(axes))
+        shares[jnp.shape(x)] = min(share, shares.get(jnp.shape(x), share))
     rows = {math.prod(x.shape[:n]) for x in jax.tree.leaves(batch) for n in (1, 2) if jnp.ndim(x) >= n}
 
     def size(array: Any) -> int:
