@@ -56,6 +56,8 @@ from bilevel.measuring.compare import Comparison as Comparison
 from bilevel.measuring.compare import compare as compare
 from bilevel.measuring.planning import Plan as Plan
 from bilevel.measuring.planning import plan as plan
+from bilevel.measuring.smoothness import Smoothness as Smoothness
+from bilevel.measuring.smoothness import smoothness as smoothness
 from bilevel.measuring.variance import Variance as Variance
 from bilevel.measuring.variance import variance as variance
 from bilevel.problem.micro_batches import MicroBatches as MicroBatches

@@ -39,7 +39,7 @@ GIVEN = {
     "SRBA": STEPS | {"period": 2},
     "VRBO": STEPS | {"period": 2},
 }
-RESULTS = {"Comparison", "Plan", "Variance"}  # what functions return, which nobody fills in
+RESULTS = {"Comparison", "Plan", "Smoothness", "Variance"}  # what functions return, which nobody fills in
 TREES = {("Batches", "arrays"), ("Indexed", "arrays"), ("FullBatch", "arrays"), ("Indexed", "index")}
 
 

@@ -1,0 +1,204 @@
+"""Whether a hypergradient, exact as it is, foretells what a step of some size does: the smoothness of a training."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel import bijectors
+from bilevel.differentiation.captures import forget_outdated
+from bilevel.hypergradients.base import Hypergradient, is_hypergradient
+from bilevel.hypergradients.contract import traceable
+from bilevel.hypergradients.training import InnerState
+from bilevel.measuring.point import Point
+from bilevel.problem.problem import Problem, split_inner
+from bilevel.settings.fields import checked
+from bilevel.settings.numeric import integer, real
+from bilevel.sharding.processes import on_host
+from bilevel.trees import Outer, PyTree, combine, partition
+
+SMOOTH, ROUGH = 0.9, 0.5
+"""Scores from which a training is called smooth, and below which it is called rough."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Smoothness:
+    r"""How smooth a training is along random directions of `outer`, at steps of one size.
+
+    Attributes:
+      scores: for each direction, from -1 to 1: 1 where the trained variable answers a second step as it did the first.
+      step: h, the size of a step.
+      foretold: for each direction, the change of the outer loss that the hypergradient foretells for a step.
+      found: for each direction, the change that there is.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> found = bilevel.smoothness(problem, hypergradient, inner_data=train, outer_data=val)
+      >>> print(str(found).partition(":")[0])
+      Smoothness 1.00 at steps of 0.01 (1.00 to 1.00 along 4 directions)
+    """
+
+    scores: np.ndarray
+    step: float
+    foretold: np.ndarray
+    found: np.ndarray
+
+    @property
+    def score(self) -> float:
+        """The mean of `scores`."""
+        return float(self.scores.mean())
+
+    @property
+    def error(self) -> float:
+        r"""How far the hypergradient misses: :math:`|\mathrm{found} - \mathrm{foretold}| / |\mathrm{found}|`."""
+        size = float(np.linalg.norm(self.found))
+        return float(np.linalg.norm(self.found - self.foretold)) / size if size else 0.0
+
+    def __str__(self) -> str:
+        low, high, count = self.scores.min(), self.scores.max(), len(self.scores)
+        where = f"{low:.2f} to {high:.2f} along {count} direction{'s' * (count > 1)}"
+        if self.score >= SMOOTH and self.error > 0.5:
+            meaning = "training answers a step of this size evenly, but the outer loss bends: look at smaller steps"
+        elif self.score >= SMOOTH:
+            meaning = "training answers a step of this size evenly, and a hypergradient tells in which direction"
+        elif self.score >= ROUGH:
+            meaning = "a hypergradient foretells a step of this size in part; look at smaller steps"
+        else:
+            meaning = (
+                "a hypergradient, exact as it may be, does not foretell a step of this size: lower the inner learning "
+                "rate, raise eps or eps_root of Adam, train fewer steps, or take smaller outer steps"
+            )
+        missed = f"it misses the change of the outer loss by {100 * self.error:.3g} %"
+        return f"Smoothness {self.score:.2f} at steps of {self.step:g} ({where}): {meaning}; {missed}."
+
+
+def smoothness(
+    problem: Problem,
+    hypergradient: Hypergradient,
+    *,
+    outer: Outer = None,
+    inner_state: InnerState | None = None,
+    inner_data: Any = None,
+    outer_data: Any = None,
+    key: jax.Array | None = None,
+    step: float = 1e-2,
+    directions: int = 4,
+) -> Smoothness:
+    r"""The metasmoothness of a training map, and how well a hypergradient foretells finite steps.
+
+    A derivative is of use as far as it holds. With :math:`\theta(\lambda)` what training ends with at the outer
+    variable :math:`\lambda`, a random direction v and the differences of two steps one after the other,
+    :math:`\Delta_1 = \theta(\lambda + h v) - \theta(\lambda)` and
+    :math:`\Delta_2 = \theta(\lambda + 2 h v) - \theta(\lambda + h v)`, the score is their agreement in sign, weighted
+    by how much each entry moves:
+
+    .. math:: S = \sum_i \frac{|\Delta_1 + \Delta_2|_i}{\|\Delta_1 + \Delta_2\|_1}
+        \operatorname{sign}(\Delta_1)_i \operatorname{sign}(\Delta_2)_i
+
+    It is 1 for a training that depends on :math:`\lambda` linearly, and near 0 for one that is chaotic, as beyond the
+    largest stable learning rate, where the derivative is exact and of no use. Costs 1 + 2 `directions` trainings and
+    one estimate.
+
+    Args:
+      problem, hypergradient: what to look at.
+      outer: the point; by default `problem.start_outer(key)`.
+      inner_state: a warm start; None for a cold one.
+      inner_data, outer_data: as for `run`, without iterators.
+      key: randomness of the training and of the directions; None is `jax.random.key(0)`.
+      step: h, in units of `outer`; with `Problem(domain=...)` in those of its free coordinates. Directions are drawn
+        from a normal distribution of unit variance in each entry.
+      directions: how many.
+
+    Returns:
+      A `Smoothness`; printed, it says what it means.
+
+    Raises:
+      ValueError: for a step that is not above 0, and for directions < 1.
+      FloatingPointError: if a training or its hypergradient is not finite.
+
+    References:
+      Engstrom et al. 2025, arXiv 2503.13751, definition 2.
+
+    Examples:
+      >>> import bilevel, optax
+      >>> from bilevel.testing import ridge
+      >>> problem, train, val = ridge()
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> found = bilevel.smoothness(problem, hypergradient, inner_data=train, outer_data=val)
+      >>> round(found.score, 2), found.error < 0.05
+      (1.0, True)
+    """
+    forget_outdated(problem, hypergradient)
+    point = Point.of("smoothness", problem, outer, inner_state, inner_data, outer_data, key)
+    checked("smoothness", "hypergradient", hypergradient, is_hypergradient)
+    checked("smoothness", "step", step, real(above=0.0))
+    checked("smoothness", "directions", directions, integer(1))
+    _, state, outer, *batches, start = point.arguments(hypergradient.steps)
+    estimator = traceable(hypergradient)
+
+    @jax.jit
+    def trained(outer: Outer) -> tuple[jax.Array, PyTree]:
+        # What is not asked of an estimate, its gradient, is not computed.
+        estimate = estimator.estimate(problem, state, outer, *batches, start)
+        return estimate.value, split_inner(problem, estimate.inner_state.params)[0]
+
+    moving, fixed = partition(outer)
+    grad = jax.jit(estimator.estimate)(problem, state, outer, *batches, start).grad
+    free, slope = bijectors.free_gradient(problem.domain, moving, grad)
+    value, params = _look(trained(outer))
+    scores, foretold, found = [], [], []
+    for number in range(directions):
+        direction = _normal(jax.random.fold_in(jax.random.clone(point.keys[0]), number), free)
+
+        def at(times: float, direction: PyTree = direction) -> Outer:
+            moved = jax.tree.map(lambda x, v: x + (times * step * v).astype(x.dtype), free, direction)
+            return combine(bijectors.natural(problem.domain, moved), fixed)
+
+        (first, near), (_, far) = (_look(trained(at(times))) for times in (1.0, 2.0))
+        scores.append(_agreement(params, near, far))
+        foretold.append(step * _look(jax.tree.reduce(jnp.add, jax.tree.map(_product, slope, direction), 0.0)))
+        found.append(first - value)
+    return Smoothness(np.asarray(scores), float(step), np.asarray(foretold), np.asarray(found))
+
+
+def _normal(key: jax.Array, like: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(like)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return structure.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=False)])
+
+
+def _product(slope: jax.Array, direction: jax.Array) -> jax.Array:
+    return jnp.real(jnp.sum(slope * direction))
+
+
+def _agreement(start: np.ndarray, near: np.ndarray, far: np.ndarray) -> float:
+    """The score of three trained variables, flat; 1 where nothing moves."""
+    moved = np.abs(far - start)
+    if not (total := moved.sum()):
+        return 1.0
+    return float(np.sum(moved / total * np.sign(near - start) * np.sign(far - near)))
+
+
+def _look(result: Any) -> Any:
+    """On the host, in double precision; a trained variable as one flat array.
+
+    Raises:
+      FloatingPointError: for what is not finite.
+    """
+    leaves = [np.ravel(on_host(x)) for x in jax.tree.leaves(result)]
+    leaves = [part for x in leaves for part in ((x.real, x.imag) if np.iscomplexobj(x) else (x,))]
+    if not all(np.isfinite(x.astype(np.float64)).all() for x in leaves):
+        raise FloatingPointError(
+            "smoothness: a training, or its hypergradient, is not finite near this point: lower the inner learning "
+            "rate or `step`, or look for the NaN with run, which names where it begins."
+        )
+    if not isinstance(result, tuple):
+        return float(leaves[0][0])
+    return float(leaves[0][0]), np.concatenate([np.zeros(0), *(x.astype(np.float64) for x in leaves[1:])])

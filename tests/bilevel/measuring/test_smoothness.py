@@ -1,0 +1,101 @@
+"""A training that is linear in outer is smooth, a chaotic one is not, and the score is what its formula says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+from bilevel import Unrolled
+from bilevel.testing import ridge
+from tests.bilevel.helpers import KEY, NETWORK, ROWS
+
+WIDTH = 48
+SPREAD = np.linspace(-1.0, 1.0, WIDTH)
+PENDULUM = bilevel.Problem(
+    lambda w, o, b, k: jnp.sum(1 - jnp.cos(w + SPREAD * o)),
+    lambda w, o, b, k: jnp.sum((w - 1.0) ** 2),
+    lambda key, o: 1e-2 * jax.random.normal(key, (WIDTH,)),
+    lambda key: jnp.full((WIDTH,), 0.3),
+)
+
+
+def pendulum(rate, **settings):
+    return bilevel.smoothness(PENDULUM, Unrolled(optax.sgd(rate), 40), **settings)
+
+
+def test_the_score_is_its_formula():
+    problem = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - jnp.sin(3 * o)) ** 2), lambda w, o, b, k: jnp.sum(w * o),
+        lambda key, o: jnp.zeros(5), lambda key: jnp.linspace(0.0, 1.0, 5),
+    )  # fmt: skip
+    estimator, step = Unrolled(optax.sgd(0.25), 3), 0.4
+    found = bilevel.smoothness(problem, estimator, step=step, directions=2, key=KEY)
+    keys, outer = jax.random.split(KEY, 4), np.linspace(0.0, 1.0, 5)
+    ends = lambda o: np.sin(3 * o) * (1 - 0.5**3)  # noqa: E731
+    for i in range(2):
+        # As the directions are drawn.
+        (key,) = jax.random.split(jax.random.fold_in(keys[1], i), 1)
+        v = np.asarray(jax.random.normal(key, (5,)))
+        a, b, c = (ends(outer + n * step * v) for n in range(3))
+        weight = np.abs(c - a) / np.abs(c - a).sum()
+        np.testing.assert_allclose(found.scores[i], sum(weight * np.sign(b - a) * np.sign(c - b)), rtol=1e-10)
+        change = np.sum(b * (outer + step * v)) - np.sum(a * outer)
+        slope = np.sum(v * (a + outer * 3 * np.cos(3 * outer) * (1 - 0.5**3)))
+        np.testing.assert_allclose(found.found[i], change, rtol=1e-10)
+        np.testing.assert_allclose(found.foretold[i], step * slope, rtol=1e-10)
+    assert min(found.scores) < 0.99  # which a formula that is always 1 would not give
+
+
+def test_stable_training_is_smooth_and_one_beyond_the_stable_rate_is_not():
+    smooth, rough = pendulum(0.5, step=1e-3), pendulum(4.0, step=1e-3)
+    assert smooth.score > 0.99 and smooth.error < 0.05
+    assert abs(rough.score) < 0.4 and rough.error > 10
+    assert "tells in which direction" in str(smooth) and "lower the inner learning rate" in str(rough)
+    assert str(rough).startswith(f"Smoothness {rough.score:.2f} at steps of 0.001 (")
+    # What it misses is of second order.
+    assert pendulum(0.5, step=5e-4).error == pytest.approx(smooth.error / 2, rel=0.1)
+
+
+def test_any_estimator_any_outer_and_free_coordinates():
+    held_out = bilevel.Batches(ROWS, 5)
+    settings = {"inner_data": held_out, "outer_data": held_out, "step": 1e-4}
+    one = bilevel.smoothness(NETWORK, Unrolled(optax.sgd(0.1), 4), **settings)
+    same = bilevel.smoothness(NETWORK, bilevel.Replay(optax.sgd(0.1), 4, segment=2), **settings)
+    np.testing.assert_allclose(same.foretold, one.foretold, rtol=1e-9)
+    np.testing.assert_allclose(same.found, one.found, rtol=1e-6)
+    assert one.error < 0.01 < 0.99 < one.score
+    problem, train, val = ridge()
+    bounded = bilevel.Problem(
+        lambda w, o, b, k: problem.inner_loss(w, jnp.log(o), b, k),
+        lambda w, o, b, k: problem.outer_loss(w, jnp.log(o), b, k),
+        lambda key, o: problem.init_inner(key, jnp.log(o)),
+        lambda key: jnp.exp(problem.init_outer(key)),
+        domain=bilevel.Positive(),
+    )
+    data = {"inner_data": train, "outer_data": val}
+    free, natural = (bilevel.smoothness(p, Unrolled(optax.sgd(0.5), 9), **data) for p in (problem, bounded))
+    np.testing.assert_allclose(natural.foretold, free.foretold, rtol=1e-9)
+    np.testing.assert_allclose(natural.found, free.found, rtol=1e-9)
+    # An estimator that sees nothing of the training foretells nothing of it.
+    blind = bilevel.smoothness(problem, bilevel.OneStep(optax.sgd(0.5), 9), **data)
+    assert blind.score == 1.0 and blind.error > 0.2
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.StructuralZeroWarning")
+def test_where_nothing_moves_nothing_is_rough():
+    still = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum(w**2), lambda w, o, b, k: jnp.sum(o * w), lambda k, o: jnp.ones(2), lambda k: 1.0
+    )
+    assert list(bilevel.smoothness(still, Unrolled(optax.sgd(0.1), 2)).scores) == [1.0] * 4
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"smoothness\(step=0"):
+        pendulum(0.5, step=0.0)
+    with pytest.raises(ValueError, match=r"smoothness\(directions=0"):
+        pendulum(0.5, directions=0)
+    problem, train, val = ridge()
+    with pytest.raises(FloatingPointError, match="smoothness: a training, or its hypergradient, is not finite"):
+        bilevel.smoothness(problem, Unrolled(optax.sgd(1e200), 9), inner_data=train, outer_data=val)
