@@ -55,6 +55,8 @@ STEP = 3e-4
 
 UNDECIDED = 1e-2
 """Relative uncertainty from which central differences confirm nothing."""
+UNKNOWN = 0.5
+"""Uncertainty of central differences from which they contradict no estimate."""
 
 
 def central_differences(
@@ -166,7 +168,8 @@ class Agreement:
         if self.verdict == "biased":
             return f"{self.name}: biased by {100 * self.error:.3g} %, cosine {self.cosine:.3f} ({known})"
         if self.verdict == "undecided":
-            return f"{self.name}: undecided ({known} only: is a loss not smooth, or of low precision?)"
+            why = "is a loss not smooth, of low precision, or the training rough, as bilevel.smoothness tells?"
+            return f"{self.name}: undecided ({known} only: {why})"
         if not np.isfinite(self.error):
             return f"{self.name}: wrong, not finite"
         return f"{self.name}: wrong, no direction of descent, cosine {self.cosine:.3f} ({known})"
@@ -306,6 +309,8 @@ def _compare(columns, tolerance, floor):
     error = float(np.linalg.norm(estimated - true) / scale)
     known = float(np.linalg.norm(uncertainty) / scale)
     cosine = float(estimated @ true / ((length * np.linalg.norm(estimated)) or 1.0))
+    if known > UNKNOWN:  # of a rough training no step is small enough: the differences say nothing of the estimate
+        return "undecided", error, cosine, known
     if error <= max(tolerance, known):
         return "exact" if known <= UNDECIDED else "undecided", error, cosine, known
     return "biased" if cosine > 0 else "wrong", error, cosine, known

@@ -8,7 +8,7 @@ import pytest
 
 import bilevel
 from bilevel import Unrolled
-from bilevel.testing import ridge
+from bilevel.testing import check_hypergradient, ridge
 from tests.bilevel.helpers import KEY, NETWORK, ROWS
 
 WIDTH = 48
@@ -54,6 +54,8 @@ def test_stable_training_is_smooth_and_one_beyond_the_stable_rate_is_not():
     assert abs(rough.score) < 0.4 and rough.error > 10
     assert "tells in which direction" in str(smooth) and "lower the inner learning rate" in str(rough)
     assert str(rough).startswith(f"Smoothness {rough.score:.2f} at steps of 0.001 (")
+    check = check_hypergradient(PENDULUM, Unrolled(optax.sgd(4.0), 40), directions=2)
+    assert check.verdict == "undecided" and "rough, as bilevel.smoothness tells" in str(check)
     # What it misses is of second order.
     assert pendulum(0.5, step=5e-4).error == pytest.approx(smooth.error / 2, rel=0.1)
 
