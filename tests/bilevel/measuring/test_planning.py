@@ -58,7 +58,7 @@ MEASURED = {
     ("quadratic", 16): [("mixed", "none"), ("mixed", "sqrt"), ("reverse", "step")],
     ("quadratic", 256): [("mixed", "sqrt"), ("mixed", Levels(3)), ("mixed", Binomial(9))],
     ("data_weighting", 100): [
-        *(("mixed", checkpoint) for checkpoint in ("none", "step", Levels(3), Binomial(5))),
+        *(("mixed", checkpoint) for checkpoint in ("none", "step", Levels(3), Binomial(7))),
         *(("reverse", checkpoint) for checkpoint in ("none", "sqrt")),
     ],
     ("lora_transformer", 16): [("mixed", "step"), ("reverse", "none"), ("reverse", Binomial(5))],
