@@ -127,14 +127,21 @@ def _primal(step: _Traced, consts, carry, xs):
 _scan = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 
 
-@jax.custom_jvp
-def _final(x):
-    return x
+def not_differentiable(what: str) -> Callable[[jax.Array], jax.Array]:
+    """The identity, which says that `what` no third level where it is differentiated."""
+
+    @jax.custom_jvp
+    def final(x):
+        return x
+
+    @final.defjvp
+    def _(primals, tangents):
+        raise ValueError(f"{what} no derivative of the hypergradient (no third level): {REMEDY}")
+
+    return final
 
 
-@_final.defjvp
-def _refuse(primals, tangents):
-    raise ValueError(f"Binomial checkpoints allow no derivative of the hypergradient (no third level): {REMEDY}")
+_final = not_differentiable("Binomial checkpoints allow")
 
 
 @jax.tree_util.register_dataclass

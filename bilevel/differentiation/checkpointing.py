@@ -91,16 +91,7 @@ def _differentiated_once(x):
     return x
 
 
-@jax.custom_jvp
-def _final(x):
-    return x
-
-
-@_final.defjvp
-def _refuse(primals, tangents):
-    raise ValueError(f"Offload() allows no derivative of the hypergradient (no third level): {binomial.REMEDY}")
-
-
+_final = binomial.not_differentiable("Offload() allows")
 _differentiated_once.defvjp(lambda x: (_final(x), None), lambda _, cotangent: (_final(cotangent),))
 
 

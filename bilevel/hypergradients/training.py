@@ -16,7 +16,7 @@ from bilevel.differentiation.optimizers import Optimizer
 from bilevel.differentiation.schedules import Checkpoint
 from bilevel.problem.problem import Problem, mutable_entries, split_inner
 from bilevel.sharding.held import on_one_device
-from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, partition
+from bilevel.trees import Inner, Outer, PyTree, as_words, at_step, combine, is_key, nbytes, partition
 
 
 class InnerState(NamedTuple):
@@ -108,8 +108,10 @@ def train(
 
     times = first + jnp.arange(steps, dtype=jnp.int32)
     carry = moving, mutable_entries(problem, state.params), state.opt_state
-    one = jax.eval_shape(lambda xs: resolve(bind(jax.tree.map(lambda x: x[0], xs))), xs)
-    size = on_one_device(problem.sharding, state.params, one)
+    size = nbytes
+    if problem.sharding is not None:
+        one = jax.eval_shape(lambda xs: resolve(bind(jax.tree.map(lambda x: x[0], xs))), xs)
+        size = on_one_device(problem.sharding, state.params, one)
     (moving, carried, opt_state), trace = scan(checkpoint, step, carry, (times, xs, keys), steps, size)
     params = combine(moving, fixed | carried if carried else fixed)
     return InnerState(params, opt_state, state.step + steps, state.extra), trace

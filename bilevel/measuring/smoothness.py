@@ -144,10 +144,14 @@ def smoothness(
     estimator = traceable(hypergradient)
 
     @jax.jit
-    def trained(outer: Outer) -> tuple[jax.Array, PyTree]:
-        # What is not asked of an estimate, its gradient, is not computed.
-        estimate = estimator.estimate(problem, state, outer, *batches, start)
+    def end(problem: Problem, state: Any, outer: Outer, *rest: Any) -> tuple[jax.Array, PyTree]:
+        # What is not asked of an estimate, its gradient, is not computed. Weights and data are arguments: closed over,
+        # they would be constants of the program.
+        estimate = estimator.estimate(problem, state, outer, *rest)
         return estimate.value, split_inner(problem, estimate.inner_state.params)[0]
+
+    def trained(outer: Outer) -> tuple[jax.Array, PyTree]:
+        return end(problem, state, outer, *batches, start)
 
     moving, fixed = partition(outer)
     grad = jax.jit(estimator.estimate)(problem, state, outer, *batches, start).grad

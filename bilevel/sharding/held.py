@@ -13,15 +13,13 @@ from bilevel.sharding.sharding import Sharding
 from bilevel.trees import PyTree, leaf_names, nbytes
 
 
-def on_one_device(sharding: Sharding | None, inner: PyTree, batch: PyTree) -> Callable[[Any], int]:
+def on_one_device(sharding: Sharding, inner: PyTree, batch: PyTree) -> Callable[[Any], int]:
     """`size(array)`: the bytes of an array, or of its shape, on one device, in a training of `inner` on `batch`.
 
     What is shaped like a leaf of the inner variable lies as that leaf does. What has an axis as long as the batch has
     rows, or its first axes together (rows times tokens), is computed row by row, and lies as the batch does. Anything
     else counts whole; the compiler may split more of it.
     """
-    if sharding is None:
-        return nbytes
     leaves = jax.tree.leaves(inner)
     specs = sharding.of_inner(inner, leaf_names(inner), leaves)
     shares: dict[tuple[int, ...], int] = {}  # of leaves of one shape the share of the one that is split least
