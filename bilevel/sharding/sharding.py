@@ -23,7 +23,21 @@ from bilevel.sharding.processes import (
     row_factor,
     row_holders,
 )
-from bilevel.sharding.specs import Rule, are_axes, auto, check, is_mesh, is_rule, is_spec, pin, rows, specs_of, split
+from bilevel.sharding.specs import (
+    LIKE_WEIGHTS,
+    Rule,
+    are_axes,
+    auto,
+    check,
+    is_inner_rule,
+    is_mesh,
+    is_rule,
+    is_spec,
+    pin,
+    rows,
+    specs_of,
+    split,
+)
 from bilevel.trees import PyTree, leaf_names
 
 _NO_ROWS = " (what has no rows is no part of a batch: bind it to the loss, jax.tree_util.Partial(loss, it))"
@@ -54,7 +68,9 @@ class Sharding:
         ones than those of `batch`, as in `Sharding(mesh, batch=(), keys="data")`, where each device has runs of its own
         on whole batches, and no device waits for another. With none, every device has a part of every run.
       weights, inner, outer: a `PartitionSpec` for all leaves; a tree of them, like the variable or like what is bound
-        to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above.
+        to the losses; or a function `(path, array) -> PartitionSpec`. None is the default above. `inner="weights"`
+        splits the inner variable, and what an optimizer holds for it, as frozen weights are: where whole models are
+        trained.
 
     Raises:
       ValueError: for axes that the mesh has not, and for a mesh of some processes that are neither all nor this one.
@@ -78,7 +94,7 @@ class Sharding:
     batch: tuple[str, ...] | str = dataclasses.field(default="data", kw_only=True, metadata=setting(are_axes))
     keys: tuple[str, ...] | str = dataclasses.field(default=(), kw_only=True, metadata=setting(are_axes))
     weights: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
-    inner: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
+    inner: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_inner_rule))
     outer: Rule = dataclasses.field(default=None, kw_only=True, metadata=setting(is_rule))
 
     def __post_init__(self):
@@ -263,7 +279,10 @@ class Sharding:
     ) -> list[PartitionSpec]:
         """A spec for each leaf: that of the leaf of `variable` whose path its own ends with, of the same shape."""
         names, own = leaf_names(variable), jax.tree.leaves(variable)
-        specs = specs_of(rule, variable, names, own, lambda _, x: PartitionSpec())
+        default: Callable[[str, Any], PartitionSpec] = lambda _, x: PartitionSpec()  # noqa: E731
+        if isinstance(rule, str) and rule == LIKE_WEIGHTS:
+            rule, default = self.weights, self._split
+        specs = specs_of(rule, variable, names, own, default)
         for name, x, spec in zip(names, own, specs, strict=True):
             check(self.mesh, what, name, x, spec)
         known = [("" if n == "." else n, jnp.shape(x), spec) for n, x, spec in zip(names, own, specs, strict=True)]

@@ -19,6 +19,9 @@ FSDP = "fsdp"
 SMALL = 2**16
 """Weights of fewer numbers are replicated by default: to gather them takes longer than to hold them."""
 
+LIKE_WEIGHTS = "weights"
+"""The rule of an inner variable that is a whole model's weights: these lie as frozen ones would."""
+
 Rule = PartitionSpec | PyTree | Callable[[str, Any], PartitionSpec]
 """A `PartitionSpec` for all leaves, a tree of them, or a function `(path, array) -> PartitionSpec`; None: a default."""
 
@@ -51,6 +54,15 @@ def is_rule(value: Any) -> Any:
     if value is not None and not all(map(is_spec, specs)):
         raise Unfit("must be a PartitionSpec, a tree of them, or a function (path, array) -> PartitionSpec")
     return value
+
+
+def is_inner_rule(value: Any) -> Any:
+    """The rule of a setting that is a `Rule`, or "weights"."""
+    if isinstance(value, str):
+        if value != LIKE_WEIGHTS:
+            raise Unfit(f"must be {LIKE_WEIGHTS!r} where it is a text: the inner variable lies as weights do")
+        return value
+    return is_rule(value)
 
 
 def is_spec(value: Any) -> bool:

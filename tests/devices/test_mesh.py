@@ -174,6 +174,30 @@ def test_an_inner_variable_that_is_split_stays_so_with_its_optimizer():
         assert adam.count.sharding.is_fully_replicated and found.outer["decay"].sharding.is_fully_replicated
 
 
+def test_a_whole_model_that_is_trained_lies_as_frozen_weights_would():
+    x, y = case()[1]
+
+    def loss(inner, outer, batch, key):
+        x, y = batch
+        error = jnp.tanh(x @ inner["up"]) @ inner["down"] - y
+        return jnp.mean(error**2) + jnp.exp(outer) * jnp.sum(inner["up"] ** 2)
+
+    def begin(key, outer):
+        keys = jax.random.split(key)
+        shapes = {"up": (16, 4096), "down": (4096, 3)}
+        return {n: 0.01 * jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
+
+    problem = bilevel.Problem(loss, loss, begin, lambda key: jnp.full((), -3.0))
+    solver = nested(problem, optax.adam(1e-2))
+    one, found = (run(solver, (x, y), 3, sharding=s) for s in (None, on("fsdp", inner="weights")))
+    assert apart((found.outer, found.history), (one.outer, one.history)) < 1e-11
+    for tree in (found.inner.params, found.inner.opt_state[0].mu):
+        specs = {name: leaf.sharding.spec for name, leaf in tree.items()}
+        assert specs == {"up": P(None, "fsdp"), "down": P()}  # the second is small
+    ruled = run(solver, (x, y), 1, sharding=on("fsdp", inner="weights", weights=lambda path, x: P()))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(ruled.inner.params))
+
+
 def test_work_and_weights_are_split():
     problem, data = case()
     sharding = on("data")
@@ -207,6 +231,7 @@ BAD = {
         lambda: on(weights=lambda path, x: P(P.UNCONSTRAINED)).problem(case()[0]),
         "leaves an axis open: name mesh axes, or None",
     ),
+    "a text": (lambda: on(inner="frozen"), "inner='frozen'.: must be 'weights' where it is a text"),
     "a rule of one argument": (lambda: on(weights=lambda path: P()), r"weights=.*path, array"),
     "no mesh": (lambda: Sharding(3), "must be a jax.sharding.Mesh"),
     "no rule": (lambda: on(weights=3), "must be a PartitionSpec, a tree of them, or a function"),

@@ -1,6 +1,7 @@
 """Language models whose weights are split over a mesh: the numbers of one device, and what devices send each other."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import bilevel
 from benchmarks import scaling
+from benchmarks.record import Record
 from bilevel import Batches, Nested, Unrolled
 from methods import flexora, models
 from methods.adapters.lora import LoRAConfig
@@ -115,7 +117,7 @@ def test_a_device_is_given_its_part_of_each_tensor(name, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def split():
-    return scaling.row(scaling.SIZES["tiny"], 8, ROWS, TOKENS, steps=2)
+    return scaling.row(scaling.SIZES["tiny"], jax.devices(), ROWS, TOKENS, steps=2)
 
 
 def test_each_device_holds_an_eighth_of_the_weights(split):
@@ -143,6 +145,43 @@ def test_collectives_are_read_from_a_compiled_program():
         ("all-reduce", "(f32[8,256], bf16[3])", 8198),
         ("all-gather", "f64[4]", 32),
     ]
+
+
+def test_a_sum_of_which_each_device_takes_a_part_is_told_from_others():
+    text = """
+%add.1 (x: bf16[], y: bf16[]) -> bf16[] {
+  ROOT %add.3 = bf16[] add(%x, %y)
+}
+
+%all-reduce-scatter.7 (input: bf16[4096,4096]) -> bf16[4096,512] {
+  %all-reduce.2 = bf16[4096,4096]{1,0} all-reduce(%input), channel_id=4, to_apply=%add.1
+  ROOT %dynamic-slice.3 = bf16[4096,512]{1,0} dynamic-slice(%all-reduce.2, %zero, %first)
+}
+
+ENTRY %main (param: bf16[512,4096]) -> bf16[4096,512] {
+  %fusion = bf16[4096,512]{1,0} fusion(%product), kind=kCustom, calls=%all-reduce-scatter.7
+  %all-reduce.9 = f32[8]{0} all-reduce(%small), channel_id=5, to_apply=%add.1
+}
+"""
+    assert [tuple(each) for each in scaling.collectives(text)] == [
+        ("reduce-scatter", "bf16[4096,512]", 2 * 4096 * 512),
+        ("all-reduce", "f32[8]", 32),
+    ]
+
+
+def test_a_whole_model_that_is_trained_is_split_with_its_optimizer():
+    found = scaling.row(scaling.SIZES["tiny"], jax.devices(), ROWS, TOKENS, steps=2, train="all")
+    # Kept are two steps' weights, both moments of Adam and the gradient, in float32. A device that held them whole
+    # would hold more than that; an eighth of them, with what a step computes, is less than half of it.
+    kept = 2 * 4 * found["weights"]
+    assert found["temporary"] < kept / 2.5
+    layers = scaling.SIZES["tiny"].layers
+    assert not [each for each in found["sent"] if each.kind == "all-gather" and f"[{layers}," in each.shape]
+
+
+def test_the_page_shows_the_record():
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert scaling.table(Record(scaling.RECORD)) in page
 
 
 def test_float32_copies_are_told_from_other_memory():
