@@ -35,7 +35,7 @@ GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
 # One virtualenv, filled step by step: two installs at once would damage it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help test lint types unit devices test-newest test-oldest subset mutants docs flexora assets clean
+.PHONY: help test lint types unit devices test-newest test-oldest environments subset mutants docs flexora assets clean
 
 help:
 	@echo "make flexora   install, fetch SmolLM2-135M and PIQA, run Flexora (PRESET=demo|evidence, OUT=folder)"
@@ -115,6 +115,15 @@ test-newest:
 test-oldest:
 	@python=$$($(call quote,$(PYTHON)) scripts/pythons.py oldest) && \
 	  $(MAKE) --no-print-directory subset PYTHON="$$python" VENV=.venv-oldest OLDEST=1
+
+# The environments of all three at once: most of an install is waiting and unpacking. What fails here fails again, and
+# says so, where it is needed.
+environments:
+	-@newest=$$($(call quote,$(PYTHON)) scripts/pythons.py newest) && \
+	  oldest=$$($(call quote,$(PYTHON)) scripts/pythons.py oldest) && { \
+	  $(MAKE) --no-print-directory .venv-newest/subset.stamp PYTHON="$$newest" VENV=.venv-newest & \
+	  $(MAKE) --no-print-directory .venv-oldest/subset.stamp PYTHON="$$oldest" VENV=.venv-oldest OLDEST=1 & \
+	  $(MAKE) --no-print-directory $(VENV)/test.stamp $(VENV)/models.stamp & wait; }
 
 $(VENV)/mutants.stamp: pyproject.toml $(VENV)/test.stamp
 	@$(PIP) install --quiet --editable '.[mutants]'

@@ -199,9 +199,9 @@ def test_implicit_gradient_of_two_passes_is_that_of_the_damped_system():
 
         def gradient(flat, moving):
             def value(flat):  # of both steps, each with its masks
-                keys = [jax.random.fold_in(outer["key"], step) for step in range(2)]
-                full = [outer | moving | {"key": key} for key in keys]
-                return sum(of.inner_value(unflatten(flat), each, train, None)[0] for each in full) / 2
+                keys = jax.vmap(lambda step: jax.random.fold_in(outer["key"], step))(jnp.arange(2))
+                full = lambda key: outer | moving | {"key": key}  # noqa: E731
+                return jax.vmap(lambda key: of.inner_value(unflatten(flat), full(key), train, None)[0])(keys).mean()
 
             return jax.grad(value)(flat)
 

@@ -45,7 +45,7 @@ def small(name):
         return problems.quadratic(size=400)
     if name == "data_weighting":
         return problems.data_weighting(samples=64, width=32)
-    return problems.lora_transformer(layers=1, width=32, tokens=16, size=2)
+    return problems.lora_transformer(layers=1, width=32, tokens=16, size=2, remat=False)
 
 
 def arguments(case, steps):
