@@ -31,6 +31,8 @@ COMMANDS = {
     "hiddenkey": Row("methods.hiddenkey", "learn dropout rates and their KL weight"),
     "finegates": Row("methods.finegates", "close gates on frozen weights and cut them out"),
     "loratrf": Row("methods.loratrf", "edit features by a task vector (reconstructed)"),
+    "attribute": Row("methods.attribute", "find the training rows that made the model answer as it does"),
+    "select-data": Row("methods.select_data", "keep the training rows that serve the validation loss"),
     "report": Row("methods.side_by_side", "put finished runs side by side"),
 }
 

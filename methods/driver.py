@@ -70,6 +70,7 @@ class Arm(NamedTuple):
       count: `count(trained) -> row`, what the row tells beside the test: "on", the share of each module in use,
         `{site: [L]}`; "parameters", how many were trained; and what else the method counts.
       export: `export(folder, trained)` writes what others read.
+      weights: `weights(trained)`, the model's weights where these were trained; None where they are frozen.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Arm(NamedTuple):
     bind: Callable[[Any], Bound]
     count: Callable[[Any], dict[str, Any]]
     export: Callable[[RunFolder, Any], None] = _nothing
+    weights: Callable[[Any], Any] | None = None
 
 
 class Chosen(NamedTuple):
@@ -202,7 +204,7 @@ def accumulated(each: Search, settings: Settings, bench: Bench) -> Search:
         return each
     # The mean over all answer tokens is that of the batches' means, each counted by its tokens.
     by_rows = bench.head is not None or bench.row_means
-    weight = None if by_rows else lambda batch: batch.answer_mask.sum()
+    weight = None if by_rows else lambda batch: getattr(batch, "rows", batch).answer_mask.sum()
     problem = each.solver.problem
     losses = {
         name: bilevel.MicroBatches(getattr(problem, name), count, weight=weight)
@@ -282,9 +284,15 @@ def row(arm: Arm, bench: Bench, folder: RunFolder) -> dict[str, Any]:
     """Trains, exports and tests an arm: its row of the results."""
     trained = arm.train(folder, arm.name)
     arm.export(folder, trained)
-    test = evaluation.evaluate(bench, arm.bind(trained))
+    test = evaluation.evaluate(_with_weights(arm, bench, trained), arm.bind(trained))
     counted = arm.count(trained)
     return {"layers": _layers(counted["on"])} | counted | evaluation.row(test)
+
+
+def _with_weights(arm: Arm, bench: Bench, trained: Any) -> Bench:
+    if arm.weights is None:
+        return bench
+    return bench._replace(pretrained=dataclasses.replace(bench.pretrained, weights=arm.weights(trained)))
 
 
 def _layers(on: Mapping[str, Any]) -> list[int]:

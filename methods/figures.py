@@ -111,6 +111,54 @@ def sparsity_curve(file: Path, results: Mapping[str, Mapping[str, Any]], title: 
     save(fig, file)
 
 
+def influences(file: Path, scores: np.ndarray) -> None:
+    """Influences `[Q, N]`: the rows in the order of their mean, its curve over the middle half of the questions."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    ordered = scores[:, np.argsort(scores.mean(axis=0), kind="stable")]
+    at = np.arange(1, ordered.shape[1] + 1)
+    low, high = np.quantile(ordered, [0.25, 0.75], axis=0)
+    ax.fill_between(at, low, high, color="#a9c7dd", lw=0, label="middle half of the questions")
+    ax.plot(at, ordered.mean(axis=0), color="#2a6f97", lw=1.6, label="mean of the questions")
+    ax.axhline(0, color="black", lw=0.8, ls=":")
+    ax.set(xlabel="training rows, from the most helpful on", ylabel="influence (change of loss)", title="Influences")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
+def row_weights(file: Path, history: np.ndarray, kept: Sequence[int]) -> None:
+    """Weights of rows over outer steps `[T, N]`, and how they are spread at the end, the kept ones filled."""
+    plt = pyplot()
+    fig, (path, spread) = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    on = np.isin(np.arange(history.shape[1]), kept)
+    for each, colour in ((~on, "#b9c0c7"), (on, "#2a6f97")):
+        if each.any():
+            whole = np.concatenate([np.ones((1, int(each.sum()))), history[:, each]])
+            path.plot(whole, color=colour, lw=0.7, alpha=0.7)
+    path.set(xlabel="outer step", ylabel="weight of a row", title="Weights of rows (blue: kept)")
+    bins = np.histogram_bin_edges(history[-1], 30)
+    spread.hist([history[-1][on], history[-1][~on]], bins=list(bins), stacked=True, color=["#2a6f97", "#b9c0c7"])
+    spread.set(xlabel="weight of a row at the end", ylabel="rows", title="At the end")
+    for ax in (path, spread):
+        ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
+def datamodeling(file: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Linear datamodeling scores with their intervals, `{name: {"value", "low", "high"}}`."""
+    plt = pyplot()
+    fig, ax = plt.subplots(figsize=(6.2, 1.2 + 0.32 * len(table)), layout="constrained")
+    values = np.array([[row["value"], row["low"], row["high"]] for row in table.values()])
+    at = np.arange(len(table))[::-1]
+    error = np.abs(values[:, 1:] - values[:, :1]).T
+    ax.errorbar(values[:, 0], at, xerr=error, fmt="o", color="#2a6f97", ms=5, capsize=3, lw=1.2)
+    ax.axvline(0, color="black", lw=0.8, ls=":")
+    ax.set(xlabel="linear datamodeling score, 95 % interval", yticks=at, yticklabels=list(table), xlim=(-0.3, 1.05))
+    ax.spines[["top", "right"]].set_visible(False)
+    save(fig, file)
+
+
 def save(fig: Any, file: Path, dpi: int = 150) -> None:
     """Writes a figure, whole or not at all, and lets go of it."""
     with files.replacing(file) as part:

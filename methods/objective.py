@@ -15,7 +15,13 @@ from methods.models.hooks import Chain, Hook, identity
 from methods.models.loading import Pretrained
 from methods.tasks.batches import by_length
 from methods.tasks.encode import marks, opening, prefix
-from methods.tasks.loss import Prediction, answer_log_likelihood_at, answer_prediction, label_losses
+from methods.tasks.loss import (
+    Prediction,
+    answer_log_likelihood_at,
+    answer_prediction,
+    label_losses,
+    log_likelihood_each,
+)
 
 
 class Bound(NamedTuple):
@@ -137,6 +143,18 @@ def row_losses(
     hidden = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="hidden")
     values = answer_log_likelihood_at(lambda h: model.apply(variables, h, method="head"), hidden, batch, width)
     return -values, jnp.asarray(batch.answer_mask).sum(axis=1)
+
+
+def token_losses(
+    model: Any, head: None, width: int, weights: Any, bound: Bound, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of each answer token and what it is counted as, 1 or 0 where there is none, `[B, width]` both.
+
+    Arguments as of `row_losses`, without a head.
+    """
+    found = prediction(model, head, width, weights, bound, batch)
+    values = -log_likelihood_each(found.logits, found.targets)
+    return jnp.where(found.mask, values, jnp.zeros_like(values)), found.mask.astype(jnp.int32)
 
 
 def prediction(model: Any, head: Any, width: int, weights: Any, bound: Bound, batch: Any) -> Prediction:

@@ -55,7 +55,7 @@ class Prediction(NamedTuple):
 def cross_entropy(prediction: Prediction) -> jax.Array:
     """Mean negative log-likelihood of the targets that count, in nats; NaN if none does."""
     mask = prediction.mask
-    values = jnp.where(mask, _log_likelihood_each(prediction.logits, prediction.targets), 0)
+    values = jnp.where(mask, log_likelihood_each(prediction.logits, prediction.targets), 0)
     return -values.sum() / mask.sum().astype(values.dtype)
 
 
@@ -199,11 +199,12 @@ def _by_blocks(head: Callable[[jax.Array], jax.Array], answers: Answers) -> jax.
 
 
 def _log_likelihood(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    values = _log_likelihood_each(logits, targets)
+    values = log_likelihood_each(logits, targets)
     return jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=1)
 
 
-def _log_likelihood_each(logits: jax.Array, targets: jax.Array) -> jax.Array:
+def log_likelihood_each(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log p of each target, in nats: `[...]` of logits `[..., V]` and int32 targets `[...]`."""
     logits = _wide(logits)
     # Not log_softmax: only one entry of V is wanted.
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -55,6 +55,17 @@ TABLE = {
         ("figures/training.png", "adapter/loratrf_config.json"),
         ("loratrf", "lora"),
     ),
+    "attribute": Row(
+        "--questions 3 --subsets 4 --baselines cheap",
+        ("influences.jsonl", "figures/influences.png", "datamodeling.json", "scores/unrolled.json", "subsets/3.json"),
+        ("trained",),
+        "rte",
+    ),
+    "select-data": Row(
+        "--inner-steps 2 --outer-steps 2 --layers",
+        ("selection.json", "figures/weights.png", "adapter/adapter_config.json"),
+        ("select-data", "all-rows", "random-0", "pretrained"),
+    ),
 }
 
 

@@ -192,6 +192,11 @@ BAD = {
     "search rows": (["flexora", "--search-rows", "3"], "--search-rows 3 must be between"),
     "accumulation of a baseline": (["baseline", "uniform", "--accumulate", "4"], "a baseline trains as published"),
     "searches": (["flexora", "--searches", "0"], "--searches 0 must be at least 1"),
+    "questions": (["attribute", "--questions", "9"], "--questions 9 are more than --outer-rows 8"),
+    "two subsets": (["attribute", "--questions", "3", "--subsets", "2"], "--subsets 2 have no rank correlation"),
+    "a share of no subsets": (["attribute", "--subset-share", "0.3"], "--subset-share has no effect here"),
+    "an unknown score": (["attribute", "--by", "guessing"], "--by"),
+    "fewer rows than a batch": (["select-data", "--keep", "0.1"], "are 2 rows, fewer than --batch-size 4"),
 }
 
 

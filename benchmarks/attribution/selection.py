@@ -1,0 +1,100 @@
+"""Data selection on MNIST, half of whose labels are drawn anew: have the rows with wrong labels the small weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from benchmarks.attribution.cases import cross_entropy, images, network
+from benchmarks.lora.planted import auroc
+from benchmarks.record import Record, Row
+from methods.attribution import WEIGHTS, numbered, problem
+
+SEEDS = 3
+ROWS, CLEAN, BATCH = 2000, 1000, 100
+STEPS, OUTER_STEPS = 60, 60
+FINAL = 300
+SOBA_STEPS = 6000
+
+
+def selected(seed: int, record: Record) -> Iterator[Row]:
+    """Test errors of trainings on all rows, on those of large weight, on the clean ones; AUROC of the weights."""
+    if record.find(section="selection", seed=seed):
+        return
+    (x, y), (x_clean, y_clean) = split("train", seed)
+    test = images("test", 10_000, 0)
+    rng = np.random.default_rng(seed)
+    drawn = rng.random(ROWS) < 0.5
+    labels = np.where(drawn, rng.integers(0, 10, ROWS), y).astype(np.int32)
+    wrong = labels != y
+
+    def losses(weights: Any, params: Any, outer: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+        found = cross_entropy(params, *rows)
+        return found, jnp.ones_like(found)
+
+    def validation(weights: Any, params: Any, outer: Any, batch: Any) -> jax.Array:
+        return cross_entropy(params, *batch).mean()
+
+    of = problem(losses, validation, network, ROWS, domain={WEIGHTS: bilevel.Interval(0.0, 2.0)})
+    data = bilevel.Batches(numbered((x, labels)), BATCH)
+    estimator = bilevel.Unrolled(optax.sgd(0.5, momentum=0.9), STEPS, checkpoint="step")
+    solver = bilevel.Nested(of, estimator, optax.adam(0.3), inner_start="cold")
+    held_out, key = bilevel.FullBatch((x_clean, y_clean)), jax.random.key(seed)
+    found = bilevel.run(solver, inner_data=data, outer_data=held_out, steps=OUTER_STEPS, key=key)
+    weights = np.asarray(found.outer[WEIGHTS])
+
+    # SOBA with the same weights, network and rows: one step of each variable at a time, on batches.
+    soba = bilevel.SOBA(of, optax.sgd(0.3), optax.adam(0.01))
+    online = bilevel.run(
+        soba,
+        inner_data=data,
+        outer_data=bilevel.Batches((x_clean, y_clean), BATCH),
+        steps=SOBA_STEPS,
+        key=key,
+    )
+    by_soba = np.asarray(online.outer[WEIGHTS])
+    error = partial(test_error, test=test, key=key)
+    yield {
+        "section": "selection",
+        "seed": seed,
+        "auroc": auroc(-weights, wrong),
+        "soba auroc": auroc(-by_soba, wrong),
+        "all rows": error((x, labels)),
+        "selected": error((x[weights > 1], labels[weights > 1])),
+        "kept": int((weights > 1).sum()),
+        "wrong rows kept": int(wrong[weights > 1].sum()),
+        "selected by soba": error((x[by_soba > np.median(by_soba)], labels[by_soba > np.median(by_soba)])),
+        "clean half": error((x[~wrong], labels[~wrong])),
+        "wrong": int(wrong.sum()),
+    }
+
+
+def split(name: str, seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Rows to train on, and clean ones to validate on."""
+    x, y = images(name, ROWS + CLEAN, 100 + seed)
+    return (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:])
+
+
+def test_error(rows: tuple[np.ndarray, np.ndarray], *, test: tuple[np.ndarray, np.ndarray], key: jax.Array) -> float:
+    """Of the network trained on these rows, from scratch."""
+    of = bilevel.Problem(
+        lambda params, outer, batch, key: cross_entropy(params, *batch).mean(),
+        None,
+        lambda key, outer: network(key),
+        lambda key: jnp.zeros(()),
+    )
+    data = bilevel.Batches(rows, min(BATCH, len(rows[0])))
+    rate = optax.cosine_decay_schedule(0.5, FINAL)
+    fitted = bilevel.fit(
+        of, jnp.zeros(()), optimizer=optax.sgd(rate, momentum=0.9), data=data, steps=FINAL, key=key, progress=False
+    )
+    params, (x, y) = fitted.inner.params, test
+    logits = np.tanh(x @ params["in"] + params["in_bias"]) @ params["out"] + params["out_bias"]
+    return float((np.argmax(logits, axis=1) != y).mean())

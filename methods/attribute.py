@@ -1,0 +1,278 @@
+"""`bilevel attribute`: which training rows made the model answer as it does; see `methods.attribution`.
+
+The training whose rows are judged is AdamW with a warm-up and a cosine decay, as every final training, but for two
+things: its batches are whole rows in a random order, and the square root in its update is smoothed by `eps_root`,
+without which the derivative of a training says little of its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.progress import track
+
+import bilevel
+from methods import figures, lora, processes, tasks
+from methods.attribution import SCORES, Training, datamodeling_score, numbered, problem, subsets
+from methods.bench import Bench, Settings, recipe
+from methods.driver import Arm, Chosen, Method, Tried
+from methods.models.hooks import identity
+from methods.objective import Bound, row_losses, token_losses
+from methods.pages import Page, Run
+from methods.ranges import CountOrNone, NotNegative, RepeatsOrNone, Share, one_of
+from methods.runfolder import RunFolder
+
+SHOWN = 5
+"""Rows that the page shows of those that help, and of those that harm."""
+CHEAP = "gradient-product", "tracin", "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeSettings(Settings):
+    """Attribution: how much each training row helps or harms the model's answers to questions, through the training.
+
+    Attributes:
+      train: what is trained: LoRA, or all weights of the model.
+      per: a weight for each row, or for each answer token of each row.
+      by: how influences are computed; "unrolled" differentiates through all steps, "replay" does so segment by segment.
+      questions: so many outer rows are a question each; 0: all of them are one question.
+      eps_root: what AdamW adds under its square root: larger is smoother.
+      subsets: trainings on random subsets of the rows, by which the influences are tested; 0: none.
+      subset_share: the share of the rows in such a subset.
+      baselines: other scores beside: "cheap" are products of gradients and random numbers, "all" every one there is.
+    """
+
+    train: Literal["lora", "full"] = "lora"
+    per: Literal["row", "token"] = "row"
+    by: Annotated[str, one_of(SCORES)] = "unrolled"
+    questions: CountOrNone = 10
+    eps_root: NotNegative = 1e-5
+    subsets: RepeatsOrNone = 0
+    subset_share: Share = 0.5
+    baselines: Literal["none", "cheap", "all"] = "none"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {"train_rows": 64, "outer_rows": 16, "outer_batch_size": 8},
+    "evidence": {"train_rows": 256, "outer_rows": 16, "finetune_steps": 128, "subsets": 40, "baselines": "all"},
+}
+"""Settings that differ from the defaults, by preset."""
+
+
+def unused(settings: AttributeSettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    kept = dict.fromkeys(("validate_every", "patience"), "the training that is judged ends with its last step")
+    single = {"accumulate": "a step of the training that is judged has one batch"}
+    none = {} if settings.subsets else dict.fromkeys(("subset_share", "baselines"), "it takes --subsets to test scores")
+    whole = {"adapter": "--train full has no adapter"} if settings.train == "full" else {}
+    return kept | single | none | whole
+
+
+def check(settings: AttributeSettings) -> None:
+    """Raises ValueError for more questions than there are outer rows, and for too few subsets to correlate."""
+    if settings.questions > settings.outer_rows:
+        raise ValueError(
+            f"--questions {settings.questions} are more than --outer-rows {settings.outer_rows}: each is one of these."
+        )
+    if 0 < settings.subsets < 3:
+        raise ValueError(f"--subsets {settings.subsets} have no rank correlation to speak of: train on 3 or more.")
+
+
+def of(settings: AttributeSettings, bench: Bench) -> bilevel.Problem:
+    """The problem of these settings. Raises ValueError for tokens of rows that have labels."""
+    if settings.per == "token" and bench.head is not None:
+        raise ValueError(f"--per token weighs answer tokens, but a row of {bench.task.name} is answered by a label.")
+    given, whole, rows = bench.given(), settings.train == "full", len(jax.tree.leaves(bench.train)[0])
+    each = token_losses if settings.per == "token" else row_losses
+    each = partial(each, bench.pretrained.model, bench.head, bench.width)
+
+    def model(weights: Any, params: Any) -> tuple[Any, Bound]:
+        if whole:
+            return params["weights"], Bound(identity, params["head"])
+        return weights, given.bind(weights, params)
+
+    def losses(weights: Any, params: Any, outer: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        return each(*model(weights, params), batch)
+
+    def question(weights: Any, params: Any, outer: Any, batch: Any) -> jax.Array:
+        return given.loss(*model(weights, params), batch)
+
+    def start(key: jax.Array) -> Any:
+        if not whole:
+            return given.start(key)
+        return {
+            "weights": jax.tree.map(lambda x: x.astype(jnp.float32), given.weights),
+            "head": given.start(key)["head"],
+        }
+
+    shape = (rows, bench.width) if settings.per == "token" else rows
+    return problem(losses, question, start, shape, weights=() if whole else given.weights)
+
+
+def training(settings: AttributeSettings, bench: Bench) -> Training:
+    """The training whose rows are judged, with its questions."""
+    plan = recipe(settings)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, plan.learning_rate, plan.warming, plan.steps)
+    count = settings.questions or 1
+    asked = jax.tree.map(lambda x: x[: settings.questions or None], bench.outer)
+    return Training(
+        of(settings, bench),
+        optax.adamw(schedule, weight_decay=0.0, eps_root=settings.eps_root),
+        plan.steps,
+        bilevel.Batches(numbered(bench.train), settings.batch_size),
+        jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), asked),
+        jax.random.key(settings.seed),
+        bench.sharding,
+    )
+
+
+def choose(settings: AttributeSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """Nothing: the influences are of the one training there is, which is tested."""
+    del found, tried
+    judged = training(settings, bench)
+    given, whole = bench.given(), settings.train == "full"
+
+    def train(folder: RunFolder, name: str) -> Any:
+        found = judged.answers(judged.outer)
+        folder.log(f"finetune {name}")(judged.steps, None, {"inner_loss": found.inner})
+        folder.write("questions", {"loss": found.losses})
+        influence(settings, judged, folder)
+        return found.params
+
+    def bind(params: Any) -> Bound:
+        return Bound(identity, params["head"]) if whole else given.bind(given.weights, params)
+
+    def count(params: Any) -> dict[str, Any]:
+        everywhere = lora.everywhere(given)
+        size = sum(leaf.size for leaf in jax.tree.leaves(params)) if whole else lora.parameters(bench, everywhere)
+        return {"on": lora.on(everywhere), "parameters": size}
+
+    def export(folder: RunFolder, params: Any) -> None:
+        if not whole:
+            lora.export_adapter(folder.path / "adapter", bench, params)
+
+    weights = (lambda params: params["weights"]) if whole else None
+    trained = Arm("trained", train, bind, count, export, weights)
+    return Chosen({}, [*lora.untrained(bench), trained])
+
+
+def influence(settings: AttributeSettings, judged: Training, folder: RunFolder) -> None:
+    """The scores, and how well they foretell trainings on subsets; each is kept in the folder as it is found."""
+    others = {"none": (), "cheap": CHEAP, "all": tuple(SCORES)}[settings.baselines]
+    names = dict.fromkeys((settings.by, *others))
+    scores = {name: np.asarray(folder.once(f"scores/{name}", partial(_scored, name, judged))) for name in names}
+    if not settings.subsets:
+        return
+    kept = subsets(settings.subsets, len(judged.data.arrays.number), settings.subset_share, settings.seed)
+    losses = []
+    for number in track(range(len(kept)), "training on subsets", disable=not processes.is_first()):
+        if not folder.has(name := f"subsets/{number}"):
+            folder.write(name, judged.answers_without(~kept[number]))
+        losses.append(folder.read(name))
+    found = {name: datamodeling_score(by_row(each), kept, losses) for name, each in scores.items()}
+    folder.write("datamodeling", {name: dataclasses.asdict(each) for name, each in found.items()})
+
+
+def _scored(name: str, judged: Training) -> np.ndarray:
+    scores = SCORES[name](judged)
+    if not np.isfinite(scores).all():
+        raise FloatingPointError(
+            f"The scores by {name} are not finite: the training is too rough for them; lower --finetune-lr, or raise "
+            "--eps-root."
+        )
+    return scores
+
+
+def by_row(scores: np.ndarray) -> np.ndarray:
+    """Scores `[Q, N]` of rows, or `[Q, N, T]` of their tokens, as those of rows."""
+    return scores.reshape(*scores.shape[:2], -1).sum(axis=-1)
+
+
+def page(run: Run) -> Page:
+    """The rows that help and harm most, how they are spread, and how well scores foretell trainings."""
+    settings = run.settings
+    scores = np.asarray(run.folder.read(f"scores/{settings.by}"))
+    of_rows = by_row(scores)
+    mean = of_rows.mean(axis=0)
+    texts = texts_of(run.bench)
+    lines = [
+        json.dumps({"row": i, "influence": float(mean[i]), "questions": of_rows[:, i].tolist(), "text": texts[i]})
+        for i in np.argsort(mean, kind="stable").tolist()
+    ]
+    run.folder.write_text("influences.jsonl", "\n".join(lines) + "\n")
+    figures.influences(run.figure("influences.png"), of_rows)
+    shown, trust = {"influences.png": "influence of each training row"}, ""
+    if settings.subsets:
+        table = run.folder.read("datamodeling")
+        figures.datamodeling(run.figure("datamodeling.png"), table)
+        shown["datamodeling.png"] = "linear datamodeling score"
+        trust = _trust(settings, table)
+    count = len(of_rows)
+    asked = f"{count} questions, a validation row each" if settings.questions else "the loss on all validation rows"
+    found = f"""The influence of each of {len(mean)} training rows on {asked}: by how much the loss rises for a unit of
+the row's weight in training, to first order. A row below 0 helps; without it the loss would rise. Taken by
+`{settings.by}`.
+
+{_rows(mean, texts)}
+
+Of all rows, from the most helpful on, with the influence on each question: `influences.jsonl`.{_unseen(run)}"""
+    made = (
+        f"What is judged is the training of {'LoRA' if settings.train == 'lora' else 'all weights'}, with batches of "
+        f"{settings.batch_size} rows and eps_root {settings.eps_root:g} in AdamW."
+    )
+    return Page("Attribution", found, shown, made, trust)
+
+
+def _unseen(run: Run) -> str:
+    """A sentence where the training does not come by every row."""
+    batches, rows = recipe(run.settings).steps * run.settings.batch_size, run.settings.train_rows
+    if batches >= rows:
+        return ""
+    return f" {rows - batches} rows were in no batch of so short a training: their influence is 0."
+
+
+def _rows(mean: np.ndarray, texts: Sequence[str]) -> str:
+    order: list[int] = np.argsort(mean, kind="stable").tolist()
+    shown = min(SHOWN, len(order) // 2)
+    lines = ["| row | influence | text |", "|---:|---:|---|"]
+    for i in [*order[:shown], *order[len(order) - shown :]]:
+        lines.append(f"| {i} | {mean[i]:+.2e} | {_cell(texts[i])} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str, most: int = 90) -> str:
+    """A text as a cell of a table in Markdown."""
+    words = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def texts_of(bench: Bench) -> list[str]:
+    """The training rows as they are read, in their order."""
+    task: Any = bench.task
+    rows = bench.splits.train
+    if not isinstance(task, tasks.Classification):
+        return [pair.prompt + pair.answer for pair in tasks.training_pairs(task, rows, stopped=False)]
+    label = lambda value: task.classes[value] if task.classes else f"{value:g}"  # noqa: E731
+    return [" / ".join(str(row[field]) for field in task.fields) + f" -> {label(row['label'])}" for row in rows]
+
+
+def _trust(settings: AttributeSettings, table: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["| scores | linear datamodeling score | 95 % interval |", "|---|---:|---:|"]
+    lines += [f"| {name} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} |" for name, row in table.items()]
+    return f"""The model was trained anew on {settings.subsets} random subsets of {settings.subset_share:.0%} of the
+rows. The linear datamodeling score is the rank correlation, over these trainings, of a question's loss with the sum of
+the influences of the rows that were there: 1 where scores foretell the order of the trainings, 0 where they know
+nothing. The interval is by the bootstrap over the trainings.
+
+""" + "\n".join(lines)
+
+
+COMMAND = Method(AttributeSettings, PRESETS, choose=choose, page=page, unused=unused, check=check)

@@ -1,0 +1,375 @@
+r"""Which training rows made a model answer as it does: the weight of each row as an outer variable.
+
+Inner variable: whatever is trained. Outer variable: a weight :math:`\lambda_i` for each of N training rows (or for each
+token of each). A step of training minimises, on a batch b of rows,
+
+.. math:: f(w, \lambda; b) = \frac{\sum_{i \in b} \lambda_i \ell_i(w)}{\sum_{i \in b} c_i},
+
+:math:`\ell_i` being the loss of row i and :math:`c_i` what it counts (1, or its answer's tokens): plain training at
+:math:`\lambda = 1`, and training without the rows of weight 0, with the same steps and batches. A question q is a batch
+whose loss is :math:`F_q(w)`. After K steps
+
+.. math:: s_{qi} = \left. \frac{d}{d\lambda_i} F_q(w_K(\lambda)) \right|_{\lambda = 1}
+
+is the *influence* of row i on q: leaving out a set S of rows changes the question's loss by
+:math:`-\sum_{i \in S} s_{qi}`, to first order. A row with :math:`s_{qi} < 0` helps.
+
+Whether it does is measured by the linear datamodeling score: the rank correlation, over random subsets of the rows, of
+the loss after training on the subset with the sum of the subset's influences.
+
+Sources: Koh and Liang 2017, arXiv 1703.04730 (influence, by the implicit gradient); Pruthi et al. 2020, arXiv
+2002.08484 (`tracin`); Park et al. 2023, arXiv 2303.14186 (linear datamodeling score); Ilyas and Engstrom 2025, arXiv
+2504.16430 (through the training).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+
+WEIGHTS = "rows"
+"""The entry of the outer variable that holds the weights."""
+
+
+class Numbered(NamedTuple):
+    """Training rows and their numbers.
+
+    Attributes:
+      number: int32 `[B]`, from 0 to N - 1.
+      rows: arrays `[B, ...]`.
+    """
+
+    number: jax.Array
+    rows: Any
+
+
+def numbered(rows: Any) -> Numbered:
+    """All rows, numbered in their order."""
+    return Numbered(jnp.arange(len(jax.tree.leaves(rows)[0]), dtype=jnp.int32), rows)
+
+
+def problem(
+    losses: Callable[[Any, Any, Any, Any], tuple[jax.Array, jax.Array]],
+    question: Callable[[Any, Any, Any, Any], jax.Array],
+    start: Callable[[jax.Array], Any],
+    shape: int | tuple[int, ...],
+    *,
+    weights: Any = (),
+    beside: Callable[[jax.Array], Mapping[str, Any]] = lambda key: {},
+    domain: Mapping[str, Any] | None = None,
+) -> bilevel.Problem:
+    """The bilevel problem of the module: the outer variable is `{"rows": weights of rows, **beside(key)}`, at first 1.
+
+    Args:
+      losses: `losses(weights, params, outer, rows) -> (losses, counts)`: for each of B rows its loss, `[B]`, and what
+        it counts, `[B]`. Of a weight for each token, `[B, T]` both.
+      question: `question(weights, params, outer, batch) -> scalar`, the outer loss.
+      start: `start(key) -> params`.
+      shape: of the weights of rows: N, or `(N, T)` for one a token.
+      weights: frozen arrays, which both losses are given: they are arguments of the compiled program.
+      beside: `beside(key)`, further entries of the outer variable, which both losses may read: the gates of a layer
+        selection, for one.
+      domain: as of `bilevel.Problem`, where the weights of rows are to stay in an interval.
+
+    Examples:
+      >>> import bilevel, jax, jax.numpy as jnp, optax
+      >>> from methods.attribution import numbered, problem
+      >>> rows = jnp.array([0.0, 0.0, 3.0])  # w is trained to be their mean; the question wants it to be 0
+      >>> each = lambda weights, w, outer, rows: (0.5 * (w - rows) ** 2, jnp.ones_like(rows))
+      >>> of = problem(each, lambda weights, w, outer, batch: 0.5 * w**2, lambda key: jnp.zeros(()), 3)
+      >>> training, key = bilevel.Unrolled(optax.sgd(0.5), steps=40), jax.random.key(0)
+      >>> found = training.estimate(of, None, of.start_outer(key), bilevel.FullBatch(numbered(rows)), None, key)
+      >>> found.grad["rows"].round(3).tolist()  # w (x_i - w) / 3 at w = 1: the third row harms
+      [-0.333, -0.333, 0.667]
+    """
+
+    def inner_loss(weights: Any, params: Any, outer: Any, batch: Numbered, key: jax.Array) -> jax.Array:
+        each, counts = losses(weights, params, outer, batch.rows)
+        return jnp.sum(outer[WEIGHTS][batch.number].astype(each.dtype) * each) / jnp.sum(counts).astype(each.dtype)
+
+    def outer_loss(weights: Any, params: Any, outer: Any, batch: Any, key: jax.Array) -> jax.Array:
+        return question(weights, params, outer, batch)
+
+    return bilevel.Problem(
+        jax.tree_util.Partial(inner_loss, weights),
+        jax.tree_util.Partial(outer_loss, weights),
+        lambda key, outer: start(key),
+        lambda key: {WEIGHTS: jnp.ones(shape), **beside(key)},
+        domain=domain,
+    )
+
+
+class Answers(NamedTuple):
+    """A trained model and what it answers.
+
+    Attributes:
+      params: what was trained.
+      losses: of the questions, float64 `[Q]`.
+      inner: the loss of each step of the training, `[K]`.
+    """
+
+    params: Any
+    losses: np.ndarray
+    inner: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """A training whose rows have weights, and questions to what it leads to; everything it draws is fixed by `key`.
+
+    Args:
+      problem: as from `problem`.
+      optimizer: of the inner variable.
+      steps: K.
+      data: the training rows, `bilevel.Batches(numbered(rows), size)`.
+      questions: batches of the outer loss, stacked: arrays `[Q, ...]`.
+      key: of the start values, the batches and what the losses draw.
+      sharding: where things lie on a mesh; None on one device.
+    """
+
+    problem: bilevel.Problem
+    optimizer: optax.GradientTransformation
+    steps: int
+    data: bilevel.Batches
+    questions: Any
+    key: jax.Array
+    sharding: bilevel.Sharding | None = None
+
+    def __post_init__(self):
+        if self.sharding is not None:
+            object.__setattr__(self, "problem", self.sharding.problem(self.problem))
+
+    @cached_property
+    def outer(self) -> Any:
+        """The outer variable at which rows are judged: every weight is 1."""
+        return self.problem.start_outer(self.key)
+
+    @cached_property
+    def batches(self) -> Any:
+        """The K batches of the training, in the form that an estimator takes."""
+        return self.data.take(jax.random.fold_in(self.key, 1), 0, self.steps)
+
+    @cached_property
+    def start(self) -> bilevel.InnerState:
+        """What every training starts from."""
+        return bilevel.Unrolled(self.optimizer, self.steps).init(self.problem, self.outer, self.key)
+
+    def through(self, hypergradient: bilevel.Hypergradient) -> np.ndarray:
+        """The derivative of each question's loss by the weight of each row as `hypergradient` tells it, `[Q, N]`."""
+        ask = bilevel.value_and_hyperjacobian(self.problem, hypergradient)
+        # A replay is driven from the host, and compiles its programs itself.
+        ask = ask if isinstance(hypergradient, bilevel.Replay) else jax.jit(ask)
+        _, jacobian = ask(self.outer, self.start, self.batches, self.questions, self.key)
+        return np.asarray(jacobian[WEIGHTS], np.float64)
+
+    def answers(self, outer: Any) -> Answers:
+        """What training at an outer variable ends with, and what it answers."""
+        estimator = bilevel.Unrolled(self.optimizer, self.steps)
+        given = estimator, self.problem, self.start, outer, self.batches, self.questions, self.key
+        params, losses, inner = _answers(*given)
+        return Answers(params, np.asarray(losses, np.float64), np.asarray(inner))
+
+    def answers_without(self, left_out: np.ndarray) -> np.ndarray:
+        """The loss of each question, `[Q]`, after the training in which some rows, bool `[N]`, have the weight 0."""
+        outer = dict(self.outer)
+        kept = jnp.asarray(~np.asarray(left_out, bool), outer[WEIGHTS].dtype)
+        outer[WEIGHTS] = outer[WEIGHTS] * kept.reshape(-1, *[1] * (outer[WEIGHTS].ndim - 1))
+        return self.answers(outer).losses
+
+    def points(self, count: int) -> list[Any]:
+        """What is trained, at `count` moments of the training, equally far apart; the last is its end."""
+        state, found, first = self.start, [], 0
+        for part in np.array_split(np.arange(self.steps), min(count, self.steps)):
+            estimator = bilevel.Unrolled(self.optimizer, len(part))
+            batches = self.data.take(jax.random.fold_in(self.key, 1), first, len(part))
+            state, first = _advanced(estimator, self.problem, state, self.outer, batches, self.key), first + len(part)
+            found.append(state.params)
+        return found
+
+    def products(self, params: Any, size: int = 256) -> np.ndarray:
+        r"""The product of each question's gradient with each row's, :math:`\nabla F_q \cdot \nabla \ell_i`, `[Q, N]`.
+
+        A row's is a directional derivative of its loss, so that no gradient of a single row is formed.
+        """
+        slopes = _slopes(self.problem, params, self.outer, self.questions, self.key)
+        rows, count = self.data.arrays, len(self.data.arrays.number)
+        found = []
+        for first in range(0, count, size):
+            batch = jax.tree.map(lambda x, at=first: x[at : at + size], rows)
+            found.append(np.asarray(_products(self.problem, params, self.outer, batch, slopes, self.key), np.float64))
+        return np.concatenate(found, axis=1)
+
+
+@jax.jit
+def _answers(estimator, problem, state, outer, batches, questions, key):
+    # Of an estimate the gradient, which nobody asks for, is not computed.
+    first = jax.tree.map(lambda x: x[0], questions)
+    estimate = estimator.estimate(problem, state, outer, batches, first, key)
+    params = estimate.inner_state.params
+    losses = jax.vmap(lambda batch: problem.outer_loss(params, outer, batch, key))(questions)
+    return params, losses, estimate.aux.info["inner_loss"]
+
+
+@jax.jit
+def _advanced(estimator, problem, state, outer, batches, key):
+    return estimator.solve(problem, state, outer, batches, key)
+
+
+@jax.jit
+def _slopes(problem, params, outer, questions, key):
+    return jax.vmap(jax.grad(problem.outer_loss), (None, None, 0, None))(params, outer, questions, key)
+
+
+@jax.jit
+def _products(problem, params, outer, batch, slopes, key):
+    def along(slope):
+        # The derivative by the weights of rows of the loss's derivative along the question's gradient.
+        def slope_of(weights):
+            moved = outer | {WEIGHTS: weights}
+            return jax.jvp(lambda p: problem.inner_loss(p, moved, batch, key), (params,), (slope,))[1]
+
+        return jax.grad(slope_of)(outer[WEIGHTS])[batch.number]
+
+    return jax.vmap(along)(slopes)
+
+
+def through_training(training: Training) -> np.ndarray:
+    """The derivative through all steps of the training, `bilevel.Unrolled`."""
+    return training.through(bilevel.Unrolled(training.optimizer, training.steps, checkpoint="auto"))
+
+
+def replayed(training: Training) -> np.ndarray:
+    """The same, segment by segment from the host: device memory and compilation do not depend on the steps."""
+    return training.through(bilevel.Replay(training.optimizer, training.steps, progress=False))
+
+
+def implicit(solver: Any, damping: float = 1e-3) -> Callable[[Training], np.ndarray]:
+    """Influence functions: the stationary point is differentiated that training has approached, by a linear solver."""
+
+    def scores(training: Training) -> np.ndarray:
+        estimator = bilevel.Implicit(training.optimizer, training.steps, linear_solver=solver, damping=damping)
+        return training.through(estimator)
+
+    return scores
+
+
+def gradient_products(training: Training) -> np.ndarray:
+    """At the trained point, minus the product of the question's gradient with the row's: one step of descent."""
+    return -training.products(training.points(1)[-1])
+
+
+def tracin(training: Training, moments: int = 5) -> np.ndarray:
+    """The sum of `gradient_products` over moments of the training, all weighing the same (Pruthi et al. 2020)."""
+    return -np.sum([training.products(params) for params in training.points(moments)], axis=0)
+
+
+def random(training: Training) -> np.ndarray:
+    """Numbers that know nothing of the rows."""
+    shape = len(jax.tree.leaves(training.questions)[0]), *training.outer[WEIGHTS].shape
+    return np.random.default_rng(0).normal(size=shape)
+
+
+SCORES: dict[str, Callable[[Training], np.ndarray]] = {
+    "unrolled": through_training,
+    "replay": replayed,
+    "implicit-cg": implicit(bilevel.CG(max_steps=50)),
+    "implicit-normal-cg": implicit(bilevel.NormalCG(max_steps=50)),
+    "implicit-gmres": implicit(bilevel.GMRES(max_steps=50)),
+    "implicit-bicgstab": implicit(bilevel.BiCGStab(max_steps=50)),
+    "implicit-neumann": implicit(bilevel.Neumann(terms=50, scale=0.1)),
+    "implicit-nystrom": implicit(bilevel.Nystrom(rank=50)),
+    "gradient-product": gradient_products,
+    "tracin": tracin,
+    "random": random,
+}
+"""By name, functions `scores(training) -> [Q, N]`: how much a row's weight raises the loss of a question."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Datamodeling:
+    """How well scores foretell trainings on subsets: the linear datamodeling score.
+
+    Attributes:
+      value: the mean over questions of the rank correlation of found and foretold losses, from -1 to 1. It counts as 0
+        for scores that are the same for all rows.
+      low, high: its 95 % interval, by the bootstrap over subsets.
+      each: the correlation of each question, `[Q]`.
+      subsets: how many there were.
+    """
+
+    value: float
+    low: float
+    high: float
+    each: np.ndarray
+    subsets: int
+
+
+def datamodeling_score(scores: Any, kept: Any, losses: Any, *, resamples: int = 1000, seed: int = 0) -> Datamodeling:
+    r"""The linear datamodeling score: for each question the rank correlation over subsets S of
+
+    .. math:: \sum_{i \in S} s_{qi} \quad\text{with}\quad F_q(w_K(1_S)),
+
+    and the mean over questions.
+
+    Args:
+      scores: `[Q, N]`, how much the weight of a row raises the loss of a question.
+      kept: bool `[M, N]`, the rows of each subset.
+      losses: `[M, Q]`, the losses of the questions after training on each.
+      resamples: of the bootstrap.
+      seed: of the bootstrap.
+
+    Raises:
+      ValueError: for arrays that do not fit together, fewer than three subsets, or numbers that are not finite.
+
+    Examples:
+      >>> import numpy as np
+      >>> from methods.attribution import datamodeling_score
+      >>> kept = np.array([[1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]], bool)
+      >>> scores = np.array([[-3.0, -2.0, 1.0]])
+      >>> found = datamodeling_score(scores, kept, np.array([[0.1], [0.3], [0.9], [0.2]]))
+      >>> found.value
+      1.0
+    """
+    scores, kept, losses = np.asarray(scores, float), np.asarray(kept, bool), np.asarray(losses, float)
+    if scores.ndim != 2 or kept.shape[1:] != scores.shape[1:] or losses.shape != (len(kept), len(scores)):
+        raise ValueError(
+            f"datamodeling_score: scores {list(scores.shape)}, subsets {list(kept.shape)} and losses "
+            f"{list(losses.shape)} must be [Q, N], [M, N] and [M, Q]."
+        )
+    if len(kept) < 3:
+        raise ValueError(f"datamodeling_score: {len(kept)} subsets have no rank correlation to speak of: take more.")
+    if not (np.isfinite(scores).all() and np.isfinite(losses).all()):
+        raise ValueError("datamodeling_score: a score or a loss is not finite.")
+    foretold = kept @ scores.T
+    each = _rank_correlation(foretold, losses)
+    rng = np.random.default_rng(seed)
+    drawn = [rng.integers(len(kept), size=len(kept)) for _ in range(resamples)]
+    means = [_rank_correlation(foretold[at], losses[at]).mean() for at in drawn]
+    low, high = np.quantile(means, [0.025, 0.975]) if resamples else (np.nan, np.nan)
+    return Datamodeling(float(each.mean()), float(low), float(high), each, len(kept))
+
+
+def _rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Spearman's, of each column; 0 where one is constant."""
+    from scipy.stats import rankdata  # half a second
+
+    a, b = (rankdata(x, axis=0) for x in (first, second))
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    size = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    return (a * b).sum(axis=0) / np.where(size > 0, size, 1.0)
+
+
+def subsets(count: int, rows: int, share: float, seed: int = 0) -> np.ndarray:
+    """Random subsets of the rows, bool `[count, rows]`: each a share of them, drawn without replacement."""
+    rng = np.random.default_rng(seed)
+    size = max(1, round(share * rows))
+    return np.stack([np.isin(np.arange(rows), rng.permutation(rows)[:size]) for _ in range(count)])
