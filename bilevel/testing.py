@@ -53,6 +53,8 @@ __all__ = [
 STEP = 3e-4
 """Of central differences, relative to the size of a leaf."""
 
+COARSE = 1e-2
+"""The same, of a step of the size that an outer optimizer takes."""
 UNDECIDED = 1e-2
 """Relative uncertainty from which central differences confirm nothing."""
 UNKNOWN = 0.5
@@ -181,6 +183,8 @@ class HypergradientCheck(Agreement):
 
     Attributes:
       leaves: an `Agreement` for each inexact leaf of `outer`.
+      coarse: how far, relatively, differences over steps of 1 % of a leaf's size are from the derivative: above 0.5 it
+        does not foretell such steps, however exact it is. NaN where a training at such a step is not finite.
 
     Examples:
       >>> import bilevel, optax
@@ -192,9 +196,16 @@ class HypergradientCheck(Agreement):
     """
 
     leaves: tuple[Agreement, ...]
+    coarse: float = float("nan")
 
     def __str__(self) -> str:
-        return "\n  ".join([super().__str__(), *map(str, self.leaves)])
+        lines = [super().__str__(), *map(str, self.leaves)]
+        if self.coarse > UNKNOWN:
+            lines.append(
+                f"It does not foretell steps of 1 % of outer, by {100 * self.coarse:.3g} %: the training is rough, or "
+                "bends within such a step; see bilevel.smoothness."
+            )
+        return "\n  ".join(lines)
 
 
 def check_hypergradient(
@@ -212,7 +223,7 @@ def check_hypergradient(
     """Compares an estimate with central differences of the whole training map, in float64, and says what it found.
 
     Everything inexact is cast to float64, whatever the configuration; a loss that rounds to a lower precision by itself
-    makes the central differences uncertain, which the verdict tells. Costs `6 * directions` trainings for each leaf.
+    makes the central differences uncertain, which the verdict tells. Costs `12 * directions` trainings for each leaf.
 
     Args:
       problem, hypergradient: what to check.
@@ -265,17 +276,22 @@ def check_hypergradient(
         rows = []
         for i, (g, x) in enumerate(zip(jax.tree.leaves(grad), jax.tree.leaves(moving), strict=True)):
             if not np.size(x):  # nothing to differ by
-                rows.append([np.zeros(0)] * 3)
+                rows.append([np.zeros(0)] * 4)
                 continue
             basis, weight = _directions(rng, np.shape(x), directions)
             true, uncertainty = _derivatives(arguments, i, basis, STEP)
             projected = np.tensordot(basis, np.asarray(g), np.ndim(x)) if np.ndim(x) else basis * np.asarray(g)
-            rows.append([np.sqrt(weight) * values for values in (projected, true, uncertainty)])
-    whole = [np.concatenate(column) for column in zip(*rows, strict=True)]
+            far, _ = _derivatives(arguments, i, basis, COARSE)  # no program more: only its numbers are others
+            rows.append([np.sqrt(weight) * values for values in (projected, true, uncertainty, far - true)])
+    *whole, miss = (np.concatenate(column) for column in zip(*rows, strict=True))
     floor = tolerance * np.linalg.norm(whole[1])  # a leaf that hardly matters is not measured by its own size
     names = ["outer" if name == "." else name for name in leaf_names(moving)]
-    leaves = tuple(Agreement(name, *_compare(row, tolerance, floor)) for name, row in zip(names, rows, strict=True))
-    return HypergradientCheck(type(hypergradient).__name__, *_compare(whole, tolerance, floor), leaves)
+    leaves = tuple(
+        Agreement(name, *_compare(row[:3], tolerance, floor)) for name, row in zip(names, rows, strict=True)
+    )
+    length = float(np.linalg.norm(whole[1]))
+    coarse = float(np.linalg.norm(miss)) / length if length else 0.0
+    return HypergradientCheck(type(hypergradient).__name__, *_compare(whole, tolerance, floor), leaves, coarse)
 
 
 def _start_wide(init, key, outer):

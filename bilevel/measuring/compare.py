@@ -18,10 +18,11 @@ from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.flops import flops, gradient_flops, has_while, hvp_flops, operations
 from bilevel.measuring.point import Point
+from bilevel.measuring.smoothness import Smoothness, measured
 from bilevel.measuring.variance import require_batches, variance
 from bilevel.problem.problem import Problem
 from bilevel.settings.fields import checked, shown
-from bilevel.settings.numeric import integer
+from bilevel.settings.numeric import integer, real
 from bilevel.settings.rules import optional
 from bilevel.trees import Outer, PyTree, global_norm, power_of_two
 
@@ -67,6 +68,12 @@ class Row:
 class Comparison:
     """The rows of a comparison, the reference first; prints as a table.
 
+    Attributes:
+      rows: what each gave and cost.
+      reference: the name of the one that the others are measured against.
+      smoothness: whether the reference foretells steps of the size that was asked for; None where none was, and where
+        a training near the point is not finite. Below the table it is said if it does not.
+
     Examples:
       >>> import bilevel, optax
       >>> from bilevel.testing import ridge
@@ -80,6 +87,7 @@ class Comparison:
 
     rows: tuple[Row, ...]
     reference: str
+    smoothness: Smoothness | None = None
 
     def __getitem__(self, name: str) -> Row:
         for row in self.rows:
@@ -110,7 +118,8 @@ class Comparison:
         console = Console(width=120)
         with console.capture() as captured:
             console.print(self)
-        return captured.get().rstrip()
+        rough = self.smoothness is not None and not self.smoothness.is_smooth
+        return captured.get().rstrip() + (f"\n{self.smoothness}" if rough else "")
 
     def plot(self, axes: Any = None) -> Any:
         """Relative error against cost (inner gradients) and against temporary memory; returns the matplotlib axes."""
@@ -131,6 +140,7 @@ def compare(
     key: jax.Array | None = None,
     repeats: int = 3,
     samples: int | None = None,
+    step: float | None = 1e-2,
 ) -> Comparison:
     """Estimates the same hypergradient in several ways, from one start and with the same data and random keys.
 
@@ -144,10 +154,13 @@ def compare(
       key: randomness; None is `jax.random.key(0)`.
       repeats: how often each is timed; they take turns, and the least time counts.
       samples: on how many batches each is estimated again for its `variance` over them; None for no such column.
+      step: a size of outer steps, by which the `smoothness` of the reference's training is measured along two random
+        directions (five trainings more): an exact derivative is of no use where it does not hold for a step. None for
+        no such measure.
 
     Raises:
-      ValueError: if `reference` is not among `hypergradients`, for repeats < 1 or samples < 2, or for an argument of
-        another kind.
+      ValueError: if `reference` is not among `hypergradients`, for repeats < 1, samples < 2 or step <= 0, or for an
+        argument of another kind.
 
     Examples:
       >>> import bilevel, optax
@@ -169,6 +182,7 @@ def compare(
         checked("compare", f"hypergradients[{name!r}]", estimator, is_hypergradient)
     checked("compare", "repeats", repeats, integer(1))
     checked("compare", "samples", samples, optional(integer(2)))
+    checked("compare", "step", step, optional(real(above=0.0)))
     if samples is not None:
         require_batches("compare(samples=...)", inner_data, outer_data)
     compiled, costs, results = {}, {}, {}
@@ -211,7 +225,17 @@ def compare(
         )
 
     names = [reference, *(name for name in hypergradients if name != reference)]
-    return Comparison(tuple(row(name) for name in names), reference)
+    smooth = _smoothness(hypergradients[reference], point, target, step)
+    return Comparison(tuple(row(name) for name in names), reference, smooth)
+
+
+def _smoothness(hypergradient: Hypergradient, point: Point, grad: PyTree, step: float | None) -> Smoothness | None:
+    if step is None:
+        return None
+    try:
+        return measured(traceable(hypergradient), point.arguments(hypergradient.steps), grad, point.keys[0], step, 2)
+    except FloatingPointError:  # as the row of the reference shows, or a step away from it
+        return None
 
 
 def _estimate(hypergradient, *arguments):

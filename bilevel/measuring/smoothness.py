@@ -61,6 +61,11 @@ class Smoothness:
         size = float(np.linalg.norm(self.found))
         return float(np.linalg.norm(self.found - self.foretold)) / size if size else 0.0
 
+    @property
+    def is_smooth(self) -> bool:
+        """Whether training answers a second step as it did the first."""
+        return self.score >= SMOOTH
+
     def __str__(self) -> str:
         low, high, count = self.scores.min(), self.scores.max(), len(self.scores)
         where = f"{low:.2f} to {high:.2f} along {count} direction{'s' * (count > 1)}"
@@ -140,8 +145,16 @@ def smoothness(
     checked("smoothness", "hypergradient", hypergradient, is_hypergradient)
     checked("smoothness", "step", step, real(above=0.0))
     checked("smoothness", "directions", directions, integer(1))
-    _, state, outer, *batches, start = point.arguments(hypergradient.steps)
-    estimator = traceable(hypergradient)
+    arguments, estimator = point.arguments(hypergradient.steps), traceable(hypergradient)
+    grad = jax.jit(estimator.estimate)(*arguments).grad
+    return measured(estimator, arguments, grad, point.keys[0], step, directions)
+
+
+def measured(
+    estimator: Any, arguments: tuple[Any, ...], grad: PyTree, key: jax.Array, step: float, directions: int
+) -> Smoothness:
+    """As `smoothness`, for the very arguments of `estimate` and the gradient that it gave."""
+    problem, state, outer, *batches, start = arguments
 
     @jax.jit
     def end(problem: Problem, state: Any, outer: Outer, *rest: Any) -> tuple[jax.Array, PyTree]:
@@ -154,12 +167,11 @@ def smoothness(
         return end(problem, state, outer, *batches, start)
 
     moving, fixed = partition(outer)
-    grad = jax.jit(estimator.estimate)(problem, state, outer, *batches, start).grad
     free, slope = bijectors.free_gradient(problem.domain, moving, grad)
     value, params = _look(trained(outer))
     scores, foretold, found = [], [], []
     for number in range(directions):
-        direction = _normal(jax.random.fold_in(jax.random.clone(point.keys[0]), number), free)
+        direction = _normal(jax.random.fold_in(jax.random.clone(key), number), free)
 
         def at(times: float, direction: PyTree = direction) -> Outer:
             moved = jax.tree.map(lambda x, v: x + (times * step * v).astype(x.dtype), free, direction)

@@ -60,6 +60,37 @@ def test_stable_training_is_smooth_and_one_beyond_the_stable_rate_is_not():
     assert pendulum(0.5, step=5e-4).error == pytest.approx(smooth.error / 2, rel=0.1)
 
 
+def test_who_compares_hypergradients_is_told_that_the_training_is_rough():
+    ways = {"unrolled": Unrolled(optax.sgd(4.0), 40), "one step": bilevel.OneStep(optax.sgd(4.0), 40)}
+    rough = bilevel.compare(PENDULUM, ways, reference="unrolled", repeats=1, step=1e-3)
+    assert rough.smoothness.score < 0.5
+    assert str(rough).splitlines()[-1].startswith(f"Smoothness {rough.smoothness.score:.2f} at steps of 0.001")
+    calm = {name: Unrolled(optax.sgd(0.5), 40) for name in ("a", "b")}
+    smooth = bilevel.compare(PENDULUM, calm, reference="a", repeats=1, step=1e-3)
+    assert smooth.smoothness.score > 0.99 and "Smoothness" not in str(smooth)
+    assert bilevel.compare(PENDULUM, calm, reference="a", repeats=1, step=None).smoothness is None
+    with pytest.raises(ValueError, match=r"compare\(step=0.0\)"):
+        bilevel.compare(PENDULUM, calm, reference="a", step=0.0)
+
+
+def test_a_derivative_that_is_exact_and_of_no_use_is_told_apart():
+    # Waves of a few hundredths in what training makes of outer: as the differences see it, and steps do not.
+    wavy = bilevel.Problem(
+        lambda w, o, b, k: 0.5 * (w - o - 0.1 * jnp.sin(4e2 * o)) ** 2,
+        lambda w, o, b, k: w,
+        lambda key, o: jnp.zeros(()),
+        lambda key: jnp.ones(()),
+    )
+    even = bilevel.Problem(lambda w, o, b, k: 0.5 * (w - o) ** 2, *(getattr(wavy, n) for n in ("outer_loss", *STARTS)))
+    found, calm = (check_hypergradient(p, Unrolled(optax.sgd(0.5), 30), tolerance=0.05) for p in (wavy, even))
+    assert found.verdict == "exact" and found.coarse > 0.5
+    assert str(found).splitlines()[-1].strip().startswith("It does not foretell steps of 1 % of outer")
+    assert calm.verdict == "exact" and calm.coarse < 1e-6 and "foretell" not in str(calm)
+
+
+STARTS = "init_inner", "init_outer"
+
+
 def test_any_estimator_any_outer_and_free_coordinates():
     held_out = bilevel.Batches(ROWS, 5)
     settings = {"inner_data": held_out, "outer_data": held_out, "step": 1e-4}
