@@ -100,8 +100,11 @@ def run(arguments: list[str]) -> int:
 
 def _failed(error: BaseException) -> int:
     """Says what went wrong: in one sentence where it is not our fault."""
+    from methods import processes
     from methods.causes import sentence
 
+    if (gone := processes.lost(error)) is not None:
+        processes.leave(_fail(gone))
     said = sentence(error)
     if said is None or os.environ.get("BILEVEL_TRACEBACK"):
         _say("".join(traceback.format_exception(error)).rstrip())

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +27,9 @@ _OPTIONS = ("coordinator", "processes", "process")
 _HEARTBEAT = 30
 """Seconds after which the others end that a process was last heard of."""
 _index, _count = 0, 1
+_TAKEN = "Failed to start RPC server", "Address already in use"
+_GONE = r"gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordination|unavailable|deadline|peer|nccl"
+"""What a collective operation says, in any case of letters, of a process that does not answer."""
 
 
 def start(settings: Any) -> None:
@@ -48,23 +54,81 @@ def start(settings: Any) -> None:
                 f"--coordinator {where[:100]!r}: give HOST:PORT, an address of the first process that all of them "
                 'reach, or "auto" under SLURM, GKE or MPI.'
             )
-        if count is None or index is None or not 0 <= index < count:
+        if count is None or index is None:
+            missing = [f"--{n}" for n, value in (("processes", count), ("process", index)) if value is None]
             raise ValueError(
-                "--coordinator HOST:PORT needs --processes N and --process I, with I from 0 to N - 1 and another in "
-                f"each process: they are {count} and {index}."
+                f"--coordinator HOST:PORT needs {' and '.join(missing)} too: how many processes there are, the same in "
+                "all, and which of them this one is, from 0."
             )
+        if not 0 <= index < count:
+            raise ValueError(f"--process {index} of --processes {count}: they are numbered from 0 to {count - 1}.")
+        if count == 1:
+            raise ValueError("--processes 1: a command of one process has no --coordinator; leave all three out.")
         named = {"coordinator_address": where, "num_processes": count, "process_id": index}
     if _count > 1:  # a second command in one program
         return
-    try:
-        jax.distributed.initialize(**named, heartbeat_timeout_seconds=_HEARTBEAT)
-    except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--coordinator {where}: the processes did not come together ({told}): start all of them within five "
-            "minutes, with the same address and each with a number of its own."
-        ) from error
+    who = f"Process {index} of {count}" if named else "A process of the launcher's"
+    print(f"{who}: waiting for the others at {where}, for five minutes at most.", file=sys.stderr, flush=True)
+    if (error := _joined(named)) is not None:
+        raise ValueError(f"--coordinator {where}: {_why(where, error)}") from error
     _index, _count = jax.process_index(), jax.process_count()
+    if count is not None:
+        agree("The options", {"processes": count})
+
+
+def _joined(named: dict[str, Any]) -> Exception | None:
+    """Waits for all processes, in a thread of its own, so that Ctrl-C is heard; what went wrong, if anything."""
+    failed: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(**named, heartbeat_timeout_seconds=_HEARTBEAT)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    return failed[0] if failed else None
+
+
+def _why(where: str, error: Exception) -> str:
+    """Why processes did not come together, and what to do."""
+    told = " ".join(str(error).split())[:200]
+    if any(words in told for words in _TAKEN):
+        return f"the port is taken on this host ({told}): choose another, the same in all processes."
+    if where == LAUNCHER and "should be defined" in told:
+        return (
+            "there is no SLURM, GKE or MPI around this process: start it by srun or mpirun, or give HOST:PORT, "
+            "--processes and --process."
+        )
+    if where == LAUNCHER:
+        return f"what the launcher tells of the processes cannot be read ({told}): give HOST:PORT instead."
+    return (
+        f"the processes did not come together ({told}): start all of them within five minutes, with the same address, "
+        "which is one of the first process's host, and each with a number of its own."
+    )
+
+
+def lost(error: BaseException) -> str | None:
+    """What to tell of an error that another process caused by being gone; None if it is none."""
+    if _count == 1 or type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return None
+    if not re.search(_GONE, str(error), re.IGNORECASE):
+        return None
+    return (
+        f"Another of the {_count} processes is gone, or cannot be reached any more: start the same command in all of "
+        "them again; it goes on from what was last saved."
+    )
+
+
+def leave(code: int) -> None:
+    """Ends a process whose others are gone, which JAX would end with pages of its own. A single process goes on."""
+    if _count > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def count() -> int:
@@ -135,7 +199,10 @@ def _difference(first: Any, own: Any) -> str:
     if isinstance(first, dict) and isinstance(own, dict):
         for name in {**first, **own}:
             if first.get(name) != own.get(name):
-                return f"{name} is {own.get(name)!r} and not {first.get(name)!r}"
+                given = own.get(name), first.get(name)
+                if any(isinstance(each, dict) for each in given):
+                    return f"{name} are others"
+                return f"{name} is {given[0]!r} and not {given[1]!r}"
     return f"{own!r} and not {first!r}"
 
 

@@ -87,7 +87,8 @@ class RunFolder:
         check(path, settings)
         self.path, self._known = path, {}
         now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {})}
-        processes.agree("The rows or versions", now)
+        processes.agree("Versions", now["versions"])
+        processes.agree("Rows, of --data or the hub,", now["inputs"])
         processes.decided(lambda: self._open(settings, now, model))
 
     def _open(self, settings: Any, now: dict[str, Any], model: Path | None) -> None:

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -60,20 +62,25 @@ def test_a_mesh_that_cannot_be_is_one_sentence(mesh, sentence, tiny_model, tiny_
 # --- several processes --------------------------------------------------------------------------------------------
 
 
-def together(words, *own):
-    """The command in two processes of two devices each, `own` options in each: `(status, output, errors)` of both."""
+def started(words, *own):
+    """The command in two processes of two devices each, `own` options in each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": devices(2), "JAX_ENABLE_X64": "0"}
     command = [sys.executable, "-m", "methods.cli", *words, "--coordinator", where, "--processes", "2", "--process"]
-    processes = [
+    return [
         subprocess.Popen(
             [*command, str(i), *(own[i] if own else ())],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in (0, 1)
     ]  # fmt: skip
+
+
+def together(words, *own):
+    """As `started`, to the end: `(status, output, errors)` of both."""
+    processes = started(words, *own)
     try:
         return [(process.wait(600), *process.communicate()) for process in processes]
     finally:
@@ -120,13 +127,52 @@ def wide_model(tiny_model, tmp_path_factory):
     return folder
 
 
+def test_where_no_processes_come_together_it_is_said_why(tiny_model, tiny_data, tmp_path):
+    words = [sys.executable, "-m", "methods.cli", "lora", *arguments(tiny_model, tiny_data, tmp_path / "run")]
+    free = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
+    said = subprocess.run([*words, "--coordinator", "auto"], env=free, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 2
+    assert "there is no SLURM, GKE or MPI around this process: start it by srun or mpirun" in said.stderr
+    # Ctrl-C is heard by one that waits.
+    waits = subprocess.Popen(
+        [*words, "--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "1"],
+        env=free, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    line = waits.stderr.readline()
+    assert line == "Process 1 of 2: waiting for the others at 127.0.0.1:1, for five minutes at most.\n"
+    waits.send_signal(signal.SIGINT)
+    _, said = waits.communicate(timeout=60)
+    assert waits.returncode == 130 and "nothing was written yet" in said
+
+
+def test_the_death_of_one_is_a_sentence_of_the_other(tiny_model, tiny_data, tmp_path):
+    words = arguments(tiny_model, tiny_data, tmp_path / "run", "--mesh", "data=4", "--finetune-steps", "200000")
+    first, second = started(["lora", *words])
+    try:
+        for _ in range(1200):
+            if (tmp_path / "run" / "metrics.jsonl").is_file() or first.poll() is not None:
+                break
+            time.sleep(0.1)
+        second.kill()
+        _, said = first.communicate(timeout=120)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert first.returncode == 2, said
+    assert "bilevel: Another of the 2 processes is gone" in said and "Traceback" not in said
+    assert "waiting for the others at 127.0.0.1" in said
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--processes", "2"], "--processes is of several processes: give --coordinator HOST:PORT too"),
         (["--coordinator", "here"], "--coordinator 'here': give HOST:PORT"),
-        (["--coordinator", "h:1", "--processes", "2", "--process", "2"], "with I from 0 to N - 1 and another in each"),
-        (["--coordinator", "h:1"], "they are None and None"),
+        (["--coordinator", "h:1", "--processes", "2", "--process", "2"], "--process 2 of --processes 2: they are"),
+        (["--coordinator", "h:1"], "needs --processes and --process too: how many processes there are"),
+        (["--coordinator", "h:1", "--processes", "2"], "--coordinator HOST:PORT needs --process too"),
+        (["--coordinator", "h:1", "--processes", "1", "--process", "0"], "has no --coordinator; leave all three out"),
         (["--coordinator", "auto", "--process", "0"], "--coordinator auto asks the launcher: leave --processes and"),
         (["--coordinator", "h:1", "--process", "-1", "--processes", "2"], "--process -1 "),
     ],
