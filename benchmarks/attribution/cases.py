@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -41,6 +42,7 @@ MNIST_ROWS, MNIST_BATCH, WIDTH = 500, 100, 32
 TEXT_ROWS, TEXT_BATCH, TEXT_LENGTH = 128, 16, 64
 
 MNIST = [
+    Setting("sgd .02", optax.sgd(0.02)),
     Setting("sgd .05", optax.sgd(0.05)),
     Setting("sgd .2", optax.sgd(0.2)),
     Setting("sgd 1", optax.sgd(1.0)),
@@ -57,11 +59,16 @@ MNIST = [
     Setting("adam .01, relu", optax.adam(1e-2), smooth=False),
 ]
 TEXT = [
-    Setting("sgd .1", optax.sgd(0.1), steps=64),
+    Setting("sgd .02", optax.sgd(0.02), steps=64),
+    Setting("sgd .2", optax.sgd(0.2), steps=64),
+    Setting("sgd .5", optax.sgd(0.5), steps=64),
     Setting("adam .003", optax.adam(3e-3), steps=64),
-    Setting("adam .003, eps_root 1e-5", optax.adam(3e-3, eps_root=1e-5), steps=64),
-    Setting("adam .003, eps_root 1e-3", optax.adam(3e-3, eps_root=1e-3), steps=64),
+    Setting("adam .001", optax.adam(1e-3), steps=64),
+    Setting("adam .001, eps_root 1e-5", optax.adam(1e-3, eps_root=1e-5), steps=64),
+    Setting("adam .01, eps_root 1e-3", optax.adam(1e-2, eps_root=1e-3), steps=64),
 ]
+PRETRAINING = 800
+"""Steps of Adam on other text, from which the language model starts."""
 
 
 def data_folder(name: str) -> Path:
@@ -120,7 +127,7 @@ def mnist(setting: Setting) -> Training:
 
 
 def text(setting: Setting) -> Training:
-    """A decoder of two layers on the bytes of GSM8K's word problems, trained from scratch: all weights."""
+    """A decoder of two layers on the bytes of GSM8K's word problems: all weights, trained further on other problems."""
     config = DecoderConfig(
         vocab_size=128,
         hidden_size=32,
@@ -133,6 +140,8 @@ def text(setting: Setting) -> Training:
     )
     model = Decoder(config, remat=False, param_dtype=jnp.float32)
 
+    begun = jax.tree.map(jnp.asarray, pretrained(model))
+
     def each(params: Any, tokens: jax.Array) -> jax.Array:
         logits: Any = model.apply({"params": params}, tokens, None, identity)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean(axis=1)
@@ -141,12 +150,10 @@ def text(setting: Setting) -> Training:
         found = each(params, rows)
         return found, jnp.ones_like(found)
 
-    def start(key: jax.Array) -> Any:
-        return model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-
     train, test = (sentences(name, count) for name, count in (("train", TEXT_ROWS), ("test", QUESTIONS)))
+    question = lambda weights, params, outer, batch: each(params, batch).mean()  # noqa: E731
     return Training(
-        problem(losses, lambda weights, params, outer, batch: each(params, batch).mean(), start, TEXT_ROWS),
+        problem(losses, question, lambda key: begun, TEXT_ROWS),
         setting.optimizer,
         setting.steps,
         bilevel.Batches(numbered(train), TEXT_BATCH),
@@ -155,8 +162,26 @@ def text(setting: Setting) -> Training:
     )
 
 
+@functools.cache
+def pretrained(model: Decoder) -> Any:
+    """The decoder after `PRETRAINING` steps on problems that no setting trains on, on the host."""
+    rows = sentences("train", 4000)[TEXT_ROWS:]
+
+    def loss(params: Any, outer: Any, batch: Any, key: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, batch, None, identity)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], batch[:, 1:]).mean()
+
+    start = lambda key, outer: model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]  # noqa: E731
+    of = bilevel.Problem(loss, None, start, lambda key: jnp.zeros(()))
+    data = bilevel.Batches(rows, 32)
+    fitted = bilevel.fit(
+        of, jnp.zeros(()), optimizer=optax.adam(3e-3), data=data, steps=PRETRAINING, progress=False
+    )
+    return jax.tree.map(np.asarray, fitted.inner.params)
+
+
 def sentences(name: str, count: int) -> np.ndarray:
-    """The first bytes of the first questions of GSM8K that are long enough, int32 `[count, TEXT_LENGTH]`."""
+    """The first bytes of the first questions of GSM8K that are long enough, int32 `[at most count, TEXT_LENGTH]`."""
     found = []
     with (data_folder("gsm8k") / f"{name}.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
@@ -170,5 +195,5 @@ def sentences(name: str, count: int) -> np.ndarray:
 
 CASES: dict[str, tuple[Callable[[Setting], Training], list[Setting]]] = {"mnist": (mnist, MNIST), "text": (text, TEXT)}
 """By name, what makes the training of a setting, and the settings."""
-EVERY_SCORE = {"mnist": "sgd .2", "text": "adam .003, eps_root 1e-3"}
+EVERY_SCORE = {"mnist": "sgd .2", "text": "sgd .2"}
 """The setting of each case in which every score there is is measured."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,6 +22,7 @@ from bilevel.hypergradients.query import Answer, Query, split_keys
 from bilevel.hypergradients.replay_actions import actions, bytes_kept
 from bilevel.hypergradients.replay_pass import Pass
 from bilevel.hypergradients.replay_programs import Streamed, advanced, batch_of, begun, segment_bytes, slot
+from bilevel.hypergradients.seeking import Seeking, is_seekable
 from bilevel.hypergradients.training import InnerState
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.problem.problem import Problem
@@ -82,7 +85,8 @@ class Replay(Trained):
       progress: whether a bar with the time left is shown, forward and backward.
 
     `inner_batches` may also be a function `batch(step)` of the inner step, 0 to `steps` - 1, that gives its batch, the
-    same at each call. It is called for a segment at a time, and never for all of them at once.
+    same at each call; or an iterator with `get_state` and `set_state`, which is set back to what is needed again, and in
+    the end stands behind `steps` batches. Either is asked for a segment at a time, and never for all of them at once.
 
     Warns:
       CustomDerivativeWarning: where mixed mode is replaced by reverse mode.
@@ -128,10 +132,10 @@ class Replay(Trained):
         outer_batch: Batch,
         key: Key,
     ) -> Estimate:
-        """See `Hypergradient`; `inner_batches` may be a function of the step."""
+        """See `Hypergradient`; `inner_batches` may be a function of the step, or an iterator that can go back."""
         _refuse_traced("estimate", (problem, inner_state, outer, inner_batches, outer_batch, key))
-        batches = self._streamed("estimate", inner_batches)
-        return super().estimate(problem, inner_state, outer, batches, outer_batch, key)
+        with self._streamed("estimate", inner_batches) as batches:
+            return super().estimate(problem, inner_state, outer, batches, outer_batch, key)
 
     def estimates(
         self,
@@ -154,29 +158,30 @@ class Replay(Trained):
         """
         _refuse_traced("estimates", (problem, inner_state, outer, inner_batches, outer_batches, key))
         first = question(outer_batches)
-        batches = self._streamed("estimates", inner_batches)
-        query, params, losses = self.looked_over(problem, inner_state, outer, batches, first, key)
+        with self._streamed("estimates", inner_batches) as batches:
+            query, params, losses = self.looked_over(problem, inner_state, outer, batches, first, key)
 
-        def answer() -> Answer:
-            stacked = dataclasses.replace(query, outer_batch=outer_batches)
-            settings = {"keep": self.keep, "store": self.store, "show": self.progress}
-            found = Pass(self.part, stacked, **settings, several=True).answer()
-            if not all(reached := self.twin.looked_at(query, params)[2]):
-                self._report(query, found, reached)
-            return found
+            def answer() -> Answer:
+                stacked = dataclasses.replace(query, outer_batch=outer_batches)
+                settings = {"keep": self.keep, "store": self.store, "show": self.progress}
+                found = Pass(self.part, stacked, **settings, several=True).answer()
+                if not all(reached := self.twin.looked_at(query, params)[2]):
+                    self._report(query, found, reached)
+                return found
 
-        return self.answered(query, key, losses, answer)
+            return self.answered(query, key, losses, answer)
 
     def solve(
         self, problem: Problem, inner_state: InnerState | None, outer: Outer, inner_batches: Batch, key: Key
     ) -> InnerState:
         """The training map, not to be differentiated: `Unrolled.solve` can be."""
         _refuse_traced("solve", (problem, inner_state, outer, inner_batches, key))
-        query = self.asked(problem, inner_state, outer, self._streamed("solve", inner_batches), key)
-        state = begun(self.part, query)
-        for number in range(self.count):
-            state, _ = advanced(self.part, query.problem, query.outer, state, *slot(query, self.length, number))
-        return state
+        with self._streamed("solve", inner_batches) as batches:
+            query = self.asked(problem, inner_state, outer, batches, key)
+            state = begun(self.part, query)
+            for number in range(self.count):
+                state, _ = advanced(self.part, query.problem, query.outer, state, *slot(query, self.length, number))
+            return state
 
     @property
     def length(self) -> int:
@@ -209,9 +214,9 @@ class Replay(Trained):
         key: Key,
     ) -> int:
         """Temporary memory on a device of the largest of its programs, a segment backward; nothing is computed."""
-        batches = self._streamed("temporary_bytes", inner_batches)
-        query = Query(problem, self.steps, inner_state, outer, batches, outer_batch, split_keys(key, self.steps))
-        return segment_bytes(self.part, query)
+        with self._streamed("temporary_bytes", inner_batches) as batches:
+            query = Query(problem, self.steps, inner_state, outer, batches, outer_batch, split_keys(key, self.steps))
+            return segment_bytes(self.part, query)
 
     def kept_bytes(self, problem: Problem, inner_state: InnerState | None, outer: Outer, key: Key) -> int:
         """The most bytes that lie in its store at once; nothing is computed."""
@@ -246,7 +251,20 @@ class Replay(Trained):
         segments that are advanced once more."""
         return Pass(self.part, query, keep=self.keep, store=self.store, show=self.progress).answer()
 
-    def _streamed(self, method: str, batches: Any) -> Any:
+    @contextlib.contextmanager
+    def _streamed(self, method: str, batches: Any) -> Iterator[Any]:
+        """The batches as a `Query` holds them; an iterator is left behind those that it gave, or where it was."""
+        if not is_seekable(batches):
+            yield self._source(method, batches)
+            return
+        seeking, done = Seeking(batches), 0
+        try:
+            yield self._source(method, seeking)
+            done = 0 if method == "temporary_bytes" else self.steps
+        finally:  # what did not come to its end is called again with the same batches
+            seeking.leave(done)
+
+    def _source(self, method: str, batches: Any) -> Any:
         if not callable(batches) or isinstance(batches, FullBatch):
             return batches
         if (taken := misfit(batches, 1)) is not None:
@@ -258,7 +276,8 @@ class Replay(Trained):
 
 
 def _refuse_traced(method: str, arguments: Any) -> None:
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+    leaves = jax.tree.leaves(arguments, is_leaf=lambda x: hasattr(x, "__next__"))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
         raise ValueError(
             f"Replay.{method} runs compiled programs from the host, and cannot be traced (by jax.jit, vmap, grad or a "
             "scan): call it outside, or use Unrolled."

@@ -1,5 +1,6 @@
 """A small training with keys, aux and a start from `outer`, which `Replay` is tried on, in processes of its own too."""
 
+import time
 import warnings
 
 import jax
@@ -54,3 +55,16 @@ def estimate(hypergradient, batches=(X, Y), state=None, problem=PROBLEM, key=KEY
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=bilevel.StructuralZeroWarning)  # the rate, where it is not learned
         return hypergradient.estimate(problem, state, outer, batches, batch(0), key)
+
+
+def in_folder(folder, answer):
+    """A process of its own: an estimate that is kept in a folder, and whose bits go to a file."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+    def slow(step):
+        time.sleep(0.01)
+        return batch(step)
+
+    found = estimate(bilevel.Replay(OPTIMIZERS["adam"], STEPS, segment=2, store=str(folder)), slow)
+    answer.write_text(" ".join(float(leaf).hex() for leaf in (found.value, found.grad["decay"], found.grad["size"])))

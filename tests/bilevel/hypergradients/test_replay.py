@@ -107,6 +107,67 @@ def test_batches_come_by_step_a_segment_at_a_time():
     assert asked == [0, *forward, *backward]  # once before, to see what a batch is
 
 
+class Drawn:
+    """Batches in the order of `batch`, and on from there; its state is no number."""
+
+    def __init__(self):
+        self.at, self.read = 0, []
+
+    def __next__(self):
+        if self.at >= 2 * STEPS:
+            raise StopIteration
+        self.read.append(self.at)
+        self.at += 1
+        return batch((self.at - 1) % STEPS)
+
+    def __iter__(self):
+        return self
+
+    def get_state(self):
+        return {"at": [self.at]}
+
+    def set_state(self, state):
+        (self.at,) = state["at"]
+
+
+def test_an_iterator_that_can_go_back_is_read_where_it_is_needed(tmp_path):
+    made, source = Replay(OPTIMIZERS["adam"], STEPS, segment=3), Drawn()
+    wanted, found = estimate(made, batch), estimate(made, source)
+    assert_equal((wanted.value, wanted.grad["decay"]), (found.value, found.grad["decay"]))
+    assert source.at == STEPS and max(source.read) == STEPS - 1
+    assert source.read.count(STEPS - 1) < len(source.read) / STEPS + 2  # nothing is read anew to get to a step
+    again = estimate(made, source)  # goes on from there: the same batches once more
+    assert_equal(again.grad["decay"], wanted.grad["decay"])
+    assert source.at == 2 * STEPS
+    state = made.solve(PROBLEM, None, PROBLEM.start_outer(KEY), Drawn(), KEY)
+    assert_equal(state.params["a"], wanted.inner_state.params["a"])
+
+    # Killed, it goes on from the folder with the same batches: the iterator is back where it was.
+    stored, source = Replay(OPTIMIZERS["adam"], STEPS, segment=3, store=str(tmp_path / "kept")), Drawn()
+
+    def until(number, read=Drawn.__next__):
+        if source.at > number:
+            raise KeyboardInterrupt
+        return read(source)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drawn, "__next__", lambda self: until(7))
+        with pytest.raises(KeyboardInterrupt):
+            estimate(stored, source)
+    assert source.at == 0
+    resumed = estimate(stored, source)
+    assert_equal(resumed.grad["decay"], wanted.grad["decay"])
+
+
+def test_an_iterator_that_cannot_go_back_or_ends_is_a_sentence():
+    with pytest.raises(ValueError, match="are an iterator, which only run reads"):
+        estimate(Replay(OPTIMIZERS["adam"], STEPS), iter([batch(0)] * STEPS))
+    short = Drawn()
+    short.at = STEPS + 3
+    with pytest.raises(ValueError, match="has no batch of inner step 8"):
+        estimate(Replay(OPTIMIZERS["adam"], STEPS), short)
+
+
 def test_batches_that_change_between_forward_and_backward_are_refused():
     calls = []
 
