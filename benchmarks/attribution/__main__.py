@@ -47,7 +47,7 @@ class Options:
 def measure(case: str, setting: Setting, record: Record) -> Iterator[Row]:
     """Linear datamodeling scores and the smoothness of one setting."""
     done = {row["score"] for row in record.find(section="lds", case=case, setting=setting.name)}
-    names = [name for name in (SCORES if setting.name == EVERY_SCORE[case] else ALWAYS) if name != "replay"]
+    names = [name for name in (SCORES if setting.name == EVERY_SCORE.get(case) else ALWAYS) if name != "replay"]
     missing = [name for name in names if name not in done]
     training = CASES[case][0](setting)
     if not record.find(section="smoothness", case=case, setting=setting.name):

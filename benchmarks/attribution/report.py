@@ -124,14 +124,10 @@ def page(record: Record) -> str:
     best = {case: max(row["value"] or 0 for row in found if row["case"] == case) for case in _cases(record)}
     parts = []
     for case in _cases(record):
-        parts.append(f"""## {TITLES[case]}
-
-{_settings(record, case)}
-
-Every score there is, in the setting *{EVERY_SCORE[case]}*:
-
-{_scores(record, case, EVERY_SCORE[case])}
-""")
+        every = ""
+        if (setting := EVERY_SCORE.get(case)) is not None:
+            every = f"\nEvery score there is, in the setting *{setting}*:\n\n{_scores(record, case, setting)}\n"
+        parts.append(f"## {TITLES[case]}\n\n{_settings(record, case)}\n{every}")
     headline = "; ".join(f"{TITLES[case].lower()}: {value:.3f}" for case, value in best.items())
     return f"""# Influence of training rows, measured
 

@@ -118,10 +118,9 @@ class Pass:
         query = self.query
         before = self._state(f"start-{at}")
         arguments = query.problem, query.moving, query.fixed, before, *self._slot(at)
-        after, self.adjoint = self.adjoint, reversed_segment(
-            self.part, *arguments, self.adjoint, several=self.several
-        )
-        jax.block_until_ready(after)
+        # The device is one segment behind at most, as in `advance`; the adjoint is used up.
+        jax.block_until_ready(self.adjoint)
+        self.adjoint = reversed_segment(self.part, *arguments, self.adjoint, several=self.several)
         self.store.drop(f"start-{at}")
 
     def _slot(self, at: int) -> tuple[Batch, jax.Array, jax.Array]:

@@ -77,7 +77,7 @@ def advanced(
     return train(problem, part.optimizer, state, outer, batches, keys, **options)
 
 
-@partial(jax.jit, static_argnames="several")
+@partial(jax.jit, static_argnames="several", donate_argnames="adjoint")
 def reversed_segment(
     part: Unrolled,
     problem: Problem,
@@ -90,7 +90,10 @@ def reversed_segment(
     adjoint: tuple[PyTree, Outer],
     several: bool = False,
 ) -> tuple[PyTree, Outer]:
-    """A segment backward: the adjoint before it, of the adjoint after it; or several adjoints, which are stacked."""
+    """A segment backward: the adjoint before it, of the adjoint after it; or several adjoints, which are stacked.
+
+    The adjoint after it is used up: its memory is that of the result.
+    """
     own, rest = partition(state)
     options = {"first": first, "gradient": _GRADIENTS[part.mode], "checkpoint": part.checkpoint}
 
@@ -126,7 +129,9 @@ def loss_differentiated(
 
 def differentiated(query: Query, state: InnerState, several: bool = False) -> Any:
     """`((value, aux), adjoint)` of the outer loss after the last step; of several batches, which are stacked."""
-    return loss_differentiated(*at_the_end(query, state), several=several)
+    outcome, adjoint = loss_differentiated(*at_the_end(query, state), several=several)
+    # A gradient that is one of its arguments (w, of w^2 / 2) would be used up with it.
+    return outcome, jax.tree.map(jnp.copy, adjoint)
 
 
 def at_the_end(query: Query, state: InnerState) -> tuple[Any, ...]:

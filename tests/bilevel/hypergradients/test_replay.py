@@ -192,6 +192,21 @@ def test_batches_of_other_kinds_are_one_sentence(wrong, sentence):
         estimate(Replay(OPTIMIZERS["adam"], STEPS, segment=4), wrong)
 
 
+def test_gradients_that_are_arguments_are_not_used_up():
+    """Of w^2 / 2 the gradient is w itself: the trained variable and outer are there after the backward pass."""
+    halves = lambda tree: sum(0.5 * jnp.sum(x**2) for x in jax.tree.leaves(tree))  # noqa: E731
+    problem = bilevel.Problem(
+        lambda w, o, b, k: halves(w - o), lambda w, o, b, k: halves(w) + halves(o),
+        lambda key, o: jnp.zeros(3), lambda key: jnp.arange(1.0, 4.0),
+    )  # fmt: skip
+    outer = problem.start_outer(KEY)
+    for store in ("device", "host"):
+        found = Replay(optax.sgd(0.5), 6, segment=2, store=store).estimate(problem, None, outer, None, None, KEY)
+        wanted = Unrolled(optax.sgd(0.5), 6).estimate(problem, None, outer, None, None, KEY)
+        assert_close((found.grad, found.inner_state.params), (wanted.grad, wanted.inner_state.params), 1e-13)
+        assert outer.sum() == 6
+
+
 def test_complex_variables():
     loss = lambda w, outer, batch, key: jnp.sum(jnp.abs(w - outer.astype(complex) * (1 + 2j)) ** 2)  # noqa: E731
     start = lambda key, outer: jnp.ones(3, complex)  # noqa: E731
