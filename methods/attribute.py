@@ -47,7 +47,8 @@ class AttributeSettings(Settings):
       eps_root: what AdamW adds under its square root: larger is smoother.
       subsets: trainings on random subsets of the rows, by which the influences are tested; 0: none.
       subset_share: the share of the rows in such a subset.
-      baselines: other scores beside: "cheap" are products of gradients and random numbers, "all" every one there is.
+      baselines: other scores beside: "cheap" are products of gradients and random numbers, "all" every one there is,
+        which takes several times as long as the rest.
     """
 
     train: Literal["lora", "full"] = "lora"
@@ -143,7 +144,8 @@ def choose(settings: AttributeSettings, bench: Bench, found: Sequence[bilevel.Re
     def train(folder: RunFolder, name: str) -> Any:
         found = judged.answers(judged.outer)
         folder.log(f"finetune {name}")(judged.steps, None, {"inner_loss": found.inner})
-        folder.write("questions", {"loss": found.losses})
+        unseen = np.setdiff1d(np.arange(len(judged.data.arrays.number)), np.asarray(judged.batches.index))
+        folder.write("questions", {"loss": found.losses, "rows in no batch": unseen})
         influence(settings, judged, folder)
         return found.params
 
@@ -168,14 +170,23 @@ def influence(settings: AttributeSettings, judged: Training, folder: RunFolder) 
     """The scores, and how well they foretell trainings on subsets; each is kept in the folder as it is found."""
     others = {"none": (), "cheap": CHEAP, "all": tuple(SCORES)}[settings.baselines]
     names = dict.fromkeys((settings.by, *others))
-    scores = {name: np.asarray(folder.once(f"scores/{name}", partial(_scored, name, judged))) for name in names}
+    scores = {}
+    for number, name in enumerate(names, 1):
+        if processes.is_first():
+            print(f"scores by {name}, {number} of {len(names)}", flush=True)
+        scores[name] = np.asarray(folder.once(f"scores/{name}", partial(_scored, name, judged)))
     if not settings.subsets:
         return
     kept = subsets(settings.subsets, len(judged.data.arrays.number), settings.subset_share, settings.seed)
     losses = []
     for number in track(range(len(kept)), "training on subsets", disable=not processes.is_first()):
         if not folder.has(name := f"subsets/{number}"):
-            folder.write(name, judged.answers_without(~kept[number]))
+            answers = judged.answers_without(~kept[number])
+            if not np.isfinite(answers).all():
+                raise FloatingPointError(
+                    f"A question's loss is not finite after the training on subset {number}: lower --finetune-lr."
+                )
+            folder.write(name, answers)
         losses.append(folder.read(name))
     found = {name: datamodeling_score(by_row(each), kept, losses) for name, each in scores.items()}
     folder.write("datamodeling", {name: dataclasses.asdict(each) for name, each in found.items()})
@@ -203,10 +214,12 @@ def page(run: Run) -> Page:
     of_rows = by_row(scores)
     mean = of_rows.mean(axis=0)
     texts = texts_of(run.bench)
-    lines = [
-        json.dumps({"row": i, "influence": float(mean[i]), "questions": of_rows[:, i].tolist(), "text": texts[i]})
-        for i in np.argsort(mean, kind="stable").tolist()
-    ]
+    lines = []
+    for i in np.argsort(mean, kind="stable").tolist():
+        line = {"row": i, "influence": float(mean[i]), "questions": of_rows[:, i].tolist(), "text": texts[i]}
+        # Of the answer's tokens, from the first on.
+        tokens = {"tokens": scores[:, i].mean(axis=0).tolist()} if scores.ndim == 3 else {}
+        lines.append(json.dumps(line | tokens))
     run.folder.write_text("influences.jsonl", "\n".join(lines) + "\n")
     figures.influences(run.figure("influences.png"), of_rows)
     shown, trust = {"influences.png": "influence of each training row"}, ""
@@ -228,15 +241,13 @@ Of all rows, from the most helpful on, with the influence on each question: `inf
         f"What is judged is the training of {'LoRA' if settings.train == 'lora' else 'all weights'}, with batches of "
         f"{settings.batch_size} rows and eps_root {settings.eps_root:g} in AdamW."
     )
-    return Page("Attribution", found, shown, made, trust)
+    return Page("Attribution", found, shown, made, trust, adapter=settings.train == "lora")
 
 
 def _unseen(run: Run) -> str:
     """A sentence where the training does not come by every row."""
-    batches, rows = recipe(run.settings).steps * run.settings.batch_size, run.settings.train_rows
-    if batches >= rows:
-        return ""
-    return f" {rows - batches} rows were in no batch of so short a training: their influence is 0."
+    unseen = run.folder.read("questions")["rows in no batch"]
+    return f" {len(unseen)} rows were in no batch of so short a training: their influence is 0." if unseen else ""
 
 
 def _rows(mean: np.ndarray, texts: Sequence[str]) -> str:

@@ -92,20 +92,50 @@ def problem(
       [-0.333, -0.333, 0.667]
     """
 
-    def inner_loss(weights: Any, params: Any, outer: Any, batch: Numbered, key: jax.Array) -> jax.Array:
-        each, counts = losses(weights, params, outer, batch.rows)
-        return jnp.sum(outer[WEIGHTS][batch.number].astype(each.dtype) * each) / jnp.sum(counts).astype(each.dtype)
-
     def outer_loss(weights: Any, params: Any, outer: Any, batch: Any, key: jax.Array) -> jax.Array:
         return question(weights, params, outer, batch)
 
     return bilevel.Problem(
-        jax.tree_util.Partial(inner_loss, weights),
+        jax.tree_util.Partial(Weighted(losses), weights),
         jax.tree_util.Partial(outer_loss, weights),
         lambda key, outer: start(key),
         lambda key: {WEIGHTS: jnp.ones(shape), **beside(key)},
         domain=domain,
     )
+
+
+class Weighted:
+    """The inner loss of `problem`: `weighted(weights, params, outer, batch, key)`, of a `Numbered` batch.
+
+    Attributes:
+      losses: as of `problem`.
+    """
+
+    def __init__(self, losses: Callable[..., Any]):
+        self.losses = losses
+
+    def __call__(self, weights: Any, params: Any, outer: Any, batch: Numbered, key: jax.Array) -> jax.Array:
+        each, counts = self.of_rows(weights, params, outer, batch)
+        of = outer[WEIGHTS][batch.number]
+        if not each.shape == counts.shape == of.shape:
+            raise ValueError(
+                f"losses(weights, params, outer, rows) gave losses {list(each.shape)} and counts {list(counts.shape)} "
+                f"of a batch whose weights are {list(of.shape)}: all three must be of one shape, a number for each row "
+                "(or for each of its tokens)."
+            )
+        return jnp.sum(of.astype(each.dtype) * each) / jnp.sum(counts).astype(each.dtype)
+
+    def of_rows(self, weights: Any, params: Any, outer: Any, batch: Numbered) -> tuple[jax.Array, jax.Array]:
+        """The losses and the counts of a batch. Raises ValueError if it is none, or for something else than a pair."""
+        if not isinstance(batch, Numbered):
+            raise ValueError(
+                f"A batch of the inner loss is a {type(batch).__name__}, and not Numbered: give the data as "
+                "numbered(rows)."
+            )
+        found = self.losses(weights, params, outer, batch.rows)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(f"losses must return (losses, counts), but returned a {type(found).__name__}.")
+        return jnp.asarray(found[0]), jnp.asarray(found[1])
 
 
 class Answers(NamedTuple):
@@ -124,7 +154,7 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Training:
-    """A training whose rows have weights, and questions to what it leads to; everything it draws is fixed by `key`.
+    """A training whose rows have weights, and questions to what it leads to; its start and batches are fixed by `key`.
 
     Args:
       problem: as from `problem`.
@@ -132,8 +162,11 @@ class Training:
       steps: K.
       data: the training rows, `bilevel.Batches(numbered(rows), size)`.
       questions: batches of the outer loss, stacked: arrays `[Q, ...]`.
-      key: of the start values, the batches and what the losses draw.
+      key: of the start values and the batches.
       sharding: where things lie on a mesh; None on one device.
+
+    Raises:
+      ValueError: for data that is not numbered, numbers that have no weight, and questions of different lengths.
     """
 
     problem: bilevel.Problem
@@ -145,6 +178,18 @@ class Training:
     sharding: bilevel.Sharding | None = None
 
     def __post_init__(self):
+        rows = self.data.arrays
+        if not isinstance(rows, Numbered):
+            raise ValueError("Training(data=): give bilevel.Batches(numbered(rows), size), rows with their numbers.")
+        low, high = (int(jnp.asarray(rows.number).min()), int(jnp.asarray(rows.number).max()))
+        if low < 0 or high >= (count := len(self.outer[WEIGHTS])):
+            raise ValueError(
+                f"Training(data=): rows are numbered from {low} to {high}, but there are weights from 0 to {count - 1}:"
+                " give problem(shape=) the number of rows."
+            )
+        if len({jnp.shape(x)[:1] for x in jax.tree.leaves(self.questions)}) != 1:
+            shapes = ", ".join(str(list(jnp.shape(x))) for x in jax.tree.leaves(self.questions))
+            raise ValueError(f"Training(questions=): arrays {shapes} do not lead with one axis of Q questions.")
         if self.sharding is not None:
             object.__setattr__(self, "problem", self.sharding.problem(self.problem))
 
@@ -180,13 +225,18 @@ class Training:
 
     def answers_without(self, left_out: np.ndarray) -> np.ndarray:
         """The loss of each question, `[Q]`, after the training in which some rows, bool `[N]`, have the weight 0."""
-        outer = dict(self.outer)
-        kept = jnp.asarray(~np.asarray(left_out, bool), outer[WEIGHTS].dtype)
+        outer, left_out = dict(self.outer), np.asarray(left_out)
+        if left_out.dtype != bool or left_out.shape != outer[WEIGHTS].shape[:1]:
+            raise ValueError(
+                f"answers_without: {left_out.dtype}{list(left_out.shape)} is no mask of the rows: give "
+                f"bool{list(outer[WEIGHTS].shape[:1])}, True for a row that is left out."
+            )
+        kept = jnp.asarray(~left_out, outer[WEIGHTS].dtype)
         outer[WEIGHTS] = outer[WEIGHTS] * kept.reshape(-1, *[1] * (outer[WEIGHTS].ndim - 1))
         return self.answers(outer).losses
 
     def points(self, count: int) -> list[Any]:
-        """What is trained, at `count` moments of the training, equally far apart; the last is its end."""
+        """What is trained, at `count` >= 1 moments of the training, equally far apart; the last is its end."""
         state, found, first = self.start, [], 0
         for part in np.array_split(np.arange(self.steps), min(count, self.steps)):
             estimator = bilevel.Unrolled(self.optimizer, len(part))
@@ -198,15 +248,19 @@ class Training:
     def products(self, params: Any, size: int = 256) -> np.ndarray:
         r"""The product of each question's gradient with each row's, :math:`\nabla F_q \cdot \nabla \ell_i`, `[Q, N]`.
 
-        A row's is a directional derivative of its loss, so that no gradient of a single row is formed.
+        Over the counts of all rows, as a training on all of them at once would have it. A row's is a directional
+        derivative of its loss, so that no gradient of a single row is formed; `size` rows go at once.
         """
         slopes = _slopes(self.problem, params, self.outer, self.questions, self.key)
-        rows, count = self.data.arrays, len(self.data.arrays.number)
-        found = []
-        for first in range(0, count, size):
+        rows, shape = self.data.arrays, self.outer[WEIGHTS].shape
+        found, total = np.zeros((len(jax.tree.leaves(self.questions)[0]), *shape)), 0.0
+        for first in range(0, len(rows.number), size):
             batch = jax.tree.map(lambda x, at=first: x[at : at + size], rows)
-            found.append(np.asarray(_products(self.problem, params, self.outer, batch, slopes, self.key), np.float64))
-        return np.concatenate(found, axis=1)
+            products, counts = _products(self.problem, params, self.outer, batch, slopes)
+            by_row = np.asarray(products, np.float64).swapaxes(0, 1)
+            np.add.at(found.swapaxes(0, 1), np.asarray(batch.number), by_row)
+            total += float(np.asarray(counts, np.float64).sum())
+        return found / total
 
 
 @jax.jit
@@ -230,16 +284,14 @@ def _slopes(problem, params, outer, questions, key):
 
 
 @jax.jit
-def _products(problem, params, outer, batch, slopes, key):
-    def along(slope):
-        # The derivative by the weights of rows of the loss's derivative along the question's gradient.
-        def slope_of(weights):
-            moved = outer | {WEIGHTS: weights}
-            return jax.jvp(lambda p: problem.inner_loss(p, moved, batch, key), (params,), (slope,))[1]
+def _products(problem, params, outer, batch, slopes):
+    weighted, weights = problem.inner_loss.func, problem.inner_loss.args[0]
 
-        return jax.grad(slope_of)(outer[WEIGHTS])[batch.number]
+    def losses(params):
+        return weighted.of_rows(weights, params, outer, batch)
 
-    return jax.vmap(along)(slopes)
+    along = lambda slope: jax.jvp(lambda p: losses(p)[0], (params,), (slope,))[1]  # noqa: E731
+    return jax.vmap(along)(slopes), losses(params)[1]
 
 
 def through_training(training: Training) -> np.ndarray:
@@ -339,7 +391,9 @@ def datamodeling_score(scores: Any, kept: Any, losses: Any, *, resamples: int = 
       >>> found.value
       1.0
     """
-    scores, kept, losses = np.asarray(scores, float), np.asarray(kept, bool), np.asarray(losses, float)
+    scores, kept, losses = np.asarray(scores, float), np.asarray(kept), np.asarray(losses, float)
+    if kept.dtype != bool:
+        raise ValueError(f"datamodeling_score: subsets of {kept.dtype} are no masks: give bool [M, N].")
     if scores.ndim != 2 or kept.shape[1:] != scores.shape[1:] or losses.shape != (len(kept), len(scores)):
         raise ValueError(
             f"datamodeling_score: scores {list(scores.shape)}, subsets {list(kept.shape)} and losses "
@@ -350,6 +404,8 @@ def datamodeling_score(scores: Any, kept: Any, losses: Any, *, resamples: int = 
     if not (np.isfinite(scores).all() and np.isfinite(losses).all()):
         raise ValueError("datamodeling_score: a score or a loss is not finite.")
     foretold = kept @ scores.T
+    # Sums that are equal but for rounding are equal: ranks would tell them apart.
+    foretold = np.round(foretold / (np.abs(foretold).max(axis=0, initial=0) + np.finfo(float).tiny), 10)
     each = _rank_correlation(foretold, losses)
     rng = np.random.default_rng(seed)
     drawn = [rng.integers(len(kept), size=len(kept)) for _ in range(resamples)]
@@ -369,7 +425,13 @@ def _rank_correlation(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def subsets(count: int, rows: int, share: float, seed: int = 0) -> np.ndarray:
-    """Random subsets of the rows, bool `[count, rows]`: each a share of them, drawn without replacement."""
+    """Random subsets of the rows, bool `[count, rows]`: each a share of them, drawn without replacement.
+
+    Raises:
+      ValueError: for a share that is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"subsets(share={share}): must be above 0 and at most 1.")
     rng = np.random.default_rng(seed)
     size = max(1, round(share * rows))
     return np.stack([np.isin(np.arange(rows), rng.permutation(rows)[:size]) for _ in range(count)])

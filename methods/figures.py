@@ -154,7 +154,8 @@ def datamodeling(file: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
     error = np.abs(values[:, 1:] - values[:, :1]).T
     ax.errorbar(values[:, 0], at, xerr=error, fmt="o", color="#2a6f97", ms=5, capsize=3, lw=1.2)
     ax.axvline(0, color="black", lw=0.8, ls=":")
-    ax.set(xlabel="linear datamodeling score, 95 % interval", yticks=at, yticklabels=list(table), xlim=(-0.3, 1.05))
+    ax.set(xlabel="linear datamodeling score, 95 % interval", yticks=at, yticklabels=list(table))
+    ax.set_xlim(min(-0.3, float(values.min()) - 0.05), 1.05)
     ax.spines[["top", "right"]].set_visible(False)
     save(fig, file)
 

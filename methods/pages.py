@@ -46,6 +46,7 @@ class Page(NamedTuple):
       figures: file name in `figures/` -> caption.
       made: what the method adds to what is said of every run of how it was made.
       trust: how far to trust what was found, a section of its own; "" for none.
+      adapter: whether what is trained is LoRA, whose settings are told.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Page(NamedTuple):
     figures: Mapping[str, str]
     made: str
     trust: str = ""
+    adapter: bool = True
 
 
 def write(run: Run, page: Page) -> None:
@@ -63,7 +65,7 @@ def write(run: Run, page: Page) -> None:
         "What was found" if page.found else "The training": found,
         "What it is worth": _worth(run.bench, run.results),
         "How far to trust it": page.trust,
-        "How it was made": _made(run, page.made),
+        "How it was made": _made(run, page),
     }
     parts = [f"# {page.title} on {run.bench.task.name}, {Path(run.settings.model).name}"]
     parts += [f"## {name}\n\n{_joined(text)}" for name, text in sections.items() if text]
@@ -88,15 +90,17 @@ between two rows say nothing by themselves. {_compared(results)}"""
     return text.rstrip()
 
 
-def _made(run: Run, made: str) -> str:
+def _made(run: Run, page: Page) -> str:
     settings, bench = run.settings, run.bench
     chosen = " What was chosen: `selection.json`." if run.selection else ""
     train, outer = len(bench.splits.train), len(bench.splits.outer)
+    rank, alpha = settings.rank, settings.lora_alpha
+    adapter = f"LoRA rank {rank}, alpha {alpha:g} on {', '.join(bench.sites)}; " if page.adapter else ""
     return f"""Trained on {train} rows; what is outer, and every validation, on {outer} other rows of the published
 training set ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or beyond what
-was asked for; {bench.splits.dropped} share a subject with the test). LoRA rank {settings.rank}, alpha
-{settings.lora_alpha:g} on {", ".join(bench.sites)}; {settings.finetune_steps} training steps, peak learning rate
-{settings.finetune_lr:g}. {made} All settings: `config.json`; every step: `metrics.jsonl`.{chosen}"""
+was asked for; {bench.splits.dropped} share a subject with the test). {adapter}{settings.finetune_steps} training steps,
+peak learning rate {settings.finetune_lr:g}. {page.made} All settings: `config.json`; every step:
+`metrics.jsonl`.{chosen}"""
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from methods.bench import Bench, Settings
 from methods.driver import Chosen, Method, Search, Tried, searching
 from methods.objective import row_losses
 from methods.pages import Page, Run
-from methods.ranges import Count, Kept, NotNegative, Positive, RepeatsOrNone, Share
+from methods.ranges import Count, Kept, NotNegative, Positive, Range, RepeatsOrNone
 
 GATES = "alpha"
 """The entry of the outer variable that holds Flexora's layer logits."""
@@ -50,7 +50,7 @@ class SelectDataSettings(Settings):
       random_baselines: random choices of as many rows, trained beside the kept ones.
     """
 
-    keep: Share = 0.5
+    keep: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
     layers: bool = False
     inner_steps: Kept = 16
     outer_steps: Count = 10

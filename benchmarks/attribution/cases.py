@@ -59,6 +59,7 @@ MNIST = [
     Setting("adam .01, relu", optax.adam(1e-2), smooth=False),
 ]
 TEXT = [
+    Setting("sgd .005", optax.sgd(0.005), steps=64),
     Setting("sgd .02", optax.sgd(0.02), steps=64),
     Setting("sgd .2", optax.sgd(0.2), steps=64),
     Setting("sgd .5", optax.sgd(0.5), steps=64),

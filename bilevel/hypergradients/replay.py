@@ -85,8 +85,8 @@ class Replay(Trained):
       progress: whether a bar with the time left is shown, forward and backward.
 
     `inner_batches` may also be a function `batch(step)` of the inner step, 0 to `steps` - 1, that gives its batch, the
-    same at each call; or an iterator with `get_state` and `set_state`, which is set back to what is needed again, and in
-    the end stands behind `steps` batches. Either is asked for a segment at a time, and never for all of them at once.
+    same at each call; or an iterator with `get_state` and `set_state`, which is set back to what is needed again, and
+    in the end stands behind `steps` batches. Either is asked for a segment at a time, never for all of them at once.
 
     Warns:
       CustomDerivativeWarning: where mixed mode is replaced by reverse mode.

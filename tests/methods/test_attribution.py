@@ -104,10 +104,14 @@ def test_products_of_gradients_are_those_of_each_rows_gradient():
     rows = jax.jacrev(lambda w: bends((), unflatten(w), None, (X, Y))[0])(flat)
     questions = jax.jacrev(lambda w: jnp.mean(bends((), unflatten(w), None, (X_ASKED, Y_ASKED))[0], axis=1))(flat)
     for size in (ROWS, 7):  # rows of a batch, which are more than there are left in the last
-        found = of.products(params, size)
-        last = ROWS % size or size
-        scale = np.concatenate([np.full(ROWS - last, min(size, ROWS)), np.full(last, last)])
-        np.testing.assert_allclose(found * scale, questions @ rows.T, rtol=1e-10)
+        np.testing.assert_allclose(of.products(params, size), questions @ rows.T / ROWS, rtol=1e-10)
+    # Rows in another order, of which two share a weight.
+    number = np.random.default_rng(2).permutation(ROWS).astype(np.int32)
+    number[number == 5] = 6
+    other = dataclasses.replace(of, data=bilevel.Batches(attribution.Numbered(number, (X, Y)), 8))
+    wanted = np.zeros((3, ROWS))
+    np.add.at(wanted.T, number, (questions @ rows.T / ROWS).T)
+    np.testing.assert_allclose(other.products(params, 7), wanted, rtol=1e-10)
 
 
 def test_moments_of_a_training_are_on_its_way():
@@ -142,7 +146,8 @@ def test_the_datamodeling_score_is_the_mean_rank_correlation():
     assert found.low < found.value < found.high and found.subsets == 20
     foretold = datamodeling_score(scores, kept, np.exp(kept @ scores.T), resamples=50)
     assert foretold.value == pytest.approx(1.0) and foretold.low == pytest.approx(1.0)
-    assert datamodeling_score(np.zeros_like(scores), kept, losses, resamples=5).value == 0
+    for flat in (0.0, 0.1):  # sums that differ by rounding have no order
+        assert datamodeling_score(np.full_like(scores, flat), kept, losses, resamples=5).value == 0
 
 
 def test_influences_of_a_smooth_training_foretell_its_subsets():
@@ -160,11 +165,46 @@ def test_influences_of_a_smooth_training_foretell_its_subsets():
         (np.ones((2, 5)), np.ones((4, 6), bool), np.ones((4, 2)), "must be"),
         (np.ones((2, 5)), np.ones((2, 5), bool), np.ones((2, 2)), "2 subsets have no rank correlation"),
         (np.full((2, 5), np.nan), np.ones((4, 5), bool), np.ones((4, 2)), "is not finite"),
+        (np.ones((2, 5)), np.ones((4, 5), int), np.ones((4, 2)), "subsets of int64 are no masks"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(scores, kept, losses, sentence):
     with pytest.raises(ValueError, match=sentence):
         datamodeling_score(scores, kept, losses)
+
+
+MISFITS = {
+    "a column": (lambda each, counts: (each[:, None], counts), r"losses .8, 1. and counts .8."),
+    "a mean": (lambda each, counts: (each.mean(), counts), r"losses .. and counts .8."),
+    "a count": (lambda each, counts: (each, 1), r"losses .8. and counts .. of a batch whose weights are .8."),
+    "no counts": (lambda each, counts: each, r"must return .losses, counts., but returned a"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_losses_that_are_not_of_rows_are_refused(name):
+    change, sentence = MISFITS[name]
+    of = training(losses=lambda *given: change(*squares(*given)), steps=2)
+    of = dataclasses.replace(of, problem=dataclasses.replace(of.problem, init_inner=lambda key, o: jnp.zeros(FEATURES)))
+    with pytest.raises(ValueError, match=sentence):
+        of.answers(of.outer)
+
+
+def test_data_and_masks_that_do_not_fit_are_refused():
+    of = training(steps=2)
+    for data, sentence in (
+        ((X, Y), "give bilevel.Batches.numbered.rows., size."),
+        (attribution.Numbered(np.arange(1, ROWS + 1, dtype=np.int32), (X, Y)), "numbered from 1 to 24, but"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            dataclasses.replace(of, data=bilevel.Batches(data, 8))
+    with pytest.raises(ValueError, match="do not lead with one axis of Q questions"):
+        dataclasses.replace(of, questions=(X_ASKED, Y_ASKED[:2]))
+    for mask in ([3], np.arange(ROWS), np.ones(ROWS - 1, bool)):
+        with pytest.raises(ValueError, match=r"is no mask of the rows: give bool.24."):
+            of.answers_without(mask)
+    with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+        subsets(3, 10, 1.5)
 
 
 def test_descent_on_weights_finds_the_rows_that_are_wrong():
