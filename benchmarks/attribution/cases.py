@@ -91,7 +91,7 @@ def images(name: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def cross_entropy(params: Any, x: Any, y: Any, smooth: bool = True) -> jax.Array:
     """Of each image, for a network of one hidden layer."""
     bend = jnp.tanh if smooth else jax.nn.relu
-    logits = bend(x @ params["in"] + params["in_bias"]) @ params["out"] + params["out_bias"]
+    logits = bend(x @ params["in"] + params["in_bias"][None]) @ params["out"] + params["out_bias"][None]
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
 

@@ -70,7 +70,7 @@ def selected(seed: int, record: Record) -> Iterator[Row]:
 def by_single_steps(
     of: bilevel.Problem, data: bilevel.Batches, clean: tuple[np.ndarray, np.ndarray], key: jax.Array
 ) -> np.ndarray:
-    """The weights by SOBA, which takes one step of each variable at a time; of a grid of steps the best on clean rows."""
+    """The weights by SOBA, one step of each variable at a time; of a grid of steps those best on clean rows."""
     found = []
     for inner_step in (0.1, 0.3):
         for outer_step in (30.0, 300.0, 3000.0):
