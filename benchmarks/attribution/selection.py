@@ -19,14 +19,16 @@ from methods.attribution import WEIGHTS, numbered, problem
 
 SEEDS = 3
 ROWS, CLEAN, BATCH = 2000, 1000, 100
-STEPS, OUTER_STEPS = 60, 60
+OUTER_STEPS = 150
+TRAININGS = {"smooth": (optax.sgd(0.3), 100), "rough": (optax.sgd(0.5, momentum=0.9), 60)}
+"""The training through which the weights descend, and its steps."""
 FINAL = 300
 SOBA_STEPS = 6000
 
 
-def selected(seed: int, record: Record) -> Iterator[Row]:
+def selected(name: str, seed: int, record: Record) -> Iterator[Row]:
     """Test errors of trainings on all rows, on those of large weight, on the clean ones; AUROC of the weights."""
-    if record.find(section="selection", seed=seed):
+    if record.find(section="selection", seed=seed, training=name):
         return
     (x, y), (x_clean, y_clean) = split("train", seed)
     test = images("test", 10_000, 0)
@@ -44,7 +46,8 @@ def selected(seed: int, record: Record) -> Iterator[Row]:
 
     of = problem(losses, validation, network, ROWS, domain={WEIGHTS: bilevel.Interval(0.0, 2.0)})
     data = bilevel.Batches(numbered((x, labels)), BATCH)
-    estimator = bilevel.Unrolled(optax.sgd(0.5, momentum=0.9), STEPS, checkpoint="step")
+    optimizer, steps = TRAININGS[name]
+    estimator = bilevel.Unrolled(optimizer, steps, checkpoint="step")
     solver = bilevel.Nested(of, estimator, optax.adam(0.3), inner_start="cold")
     held_out, key = bilevel.FullBatch((x_clean, y_clean)), jax.random.key(seed)
     found = bilevel.run(solver, inner_data=data, outer_data=held_out, steps=OUTER_STEPS, key=key)
@@ -54,6 +57,7 @@ def selected(seed: int, record: Record) -> Iterator[Row]:
     error = partial(test_error, test=test, key=key)
     yield {
         "section": "selection",
+        "training": name,
         "seed": seed,
         "auroc": auroc(-weights, wrong),
         "soba auroc": auroc(-by_soba, wrong),
