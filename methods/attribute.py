@@ -78,7 +78,17 @@ def unused(settings: AttributeSettings) -> dict[str, str]:
 
 
 def check(settings: AttributeSettings) -> None:
-    """Raises ValueError for more questions than there are outer rows, and for too few subsets to correlate."""
+    """What is wrong with the settings whatever the model is.
+
+    Raises:
+      ValueError: for more questions than there are outer rows, for questions of one row on a mesh, which would split
+        them, and for too few subsets to correlate.
+    """
+    if settings.mesh is not None and settings.questions:
+        raise ValueError(
+            f"--mesh splits the rows of a question over the devices, and each of --questions {settings.questions} is "
+            "one row: give --questions 0, all outer rows as one question, or leave --mesh out."
+        )
     if settings.questions > settings.outer_rows:
         raise ValueError(
             f"--questions {settings.questions} are more than --outer-rows {settings.outer_rows}: each is one of these."

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -79,6 +80,14 @@ def _forget_compiled_programs() -> Iterator[None]:
     if next(_tests) % 10 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def at_a_terminal() -> Iterator[None]:
+    """A process that a shell started in the background ignores SIGINT: here it is what it is at a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _missing(message: str) -> NoReturn:

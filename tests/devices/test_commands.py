@@ -59,6 +59,25 @@ def test_a_mesh_that_cannot_be_is_one_sentence(mesh, sentence, tiny_model, tiny_
     assert not (tmp_path / "run").exists()
 
 
+def test_influences_on_a_mesh_are_those_of_a_device(tiny_model, tiny_data, tmp_path, capsys):
+    words = ["attribute", "--questions", "0", "--subsets", "3", "--baselines", "cheap"]
+    scores = {}
+    with jax.enable_x64(False):
+        for name, more in (("one", []), ("many", ["--mesh", "data=2,fsdp=2"])):
+            command, *rest = words
+            assert cli.run([command, *arguments(tiny_model, tiny_data, tmp_path / name, *rest, *more)]) == 0
+            files = sorted((tmp_path / name / "scores").glob("*.json"))
+            scores[name] = {file.stem: np.asarray(json.loads(file.read_text())) for file in files}
+        capsys.readouterr()
+        bad = arguments(tiny_model, tiny_data, tmp_path / "bad", "--questions", "2", "--mesh", "data=2")
+        assert cli.run(["attribute", *bad]) == 2
+    assert "give --questions 0, all outer rows as one question" in capsys.readouterr().err
+    assert list(scores["one"]) == list(scores["many"]) == ["gradient-product", "random", "tracin", "unrolled"]
+    for name, one in scores["one"].items():
+        assert one.shape == (1, 16)
+        np.testing.assert_allclose(scores["many"][name], one, rtol=1e-3, atol=1e-4 * np.abs(one).max())
+
+
 # --- several processes --------------------------------------------------------------------------------------------
 
 
@@ -127,7 +146,7 @@ def wide_model(tiny_model, tmp_path_factory):
     return folder
 
 
-def test_where_no_processes_come_together_it_is_said_why(tiny_model, tiny_data, tmp_path):
+def test_where_no_processes_come_together_it_is_said_why(tiny_model, tiny_data, tmp_path, at_a_terminal):
     words = [sys.executable, "-m", "methods.cli", "lora", *arguments(tiny_model, tiny_data, tmp_path / "run")]
     free = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "PMI"))}
     said = subprocess.run([*words, "--coordinator", "auto"], env=free, capture_output=True, text=True, timeout=120)
@@ -138,10 +157,14 @@ def test_where_no_processes_come_together_it_is_said_why(tiny_model, tiny_data, 
         [*words, "--coordinator", "127.0.0.1:1", "--processes", "2", "--process", "1"],
         env=free, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    line = waits.stderr.readline()
-    assert line == "Process 1 of 2: waiting for the others at 127.0.0.1:1, for five minutes at most.\n"
-    waits.send_signal(signal.SIGINT)
-    _, said = waits.communicate(timeout=60)
+    try:
+        line = waits.stderr.readline()
+        assert line == "Process 1 of 2: waiting for the others at 127.0.0.1:1, for five minutes at most.\n"
+        waits.send_signal(signal.SIGINT)
+        _, said = waits.communicate(timeout=60)
+    finally:
+        waits.kill()
+        waits.wait()
     assert waits.returncode == 130 and "nothing was written yet" in said
 
 
@@ -159,8 +182,11 @@ def test_the_death_of_one_is_a_sentence_of_the_other(tiny_model, tiny_data, tmp_
         for process in (first, second):
             process.kill()
             process.communicate()
-    assert first.returncode == 2, said
-    assert "bilevel: Another of the 2 processes is gone" in said and "Traceback" not in said
+    # It is in a sum with the dead one, which fails at once; or it waits elsewhere, until JAX misses a heartbeat and ends
+    # it from a thread of its own, where nothing of ours is asked.
+    words = "bilevel: Another of the 2 processes is gone" if first.returncode == 2 else "another task died"
+    assert words in said and first.returncode in (2, -signal.SIGABRT), said
+    assert "fault of bilevel" not in said and "Traceback" not in said
     assert "waiting for the others at 127.0.0.1" in said
 
 

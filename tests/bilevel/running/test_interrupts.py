@@ -15,15 +15,7 @@ from bilevel.running.interrupts import terminable, uninterrupted
 from tests.bilevel.helpers import LINE_SOLVER, assert_equal
 from tests.bilevel.trainings import DATA, run
 
-
-@pytest.fixture(autouse=True)
-def _interruptible():
-    """A process that a shell started in the background ignores SIGINT: here it is what it is at a terminal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
+pytestmark = pytest.mark.usefixtures("at_a_terminal")
 ROOT = Path(__file__).parents[3]
 
 PROGRAM = """
