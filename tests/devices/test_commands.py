@@ -182,8 +182,8 @@ def test_the_death_of_one_is_a_sentence_of_the_other(tiny_model, tiny_data, tmp_
         for process in (first, second):
             process.kill()
             process.communicate()
-    # It is in a sum with the dead one, which fails at once; or it waits elsewhere, until JAX misses a heartbeat and ends
-    # it from a thread of its own, where nothing of ours is asked.
+    # It is in a sum with the dead one, which fails at once; or it waits elsewhere, until JAX misses a heartbeat and
+    # ends it from a thread of its own, where nothing of ours is asked.
     words = "bilevel: Another of the 2 processes is gone" if first.returncode == 2 else "another task died"
     assert words in said and first.returncode in (2, -signal.SIGABRT), said
     assert "fault of bilevel" not in said and "Traceback" not in said
