@@ -21,8 +21,9 @@ from rich.progress import track
 
 import bilevel
 from methods import figures, lora, processes, tasks
-from methods.attribution import SCORES, Training, datamodeling_score, numbered, problem, subsets
+from methods.attribution import SCORES, Training, numbered, problem
 from methods.bench import Bench, Settings, recipe
+from methods.datamodeling import datamodeling_score, subsets
 from methods.driver import Arm, Chosen, Method, Tried
 from methods.models.hooks import identity
 from methods.objective import Bound, row_losses, token_losses

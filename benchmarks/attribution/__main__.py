@@ -23,7 +23,8 @@ from benchmarks.attribution import report
 from benchmarks.attribution.cases import CASES, EVERY_SCORE, Setting
 from benchmarks.attribution.selection import SEEDS, TRAININGS, selected
 from benchmarks.record import Record, Row, machine
-from methods.attribution import SCORES, Training, datamodeling_score, subsets
+from methods.attribution import SCORES, Training
+from methods.datamodeling import datamodeling_score, subsets
 
 ALWAYS = "unrolled", "gradient-product", "tracin"
 SUBSETS, SHARE = 50, 0.5

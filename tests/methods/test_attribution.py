@@ -12,7 +12,8 @@ from scipy.stats import spearmanr
 import bilevel
 from benchmarks.lora.planted import auroc
 from methods import attribute, attribution, select_data
-from methods.attribution import WEIGHTS, Training, datamodeling_score, numbered, problem, subsets
+from methods.attribution import WEIGHTS, Training, numbered, problem
+from methods.datamodeling import datamodeling_score, subsets
 from tests.methods.small import arguments
 
 RNG = np.random.default_rng(0)
