@@ -71,8 +71,8 @@ class Comparison:
     Attributes:
       rows: what each gave and cost.
       reference: the name of the one that the others are measured against.
-      smoothness: whether the reference foretells steps of the size that was asked for; None where none was, and where
-        a training near the point is not finite. Below the table it is said if it does not.
+      smoothness: whether the reference foretells steps of the size that was asked for; None where none was, NaN where
+        a training such a step away is not finite. Below the table it is said if it does not.
 
     Examples:
       >>> import bilevel, optax
@@ -234,8 +234,9 @@ def _smoothness(hypergradient: Hypergradient, point: Point, grad: PyTree, step: 
         return None
     try:
         return measured(traceable(hypergradient), point.arguments(hypergradient.steps), grad, point.keys[0], step, 2)
-    except FloatingPointError:  # as the row of the reference shows, or a step away from it
-        return None
+    except FloatingPointError:  # a training a step away from the point, or at it, ends in no number
+        nowhere = np.full(2, np.nan)
+        return Smoothness(nowhere, step, nowhere, nowhere)
 
 
 def _estimate(hypergradient, *arguments):

@@ -73,6 +73,21 @@ def test_who_compares_hypergradients_is_told_that_the_training_is_rough():
         bilevel.compare(PENDULUM, calm, reference="a", step=0.0)
 
 
+def test_a_training_that_is_not_finite_a_step_away_is_told():
+    root = bilevel.Problem(
+        lambda w, o, b, k: 0.5 * (w - jnp.sqrt(o)) ** 2,
+        lambda w, o, b, k: w,
+        lambda key, o: jnp.zeros(()),
+        lambda key: jnp.full((), 1e-4),
+    )
+    ways = {"unrolled": Unrolled(optax.sgd(0.5), 5)}
+    found = bilevel.compare(root, ways, reference="unrolled", repeats=1, step=1.0)
+    assert np.isnan(found.smoothness.score) and np.isfinite(found["unrolled"].norm)
+    assert "Smoothness nan at steps of 1" in str(found) and "does not foretell a step of this size" in str(found)
+    near = bilevel.compare(root, ways, reference="unrolled", repeats=1, step=1e-6)
+    assert near.smoothness.score == 1.0 and "Smoothness" not in str(near)
+
+
 def test_a_derivative_that_is_exact_and_of_no_use_is_told_apart():
     # Waves of a few hundredths in what training makes of outer: as the differences see it, and steps do not.
     wavy = bilevel.Problem(
