@@ -90,16 +90,21 @@ def check(settings: AttributeSettings) -> None:
             f"--mesh splits the rows of a question over the devices, and each of --questions {settings.questions} is "
             "one row: give --questions 0, all outer rows as one question, or leave --mesh out."
         )
-    if settings.questions > settings.outer_rows:
-        raise ValueError(
-            f"--questions {settings.questions} are more than --outer-rows {settings.outer_rows}: each is one of these."
-        )
+    if settings.outer_rows is not None:
+        _check_questions(settings, settings.outer_rows)
     if 0 < settings.subsets < 3:
         raise ValueError(f"--subsets {settings.subsets} have no rank correlation to speak of: train on 3 or more.")
 
 
+def _check_questions(settings: AttributeSettings, rows: int) -> None:
+    """Raises ValueError for more questions than there are outer rows."""
+    if settings.questions > rows:
+        raise ValueError(f"--questions {settings.questions} are more than --outer-rows {rows}: each is one of these.")
+
+
 def of(settings: AttributeSettings, bench: Bench) -> bilevel.Problem:
-    """The problem of these settings. Raises ValueError for tokens of rows that have labels."""
+    """The problem of these settings. Raises ValueError for tokens of rows that have labels, and too many questions."""
+    _check_questions(settings, len(bench.splits.outer))
     if settings.per == "token" and bench.head is not None:
         raise ValueError(f"--per token weighs answer tokens, but a row of {bench.task.name} is answered by a label.")
     given, whole, rows = bench.given(), settings.train == "full", len(jax.tree.leaves(bench.train)[0])
@@ -280,6 +285,9 @@ def texts_of(bench: Bench) -> list[str]:
     """The training rows as they are read, in their order."""
     task: Any = bench.task
     rows = bench.splits.train
+    if isinstance(task, tasks.LanguageModelling):
+        tokenizer = bench.pretrained.tokenizer
+        return ["".join(span.text for span in task.spans(row, tokenizer)) for row in rows]
     if not isinstance(task, tasks.Classification):
         return [pair.prompt + pair.answer for pair in tasks.training_pairs(task, rows, stopped=False)]
     label = lambda value: task.classes[value] if task.classes else f"{value:g}"  # noqa: E731

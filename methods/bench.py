@@ -39,16 +39,22 @@ class Settings:
 
     Attributes:
       model: a folder in Hugging Face layout, a .gguf file, or a name on the hub.
-      task: name of a task; an unknown name lists those there are.
-      data: folder that holds <task>/train.jsonl and the like; by default $BILEVEL_DATA, then assets/data, then the hub.
+      task: name of a task, or FILE.py:NAME for one of your own; by default piqa, or what the columns of --data say.
+      data: rows of your own, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder with train.jsonl or OWNER/NAME on
+        the hub; or a folder that holds <task>/train.jsonl and the like: by default $BILEVEL_DATA, assets/data, the hub.
+      test_data: rows of your own to test on; by default test.jsonl or validation.jsonl beside train.jsonl, or else a
+        part of --data that nothing else sees.
+      columns: what the columns of your own rows are, such as prompt=question,answer=response.
       out: run folder; the same command continues what is in it.
       seed: of the data split, the start values and the batches.
       length: tokens a training sequence; rows that need more are left out.
       batch_size: rows an inner or fine-tuning step.
       outer_batch_size: rows an outer loss.
-      train_rows: rows the inner loss sees.
-      outer_rows: validation rows the outer loss sees; where texts are written, prompts, each with all its references.
-      test_rows: rows of the last evaluation, or prompts with all their references; 0 takes all.
+      train_rows: rows the inner loss sees; by default 256 of a task, and of your own rows all that are left.
+      outer_rows: validation rows the outer loss sees; where texts are written, prompts, each with all its references;
+        by default 128 of a task, and a quarter of your own training rows.
+      test_rows: rows of the last evaluation, or prompts with all their references; 0 takes all; by default 100 of a
+        task, all of your own test rows, or a fifth of --data.
       rank: LoRA's r.
       lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
       adapter: "rslora" scales by alpha / sqrt(r), "dora" trains the lengths of the adapted columns beside LoRA.
@@ -71,16 +77,18 @@ class Settings:
     """
 
     model: str
-    task: str = "piqa"
+    task: str | None = None
     data: str | None = None
+    test_data: str | None = None
+    columns: str | None = None
     out: Path = Path("runs/latest")
     seed: Seed = 0
     length: Annotated[int, Range(2, ranges.LARGEST)] = 48
     batch_size: Count = 4
     outer_batch_size: Count = 8
-    train_rows: Count = 256
-    outer_rows: Count = 128
-    test_rows: CountOrNone = 100
+    train_rows: Count | None = None
+    outer_rows: Count | None = None
+    test_rows: CountOrNone | None = None
     rank: Count = 8
     lora_alpha: Positive = 16.0
     adapter: Literal["lora", "rslora", "dora"] = "lora"
@@ -104,7 +112,8 @@ class Bench(NamedTuple):
     Attributes:
       pretrained: the model.
       lora: the adapter's fixed part.
-      task, splits: the task and its rows.
+      source: the task and all its rows, and where they are from.
+      splits: the rows that are used.
       train, outer: encoded rows, arrays `[N, T]` (of a `LabelledBatch` where the task is a classification).
       width: most answer tokens in a row of `train` or `outer`; 0 where rows have a label instead.
       left_out: published training rows that are longer than T.
@@ -117,7 +126,7 @@ class Bench(NamedTuple):
 
     pretrained: Pretrained
     lora: LoRAConfig
-    task: tasks.Task
+    source: tasks.Source
     splits: tasks.Splits
     train: Any
     outer: Any
@@ -128,6 +137,10 @@ class Bench(NamedTuple):
     inputs: Mapping[str, Any] = MappingProxyType({})
     files: Path | None = None
     sharding: bilevel.Sharding | None = None
+
+    @property
+    def task(self) -> tasks.Task:
+        return self.source.task
 
     @property
     def num_layers(self) -> int:
@@ -153,6 +166,8 @@ class Bench(NamedTuple):
         return Given(self.pretrained.weights, self.lora, self.pretrained.config, loss, predict, partial(start, self))
 
 
+SETTLED = ("task", "train_rows", "outer_rows", "test_rows")
+"""Settings that are filled in once the rows are read, where they say nothing."""
 ROWS = "The text of a row", "look at the rows, and at the model's tokenizer"
 Check = Callable[[Any, LoRAConfig], None]
 """`check(config, lora)`: raises ValueError where a model's config does not fit a method's settings."""
@@ -165,7 +180,10 @@ def check(settings: Settings) -> None:
       ValueError: one sentence on what is wrong with which setting.
     """
     ranges.check(settings)
-    task: Any = tasks.get(settings.task)
+    if settings.task is not None and settings.task not in tasks.FORMATS:
+        task = tasks.find(settings.task)
+        if isinstance(task, tasks.Generation):
+            tasks.check_metrics(task)
     adapter(settings)
     recipe(settings)
     if settings.finetune_steps * settings.accumulate > ranges.LARGEST:
@@ -173,19 +191,23 @@ def check(settings: Settings) -> None:
             f"--finetune-steps {settings.finetune_steps} times --accumulate {settings.accumulate} is more than "
             f"the {ranges.LARGEST:,} that a training can have."
         )
-    for size, rows in (("batch_size", "train_rows"), ("outer_batch_size", "outer_rows")):
-        if getattr(settings, size) > getattr(settings, rows):
-            raise ValueError(
-                f"--{size.replace('_', '-')} {getattr(settings, size)} is larger than the data, "
-                f"--{rows.replace('_', '-')} {getattr(settings, rows)}: lower it."
-            )
+    _check_batches(settings)
     if mesh.sharding(settings.mesh) is not None and settings.mesh is not None:
         axes = mesh.sizes(settings.mesh)
         mesh.rows_divide("--batch-size", settings.batch_size, axes)
         mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)
-    if isinstance(task, tasks.Generation):
-        tasks.check_metrics(task)
-    runfolder.check(settings.out, settings)
+    runfolder.check(settings.out, settings, [name for name in SETTLED if getattr(settings, name) is None])
+
+
+def _check_batches(settings: Settings) -> None:
+    """Raises ValueError for a batch of more rows than there are, as far as it is known how many there are."""
+    for size, rows in (("batch_size", "train_rows"), ("outer_batch_size", "outer_rows")):
+        most = getattr(settings, rows)
+        if most is not None and getattr(settings, size) > most:
+            raise ValueError(
+                f"--{size.replace('_', '-')} {getattr(settings, size)} is larger than the data, "
+                f"--{rows.replace('_', '-')} {most}: lower it."
+            )
 
 
 def adapter(settings: Settings) -> LoRAConfig:
@@ -228,8 +250,7 @@ def prepare(
     """
     # The cheap mistakes first: nobody should wait for a model to load to learn of a misspelt task.
     check(settings)
-    task: Any = tasks.get(settings.task)
-    lora, labelled = adapter(settings), isinstance(task, tasks.Classification)
+    lora = adapter(settings)
 
     def check_config(config: Any, model: Any) -> None:
         if settings.length > (positions := config.max_positions):
@@ -241,8 +262,18 @@ def prepare(
         if check_model is not None:
             check_model(config, lora)
 
-    with reading(f"The rows of {task.name}", "look at the files that --data or BILEVEL_DATA names"):
-        published = tasks.load(task, "train", settings.data), tasks.load(task, task.test, settings.data)
+    with reading("The rows", "look at the files that --data or BILEVEL_DATA names"):
+        source = tasks.read_source(
+            settings.task,
+            settings.data,
+            test_data=settings.test_data,
+            columns=settings.columns,
+            test=settings.test_rows or None,
+        )
+    task: Any = source.task
+    labelled = isinstance(task, tasks.Classification)
+    if isinstance(task, tasks.Generation):
+        tasks.check_metrics(task)
     with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
         dtype = {"dtype": jnp.bfloat16, "accumulate": jnp.float32} if settings.dtype == "bfloat16" else {}
         files, sharding = locate(settings.model), mesh.sharding(settings.mesh)
@@ -259,17 +290,20 @@ def prepare(
     if end_of_text and not labelled and mark is None:
         raise ValueError(f"The tokenizer of {settings.model} has no mark of a text's end, which is to be trained on.")
     end: list[int] = [mark] if end_of_text and not labelled else []
-    fitting, looked_at = _fitting(task, published[0], pretrained.tokenizer, settings, end)
+    sizes = _sizes(settings)
+    fitting, looked_at = _fitting(task, source.train, pretrained.tokenizer, settings, sizes, end)
     if not fitting:
         raise ValueError(
             f"None of the rows of {task.name} that were looked at fits into --length {settings.length}: raise it."
         )
-    splits = _split(task, fitting, looked_at, published[1], settings)
+    splits = _split(task, fitting, looked_at, source.test, settings, sizes)
 
     @reading(*ROWS)
     def encoded(rows):
         if isinstance(task, tasks.Classification):
             batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
+        elif isinstance(task, tasks.LanguageModelling):
+            batch = tasks.encode_spans(task, rows, pretrained.tokenizer, settings.length).batch
         else:
             pairs = tasks.training_pairs(task, rows, stopped=not end)
             batch = tasks.encode(pairs, pretrained.tokenizer, settings.length, end).batch
@@ -279,22 +313,59 @@ def prepare(
     width = 0 if labelled else max(answer_width(train), answer_width(outer))
     head = pretrained.classifier(task.outputs) if isinstance(task, tasks.Classification) else None
     inputs = {
-        f"published {task.name} training rows": fingerprint.rows(published[0]),
-        f"published {task.name} {task.test} rows": fingerprint.rows(published[1]),
+        f"{task.name} training rows": fingerprint.rows(source.train),
+        f"{task.name} test rows": fingerprint.rows(source.test),
         "encoded training rows": fingerprint.arrays(train),
         "encoded outer rows": fingerprint.arrays(outer),
     }
-    left_out = len(published[0]) - len(fitting)
-    return Bench(
-        pretrained, lora, task, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
+    left_out = len(source.train) - len(fitting)
+    bench = Bench(
+        pretrained, lora, source, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
     )
+    _check_batches(settled(settings, bench))
+    return bench
 
 
-def _split(task: Any, fitting: list[Any], looked_at: int, test_rows: list[Any], settings: Settings) -> tasks.Splits:
+class Sizes(NamedTuple):
+    """How many rows of each split are wanted; None takes what there is, of `outer` a quarter of the training rows."""
+
+    train: int | None
+    outer: int | None
+    test: int | None
+
+
+def _sizes(settings: Settings) -> Sizes:
+    """What the settings say, and of a built-in task what is taken where they say nothing."""
+    own = settings.data is not None and tasks.is_own(settings.data)
+    default = Sizes(None, None, None) if own else Sizes(256, 128, 100)
+    train, outer = (
+        size if given is None else given
+        for size, given in ((default.train, settings.train_rows), (default.outer, settings.outer_rows))
+    )
+    return Sizes(train, outer, default.test if settings.test_rows is None else settings.test_rows or None)
+
+
+def settled(settings: Any, bench: Bench) -> Any:
+    """The settings of a run, in which the task and the numbers of rows are those that are used."""
+    used = {
+        "task": bench.task.name,
+        "train_rows": len(bench.splits.train),
+        "outer_rows": len(tasks.units(bench.task, bench.splits.outer)),
+        "test_rows": len(tasks.units(bench.task, bench.splits.test)),
+    }
+    unsaid = {name: value for name, value in used.items() if getattr(settings, name) is None}
+    return dataclasses.replace(settings, **unsaid)
+
+
+def _split(
+    task: Any, fitting: list[Any], looked_at: int, test_rows: list[Any], settings: Settings, sizes: Sizes
+) -> tasks.Splits:
     """`tasks.split` by the settings. Raises ValueError, with the options in it that say how many rows are wanted."""
-    sizes = {"outer": settings.outer_rows, "train": settings.train_rows, "test": settings.test_rows or None}
+    outer = max(1, len(tasks.units(task, fitting)) // 4) if sizes.outer is None else sizes.outer
     try:
-        return tasks.split(task, fitting, test_rows, **sizes, seed=settings.seed)
+        return tasks.split(
+            task, fitting, test_rows, outer=outer, train=sizes.train, test=sizes.test, seed=settings.seed
+        )
     except tasks.TooFew as error:
         said = re.sub(r"\b(train|outer|test)=(\d+) (rows|prompts)", r"--\1-rows \2", str(error).rstrip("."))
         if error.test:
@@ -327,16 +398,20 @@ def start(bench: Bench, key: jax.Array) -> dict[str, Any]:
 
 @reading(*ROWS)
 def _fitting(
-    task: Any, rows: list[Any], tokenizer: Any, settings: Settings, end: list[int]
+    task: Any, rows: list[Any], tokenizer: Any, settings: Settings, sizes: Sizes, end: list[int]
 ) -> tuple[list[Any], int]:
     """The units whose texts, with the right answers and `end`, fit into `length` tokens, looked for in a seeded order
     until enough: a prompt comes with all its references, or not at all. And how many rows were looked at."""
-    wanted = 4 * (settings.train_rows + settings.outer_rows) + 64  # some share a subject with the test
+    wanted = None  # all
+    if sizes.train is not None and sizes.outer is not None:
+        wanted = 4 * (sizes.train + sizes.outer) + 64  # some share a subject with the test
     units = tasks.units(task, rows)
     units = [units[i] for i in np.random.default_rng(settings.seed).permutation(len(units))[:wanted]]
     chosen = [row for unit in units for row in unit]
     if isinstance(task, tasks.Classification):
         kept = tasks.fits(task, chosen, tokenizer, settings.length)
+    elif isinstance(task, tasks.LanguageModelling):
+        kept = [length <= settings.length for length in tasks.span_lengths(task, chosen, tokenizer)]
     else:
         texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen, stopped=not end)]
         most = settings.length - len(end)

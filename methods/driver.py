@@ -18,7 +18,7 @@ import optax
 
 import bilevel
 from methods import evaluation, mesh, pages, processes
-from methods.bench import Bench, Settings, open_run, prepare, recipe
+from methods.bench import Bench, Settings, open_run, prepare, recipe, settled
 from methods.objective import Bound
 from methods.pages import Page, Run
 from methods.runfolder import RunFolder
@@ -158,6 +158,7 @@ class Method:
         """
         setup = self.used(settings)
         bench = self.prepare(setup)
+        setup = settled(setup, bench)
         searches = [accumulated(each, setup, bench) for each in self.searches(setup, bench)]
         for each in searches:  # what does not fit is refused before anything is written
             jax.eval_shape(_start, each.solver.problem, jax.random.key(0))

@@ -12,9 +12,10 @@ import numpy as np
 
 from methods import processes, tasks
 from methods.bench import WRITTEN, Bench
-from methods.objective import Bound, jitted_outputs, jitted_row_losses, write
-from methods.tasks import Accuracy, Classified, Evaluation, Written
+from methods.objective import Bound, jitted_answer_scores, jitted_outputs, jitted_row_losses, write
+from methods.tasks import Accuracy, Classified, Evaluation, Modelled, Written
 from methods.tasks.batches import by_length, cut
+from methods.tasks.loss import answer_width
 
 
 def validation_loss(bench: Bench, bound: Bound, batch_size: int = 16) -> float:
@@ -37,7 +38,7 @@ def validation_loss(bench: Bench, bound: Bound, batch_size: int = 16) -> float:
     return total / count
 
 
-def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written:
+def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written | Modelled:
     """The task's metrics on the test rows, of a hook and a head."""
     weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
     task: Any = bench.task
@@ -59,6 +60,14 @@ def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written:
         found = tasks.evaluate_written(written, task, rows)
         found = dataclasses.replace(found, cut=shortened)
         longest -= WRITTEN
+    elif isinstance(task, tasks.LanguageModelling):
+
+        def scored(batch):
+            width = -(-answer_width(batch) // 32) * 32
+            log_p, hits = jitted_answer_scores(bench.pretrained.model, width, weights, bound, batch)
+            return processes.whole(log_p), processes.whole(hits)
+
+        found = tasks.evaluate_spans(scored, task, rows, tokenizer, max_length=longest)
     else:
         score = partial(_score, bench.pretrained.model, weights, bound.adapt)
         size = min(8, 2 * len(rows))
@@ -68,7 +77,7 @@ def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written:
     return found
 
 
-def row(evaluation: Evaluation | Classified | Written) -> dict[str, Any]:
+def row(evaluation: Evaluation | Classified | Written | Modelled) -> dict[str, Any]:
     """How well a model does, as a row of the results holds it."""
     found = {
         "predictions": evaluation.predictions,
@@ -79,6 +88,8 @@ def row(evaluation: Evaluation | Classified | Written) -> dict[str, Any]:
         found["metrics"] = evaluation.metrics
         if evaluation.right is not None:
             found["accuracy"] = Accuracy.of(evaluation.right)._asdict()
+        if isinstance(evaluation, Modelled):
+            found |= {"losses": evaluation.losses, "tokens": evaluation.counts}
         return found
     return found | {
         "metrics": {
@@ -100,7 +111,7 @@ def cut_sentence(task: str, cut: int, longest: int) -> str:
 
 
 def _score(model, weights, adapt, tokens, mask, answer_mask):
-    width = -(-int(answer_mask.sum(axis=1).max()) // 32) * 32  # few widths, so few compilations
     bound, batch = Bound(adapt, {}), tasks.TokenBatch(tokens, mask, answer_mask)
+    width = -(-answer_width(batch) // 32) * 32  # few widths, so few compilations
     losses, _ = jitted_row_losses(model, None, width, weights, bound, batch)
     return -processes.whole(losses)

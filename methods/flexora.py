@@ -187,10 +187,11 @@ def used(settings: FlexoraSettings) -> Any:
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(FlexoraSettings)}
     found: Any = Used(**given | options(settings), variant=RELEASED if settings.released else PAPER)
     ranges.check(found)
-    if found.search_rows and not found.batch_size <= found.search_rows <= found.train_rows:
+    most = found.search_rows if found.train_rows is None else found.train_rows
+    if found.search_rows and not found.batch_size <= found.search_rows <= most:
         raise ValueError(
             f"--search-rows {found.search_rows} must be between --batch-size {found.batch_size} and "
-            f"--train-rows {found.train_rows}, or 0 for all of these."
+            f"--train-rows {most}, or 0 for all of these."
         )
     final_recipe(found, found.variant)
     return found

@@ -19,6 +19,7 @@ from methods.tasks.loss import (
     Prediction,
     answer_log_likelihood_at,
     answer_prediction,
+    answer_scores_at,
     label_losses,
     log_likelihood_each,
 )
@@ -145,6 +146,13 @@ def row_losses(
     return -values, jnp.asarray(batch.answer_mask).sum(axis=1)
 
 
+def answer_scores(model: Any, width: int, weights: Any, bound: Bound, batch: Any) -> tuple[jax.Array, jax.Array]:
+    """log p of each row's answer in nats, and how many of its tokens are the most likely ones; `[B]` both."""
+    variables = {"params": weights}
+    hidden = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="hidden")
+    return answer_scores_at(lambda h: model.apply(variables, h, method="head"), hidden, batch, width)
+
+
 def token_losses(
     model: Any, head: None, width: int, weights: Any, bound: Bound, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
@@ -238,4 +246,5 @@ def write(pretrained: Pretrained, adapt: Hook, prompts: Sequence[str], *, tokens
 
 
 jitted_outputs = partial(jax.jit, static_argnums=(0, 1))(outputs)
+jitted_answer_scores = partial(jax.jit, static_argnums=(0, 1))(answer_scores)
 jitted_row_losses = partial(jax.jit, static_argnums=(0, 1, 2))(row_losses)

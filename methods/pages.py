@@ -12,6 +12,8 @@ from methods.bench import Bench
 from methods.runfolder import RunFolder
 from methods.tasks import units
 
+UNITS = {"loss": "the mean over all learned tokens, in nats", "perplexity": "its exponential"}
+"""Metrics that are no shares, of which less is better, and what they are."""
 UNTRAINED = "pretrained"
 """The row of the model as it came."""
 
@@ -81,8 +83,10 @@ def _joined(text: str) -> str:
 def _worth(bench: Bench, results: Mapping[str, Mapping[str, Any]]) -> str:
     text = f"""{table(results)}
 
-Test: {tested(bench)} of the published {bench.task.test} set, which no search or training saw. Metrics in per cent."""
-    if all(row["right"] is not None for row in results.values()):
+Test: {tested(bench)} of {bench.source.tested_on} which no search or training saw. {_meaning(results)}"""
+    if all("losses" in row for row in results.values()):
+        text += f" {_compared_by_loss(results)}"
+    elif all(row["right"] is not None for row in results.values()):
         width = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in results.values())
         text += f"""
 Intervals are Wilson's 95 % binomial intervals; the widest is {100 * width:.0f} points across, and smaller differences
@@ -96,11 +100,11 @@ def _made(run: Run, page: Page) -> str:
     train, outer = len(bench.splits.train), len(bench.splits.outer)
     rank, alpha = settings.rank, settings.lora_alpha
     adapter = f"LoRA rank {rank}, alpha {alpha:g} on {', '.join(bench.sites)}; " if page.adapter else ""
-    return f"""Trained on {train} rows; what is outer, and every validation, on {outer} other rows of the published
-training set ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or beyond what
-was asked for; {bench.splits.dropped} share a subject with the test). {adapter}{settings.finetune_steps} training steps,
-peak learning rate {settings.finetune_lr:g}. {page.made} All settings: `config.json`; every step:
-`metrics.jsonl`.{chosen}"""
+    return f"""Trained on {train} rows; what is outer, and every validation, on {outer} other rows of
+{bench.source.trained_on} ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or
+beyond what was asked for; {bench.splits.dropped} share a subject with the test).
+{adapter}{settings.finetune_steps} training steps, peak learning rate {settings.finetune_lr:g}. {page.made} All
+settings: `config.json`; every step: `metrics.jsonl`.{chosen}"""
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -112,7 +116,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
-        cells += [f"{100 * row['metrics'][metric]:.1f}" for metric in metrics]
+        cells += [_shown(metric, row["metrics"][metric]) for metric in metrics]
         if counted:
             score = row["accuracy"]
             cells += [f"{100 * score['low']:.1f} to {100 * score['high']:.1f}", f"{score['correct']}/{score['total']}"]
@@ -120,6 +124,20 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if cut := max(row.get("cut", 0) for row in results.values()):
         lines.append(f"\n**{cut} test texts were longer than the model takes and were cut.**")
     return "\n".join(lines)
+
+
+def _shown(metric: str, value: float) -> str:
+    """A metric as a cell: a share in per cent, a loss as it is."""
+    return f"{value:.3f}" if metric in UNITS else f"{100 * value:.1f}"
+
+
+def _meaning(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the numbers in the columns of the metrics are."""
+    metrics = list(next(iter(results.values()))["metrics"])
+    said = [f"{name}: {UNITS[name]}" for name in metrics if name in UNITS]
+    if "exact" in metrics and said:
+        return f"{'; '.join(said)}; exact: answers whose every token is the model's first choice, in per cent."
+    return "Metrics in per cent."
 
 
 def tested(bench: Bench) -> str:
@@ -141,9 +159,44 @@ def paired_difference(first: Any, second: Any) -> tuple[int, int, float]:
     return wins, losses, float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
+def loss_difference(first: Any, second: Any, counts: Any) -> tuple[float, float]:
+    r"""The difference of two losses over the same tokens, and half of its 95 % interval.
+
+    .. math:: d = \frac{\sum_i a_i - b_i}{\sum_i n_i}, \qquad
+        1.96\, \frac{\sqrt{\frac{N}{N-1} \sum_i (a_i - b_i - d\, n_i)^2}}{\sum_i n_i}
+
+    with a_i and b_i the losses of row i, summed over its n_i tokens: the standard error of a ratio of sums over
+    independent rows.
+
+    Args:
+      first, second: `[rows]`, in nats.
+      counts: `[rows]`.
+    """
+    gap, counts = np.asarray(first, float) - np.asarray(second, float), np.asarray(counts, float)
+    mean, rows = gap.sum() / counts.sum(), len(gap)
+    spread = np.sqrt(rows / max(rows - 1, 1) * ((gap - mean * counts) ** 2).sum()) / counts.sum()
+    return float(mean), float(1.96 * spread)
+
+
+def _compared_by_loss(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each other row: its paired difference of losses from the first that was trained."""
+    first, *others = _in_order(results)
+    lines = []
+    for name in others:
+        mean, half = loss_difference(results[first]["losses"], results[name]["losses"], results[first]["tokens"])
+        interval = f"{mean - half:+.4f} to {mean + half:+.4f}"
+        lines.append(f"- against {name}: {mean:+.4f} nats a token, 95 % interval {interval}")
+    return "\n".join([f"\n\nOn the same rows, the loss of {first} less that of another:\n", *lines]) if lines else ""
+
+
+def _in_order(results: Mapping[str, Any]) -> list[str]:
+    """The names of the rows, those that were trained first."""
+    return [name for name in results if name != UNTRAINED] + [name for name in results if name == UNTRAINED]
+
+
 def _compared(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each other row: its paired difference from the first that was trained."""
-    first, *others = [name for name in results if name != UNTRAINED] + [name for name in results if name == UNTRAINED]
+    first, *others = _in_order(results)
     lines = [
         "- against {}: {} questions only {first} got right, {} only the other; p = {:.2f} (exact sign test)".format(
             name, *paired_difference(results[first]["right"], results[name]["right"]), first=first

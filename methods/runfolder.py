@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ FREE = ("mesh", "coordinator", "processes", "process")
 FOLDERS = ("adapter", "checkpoints", "figures", "results", "tried", "validation")
 
 
-def check(path: Path, settings: Any) -> None:
+def check(path: Path, settings: Any, unsettled: Sequence[str] = ()) -> None:
     """All that can be said of a run folder before there is anything to put into it. Leaves nothing behind.
+
+    Args:
+      path: the folder.
+      settings: as of `RunFolder`.
+      unsettled: settings whose values are not known yet, and are not compared.
 
     Raises:
       ValueError: if it cannot be written, holds a run with other settings or of other versions, or something that is
@@ -31,10 +36,10 @@ def check(path: Path, settings: Any) -> None:
     """
     shared = {name: value for name, value in _config(settings).items() if name not in FREE or name == "mesh"}
     processes.agree("The options", shared | {"out": str(path)})
-    processes.decided(lambda: _check(path, settings))
+    processes.decided(lambda: _check(path, settings, unsettled))
 
 
-def _check(path: Path, settings: Any) -> None:
+def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
     files.check_writable(path)
     if not (path / CONFIG).is_file():
         # What a run leaves that was killed while it made its folder is no run, and no stranger's file.
@@ -53,7 +58,8 @@ def _check(path: Path, settings: Any) -> None:
             "name another folder with --out."
         )
     config, there = _config(settings), _read_object(path / CONFIG)
-    changed = sorted(name for name in {**config, **there} if config.get(name) != there.get(name) and name not in FREE)
+    compared = {**config, **there}.keys() - {*FREE, *unsettled}
+    changed = sorted(name for name in compared if config.get(name) != there.get(name))
     if changed:
         first = f"{changed[0]} was {there.get(changed[0])!r} and is {config.get(changed[0])!r}"
         raise ValueError(

@@ -68,18 +68,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings that differ from the defaults, by preset."""
 
 
-def kept_rows(settings: SelectDataSettings) -> int:
-    """How many rows are kept."""
-    return max(1, round(settings.keep * settings.train_rows))
+def kept_rows(settings: SelectDataSettings, rows: int) -> int:
+    """How many rows of these are kept.
+
+    Raises:
+      ValueError: if they are fewer than a batch has.
+    """
+    kept = max(1, round(settings.keep * rows))
+    if kept < settings.batch_size:
+        raise ValueError(
+            f"--keep {settings.keep:g} of --train-rows {rows} are {kept} rows, fewer than --batch-size "
+            f"{settings.batch_size}: keep more, or lower it."
+        )
+    return kept
 
 
 def check(settings: SelectDataSettings) -> None:
-    """Raises ValueError if fewer rows would be kept than a batch has."""
-    if kept_rows(settings) < settings.batch_size:
-        raise ValueError(
-            f"--keep {settings.keep:g} of --train-rows {settings.train_rows} are {kept_rows(settings)} rows, fewer "
-            f"than --batch-size {settings.batch_size}: keep more, or lower it."
-        )
+    """As `kept_rows`, as far as it is known how many rows there are."""
+    if settings.train_rows is not None:
+        kept_rows(settings, settings.train_rows)
 
 
 def of(bench: Bench, *, layers: bool = False) -> bilevel.Problem:
@@ -110,6 +117,7 @@ def solver(settings: SelectDataSettings, problem: bilevel.Problem) -> bilevel.Ne
 
 def searches(settings: SelectDataSettings, bench: Bench) -> list[Search]:
     """One, whose batches are numbered rows."""
+    kept_rows(settings, len(bench.splits.train))
     each = solver(settings, of(bench, layers=settings.layers))
     data = bilevel.Batches(numbered(bench.train), settings.batch_size)
     return [searching(settings, bench, each, inner_data=data, record=lambda state: {WEIGHTS: state.outer[WEIGHTS]})]
@@ -118,8 +126,8 @@ def searches(settings: SelectDataSettings, bench: Bench) -> list[Search]:
 def choose(settings: SelectDataSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
     """The rows of the largest weights, and the chosen layers; beside them all rows, and random ones of as many."""
     del tried
-    (result,), given, count = found, bench.given(), settings.train_rows
-    weights, size = np.asarray(result.outer[WEIGHTS]), kept_rows(settings)
+    (result,), given, count = found, bench.given(), len(bench.splits.train)
+    weights, size = np.asarray(result.outer[WEIGHTS]), kept_rows(settings, count)
     chosen = np.sort(np.argsort(-weights, kind="stable")[:size])
     selection: dict[str, Any] = {"rows": chosen, "weights": weights}
     mask, everywhere = lora.everywhere(given), lora.everywhere(given)

@@ -21,7 +21,7 @@ import tyro
 import bilevel
 from benchmarks.attribution import report
 from benchmarks.attribution.cases import CASES, EVERY_SCORE, Setting
-from benchmarks.attribution.selection import SEEDS, TRAININGS, selected
+from benchmarks.attribution.selection import SEEDS, SELECTIONS, selected
 from benchmarks.record import Record, Row, machine
 from methods.attribution import SCORES, Training
 from methods.datamodeling import datamodeling_score, subsets
@@ -91,10 +91,10 @@ def main(options: Options) -> None:
     for case, (_, settings) in CASES.items():
         jobs += [(f"{case}, {setting.name}", (case, setting)) for setting in settings if wanted(options, case)]
     if wanted(options, "selection"):
-        jobs += [(f"selection, {name}, seed {seed}", (name, seed)) for name in TRAININGS for seed in range(SEEDS)]
+        jobs += [(f"selection, {name}, seed {seed}", (name, seed)) for name in SELECTIONS for seed in range(SEEDS)]
     begun = time.perf_counter()
     for number, (title, job) in enumerate(jobs):
-        rows = (selected if job[0] in TRAININGS else measure)(*job, record)
+        rows = (selected if job[0] in SELECTIONS else measure)(*job, record)
         for row in rows:
             record.add([row])
         passed = time.perf_counter() - begun

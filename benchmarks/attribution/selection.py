@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,32 @@ from benchmarks.lora.planted import auroc
 from benchmarks.record import Record, Row
 from methods.attribution import WEIGHTS, numbered, problem
 
-SEEDS = 3
-ROWS, CLEAN, BATCH = 2000, 1000, 100
-OUTER_STEPS = 150
-TRAININGS = {"smooth": (optax.sgd(0.3), 100), "rough": (optax.sgd(0.5, momentum=0.9), 60)}
-"""The training through which the weights descend, and its steps."""
+
+class Case(NamedTuple):
+    """How weights are found.
+
+    Attributes:
+      rows, clean: how many there are to choose from, half of them with labels drawn anew, and to validate on.
+      optimizer, steps: the training through which the weights descend.
+      outer_rate, outer_steps: of Adam on the weights.
+    """
+
+    rows: int
+    clean: int
+    optimizer: optax.GradientTransformation
+    steps: int
+    outer_rate: float
+    outer_steps: int
+
+
+SEEDS, BATCH = 3, 100
+SELECTIONS = {
+    "smooth": Case(2000, 1000, optax.sgd(0.3), 100, 0.3, 150),
+    "rough": Case(2000, 1000, optax.sgd(0.5, momentum=0.9), 60, 0.3, 150),
+    "5,000 clean rows": Case(5000, 5000, optax.sgd(0.3), 200, 0.02, 400),
+    "10,000 clean rows": Case(5000, 10000, optax.sgd(0.3), 200, 0.02, 400),
+}
+"""The first two differ in their training alone, the last two in the rows that validate."""
 FINAL = 300
 SOBA_STEPS = 6000
 
@@ -30,11 +51,12 @@ def selected(name: str, seed: int, record: Record) -> Iterator[Row]:
     """Test errors of trainings on all rows, on those of large weight, on the clean ones; AUROC of the weights."""
     if record.find(section="selection", seed=seed, training=name):
         return
-    (x, y), (x_clean, y_clean) = split("train", seed)
+    case = SELECTIONS[name]
+    (x, y), (x_clean, y_clean) = split("train", seed, case.rows, case.clean)
     test = images("test", 10_000, 0)
     rng = np.random.default_rng(seed)
-    drawn = rng.random(ROWS) < 0.5
-    labels = np.where(drawn, rng.integers(0, 10, ROWS), y).astype(np.int32)
+    drawn = rng.random(case.rows) < 0.5
+    labels = np.where(drawn, rng.integers(0, 10, case.rows), y).astype(np.int32)
     wrong = labels != y
 
     def losses(weights: Any, params: Any, outer: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
@@ -44,13 +66,12 @@ def selected(name: str, seed: int, record: Record) -> Iterator[Row]:
     def validation(weights: Any, params: Any, outer: Any, batch: Any) -> jax.Array:
         return cross_entropy(params, *batch).mean()
 
-    of = problem(losses, validation, network, ROWS, domain={WEIGHTS: bilevel.Interval(0.0, 2.0)})
+    of = problem(losses, validation, network, case.rows, domain={WEIGHTS: bilevel.Interval(0.0, 2.0)})
     data = bilevel.Batches(numbered((x, labels)), BATCH)
-    optimizer, steps = TRAININGS[name]
-    estimator = bilevel.Unrolled(optimizer, steps, checkpoint="step")
-    solver = bilevel.Nested(of, estimator, optax.adam(0.3), inner_start="cold")
+    estimator = bilevel.Unrolled(case.optimizer, case.steps, checkpoint="step")
+    solver = bilevel.Nested(of, estimator, optax.adam(case.outer_rate), inner_start="cold")
     held_out, key = bilevel.FullBatch((x_clean, y_clean)), jax.random.key(seed)
-    found = bilevel.run(solver, inner_data=data, outer_data=held_out, steps=OUTER_STEPS, key=key)
+    found = bilevel.run(solver, inner_data=data, outer_data=held_out, steps=case.outer_steps, key=key)
     weights = np.asarray(found.outer[WEIGHTS])
 
     by_soba = by_single_steps(of, data, (x_clean, y_clean), key)
@@ -89,10 +110,12 @@ def by_single_steps(
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def split(name: str, seed: int) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Rows to train on, and clean ones to validate on."""
-    x, y = images(name, ROWS + CLEAN, 100 + seed)
-    return (x[:ROWS], y[:ROWS]), (x[ROWS:], y[ROWS:])
+def split(
+    name: str, seed: int, rows: int, clean: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """So many rows to train on, and so many clean ones to validate on."""
+    x, y = images(name, rows + clean, 100 + seed)
+    return (x[:rows], y[:rows]), (x[rows:], y[rows:])
 
 
 def test_error(rows: tuple[np.ndarray, np.ndarray], *, test: tuple[np.ndarray, np.ndarray], key: jax.Array) -> float:

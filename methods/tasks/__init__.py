@@ -3,44 +3,37 @@
 On the host all is numpy; `methods.tasks.loss` is what runs inside a model's loss and is imported by itself.
 """
 
-from methods.tasks import arithmetic, e2e, glue, multiple_choice
 from methods.tasks.batches import Buckets, Cycled
 from methods.tasks.classify import Classified, LabelledBatch, encode_labelled, evaluate_labelled, fits
 from methods.tasks.encode import Encoded, TokenBatch, encode
 from methods.tasks.generation import Written, check_metrics, evaluate_written
+from methods.tasks.language import Modelled, encode_spans, evaluate_spans, span_lengths
 from methods.tasks.metrics import METRICS
+from methods.tasks.own import FORMATS
+from methods.tasks.records import READERS
+from methods.tasks.registry import TASKS, get, register
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
-from methods.tasks.splits import Splits, TooFew, check_disjoint, load_splits, split, units
+from methods.tasks.source import Source, find, is_own, read_source
+from methods.tasks.splits import Splits, TooFew, check_disjoint, hold_out, load_splits, split, units
+from methods.tasks.stored import load
 from methods.tasks.task import (
     Classification,
     Generation,
+    Hub,
+    LanguageModelling,
     MultipleChoice,
     Pair,
     Row,
+    Span,
     Task,
-    load,
     training_pairs,
 )
 from methods.tasks.tokens import tokenized
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (*multiple_choice.TASKS, *glue.TASKS, *arithmetic.TASKS, *e2e.TASKS)
-}
-
-
-def get(name: str) -> Task:
-    """The task called `name`.
-
-    Raises:
-      ValueError: if there is none; the sentence lists those there are.
-    """
-    if name not in TASKS:
-        raise ValueError(f"Unknown task {name!r}: known are {', '.join(sorted(TASKS))}.")
-    return TASKS[name]
-
-
 __all__ = [
+    "FORMATS",
     "METRICS",
+    "READERS",
     "TASKS",
     "Accuracy",
     "Buckets",
@@ -50,10 +43,15 @@ __all__ = [
     "Encoded",
     "Evaluation",
     "Generation",
+    "Hub",
     "LabelledBatch",
+    "LanguageModelling",
+    "Modelled",
     "MultipleChoice",
     "Pair",
     "Row",
+    "Source",
+    "Span",
     "Splits",
     "Task",
     "TokenBatch",
@@ -63,13 +61,21 @@ __all__ = [
     "check_metrics",
     "encode",
     "encode_labelled",
+    "encode_spans",
     "evaluate",
     "evaluate_labelled",
+    "evaluate_spans",
     "evaluate_written",
+    "find",
     "fits",
     "get",
+    "hold_out",
+    "is_own",
     "load",
     "load_splits",
+    "read_source",
+    "register",
+    "span_lengths",
     "split",
     "tokenized",
     "training_pairs",

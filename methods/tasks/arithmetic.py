@@ -10,7 +10,6 @@ GSM8K: arXiv:2110.14168. SVAMP: arXiv:2103.07191. MAWPS: doi:10.18653/v1/N16-113
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from methods.tasks.generation import same
@@ -79,10 +78,6 @@ def _aqua(row: Row) -> Pair:
     return Pair(f"Question: {row['question'].strip()}\nAnswer choices: {choices}\nAnswer:", answer)
 
 
-def _field(name: str) -> Callable[[Row], Any]:
-    return lambda row: row[name]
-
-
 def _answer(row: Row) -> float:
     return _stored(row["answer"])
 
@@ -101,33 +96,32 @@ def _aqua_record(record: dict[str, Any]) -> Row:
     return row | {"label": "ABCDE".index(record["correct"])}
 
 
-_NUMBERS = {"group": _field("question"), "extract": number, "metrics": ("exact",), "test": "test"}
+_NUMBERS = {"extract": number, "metrics": ("exact",), "test": "test"}
 
 TASKS = (
     Generation(
-        "gsm8k",
-        ("question", "answer", "final"),
+        name="gsm8k",
+        fields=("question", "answer", "final"),
         hub=Hub("openai/gsm8k", "main", _gsm8k_record),
         pair=_gsm8k,
         target=lambda row: _stored(row["final"]),
         **_NUMBERS,
     ),
     Generation(
-        "svamp",
-        ("question",),
+        name="svamp",
+        fields=("question",),
         hub=Hub("ChilleD/SVAMP", None, _svamp_record),
         pair=_short,
         target=_answer,
         **_NUMBERS,
     ),
-    Generation("mawps", ("question",), hub=None, pair=_short, target=_answer, **_NUMBERS),
+    Generation(name="mawps", fields=("question",), pair=_short, target=_answer, **_NUMBERS),
     Generation(
-        "aqua",
-        ("question", "rationale"),
-        group=_field("question"),
+        name="aqua",
+        fields=("question", "rationale"),
         hub=Hub("deepmind/aqua_rat", "raw", _aqua_record),
         pair=_aqua,
-        target=_field("label"),
+        target=lambda row: row["label"],
         extract=letter,
         metrics=("exact",),
         test="test",

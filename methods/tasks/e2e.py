@@ -25,14 +25,13 @@ def _record(record: dict[str, Any]) -> Row:
 
 TASKS = (
     Generation(
-        "e2e_nlg",
-        ("mr", "ref"),
-        lambda row: row["mr"],
-        Hub("GEM/e2e_nlg", None, _record),
-        _pair,
-        lambda row: row["ref"].strip(),
-        _written,
-        ("bleu", "nist", "rouge_l", "meteor", "cider"),
+        name="e2e_nlg",
+        fields=("mr", "ref"),
+        hub=Hub("GEM/e2e_nlg", None, _record),
+        pair=_pair,
+        target=lambda row: row["ref"].strip(),
+        extract=_written,
+        metrics=("bleu", "nist", "rouge_l", "meteor", "cider"),
         test="test",
         stop=("\n",),
     ),

@@ -19,19 +19,19 @@ PAIR = ("sentence1", "sentence2")
 
 def _task(name: str, fields: Sequence[str], classes: Sequence[str], metrics: Sequence[str], **more: Any):
     """A row of `TASKS`. Rows that share their first text are on one subject, unless `group` says otherwise."""
-    group = more.pop("group", fields[0])
+    group = more.pop("group", None)
 
     def row(record: dict[str, Any]) -> Row:
         return {field: record[field] for field in (*fields, "label")}
 
     hub = Hub("nyu-mll/glue", name, row)
     return Classification(
-        name,
-        tuple(fields),
-        lambda row: row[group],
-        hub,
-        tuple(classes),
-        tuple(metrics),
+        name=name,
+        fields=tuple(fields),
+        group=None if group is None else lambda row: row[group],
+        hub=hub,
+        classes=tuple(classes),
+        metrics=tuple(metrics),
         folder=f"glue_{name}",
         **more,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ def answer_prediction(
     """The answer tokens of a batch; arguments as in `answer_loss_at`, whose value is its `cross_entropy`."""
     answers = keep_answers(hidden, batch, width)
     logits = head(answers.hidden)
-    whole = jnp.asarray(batch.answer_mask).sum(axis=1) <= width
+    whole = extents(jnp.asarray(batch.answer_mask)) <= width
     return Prediction(jnp.where(whole[:, None, None], logits, jnp.nan), answers.targets, answers.mask)
 
 
@@ -129,8 +129,18 @@ def label_losses(outputs: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def answer_width(batch: TokenBatch) -> int:
-    """The most answer tokens that a sequence of this batch has; on the host."""
-    return int(np.asarray(batch.answer_mask).sum(axis=-1).max())
+    """The most positions from the first to the last that predicts an answer token, of this batch; on the host."""
+    return int(extents(np.asarray(batch.answer_mask)).max())
+
+
+def extents(answer_mask: Any) -> Any:
+    """Positions from the first that predicts an answer token to the last, both included, `[B]` of a mask `[B, T]`.
+
+    As many as there are answer tokens, where an answer is one stretch; more, where the turns of a chat are several.
+    """
+    length = answer_mask.shape[-1]
+    first, behind = answer_mask.argmax(axis=-1), answer_mask[..., ::-1].argmax(axis=-1)
+    return (length - behind - first) * answer_mask.any(axis=-1).astype(first.dtype)
 
 
 def keep_answers(hidden: jax.Array, batch: TokenBatch, width: int) -> Answers:
@@ -138,7 +148,7 @@ def keep_answers(hidden: jax.Array, batch: TokenBatch, width: int) -> Answers:
 
     Args:
       hidden: `[B, T, D]`, what the model's head is applied to.
-      batch: arrays `[B, T]`; each answer is one stretch, as `encode` has it.
+      batch: arrays `[B, T]`.
       width: A, static.
     """
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.answer_mask)
@@ -174,15 +184,43 @@ def answer_log_likelihood_at(
     Answers of more than `LONGEST` tokens go by blocks of as many, whose logits are computed anew in the backward pass:
     B*LONGEST*V of them are in memory at a time.
     """
+    return _sums(head, hidden, batch, width, lambda *of: (_log_likelihood(*of),))[0]
+
+
+def answer_scores_at(
+    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, batch: TokenBatch, width: int
+) -> tuple[jax.Array, jax.Array]:
+    """`answer_log_likelihood_at`, and how many of the answer's tokens are the most likely ones there; `[B]` both.
+
+    Where all are, the model would write the answer itself, token by token. Of two that are equally likely, the first in
+    the vocabulary is the most likely one.
+    """
+    log_p, hits = _sums(head, hidden, batch, width, lambda *of: (_log_likelihood(*of), _hits(*of)))
+    return log_p, hits
+
+
+def _sums(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    batch: TokenBatch,
+    width: int,
+    measure: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]],
+) -> tuple[jax.Array, ...]:
+    """What `measure(logits, targets, mask)` sums over the answer tokens of each sequence, `[B]` each."""
     answers = keep_answers(hidden, batch, width)
     if width <= LONGEST:
-        values = _log_likelihood(head(answers.hidden), answers.targets, answers.mask)
+        values = measure(head(answers.hidden), answers.targets, answers.mask)
     else:
-        values = _by_blocks(head, answers)
-    return jnp.where(jnp.asarray(batch.answer_mask).sum(axis=1) > width, jnp.nan, values)
+        values = _by_blocks(head, answers, measure)
+    part = extents(jnp.asarray(batch.answer_mask)) > width
+    return tuple(jnp.where(part, jnp.nan, value) for value in values)
 
 
-def _by_blocks(head: Callable[[jax.Array], jax.Array], answers: Answers) -> jax.Array:
+def _by_blocks(
+    head: Callable[[jax.Array], jax.Array],
+    answers: Answers,
+    measure: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, ...]],
+) -> tuple[jax.Array, ...]:
     batch, width = answers.mask.shape
     missing = -width % LONGEST
 
@@ -191,16 +229,27 @@ def _by_blocks(head: Callable[[jax.Array], jax.Array], answers: Answers) -> jax.
         return jnp.moveaxis(padded.reshape(batch, -1, LONGEST, *x.shape[2:]), 1, 0)
 
     @partial(jax.checkpoint, prevent_cse=False)  # inside a scan nothing can be merged with it
-    def add(total: jax.Array, block: Answers) -> tuple[jax.Array, None]:
-        return total + _log_likelihood(head(block.hidden), block.targets, block.mask), None
+    def add(totals: tuple[jax.Array, ...], block: Answers) -> tuple[tuple[jax.Array, ...], None]:
+        found = measure(head(block.hidden), block.targets, block.mask)
+        return tuple(total + value for total, value in zip(totals, found, strict=True)), None
 
-    dtype = jax.eval_shape(lambda hidden: _wide(head(hidden)), answers.hidden[:, :1]).dtype
-    return jax.lax.scan(add, jnp.zeros(batch, dtype), Answers(*map(blocks, answers)))[0]
+    cut = Answers(*map(blocks, answers))
+    shapes = jax.eval_shape(lambda block: measure(head(block.hidden), block.targets, block.mask), _first(cut))
+    return jax.lax.scan(add, tuple(jnp.zeros(batch, shape.dtype) for shape in shapes), cut)[0]
+
+
+def _first(blocks: Answers) -> Answers:
+    return Answers(*(x[0] for x in blocks))
 
 
 def _log_likelihood(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
     values = log_likelihood_each(logits, targets)
     return jnp.where(mask, values, jnp.zeros_like(values)).sum(axis=1)
+
+
+def _hits(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    right = mask & (_wide(logits).argmax(axis=-1).astype(targets.dtype) == targets)
+    return right.sum(axis=1).astype(_wide(logits).dtype)
 
 
 def log_likelihood_each(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -97,10 +97,6 @@ def _boolq_record(record: dict[str, Any]) -> Row:
     return row | {"label": 1 - int(record["label"])}  # the hub's 1 is yes
 
 
-def _field(name: str) -> Callable[[Row], str]:
-    return lambda row: row[name]
-
-
 def _race_record(record: dict[str, Any]) -> Row:
     row = {"article": record["article"], "question": record["question"], "choices": list(record["options"])}
     return row | {"label": "ABCD".index(record["answer"])}
@@ -116,49 +112,47 @@ def _unfold_race(stored: Row) -> list[Row]:
     return _questions(stored) if "questions" in stored else [stored]
 
 
-_ARC = {"fields": ("question",), "group": _field("question"), "pairs": _answers(arc), "test": "test"}
-_RACE = {"fields": ("article", "question"), "group": _field("article"), "pairs": _answers(race), "test": "test"}
+_ARC = {"fields": ("question",), "pairs": _answers(arc), "test": "test"}
+_RACE = {"fields": ("article", "question"), "pairs": _answers(race), "test": "test"}
 
 TASKS = (
-    MultipleChoice("piqa", ("goal",), _field("goal"), Hub("baber/piqa", None, _piqa_record), _answers(piqa)),
     MultipleChoice(
-        "hellaswag",
-        ("context",),
-        _field("context"),
-        Hub("Rowan/hellaswag", None, _hellaswag_record),
-        _answers(hellaswag),
+        name="piqa", fields=("goal",), hub=Hub("baber/piqa", None, _piqa_record), pairs=_answers(piqa)
     ),
     MultipleChoice(
-        "winogrande",
-        ("sentence",),
-        lambda row: row["sentence"].partition("_")[0],  # twin sentences mostly share their beginning
-        Hub("allenai/winogrande", "winogrande_xl", _winogrande_record),
-        winogrande,
+        name="hellaswag",
+        fields=("context",),
+        hub=Hub("Rowan/hellaswag", None, _hellaswag_record),
+        pairs=_answers(hellaswag),
     ),
-    MultipleChoice("arc_easy", hub=Hub("allenai/ai2_arc", "ARC-Easy", _lettered("question")), **_ARC),
-    MultipleChoice("arc_challenge", hub=Hub("allenai/ai2_arc", "ARC-Challenge", _lettered("question")), **_ARC),
     MultipleChoice(
-        "openbookqa",
-        ("question",),
-        _field("question"),
-        Hub("allenai/openbookqa", "main", _lettered("question_stem")),
-        _answers(openbookqa),
+        name="winogrande",
+        fields=("sentence",),
+        group=lambda row: row["sentence"].partition("_")[0],  # twin sentences mostly share their beginning
+        hub=Hub("allenai/winogrande", "winogrande_xl", _winogrande_record),
+        pairs=winogrande,
+    ),
+    MultipleChoice(name="arc_easy", hub=Hub("allenai/ai2_arc", "ARC-Easy", _lettered("question")), **_ARC),
+    MultipleChoice(name="arc_challenge", hub=Hub("allenai/ai2_arc", "ARC-Challenge", _lettered("question")), **_ARC),
+    MultipleChoice(
+        name="openbookqa",
+        fields=("question",),
+        hub=Hub("allenai/openbookqa", "main", _lettered("question_stem")),
+        pairs=_answers(openbookqa),
         test="test",
     ),
     MultipleChoice(
-        "siqa",
-        ("context", "question"),
-        _field("context"),
-        Hub("lighteval/siqa", None, _siqa_record),
-        _answers(siqa),
+        name="siqa",
+        fields=("context", "question"),
+        hub=Hub("lighteval/siqa", None, _siqa_record),
+        pairs=_answers(siqa),
     ),
     MultipleChoice(
-        "boolq",
-        ("passage", "question"),
-        _field("passage"),
-        Hub("aps/super_glue", "boolq", _boolq_record),
-        _answers(boolq),
+        name="boolq",
+        fields=("passage", "question"),
+        hub=Hub("aps/super_glue", "boolq", _boolq_record),
+        pairs=_answers(boolq),
     ),
-    MultipleChoice("race_middle", hub=Hub("ehovy/race", "middle", _race_record), unfold=_unfold_race, **_RACE),
-    MultipleChoice("race_high", hub=Hub("ehovy/race", "high", _race_record), unfold=_unfold_race, **_RACE),
+    MultipleChoice(name="race_middle", hub=Hub("ehovy/race", "middle", _race_record), unfold=_unfold_race, **_RACE),
+    MultipleChoice(name="race_high", hub=Hub("ehovy/race", "high", _race_record), unfold=_unfold_race, **_RACE),
 )

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from methods.tasks.task import Generation, Row, Task, load
+from methods.tasks.stored import load
+from methods.tasks.task import Generation, Row, Task
 
 
 class TooFew(ValueError):
@@ -62,7 +63,7 @@ def split(
 ) -> Splits:
     """Cut published rows into three splits, no two of which share a subject.
 
-    A subject is `task.group(row)`, up to case and spaces. Training rows on a subject of `test_rows` are left out;
+    A subject is `task.subject(row)`, up to case and spaces. Training rows on a subject of `test_rows` are left out;
     the rest is shuffled, subject by subject, by `seed`; the first `outer` units are the outer validation, the next
     `train` rows the training set (what the last outer subject has left over is in neither). The test does not depend
     on the seed: runs are compared on the same rows. Outer validation and test are drawn in `units`: a prompt comes
@@ -117,6 +118,38 @@ def split(
     return result
 
 
+def hold_out(task: Task, rows: Sequence[Row], units_wanted: int | None = None) -> tuple[list[Row], list[Row]]:
+    """Rows for training and rows to test on, no two of which share a subject; the same ones at every call.
+
+    Args:
+      task: whose rows these are.
+      rows: all there are.
+      units_wanted: units of the test; None takes a fifth. Whole subjects are taken until there are so many, so that
+        there may be some more.
+
+    Raises:
+      TooFew: if that leaves nothing to train on, or there are not so many.
+    """
+    subjects: dict[str, list[Row]] = {}
+    for row in rows:
+        subjects.setdefault(_key(task, row), []).append(row)
+    groups, test, count = list(subjects.values()), set(), 0
+    wanted = max(1, len(units(task, rows)) // 5) if units_wanted is None else units_wanted
+    for i in np.random.default_rng(0).permutation(len(groups)):
+        if count >= wanted:
+            break
+        test.add(int(i))
+        count += len(units(task, groups[i]))
+    rest = [row for i, group in enumerate(groups) if i not in test for row in group]
+    if count < wanted or not rest:
+        raise TooFew(
+            f"{len(rows)} rows on {len(groups)} subjects cannot be cut into rows to train on and {wanted} to test on: "
+            "give more rows, or a file to test on.",
+            test=True,
+        )
+    return rest, [row for i in sorted(test) for row in groups[i]]
+
+
 def load_splits(
     task: Task,
     *,
@@ -145,4 +178,4 @@ def check_disjoint(task: Task, splits: Splits) -> None:
 
 
 def _key(task: Task, row: Row) -> str:
-    return " ".join(task.group(row).casefold().split())
+    return " ".join(task.subject(row).casefold().split())

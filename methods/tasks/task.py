@@ -1,28 +1,16 @@
-"""What a task is, and where its rows come from."""
+"""What a task is: its rows, what they ask of a model, and how well a model does."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 """One example: the task's text fields and its label or answer, as the kind of task says."""
 
-MOST_BYTES = 4_000_000
-"""Of a row: no text that long fits any model."""
-ASSETS = Path("assets", "data")
-"""What `scripts/fetch_demo.py` fills; the same layout as BILEVEL_DATA."""
-
-
-_UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
+UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 """What a task's own functions raise on a row that is not theirs."""
 
 
@@ -33,6 +21,13 @@ class Pair(NamedTuple):
     answer: str
 
 
+class Span(NamedTuple):
+    """A part of a text, and whether the model learns to write it; what it does not learn it only reads."""
+
+    text: str
+    learned: bool
+
+
 class Hub(NamedTuple):
     """A task on the Hugging Face hub: `datasets.load_dataset(path, name)`, mapped by `row`."""
 
@@ -41,14 +36,15 @@ class Hub(NamedTuple):
     row: Callable[[dict[str, Any]], Row]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What all kinds of task share: their rows, and which of these belong together.
 
     Attributes:
       name: what it is called.
       fields: the text fields of a row.
-      group: the text that rows on the same subject share; rows of one group never meet in two splits.
+      group: the text that rows on the same subject share; rows of one group never meet in two splits. None: the text
+        of the first field.
       hub: the hub's copy; None if there is none that we read.
       test: the published split that is tested on (`validation` where the test labels are not public).
       folder: of a local copy, `<data>/<folder>/train.jsonl`; None is the name.
@@ -57,21 +53,29 @@ class Task:
 
     name: str
     fields: tuple[str, ...]
-    group: Callable[[Row], str]
-    hub: Hub | None
-    test: str = dataclasses.field(default="validation", kw_only=True)
-    folder: str | None = dataclasses.field(default=None, kw_only=True)
-    unfold: Callable[[Row], list[Row]] = dataclasses.field(default=lambda row: [row], kw_only=True)
+    group: Callable[[Row], str] | None = None
+    hub: Hub | None = None
+    test: str = "validation"
+    folder: str | None = None
+    unfold: Callable[[Row], list[Row]] = lambda row: [row]
+
+    def __post_init__(self):
+        if self.group is None and not self.fields:
+            raise ValueError(f"The task {self.name!r} names no text field, so that it needs group=.")
+
+    def subject(self, row: Row) -> str:
+        """What the row is about: rows of one subject never meet in two splits."""
+        return row[self.fields[0]] if self.group is None else self.group(row)
 
     def check(self, row: Row, where: str) -> None:
         """Raises ValueError, with `where` and what is wrong, unless the row is one of this task."""
         for field in self.fields:
             if not isinstance(row.get(field), str):
                 raise ValueError(f"{where} has no text {field!r}, which {self.name} needs.")
-            _check_encodable(row[field], field, where)
+            check_encodable(row[field], field, where)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MultipleChoice(Task):
     """The most likely of several answers. A row has `choices` (texts) and `label`, the index of the right one.
 
@@ -90,7 +94,7 @@ class MultipleChoice(Task):
             raise ValueError(f"{where}: {error}") from error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Task):
     """A class, or a number, for one text or a pair of texts (`fields`). A row has `label`.
 
@@ -102,7 +106,7 @@ class Classification(Task):
 
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
-    bounds: tuple[float, float] = dataclasses.field(default=(0.0, 1.0), kw_only=True)
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
     def outputs(self) -> int:
@@ -115,11 +119,11 @@ class Classification(Task):
         label: Any = row.get("label")
         if self.classes:
             _check_class(label, len(self.classes), where)
-        elif not _is_number(label) or not low <= label <= high:
+        elif not is_number(label) or not low <= label <= high:
             raise ValueError(f"{where} has label {label!r}, which is out of range: {low:g} to {high:g}.")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation(Task):
     """A text that the model writes.
 
@@ -136,8 +140,8 @@ class Generation(Task):
     target: Callable[[Row], Any]
     extract: Callable[[str, Row], Any]
     metrics: tuple[str, ...]
-    stop: tuple[str, ...] = dataclasses.field(default=("\n\n",), kw_only=True)
-    choose: bool = dataclasses.field(default=False, kw_only=True)
+    stop: tuple[str, ...] = ("\n\n",)
+    choose: bool = False
 
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
@@ -145,12 +149,25 @@ class Generation(Task):
             check_choices(row, where)
         try:
             pair, target = self.pair(row), self.target(row)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"{where} is no row of {self.name} ({type(error).__name__}: {error}).") from error
         if not pair.answer.strip():
             raise ValueError(f"{where} has an empty answer, which nothing can be trained on or compared with.")
         if isinstance(target, float) and not math.isfinite(target):
             raise ValueError(f"{where} has the answer {target}, which is no finite number.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelling(Task):
+    """Texts, parts of which the model learns to write; it is tested by how likely these parts are to it.
+
+    Attributes:
+      spans: `spans(row, tokenizer)`, the text in its parts, in order.
+      ended: whether the tokenizer's mark of the end follows each text and is learned.
+    """
+
+    spans: Callable[[Row, Any], Sequence[Span]]
+    ended: bool = True
 
 
 def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row], *, stopped: bool = True) -> list[Pair]:
@@ -164,141 +181,13 @@ def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row], *, st
     return [task.pairs(row)[row["label"]] for row in rows]
 
 
-def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> list[Row]:
-    """The rows of a published split (`train`, `validation`, `test`), checked one by one.
-
-    Taken from the folder `data` if it is given, else from the first that has them of: the folder that the
-    environment variable BILEVEL_DATA names; `assets/data`; the hub. A folder holds `<task>/<split>.jsonl`, or
-    shards `<task>/<split>-00-of-02.jsonl`. Where a copy's training rows were taken out of a published split, what
-    they left of it is `<task>/<split>_heldout.jsonl`, which is then read instead of the whole.
-
-    Raises:
-      FileNotFoundError: if `data` lacks the file, a shard is missing, or no source has the split.
-      ValueError: for a corrupt row, with file and line.
-    """
-    name = task.folder or task.name
-    if data is not None:
-        folder = Path(data)
-        files = _files(folder / name, split)
-        if not files:
-            here = _files(folder, split) or folder.name == name
-            advice = f"name the folder that holds {name}/, {folder.absolute().parent}" if here else "is --data right?"
-            raise FileNotFoundError(f"There is no {folder / name / split}.jsonl: {advice}")
-        return _read(task, files)
-    tried = []
-    named = os.environ.get("BILEVEL_DATA")
-    for title, folder in ((f"BILEVEL_DATA={named}", named), (f"{ASSETS}", ASSETS)):
-        if not folder:
-            tried.append("BILEVEL_DATA (not set)")
-        elif files := _files(Path(folder, name), split):
-            return _read(task, files)
-        else:
-            tried.append(f"{title} (no {name}/{split}.jsonl in it)")
-    if task.hub is None:
-        raise _not_found(task, split, tried)
-    try:
-        import datasets  # half a second, and of no use with local files
-
-        with _asked_once(task.hub.path):
-            records: Any = datasets.load_dataset(task.hub.path, task.hub.name, split=split)
-    except Exception as error:  # whatever stops the hub, the remedy is the same
-        tried.append(f"the hub's {task.hub.path} ({type(error).__name__})")
-        raise _not_found(task, split, tried) from error
-    try:
-        rows = list(records.map(task.hub.row, remove_columns=records.column_names))  # kept in the cache of `datasets`
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"A {split} record of the hub's {task.hub.path} is no row of {task.name} ({type(error).__name__}: {error})."
-        ) from error
-    for i, row in enumerate(rows):
-        task.check(row, f"{task.hub.path} {split} row {i}")
-    return rows
-
-
-@contextlib.contextmanager
-def _asked_once(path: str) -> Iterator[None]:
-    """Where the hub does not answer one question about a data set, only what is in the cache is loaded inside.
-
-    `datasets` would ask again for half a minute where there is no network.
-    """
-    import huggingface_hub
-    from datasets import config
-    from huggingface_hub import constants
-
-    flags = [(constants, "HF_HUB_OFFLINE"), (config, "HF_HUB_OFFLINE")]
-    before = [getattr(module, name) for module, name in flags]
-    try:
-        huggingface_hub.HfApi().dataset_info(path, timeout=10)
-    except Exception:  # whatever stops the hub
-        for module, name in flags:
-            setattr(module, name, True)
-    try:
-        yield
-    finally:
-        for (module, name), value in zip(flags, before, strict=True):
-            setattr(module, name, value)
-
-
-def _not_found(task: Task, split: str, tried: list[str]) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"No {split} rows of {task.name} found after trying {', '.join(tried)}: name a folder that holds "
-        f"{task.folder or task.name}/{split}.jsonl with --data or BILEVEL_DATA."
-    )
-
-
-def _files(folder: Path, split: str) -> list[Path]:
-    for whole in (folder / f"{split}_heldout.jsonl", folder / f"{split}.jsonl"):
-        if whole.is_file():
-            return [whole]
-    shards = sorted(folder.glob(f"{split}-*-of-*.jsonl"))
-    for shard in shards:
-        of = re.fullmatch(r".*-of-(\d+)", shard.stem)
-        if of is None or int(of[1]) != len(shards):
-            raise FileNotFoundError(f"{folder} has {len(shards)} {split} shards, unlike {shard.name} says.")
-    return shards
-
-
-def _read(task: Task, files: Sequence[Path]) -> list[Row]:
-    rows = []
-    for file in files:
-        before = len(rows)
-        rows.extend(_lines(task, file))
-        if len(rows) == before:
-            raise ValueError(f"{file} is empty: {task.name} needs at least one row.")
-    return rows
-
-
-def _lines(task: Task, file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        # Never more of a line than a row can have: what comes from a stranger may be of any size.
-        for number, line in enumerate(iter(partial(lines.readline, MOST_BYTES + 1), b""), 1):
-            where = f"{file} line {number}"
-            if len(line) > MOST_BYTES:
-                raise ValueError(f"{where} is longer than a row can be, {MOST_BYTES / 1e6:.0f} MB.")
-            try:
-                stored = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or brackets without end
-                raise ValueError(f"{where} is not a JSON row ({error}).") from error
-            if not isinstance(stored, dict):
-                raise ValueError(f"{where} is not a JSON object but {type(stored).__name__}.")
-            try:
-                rows = task.unfold(stored)
-            except _UNREADABLE as error:
-                raise ValueError(f"{where} is no row of {task.name} ({type(error).__name__}: {error}).") from error
-            if not rows:
-                raise ValueError(f"{where} holds no question: {task.name} needs at least one.")
-            for row in rows:
-                task.check(row, where)
-                yield row
-
-
 def check_choices(row: Row, where: str) -> None:
     """Raises ValueError, with `where`, unless a row has `choices`, two texts or more, and the `label` of one."""
     choices = row.get("choices")
     if not isinstance(choices, list) or not _texts(choices) or len(choices) < 2:
         raise ValueError(f"{where} has no 'choices', a list of at least two texts.")
     for choice in choices:
-        _check_encodable(choice, "choices", where)
+        check_encodable(choice, "choices", where)
     _check_class(row.get("label"), len(choices), where)
 
 
@@ -307,15 +196,16 @@ def _check_class(label: Any, classes: int, where: str) -> None:
         raise ValueError(f"{where} has label {label!r}, which is out of range: 0 to {classes - 1}.")
 
 
-def _check_encodable(text: str, field: str, where: str) -> None:
-    """JSON can write half of a character, which no tokenizer takes."""
+def check_encodable(text: str, field: str, where: str) -> None:
+    """Raises ValueError, with `where`, for half of a character, which JSON can write and no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} has a damaged character in {field!r} ({error.reason}).") from error
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

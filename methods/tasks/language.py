@@ -1,0 +1,180 @@
+"""Texts of which parts are learned: their tokens, and how likely these parts are to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from methods.tasks.batches import by_length
+from methods.tasks.encode import Encoded, TokenBatch, marks, opening, prefix
+from methods.tasks.task import LanguageModelling, Row, Span
+from methods.tasks.tokens import tokenized
+
+ScoreFn = Callable[[TokenBatch], tuple[Any, Any]]
+
+
+class SpannedSequence(NamedTuple):
+    """A text's tokens, and which of them are learned; never the first, which nothing comes before."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Modelled:
+    """What `evaluate_spans` found.
+
+    Attributes:
+      task: its name.
+      metrics: "loss", the mean over all learned tokens in nats; "perplexity", its exponential; "exact", the share of
+        rows all of whose learned tokens are the most likely ones, each after the right ones before it, so that the
+        model would write them itself.
+      predictions: `[rows]`, the share of a row's learned tokens that are the most likely ones.
+      right: `[rows]`, whether all of them are.
+      losses: `[rows]`, the sum over a row's learned tokens, in nats.
+      counts: `[rows]`, how many there are.
+      cut: how many rows were longer than the model takes and lost their left end.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    predictions: np.ndarray
+    right: np.ndarray
+    losses: np.ndarray
+    counts: np.ndarray
+    cut: int = 0
+
+
+def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any) -> list[SpannedSequence]:
+    """Each row's tokens at their natural lengths, of its whole text at once.
+
+    Special tokens are as `methods.tasks.encode` has them. A token that lies across the border of two parts belongs to
+    the second. Behind the text comes the tokenizer's mark of the end, learned, where the task is `ended`.
+
+    Raises:
+      ValueError: for no rows, and for a row with nothing to learn, or nothing to predict it from.
+    """
+    if not rows:
+        raise ValueError("There is nothing to encode: the list of rows is empty.")
+    first, _ = marks(tokenizer)
+    spans = [_merged(task.spans(row, tokenizer)) for row in rows]
+    ids = lambda texts: tokenized(tokenizer, texts, add_special_tokens=False)["input_ids"] if texts else []  # noqa: E731
+    wholes = ids(["".join(span.text for span in row) for row in spans])
+    # Where the text has got to at the end of each part but the last: what of its tokens comes before.
+    begun = iter(ids(["".join(span.text for span in row[:i]) for row in spans for i in range(1, len(row))]))
+    mark = tokenizer.eos_token_id if task.ended else None
+    sequences = []
+    for row, whole in zip(spans, wholes, strict=True):
+        borders = [0]
+        for _ in row[1:]:
+            before = next(begun)
+            shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+            borders.append(max(borders[-1], min(shared, len(whole))))
+        learned = [False] * len(whole)
+        for span, start, end in zip(row, borders, [*borders[1:], len(whole)], strict=True):
+            learned[start:end] = [span.learned] * (end - start)
+        if mark is not None and row[-1].learned and whole[-1:] != [mark]:
+            whole, learned = [*whole, mark], [*learned, True]
+        front = opening(first, whole)
+        if learned[:1] == [True] and not front:
+            front = [] if whole[:1] == prefix(tokenizer) else prefix(tokenizer)
+        whole, learned = [*front, *whole], [False] * len(front) + learned
+        learned[:1] = [False]  # nothing comes before it, so that nothing predicts it
+        if not any(learned):
+            text = "".join(span.text for span in row)
+            raise ValueError(f"The text {text[:60]!r} has no token to learn that another comes before.")
+        sequences.append(SpannedSequence(whole, learned))
+    return sequences
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """The same text, in parts that are learned by turns; empty parts are left out."""
+    merged: list[Span] = []
+    for span in spans:
+        if span.text and merged and merged[-1].learned == span.learned:
+            merged[-1] = Span(merged[-1].text + span.text, span.learned)
+        elif span.text:
+            merged.append(span)
+    return merged or [Span("", True)]
+
+
+def encode_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any, length: int) -> Encoded:
+    """Rows as arrays of `length` tokens, and how many were cut on the left to fit. Raises ValueError."""
+    first, fill = marks(tokenizer)
+    return pad_spans(tokenize_spans(task, rows, tokenizer), length, first, fill)
+
+
+def span_lengths(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any) -> list[int]:
+    """Tokens of each row, special tokens included."""
+    return [len(sequence.ids) for sequence in tokenize_spans(task, rows, tokenizer)] if rows else []
+
+
+def pad_spans(sequences: Sequence[SpannedSequence], length: int, first: Sequence[int] = (), fill: int = 0) -> Encoded:
+    """Sequences as arrays `[N, length]`, filled up with `fill`; what is longer keeps `first` and its right end.
+
+    Raises:
+      ValueError: if nothing that is learned is left of a text.
+    """
+    tokens = np.full((len(sequences), length), fill, np.int32)
+    mask, answer_mask = np.zeros((len(sequences), length), bool), np.zeros((len(sequences), length), bool)
+    cut = 0
+    for row, (ids, learned) in enumerate(sequences):
+        if len(ids) > length:
+            kept = length - len(first)
+            ids, learned = [*first, *ids[-kept:]], [False] * len(first) + learned[-kept:]
+            learned[:1], cut = [False], cut + 1
+            if not any(learned):
+                raise ValueError(f"Nothing that is learned of a text is left in its last {length} tokens.")
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+        answer_mask[row, : len(ids) - 1] = learned[1:]
+    return Encoded(TokenBatch(tokens, mask, answer_mask), cut)
+
+
+def evaluate_spans(
+    score: ScoreFn,
+    task: LanguageModelling,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    multiple: int = 32,
+) -> Modelled:
+    """The loss and the exact matches of `rows`.
+
+    Args:
+      score: from a `TokenBatch` of `batch_size` rows to log p of its learned tokens, in nats, and how many of them are
+        the most likely ones, `[batch_size]` both; jit it.
+      task: whose rows these are.
+      rows: what to score.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`.
+      batch_size: rows a batch; the last one is filled up with copies.
+      max_length: most tokens a row, what the model takes; longer ones lose their left end. None: no limit.
+      multiple: of the length of a batch.
+
+    Raises:
+      ValueError: for no rows, or a score that is not finite.
+    """
+    sequences = tokenize_spans(task, rows, tokenizer)
+    first, fill = marks(tokenizer)
+    lengths = [len(ids) for ids, _ in sequences]
+    longest = -(-max(lengths) // multiple) * multiple
+    max_length = longest if max_length is None else min(max_length, longest)
+    losses, hits, counts = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), int)
+    for index, length in by_length(lengths, batch_size, multiple, max_length):
+        batch, _ = pad_spans([sequences[i] for i in np.resize(index, batch_size)], length, first, fill)
+        log_p, most_likely = score(batch)
+        losses[index], hits[index] = -np.asarray(log_p)[: len(index)], np.asarray(most_likely)[: len(index)]
+        counts[index] = batch.answer_mask.sum(axis=1)[: len(index)]
+    if not np.isfinite(losses).all():
+        worst = int(np.argmin(np.isfinite(losses)))
+        raise ValueError(f"The loss of {task.name} row {worst} is {losses[worst]}.")
+    right = hits == counts
+    loss = float(losses.sum() / counts.sum())
+    metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "exact": float(right.mean())}
+    cut = sum(length > max_length for length in lengths)
+    return Modelled(task.name, metrics, hits / counts, right, losses, counts, cut)

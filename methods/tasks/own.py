@@ -1,0 +1,364 @@
+"""Rows of one's own: which columns a file can have, and the task that they make.
+
+A *format* is what the columns of a file are called; `FORMATS` lists them. A file is of the first format all of whose
+columns it has, or of the one that is asked for by name. Columns with other names are renamed by `--columns`; columns
+that the format does not know are not read, which is said.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from methods.tasks.records import Record
+from methods.tasks.task import (
+    Classification,
+    LanguageModelling,
+    MultipleChoice,
+    Pair,
+    Row,
+    Span,
+    Task,
+    check_choices,
+    check_encodable,
+    is_number,
+)
+
+MOST_CLASSES = 1000
+"""Of labels that are integers: more are rather numbers to be predicted, which are written 3.0."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Format(NamedTuple):
+    """What the columns of a file are called, and what is made of them.
+
+    Attributes:
+      columns: those that every row has; `a|b` is either of the two.
+      optional: those that a row may have.
+      row: `row(record, where)`, a row of the task. Raises ValueError, with `where`, for a record that makes none.
+      task: `task(rows)`, the task that all training rows make. Raises ValueError.
+      final: `final(task, row, where)`, the row as the task has it. Raises ValueError, with `where`.
+      about: a line on what it is for.
+    """
+
+    columns: tuple[str, ...]
+    optional: tuple[str, ...]
+    row: Callable[[Record, str], Row]
+    task: Callable[[Sequence[Row]], Task]
+    about: str
+    final: Callable[[Any, Row, str], Row] = lambda task, row, where: row
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a column of this format can have."""
+        return tuple(name for column in (*self.columns, *self.optional) for name in column.split("|"))
+
+    def fits(self, columns: Sequence[str]) -> bool:
+        """Whether a file with these columns has all that the format needs."""
+        return all(any(name in columns for name in column.split("|")) for column in self.columns)
+
+
+# Chats ---------------------------------------------------------------------------------------------------------------
+
+
+def _chat_row(record: Record, where: str) -> Row:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where} has no 'messages', a list of turns with 'role' and 'content'.")
+    for number, message in enumerate(messages, 1):
+        turn = f"{where}: message {number}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{turn} has no 'role', which is one of {', '.join(ROLES)}.")
+        if message["role"] not in ROLES:
+            raise ValueError(f"{turn} has the role {message['role'][:40]!r}, which is none of {', '.join(ROLES)}.")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"{turn} has no text as its 'content'.")
+        check_encodable(message["content"], "content", turn)
+        if unknown := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
+            raise ValueError(f"{turn} has {unknown[0]!r}, which is not read: a turn has 'role' and 'content'.")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError(f"{turn} is an empty answer, which nothing can be learned from.")
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError(f"{where} has no turn of the assistant, which is what is learned.")
+    return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
+
+
+def _chat_spans(row: Row, tokenizer: Any) -> list[Span]:
+    """The chat as the tokenizer's own template writes it; the assistant's turns are learned, and nothing else.
+
+    A turn reaches to where the template is done with it, spaces and line breaks at its end aside.
+    """
+    messages = row["messages"]
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The model's tokenizer has no chat template, by which 'messages' would be written: take a model that was "
+            "made for chats, or rows with 'prompt' and 'completion'."
+        )
+    whole, spans, done = _render(messages, tokenizer), [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, behind = _render(messages[:i], tokenizer, True), _render(messages[: i + 1], tokenizer)
+        if not (whole.startswith(behind) and behind.startswith(before) and before.startswith(done)):
+            raise ValueError(
+                f"The model's chat template writes the turns before {message['content'][:40]!r} differently once more "
+                "follow, so that the assistant's part cannot be told: give chats of one answer each."
+            )
+        answer = behind[len(before) :].rstrip()
+        spans += [Span(before[len(done) :], False), Span(answer, True)]
+        done = before + answer
+    return [*spans, Span(whole[len(done) :], False)]
+
+
+def _render(messages: Sequence[Record], tokenizer: Any, asked: bool = False) -> str:
+    if not messages and not asked:
+        return ""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asked)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # a template raises what it likes on turns that it was not made for
+        shown = messages[0]["content"][:40] if messages else ""
+        raise ValueError(f"The model's chat template does not write the chat {shown!r} ({error}).") from error
+
+
+def _chat_task(rows: Sequence[Row]) -> Task:
+    del rows
+    return LanguageModelling(name="chat", fields=(), group=_asked, spans=_chat_spans, ended=False)
+
+
+def _asked(row: Row) -> str:
+    """What a chat is about: its first question."""
+    return next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
+
+
+# Prompts and answers -------------------------------------------------------------------------------------------------
+
+
+def _prompt_row(record: Record, where: str) -> Row:
+    if "completion" in record and "answer" in record:
+        raise ValueError(f"{where} has both 'completion' and 'answer', only one of which is learned: rename the other.")
+    name = "completion" if "completion" in record else "answer"
+    prompt, completion = _text(record, "prompt", where), _text(record, name, where)
+    if not completion.strip():
+        raise ValueError(f"{where} has an empty {name!r}, which nothing can be learned from.")
+    return {"prompt": prompt, "completion": completion}
+
+
+def _prompt_task(rows: Sequence[Row]) -> Task:
+    joined = sum(not _apart(row["prompt"], row["completion"]) for row in rows)
+    if joined:
+        warnings.warn(
+            f"{joined:,} of {len(rows):,} rows have neither space nor line break between prompt and completion, and "
+            "are joined as they are: end the prompts with one if the model shall see them apart.",
+            stacklevel=2,
+        )
+    spans = lambda row, tokenizer: [Span(row["prompt"], False), Span(row["completion"], True)]  # noqa: E731
+    return LanguageModelling(name="prompts", fields=("prompt", "completion"), spans=spans)
+
+
+def _apart(prompt: str, completion: str) -> bool:
+    return not prompt or prompt[-1].isspace() or completion[0].isspace()
+
+
+def _alpaca_row(record: Record, where: str) -> Row:
+    row = {name: _text(record, name, where) for name in ("instruction", "output")}
+    given = record.get("input")
+    row["input"] = "" if given is None else _text(record, "input", where)
+    if not row["output"].strip():
+        raise ValueError(f"{where} has an empty 'output', which nothing can be learned from.")
+    return row
+
+
+def _alpaca_spans(row: Row, tokenizer: Any) -> list[Span]:
+    """The prompt of Stanford Alpaca (Taori et al., 2023), with the sentence on the input where there is one."""
+    del tokenizer
+    with_input = ", paired with an input that provides further context" if row["input"].strip() else ""
+    given = f"### Input:\n{row['input']}\n\n" if row["input"].strip() else ""
+    prompt = (
+        f"Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
+    )
+    return [Span(prompt, False), Span(row["output"], True)]
+
+
+def _alpaca_task(rows: Sequence[Row]) -> Task:
+    del rows
+    subject = lambda row: f"{row['instruction']} {row['input']}"  # noqa: E731
+    fields = ("instruction", "input", "output")
+    return LanguageModelling(name="alpaca", fields=fields, group=subject, spans=_alpaca_spans)
+
+
+def _text_row(record: Record, where: str) -> Row:
+    text = _text(record, "text", where)
+    if not text.strip():
+        raise ValueError(f"{where} has an empty 'text', which nothing can be learned from.")
+    return {"text": text}
+
+
+def _text_task(rows: Sequence[Row]) -> Task:
+    del rows
+    return LanguageModelling(name="text", fields=("text",), spans=lambda row, tokenizer: [Span(row["text"], True)])
+
+
+# Labels and choices --------------------------------------------------------------------------------------------------
+
+
+def _label_row(record: Record, where: str) -> Row:
+    row: Row = {"text": _text(record, "text", where)}
+    if record.get("pair") is not None:
+        row["pair"] = _text(record, "pair", where)
+    label = record.get("label")
+    if not isinstance(label, (str, int, float)) or label == "" or label in (math.inf, -math.inf) or label != label:
+        raise ValueError(f"{where} has the label {label!r}, which is no text and no number.")
+    return row | {"label": label}
+
+
+def _label_task(rows: Sequence[Row]) -> Task:
+    pairs = sum("pair" in row for row in rows)
+    if pairs not in (0, len(rows)):
+        raise ValueError(f"{pairs} of {len(rows)} rows have a second text 'pair': give all of them one, or none.")
+    fields, labels = ("text", "pair")[: 1 + bool(pairs)], [row["label"] for row in rows]
+    kinds = {type(label) for label in labels}
+    if kinds in ({float}, {float, int}):
+        return Classification(
+            name="labels",
+            fields=fields,
+            classes=(),
+            metrics=("pearson", "spearman"),
+            bounds=(-math.inf, math.inf),
+        )
+    if len(kinds) > 1:
+        shown = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"The labels are of several kinds, {shown}: write all of them the same way.")
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        raise ValueError(f"Every row has the label {classes[0]!r}: there is nothing to tell apart.")
+    if len(classes) > min(MOST_CLASSES, len(rows) // 2):
+        raise ValueError(
+            f"{len(rows)} rows have {len(classes)} different labels, too many to be classes; numbers to be predicted "
+            "are written with a decimal point."
+        )
+    return Classification(
+        name="labels",
+        fields=fields,
+        classes=tuple(map(str, classes)),
+        metrics=("accuracy",),
+    )
+
+
+def _label_final(task: Classification, row: Row, where: str) -> Row:
+    """The row with the number of its class in place of the label, or with the label as a float."""
+    label, classes = row["label"], task.classes
+    if classes and str(label) not in classes:
+        raise ValueError(f"{where} has the label {label!r}, which no training row has: {', '.join(classes[:20])}.")
+    if not classes and not is_number(label):
+        raise ValueError(f"{where} has the label {label!r}, where the training rows have numbers.")
+    return row | {"label": classes.index(str(label)) if classes else float(label)}
+
+
+def _choice_row(record: Record, where: str) -> Row:
+    if "question" in record and "prompt" in record:
+        raise ValueError(f"{where} has both 'question' and 'prompt': rename one by --columns.")
+    if "label" in record and "answer" in record:
+        raise ValueError(f"{where} has both 'label' and 'answer': rename one by --columns.")
+    question = _text(record, "question" if "question" in record else "prompt", where)
+    choices, given = record.get("choices"), record.get("label", record.get("answer"))
+    row = {"question": question, "choices": choices, "label": 0}
+    check_choices(row, where)
+    if isinstance(given, str):
+        texts = [i for i, choice in enumerate(choices or ()) if choice == given]
+        letter = LETTERS.find(given) if len(given) == 1 else -1
+        found = texts or ([letter] if 0 <= letter < len(choices or ()) else [])
+        if len(found) != 1:
+            raise ValueError(f"{where} has the answer {given[:60]!r}, which is no choice of its, and no letter of one.")
+        given = found[0]
+    row["label"] = given
+    check_choices(row, where)
+    return row
+
+
+def _choice_task(rows: Sequence[Row]) -> Task:
+    del rows
+
+    def pairs(row: Row) -> tuple[Pair, ...]:
+        return tuple(Pair(f"Question: {row['question']}\nAnswer:", f" {choice}") for choice in row["choices"])
+
+    return MultipleChoice(name="choices", fields=("question",), pairs=pairs)
+
+
+def _text(record: Record, name: str, where: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str):
+        what = "no" if value is None else f"{type(value).__name__} as its"
+        raise ValueError(f"{where} has {what} {name!r}, which must be a text.")
+    check_encodable(value, name, where)
+    return value
+
+
+FORMATS: dict[str, Format] = {
+    "chat": Format(("messages",), (), _chat_row, _chat_task, "turns of a chat; the assistant's are learned"),
+    "alpaca": Format(("instruction", "output"), ("input",), _alpaca_row, _alpaca_task, "instructions and outputs"),
+    "choices": Format(
+        ("question|prompt", "choices", "label|answer"), (), _choice_row, _choice_task, "questions with several answers"
+    ),
+    "prompts": Format(("prompt", "completion|answer"), (), _prompt_row, _prompt_task, "prompts and what follows them"),
+    "labels": Format(
+        ("text", "label"), ("pair",), _label_row, _label_task, "texts, or pairs of texts, with a label", _label_final
+    ),
+    "text": Format(("text",), (), _text_row, _text_task, "texts, all of which is learned"),
+}
+"""By name, in the order in which a file is tried for them."""
+
+
+def recognised(record: Record, where: str, known: Mapping[str, Format] = FORMATS) -> str:
+    """The name of the format that a record is of, by its columns.
+
+    Raises:
+      ValueError: for none; the sentence lists them all.
+    """
+    for name, format in known.items():
+        if format.fits(list(record)):
+            return name
+    listed = "; ".join(f"{', '.join(format.columns)} ({name})" for name, format in known.items())
+    raise ValueError(
+        f"{where} has the columns {', '.join(record)[:200]}, which are of no format that is known: {listed}. Say which "
+        "column is which with --columns, such as prompt=question,answer=response."
+    )
+
+
+def renaming(columns: str | None) -> dict[str, str]:
+    """`{name in the file: name in the format}` of `--columns`, such as prompt=question,answer=response.
+
+    Raises:
+      ValueError: for another form, for a name that no format has, and for one that is given twice.
+    """
+    names: dict[str, str] = {}
+    known = sorted({name for format in FORMATS.values() for name in format.names})
+    for part in (columns or "").split(",") if columns is not None else ():
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not (ours and equals and theirs):
+            raise ValueError(f"--columns {columns!r} must be such as prompt=question,answer=response.")
+        if ours not in known:
+            raise ValueError(f"--columns names {ours!r}, which no format has: the names are {', '.join(known)}.")
+        if theirs in names or ours in names.values():
+            raise ValueError(f"--columns {columns!r} names {theirs if theirs in names else ours!r} twice.")
+        names[theirs] = ours
+    return names
+
+
+def renamed(record: Record, names: Mapping[str, str], where: str) -> Record:
+    """A record under the names of the formats.
+
+    Raises:
+      ValueError: where a column that is to be renamed is not there, or its new name is there already.
+    """
+    if missing := [name for name in names if name not in record]:
+        raise ValueError(f"{where} has no column {missing[0]!r}, which --columns names: {', '.join(record)[:200]}.")
+    taken = [new for old, new in names.items() if new in record and new not in names]
+    if taken:
+        raise ValueError(f"{where} has a column {taken[0]!r} already, which --columns gives another.")
+    return {names.get(name, name): value for name, value in record.items()}

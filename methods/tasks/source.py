@@ -1,0 +1,218 @@
+"""What `--task` and `--data` name together: a task, its rows to train on and its rows to test on."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from methods.tasks import own
+from methods.tasks.own import FORMATS, Format
+from methods.tasks.records import READERS, Records, from_hub, read
+from methods.tasks.registry import TASKS, get
+from methods.tasks.splits import hold_out
+from methods.tasks.stored import load, unfolded
+from methods.tasks.task import Row, Task
+
+DEFAULT = "piqa"
+"""The task where neither one nor rows of one's own are named."""
+
+
+class Source(NamedTuple):
+    """A task and its rows.
+
+    Attributes:
+      task: the task.
+      train: the rows that the inner and the outer loss are cut from.
+      test: the rows that only the last test sees.
+      trained_on, tested_on: where the rows are from, in words, the second with a comma at its end.
+    """
+
+    task: Task
+    train: list[Row]
+    test: list[Row]
+    trained_on: str
+    tested_on: str
+
+
+class Where(NamedTuple):
+    """Rows of one's own, in a file or on the hub: `title` says which, and `records` reads them."""
+
+    title: str
+    records: Records
+
+
+def is_own(data: str) -> bool:
+    """Whether `--data` names rows of one's own, and not a folder that holds a folder for each task."""
+    path = Path(data)
+    return not path.is_dir() or bool(_in_folder(path, "train"))
+
+
+def find(task: str) -> Task:
+    """The task called so, or that which FILE.py:NAME names.
+
+    Raises:
+      ValueError, FileNotFoundError: if there is none; and whatever the file is that does not run.
+    """
+    file, colon, name = task.rpartition(":")
+    if not (colon and file.endswith(".py")):
+        if task.endswith(".py"):
+            raise ValueError(f"--task {task} names a file: name the task in it too, as {task}:TASK.")
+        return get(task)
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {file}, which --task names.")
+    spec = importlib.util.spec_from_file_location(f"bilevel_task_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # of a name that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses in it are looked for
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}, which --task names, fails when it is run ({reason}).") from error
+    found = getattr(module, name, None)
+    if not isinstance(found, Task):
+        what = "has nothing" if found is None else f"has a {type(found).__name__}, and no task,"
+        raise ValueError(f"{file} {what} called {name}: it must be a task, such as methods.tasks.Generation(...).")
+    return found
+
+
+def read_source(
+    task: str | None,
+    data: str | None,
+    *,
+    test_data: str | None = None,
+    columns: str | None = None,
+    test: int | None = None,
+) -> Source:
+    """The rows that the options of a command name.
+
+    Args:
+      task: a name in `TASKS` or `FORMATS`, FILE.py:NAME, or None for what the columns of the rows say.
+      data: a file, a folder, or the name of a data set on the hub; None for where built-in tasks lie.
+      test_data: a file or a data set to test on; None takes what lies beside the training rows, or holds some out.
+      columns: as `own.renaming`.
+      test: units to hold out; None for a fifth.
+
+    Raises:
+      ValueError, FileNotFoundError: one sentence on what is wrong, with file and line where it is a row.
+    """
+    if data is None or not is_own(data) or (task in TASKS and Path(data).is_dir()):
+        for option, value in (("--test-data", test_data), ("--columns", columns)):
+            if value is not None:
+                raise ValueError(f"{option} is about rows of your own: name their file with --data.")
+        if task in FORMATS:
+            raise ValueError(f"--task {task} is about rows of your own: name their file with --data.")
+        found = find(DEFAULT if task is None else task)
+        published = "the published training set", f"the published {found.test} set,"
+        return Source(found, load(found, "train", data), load(found, found.test, data), *published)
+    if task is not None and task not in FORMATS:
+        fixed = find(task)
+        if columns is not None:
+            raise ValueError(f"--columns is for the formats alone, but the rows are of {fixed.name}: leave it out.")
+        rows = lambda where: _of_task(fixed, where)  # noqa: E731
+        return _cut(fixed, rows(where := _where(data, "train")), where.title, data, test_data, rows, test)
+    names = own.renaming(columns)
+    where = _where(data, "train")
+    name, format, raw, places = _raw(where, names, task)
+    made = format.task([row for row, _ in zip(raw, places, strict=True)])
+    train = [format.final(made, row, place) for row, place in zip(raw, places, strict=True)]
+
+    def tested(where: Where) -> list[Row]:
+        _, _, rows, at = _raw(where, names, name)
+        return [format.final(made, row, place) for row, place in zip(rows, at, strict=True)]
+
+    return _cut(made, train, where.title, data, test_data, tested, test)
+
+
+def _cut(
+    task: Task,
+    rows: list[Row],
+    title: str,
+    data: str,
+    test_data: str | None,
+    tested: Callable[[Where], list[Row]],
+    test: int | None,
+) -> Source:
+    """A source whose test is a file of its own, or lies beside the training rows, or is held out of them."""
+    if test_data is not None:
+        where = _where(test_data, "test")
+        return Source(task, rows, tested(where), title, f"{where.title},")
+    beside = _in_folder(Path(data), "test") or _in_folder(Path(data), "validation")
+    if beside is not None:
+        return Source(task, rows, tested(_file(beside)), title, f"{beside},")
+    kept, held = hold_out(task, rows, test)
+    return Source(task, kept, held, title, f"{title}, held out,")
+
+
+def _raw(where: Where, names: dict[str, str], task: str | None) -> tuple[str, Format, list[Row], list[str]]:
+    """The format of the records, their rows before a task is made of them, and the place of each."""
+    rows, places, name, unread = [], [], task, {}
+    for place, record in where.records:
+        record = own.renamed(record, names, place)
+        if name is None:
+            name = own.recognised(record, place)
+        format = FORMATS[name]
+        if not format.fits(list(record)):
+            missing = next(c for c in format.columns if not any(n in record for n in c.split("|")))
+            raise ValueError(
+                f"{place} has no column {missing.replace('|', ' or ')!r}, which rows of the format {name} have; it has "
+                f"{', '.join(record)[:200]}."
+            )
+        unread |= dict.fromkeys(column for column in record if column not in format.names)
+        rows.append(format.row(record, place))
+        places.append(place)
+    if name is None or not rows:
+        raise ValueError(f"{where.title} is empty: there must be at least one row.")
+    if unread:
+        warnings.warn(f"Columns of {where.title} that are not read: {', '.join(unread)[:200]}.", stacklevel=2)
+    return name, FORMATS[name], rows, places
+
+
+def _of_task(task: Task, where: Where) -> list[Row]:
+    """The rows of a task that has names for its columns itself."""
+    rows = [row for place, record in where.records for row in unfolded(task, record, place)]
+    if not rows:
+        raise ValueError(f"{where.title} is empty: {task.name} needs at least one row.")
+    return rows
+
+
+def _where(data: str, split: str) -> Where:
+    """What `--data` or `--test-data` names. Raises FileNotFoundError, ValueError."""
+    path = Path(data)
+    if path.is_dir():
+        if (file := _in_folder(path, split)) is None:
+            raise FileNotFoundError(f"{path} has no file {split} with one of the ends {', '.join(READERS)}.")
+        return _file(file)
+    if path.is_file():
+        return _file(path)
+    repository, _, name = data.partition(":")
+    if repository.count("/") != 1 or repository.startswith(("/", ".", "~")) or path.suffix.lower() in READERS:
+        raise FileNotFoundError(
+            f"There is no {data}: name a file whose name ends in {', '.join(READERS)}, a folder, or a data set on the "
+            "hub as OWNER/NAME."
+        )
+    try:
+        records = from_hub(repository, name or None, split)
+    except Exception as error:  # whatever stops the hub, the remedy is the same
+        raise FileNotFoundError(
+            f"{data!r} is no file here, and the hub gave no data set of that name with a split {split!r} "
+            f"({type(error).__name__}): check the name and the network, or name a file."
+        ) from error
+    return Where(data, ((f"{data} {split} row {i}", record) for i, record in enumerate(records, 1)))
+
+
+def _file(file: Path) -> Where:
+    return Where(str(file), read(file))
+
+
+def _in_folder(folder: Path, split: str) -> Path | None:
+    """The file of a split that lies in a folder itself. Raises ValueError for several."""
+    files = sorted(file for end in READERS for file in folder.glob(f"{split}{end}") if file.is_file())
+    if len(files) > 1:
+        raise ValueError(f"{folder} has several files called {split}, {files[0].name} and {files[1].name}: name one.")
+    return files[0] if files else None

@@ -1,0 +1,610 @@
+"""Rows of one's own: formats, files, what is learned of a text, and what is held out."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from methods import bench as benches
+from methods import cli, evaluation, lora, models, objective, tasks
+from methods.models.hooks import identity
+from methods.tasks import FORMATS, LanguageModelling, Span
+from methods.tasks.language import evaluate_spans, pad_spans, tokenize_spans
+from methods.tasks.loss import answer_scores_at, answer_width, extents
+from methods.tasks.own import recognised, renaming
+from tests.methods.texts import tokenizer, write
+
+CHATML = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n~\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+"""A template after the pattern of ChatML."""
+RECORDS = {
+    "chat": {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Yes, two."}]},
+    "alpaca": {"instruction": "Add.", "input": "1 and 1", "output": "2"},
+    "choices": {"question": "Why?", "choices": ["so", "no"], "label": 1},
+    "prompts": {"prompt": "Q: why?\nA:", "completion": " so"},
+    "labels": {"text": "good", "label": "yes"},
+    "text": {"text": "Once upon a time."},
+}
+"""A record of each format."""
+
+
+def chatty(**more):
+    made = tokenizer(**more)
+    made.chat_template = CHATML
+    return made
+
+
+def records_file(folder, records, end=".jsonl"):
+    """A file of records, of the kind that its end says."""
+    file = folder / f"rows{end}"
+    if end == ".jsonl":
+        write(folder, records, file.name)
+    elif end == ".json":
+        file.write_text(json.dumps(records))
+    elif end == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    else:
+        with file.open("w", newline="") as out:
+            lines = csv.DictWriter(out, list(records[0]), delimiter="\t" if end == ".tsv" else ",")
+            lines.writeheader()
+            lines.writerows(records)
+    return file
+
+
+def numbered(name, count=20):
+    """Records of a format that differ in their subjects, and labels by turns."""
+    made = []
+    for i in range(count):
+        record = json.loads(json.dumps(RECORDS[name]))
+        first = next(iter(record))
+        if name == "chat":
+            record["messages"][0]["content"] += f" {i}"
+        else:
+            record[first] = f"{i} {record[first]}"
+        if name == "labels":
+            record["label"] = ("yes", "no")[i % 2]
+        made.append(record)
+    return made
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_has_a_record_here_and_is_told_by_its_columns():
+    assert set(RECORDS) == set(FORMATS)
+    for name, record in RECORDS.items():
+        assert recognised(record, "here") == name
+
+
+LISTS = "chat", "choices"
+"""Formats of whose columns one is a list, which no cell of a CSV file holds."""
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [(name, end) for name in FORMATS for end in tasks.READERS if name not in LISTS or end not in (".csv", ".tsv")],
+)
+def test_a_format_is_the_same_whatever_file_it_is_in(name, end, tmp_path):
+    records = numbered(name)
+    found = tasks.read_source(None, str(records_file(tmp_path, records, end)), test=4)
+    expected = tasks.read_source(None, str(records_file(tmp_path, records)), test=4)
+    assert (found.train, found.test) == (expected.train, expected.test)
+    assert len(found.train) == 16 and len(found.test) == 4 and found.task.name == name
+
+
+def test_rows_of_the_formats():
+    def row(name, record, others=()):
+        format = FORMATS[name]
+        raw = [format.row(each, "here") for each in (record, *others)]
+        made = format.task(raw)
+        return made, format.final(made, raw[0], "here")
+
+    made, got = row("prompts", {"prompt": "Q", "answer": " a"})
+    assert made.spans(got, None) == [Span("Q", False), Span(" a", True)]
+    made, got = row("alpaca", {"instruction": "Add.", "output": "2"})
+    prompt, answer = made.spans(got, None)
+    assert "Input" not in prompt.text and prompt.text.endswith("### Response:\n") and answer == Span("2", True)
+    made, got = row("alpaca", RECORDS["alpaca"])
+    assert "### Input:\n1 and 1\n\n### Response:\n" in made.spans(got, None)[0].text
+
+    for answer, label in ((1, 1), ("no", 1), ("A", 0)):
+        made, got = row("choices", {"prompt": "Why?", "choices": ["so", "no"], "answer": answer})
+        assert got["label"] == label and made.pairs(got)[1] == ("Question: Why?\nAnswer:", " no")
+    made, got = row("choices", {"question": "Which?", "choices": ["B", "A"], "label": "A"})
+    assert got["label"] == 1  # the text of a choice comes before its letter
+
+    other = [{"text": "bad", "label": "no"}] * 3
+    made, got = row("labels", RECORDS["labels"], other)
+    assert made.classes == ("no", "yes") and got["label"] == 1 and made.metrics == ("accuracy",)
+    made, got = row("labels", {"text": "a", "label": 10}, [{"text": "b", "label": 9}] * 3)
+    assert made.classes == ("9", "10") and got["label"] == 1  # by size, not by spelling
+    made, got = row("labels", {"text": "a", "pair": "b", "label": 0.5}, [{"text": "b", "pair": "c", "label": 2}])
+    assert made.classes == () and made.fields == ("text", "pair") and got["label"] == 0.5
+
+
+def test_columns_are_renamed():
+    assert renaming("prompt=question,answer=response") == {"question": "prompt", "response": "answer"}
+
+
+def test_renamed_columns_make_rows(tmp_path):
+    file = records_file(tmp_path, [{"question": f"{i}?", "response": " so", "id": i} for i in range(10)])
+    with pytest.warns(UserWarning, match=r"Columns of .*rows\.jsonl that are not read: id\."):
+        found = tasks.read_source(None, str(file), columns="prompt=question,answer=response", test=2)
+    assert found.task.name == "prompts" and {"prompt": "3?", "completion": " so"} in found.train + found.test
+
+
+def test_prompts_that_run_into_their_answers_are_told_of(tmp_path):
+    file = records_file(tmp_path, [{"prompt": f"{i}", "completion": "x"} for i in range(10)])
+    with pytest.warns(UserWarning, match=r"10 of 10 rows have neither space nor line break between prompt and"):
+        tasks.read_source(None, str(file))
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+GOOD = {name: json.dumps(record).encode() for name, record in RECORDS.items()}
+DAMAGED = {
+    "no JSON": ("text", b"{", r"line 2 is not a JSON row"),
+    "no object": ("text", b"[1]", r"line 2 is not a JSON object but list"),
+    "another column": ("text", b'{"words": "x"}', r"line 2 has no column 'text', which rows of the format text have"),
+    "no text": ("text", b'{"text": 3}', r"line 2 has int as its 'text', which must be a text"),
+    "null": ("text", b'{"text": null}', r"line 2 has no 'text'"),
+    "empty": ("text", b'{"text": " "}', r"line 2 has an empty 'text'"),
+    "half a character": ("text", b'{"text": "\\ud800"}', r"line 2 has a damaged character in 'text'"),
+    "empty answer": ("prompts", b'{"prompt": "q", "completion": ""}', r"line 2 has an empty 'completion'"),
+    "two answers": ("prompts", b'{"prompt": "q", "completion": "a", "answer": "b"}', "has both 'completion' and 'ans"),
+    "empty output": ("alpaca", b'{"instruction": "q", "output": ""}', r"line 2 has an empty 'output'"),
+    "no turns": ("chat", b'{"messages": []}', r"line 2 has no 'messages', a list of turns"),
+    "no role": ("chat", b'{"messages": [{"content": "x"}]}', r"line 2: message 1 has no 'role'"),
+    "unknown role": ("chat", b'{"messages": [{"role": "bot", "content": "x"}]}', r"message 1 has the role 'bot'"),
+    "no content": ("chat", b'{"messages": [{"role": "user", "content": [1]}]}', r"message 1 has no text as its"),
+    "more in a turn": (
+        "chat",
+        b'{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}',
+        r"message 1 has 'weight', which is not read",
+    ),
+    "no answer": ("chat", b'{"messages": [{"role": "user", "content": "x"}]}', r"line 2 has no turn of the assistant"),
+    "silent answer": ("chat", b'{"messages": [{"role": "assistant", "content": " "}]}', r"1 is an empty answer"),
+    "no label": ("labels", b'{"text": "x", "label": null}', r"line 2 has the label None"),
+    "NaN": ("labels", b'{"text": "x", "label": NaN}', r"line 2 has the label nan"),
+    "one choice": ("choices", b'{"question": "x", "choices": ["a"], "label": 0}', r"2 has no 'choices', a list of"),
+    "no such choice": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": 2}', r"label 2, which is out of"),
+    "no such letter": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": "C"}', r"the answer 'C', which"),
+    "true": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": true}', r"label True, which is out of"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damage_is_named_with_file_and_line(kind, tmp_path):
+    name, line, message = DAMAGED[kind]
+    write(tmp_path, [GOOD[name], line, *numbered(name)], "rows.jsonl")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl.*{message}|rows\.jsonl {message}"):
+        tasks.read_source(None, str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("end", "text", "message"),
+    [
+        (".json", '{"text": "x"}', r"is not a JSON array of rows but dict"),
+        (".json", '{"text": "x"}\n{"text": "y"}', r"call it \.jsonl"),
+        (".json", "[1]", r"row 1 is not a JSON object but int"),
+        (".csv", "text,text\nx,y\n", r"two columns called 'text'"),
+        (".csv", "text,label\nx\n", r"line 2 has 1 values for the 2 columns"),
+        (".csv", 'text\n"x\n', r"line 2 is not CSV"),
+        (".parquet", "PAR1", r"is not a Parquet file, or it is damaged"),
+        (".jsonl", "\n\n", r"is empty: there must be at least one row"),
+        (".csv", "", r"is empty"),
+        (".jsonl", '{"words": "x"}\n', r"line 1 has the columns words, which are of no format that is known: messages"),
+    ],
+)
+def test_a_damaged_file_is_named(end, text, message, tmp_path):
+    (tmp_path / f"rows{end}").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        tasks.read_source(None, str(tmp_path / f"rows{end}"))
+
+
+def test_blank_lines_and_a_mark_of_the_encoding_are_no_damage(tmp_path):
+    lines = [b"\xef\xbb\xbf" + GOOD["text"], b"", *numbered("text", 9), b"  "]
+    write(tmp_path, lines, "rows.jsonl")
+    found = tasks.read_source(None, str(tmp_path / "rows.jsonl"))
+    assert len(found.train) + len(found.test) == 10
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1}], r"The labels are of several kinds, int and str"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], r"Every row has the label 'x'"),
+        ([{"text": str(i), "label": str(i)} for i in range(9)], r"9 rows have 9 different labels, too many"),
+        ([{"text": "a", "label": 1}, {"text": "b", "pair": "c", "label": 2}], r"1 of 2 rows have a second text"),
+    ],
+)
+def test_labels_that_make_no_task(records, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tasks.read_source(None, str(records_file(tmp_path, records)))
+
+
+def test_a_label_that_only_the_test_has(tmp_path):
+    train = records_file(tmp_path, numbered("labels"))
+    write(tmp_path, [{"text": "x", "label": "perhaps"}], "held.jsonl")
+    with pytest.raises(ValueError, match=r"held\.jsonl line 1 has the label 'perhaps', which no training row has: no"):
+        tasks.read_source(None, str(train), test_data=str(tmp_path / "held.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data nowhere.jsonl", r"There is no nowhere\.jsonl: name a file whose name ends in \.jsonl"),
+        ("--data {file} --columns question", r"--columns 'question' must be such as prompt=question"),
+        ("--data {file} --columns words=text", r"--columns names 'words', which no format has"),
+        ("--data {file} --columns prompt=nothing", r"line 1 has no column 'nothing', which --columns names: text"),
+        ("--data {file} --columns text=text,prompt=text", r"names 'text' twice"),
+        ("--data {file} --task chat", r"line 1 has no column 'messages', which rows of the format chat have"),
+        ("--data {file} --test-rows 30", r"cannot be cut into rows to train on and 30 to test on"),
+        ("--data {file} --train-rows 30", r"cannot give --train-rows 30"),
+        ("--data {folder}", r"has no train\.jsonl|There is no .*train\.jsonl"),
+        ("--task chat", r"--task chat is about rows of your own"),
+        ("--columns prompt=question", r"--columns is about rows of your own"),
+        ("--test-data {file}", r"--test-data is about rows of your own"),
+        ("--task nowhere.py:TASK", r"There is no file nowhere\.py, which --task names"),
+        ("--task {module}", r"name the task in it too, as .*mine\.py:TASK"),
+        ("--task {module}:OTHER", r"mine\.py has nothing called OTHER: it must be a task"),
+        ("--task {module}:NUMBER", r"mine\.py has a int, and no task, called NUMBER"),
+        ("--task {broken}:TASK", r"broken\.py, which --task names, fails when it is run \(ZeroDivisionError"),
+    ],
+)
+def test_options_that_name_no_rows(words, message, tiny_model, tmp_path, capsys):
+    names = {"file": records_file(tmp_path, numbered("text")), "folder": tmp_path / "empty"}
+    names |= {"module": tmp_path / "mine.py", "broken": tmp_path / "broken.py"}
+    names["folder"].mkdir()
+    names["module"].write_text("NUMBER = 3\n")
+    names["broken"].write_text("1 / 0\n")
+    given = ["lora", "--model", str(tiny_model), "--out", str(tmp_path / "run"), *words.format(**names).split()]
+    assert cli.run(given) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1, said
+    assert not (tmp_path / "run").exists()
+
+
+# --- what is learned -------------------------------------------------------------------------------------------------
+
+
+def learned_text(sequence, made):
+    return made.decode([token for token, of in zip(sequence.ids, sequence.learned, strict=True) if of])
+
+
+def task_of(name, records):
+    format = FORMATS[name]
+    raw = [format.row(record, "here") for record in records]
+    made = format.task(raw)
+    return made, [format.final(made, row, "here") for row in raw]
+
+
+def test_the_assistants_turns_are_learned_and_nothing_else():
+    record = {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "One?"},
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "Two?"},
+            {"role": "assistant", "content": "No."},
+        ]
+    }
+    made, (row,) = task_of("chat", [record])
+    reader = chatty()
+    (sequence,) = tokenize_spans(made, [row], reader)
+    whole = reader.apply_chat_template(record["messages"], tokenize=False)
+    assert reader.decode(sequence.ids) == whole
+    # One token a byte: where the answers and the template's own marks of their ends lie can be told by searching.
+    expected = np.zeros(len(whole), bool)
+    for answer in ("Yes.\n~", "No.\n~"):
+        at = whole.index(answer)
+        expected[at : at + len(answer)] = True
+    assert sequence.learned == expected.tolist()
+
+
+def test_a_template_that_rewrites_what_came_before_is_refused():
+    made, rows = task_of("chat", [{"messages": [*RECORDS["chat"]["messages"]] * 2}])
+    reader = tokenizer()
+    # The reasoning of earlier turns is dropped once more follow, as some models' templates do it.
+    reader.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + (m['content'] if loop.last or m['role'] == 'user' else '-') "
+        "+ '\n' }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=r"writes the turns before 'Yes, two\.' differently once more follow"):
+        tokenize_spans(made, rows, reader)
+    made, rows = task_of("chat", [RECORDS["chat"]])
+    (sequence,) = tokenize_spans(made, rows, reader)
+    assert "Yes, two." in learned_text(sequence, reader)  # nothing before a single answer is rewritten
+
+
+def test_chats_need_a_template():
+    made, rows = task_of("chat", [RECORDS["chat"]])
+    with pytest.raises(ValueError, match=r"has no chat template"):
+        tokenize_spans(made, rows, tokenizer())
+    reader = tokenizer()
+    reader.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(ValueError, match=r"does not write the chat 'Two\?' \(no system turns\)"):
+        tokenize_spans(made, rows, reader)
+
+
+def test_completions_end_with_the_mark_and_texts_begin_with_one():
+    made, rows = task_of("prompts", [RECORDS["prompts"]])
+    (sequence,) = tokenize_spans(made, rows, tokenizer())
+    assert learned_text(sequence, tokenizer()) == " so</s>" and not any(sequence.learned[:10])
+    made, rows = task_of("text", [{"text": "ab"}])
+    (sequence,) = tokenize_spans(made, rows, tokenizer())
+    assert sequence.ids[0] == 0 and sequence.learned == [False, True, True, True]  # <s> a b </s>
+    (sequence,) = tokenize_spans(made, rows, tokenizer(ends=True))
+    assert sequence.ids == [0, *sequence.ids[1:3], 1] and sequence.learned == [False, True, True, True]
+
+
+def test_a_token_across_a_border_is_learned():
+    reader = tokenizer(merges=[("b", "c")])
+    made = LanguageModelling(name="x", fields=("t",), spans=lambda row, of: [Span("ab", False), Span("cd", True)])
+    (sequence,) = tokenize_spans(made, [{"t": ""}], reader)
+    assert [reader.decode([i]) for i in sequence.ids] == ["a", "bc", "d", "</s>"]
+    assert sequence.learned == [False, True, True, True]
+
+
+def test_what_is_too_long_keeps_its_end():
+    made, rows = task_of("prompts", [RECORDS["prompts"]])
+    reader = tokenizer(ends=True)
+    sequences = tokenize_spans(made, rows, reader)
+    batch, cut = pad_spans(sequences, 6, [0])
+    assert cut == 1 and reader.decode(batch.tokens[0]) == "<s>: so</s>" and batch.tokens[0, 0] == 0
+    assert batch.answer_mask[0].tolist() == [False, True, True, True, True, False]
+    with pytest.raises(ValueError, match="has no token to learn"):
+        tokenize_spans(LanguageModelling(name="x", fields=("t",), spans=lambda r, t: [Span("a", False)]), [{}], reader)
+
+
+def head_of(logits):
+    """A head that gives these logits, `[B, T, V]`, from hidden states that are the positions."""
+    import jax.numpy as jnp
+
+    hidden = jnp.broadcast_to(jnp.arange(logits.shape[1])[None, :, None], (*logits.shape[:2], 1))
+    rows = jnp.arange(len(logits))[:, None]
+    return hidden, lambda h: jnp.asarray(logits)[rows, h[..., 0]]
+
+
+@pytest.mark.parametrize("block", [2, 128])
+def test_scores_of_answers_in_several_parts(block, monkeypatch):
+    """Against the sums by hand, for masks with gaps, as the turns of a chat leave them."""
+    from methods.tasks import loss
+    from methods.tasks.encode import TokenBatch
+
+    monkeypatch.setattr(loss, "LONGEST", block)
+    rng = np.random.default_rng(0)
+    tokens, logits = rng.integers(0, 5, (3, 8)).astype(np.int32), rng.normal(size=(3, 8, 5))
+    mask = np.array([[0, 1, 0, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0, 0]], bool)
+    batch = TokenBatch(tokens, np.ones_like(mask), mask)
+    assert extents(mask).tolist() == [5, 7, 1] and answer_width(batch) == 7
+    hidden, head = head_of(logits)
+    log_p, hits = answer_scores_at(head, hidden, batch, answer_width(batch))
+    all_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    for n in range(3):
+        at = np.flatnonzero(mask[n])
+        np.testing.assert_allclose(log_p[n], sum(all_p[n, t, tokens[n, t + 1]] for t in at), rtol=1e-12)
+        assert int(hits[n]) == sum(logits[n, t].argmax() == tokens[n, t + 1] for t in at)
+    narrow, _ = answer_scores_at(head, hidden, batch, 5)
+    assert np.isnan(narrow).tolist() == [False, True, False]  # never a part of an answer
+
+
+def test_the_loss_of_rows_and_their_exact_matches():
+    made, rows = task_of("prompts", [{"prompt": "a ", "completion": "bb"}, {"prompt": "", "completion": "c"}])
+    reader, seen = tokenizer(), []
+
+    def score(batch):
+        # Every learned token costs its own id in nats; of the first row all are hits.
+        seen.append(batch.tokens.shape)
+        targets = np.roll(batch.tokens, -1, axis=1)
+        hits = batch.answer_mask.sum(axis=1) - (batch.tokens[:, 0] == 0)
+        return -(targets * batch.answer_mask).sum(axis=1).astype(float), hits
+
+    found = evaluate_spans(score, made, rows, reader, batch_size=4)
+    ids = reader("bbc", add_special_tokens=False)["input_ids"]
+    total = sum(ids) + 2 * reader.eos_token_id
+    np.testing.assert_allclose(found.metrics["loss"], total / 5)
+    np.testing.assert_allclose(found.metrics["perplexity"], np.exp(total / 5))
+    assert found.right.tolist() == [True, False] and found.metrics["exact"] == 0.5 and found.counts.tolist() == [3, 2]
+    assert seen == [(4, 32)]
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_held_out_shares_no_subject_and_is_always_the_same(tmp_path):
+    records = [{"prompt": f"Subject {i % 12}", "completion": f" {i}"} for i in range(60)]
+    file = records_file(tmp_path, records)
+    first, second = (tasks.read_source(None, str(file)) for _ in range(2))
+    assert first.train == second.train and first.test == second.test
+    assert len(first.test) >= 12 and len(first.train) + len(first.test) == 60
+    assert not {row["prompt"] for row in first.train} & {row["prompt"] for row in first.test}
+    assert first.tested_on == f"{file}, held out,"
+
+
+def test_a_folder_brings_its_test(tmp_path):
+    write(tmp_path, numbered("text"), "train.jsonl")
+    write(tmp_path, [{"text": "validation"}], "validation.jsonl")
+    assert tasks.read_source(None, str(tmp_path)).test == [{"text": "validation"}]
+    write(tmp_path, [{"text": "test"}], "test.jsonl")
+    assert tasks.read_source(None, str(tmp_path)).test == [{"text": "test"}]
+    write(tmp_path, [{"text": "named"}], "other.jsonl")
+    assert tasks.read_source(None, str(tmp_path), test_data=str(tmp_path / "other.jsonl")).test == [{"text": "named"}]
+    (tmp_path / "train.csv").write_text("text\nx\n")
+    with pytest.raises(ValueError, match=r"several files called train, train\.csv and train\.jsonl: name one"):
+        tasks.read_source(None, str(tmp_path))
+
+
+def test_rows_of_the_hub(monkeypatch):
+    from methods.tasks import source
+
+    asked = []
+    monkeypatch.setattr(source, "from_hub", lambda *of: asked.append(of) or numbered("text"))
+    found = tasks.read_source(None, "owner/texts:small", test=5)
+    assert asked == [("owner/texts", "small", "train")] and len(found.test) == 5
+    assert found.trained_on == "owner/texts:small"
+
+    def fails(*of):
+        raise OSError("no network")
+
+    monkeypatch.setattr(source, "from_hub", fails)
+    with pytest.raises(FileNotFoundError, match=r"'owner/texts' is no file here, and the hub gave no data set"):
+        tasks.read_source(None, "owner/texts")
+
+
+# --- tasks of one's own ----------------------------------------------------------------------------------------------
+
+MINE = '''
+import dataclasses
+from methods.tasks import MultipleChoice, Pair
+
+
+@dataclasses.dataclass
+class Words:
+    """Looked for in its module."""
+
+    prompt: str = "Question: {}\\nAnswer:"
+
+
+def pairs(row):
+    return tuple(Pair(Words().prompt.format(row["ask"]), " " + choice) for choice in row["choices"])
+
+
+TASK = MultipleChoice(name="mine", fields=("ask",), pairs=pairs)
+'''
+
+
+def test_a_task_of_ones_own_reads_a_file_or_a_folder(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    named = f"{tmp_path / 'mine.py'}:TASK"
+    rows = [{"ask": f"wash {i}", "choices": ["pot", "soap"], "label": i % 2} for i in range(20)]
+    write(tmp_path, rows, "rows.jsonl")
+    found = tasks.read_source(named, str(tmp_path / "rows.jsonl"))
+    assert found.task.name == "mine" and len(found.train) == 16 and found.train[0].keys() == {"ask", "choices", "label"}
+    write(tmp_path / "mine", rows, "train.jsonl")
+    write(tmp_path / "mine", rows[:2], "validation.jsonl")
+    assert tasks.read_source(named, str(tmp_path)).test == rows[:2]
+    write(tmp_path, [*rows, {"ask": 1}], "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 21 has no text 'ask', which mine needs"):
+        tasks.read_source(named, str(tmp_path / "rows.jsonl"))
+
+
+def test_registered_tasks_are_known_by_their_names(monkeypatch):
+    from methods.tasks import registry
+
+    monkeypatch.setattr(registry, "TASKS", dict(registry.TASKS))
+    made = tasks.MultipleChoice(name="mine", fields=("ask",), pairs=lambda row: ())
+    assert tasks.register(made) is made and tasks.get("mine") is made and tasks.register(made) is made
+    with pytest.raises(ValueError, match=r"There is a task called 'mine' already"):
+        tasks.register(tasks.MultipleChoice(name="mine", fields=("other",), pairs=lambda row: ()))
+    with pytest.raises(ValueError, match=r"names no text field, so that it needs group="):
+        tasks.MultipleChoice(name="mine", fields=(), pairs=lambda row: ())
+    with pytest.raises(TypeError):
+        tasks.MultipleChoice("mine", ("ask",))  # pyright: ignore
+
+
+# --- whole commands --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def chat_model(tiny_model, tmp_path_factory):
+    """`tiny_model` with a chat template and a mark of the end."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]", "eos_token": "fast"}
+    config["chat_template"] = "{% for m in messages %}{{ m['content'] + ' : ' }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_command_trains_on_every_format(name, chat_model, tmp_path, capsys):
+    file = records_file(tmp_path, [*numbered(name, 40)])
+    sizes = "--finetune-steps 2 --length 60 --targets q_proj --batch-size 4 --outer-batch-size 4".split()
+    words = ["lora", "--model", str(chat_model), "--data", str(file), "--out", str(tmp_path / "run"), *sizes]
+    assert cli.run(words) == 0, capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    used = {key: config[key] for key in ("task", "train_rows", "outer_rows", "test_rows")}
+    assert used == {"task": name, "train_rows": 24, "outer_rows": 8, "test_rows": 8}
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert f"Test: 8 rows of {file}, held out, which no search or training saw." in page
+    result = json.loads((tmp_path / "run" / "results" / "lora.json").read_text())
+    metrics = {"choices": "accuracy per character", "labels": "accuracy"}.get(name, "loss")
+    assert metrics in result["metrics"] and (metrics == "loss") == ("losses" in result)
+    before = (tmp_path / "run" / "report.md").read_bytes()
+    assert cli.run(words) == 0  # which continues it, though the numbers of rows are not said
+    assert "already finished" in capsys.readouterr().out and (tmp_path / "run" / "report.md").read_bytes() == before
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_exact_matches_are_what_the_model_writes(chat_model, tmp_path):
+    """Against a second program: the model's first choice, appended and given to the model again."""
+    import jax.numpy as jnp
+
+    pretrained = models.load(chat_model)
+
+    def written(prompt, count):
+        ids = pretrained.tokenizer(prompt)["input_ids"]
+        for _ in range(count):
+            logits = pretrained.model.apply({"params": pretrained.weights}, jnp.asarray([ids]))
+            ids = [*ids, int(logits[0, -1].argmax())]
+        return ids[-count:]
+
+    words = {index: word for word, index in pretrained.tokenizer.get_vocab().items()}
+    prompts = [f"wash the pot {word}" for word in ("with", "now", "a", "soap", "it", "eat")]
+    told = [" ".join(words[i] for i in written(prompt, 2)) for prompt in prompts]
+    records = [{"prompt": p, "completion": f" {text}"} for p, text in zip(prompts, told, strict=True)]
+    records += [{"prompt": f"{p} the", "completion": " soap soap"} for p in prompts]
+    expected = [
+        written(record["prompt"], 2) == pretrained.tokenizer(record["completion"])["input_ids"] for record in records
+    ]
+    made, rows = task_of("prompts", records)
+    file = str(records_file(tmp_path, records * 3))
+    settings = lora.LoRASettings(model=str(chat_model), data=file, length=30, batch_size=2, outer_batch_size=2)
+    bench = benches.prepare(settings)
+    ended = LanguageModelling(name=made.name, fields=made.fields, spans=made.spans, ended=False)
+    bench = bench._replace(source=bench.source._replace(task=ended), splits=bench.splits._replace(test=rows))
+    found = evaluation.evaluate(bench, objective.Bound(identity, {}))
+    assert found.right.tolist() == expected and sum(expected) >= 3 and not all(expected)
+
+
+def test_the_page_of_formats_names_every_column():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for name, format in FORMATS.items():
+        assert f"| `{name}` |" in page and all(f"`{column}`" in page for column in format.names), name
+    lines = {name: next(line for line in page.splitlines() if f"`{name}`" in line) for name in tasks.TASKS}
+    for name, task in tasks.TASKS.items():
+        assert all(f"`{field}`" in lines[name] for field in task.fields), name
+        if not isinstance(task, tasks.Generation):
+            assert "`label`" in lines[name], name
+        if isinstance(task, tasks.MultipleChoice):
+            assert "`choices`" in lines[name], name
+    for end in tasks.READERS:
+        assert f"`{end}`" in page, end
+
+
+def test_the_interval_of_a_difference_of_losses():
+    """The interval of a paired difference of losses covers the truth at its rate."""
+    from methods.pages import loss_difference
+
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        counts = rng.integers(5, 20, 80)
+        gap = rng.normal(0.3, 0.5, 80) * counts**0.5 + 0.1 * counts
+        base = rng.normal(2, 1, 80) * counts
+        mean, half = loss_difference(base + gap, base, counts)
+        truth = 0.1 + 0.3 * np.mean(np.arange(5, 20) ** 0.5) / np.mean(np.arange(5, 20))
+        covered += abs(mean - truth) <= half
+    assert 0.91 <= covered / 400 <= 0.98
+    assert loss_difference([2.0], [1.0], [2])[0] == 0.5
