@@ -16,13 +16,12 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from rich.progress import track
 
 import bilevel
 from methods import figures, lora, processes, tasks
 from methods.attribution import SCORES, Training, numbered, problem
-from methods.bench import Bench, Settings, recipe
+from methods.bench import Bench, recipe
 from methods.datamodeling import datamodeling_score, subsets
 from methods.driver import Arm, Chosen, Method, Tried
 from methods.models.hooks import identity
@@ -30,6 +29,7 @@ from methods.objective import Bound, row_losses, token_losses
 from methods.pages import Page, Run
 from methods.ranges import CountOrNone, NotNegative, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 
 SHOWN = 5
 """Rows that the page shows of those that help, and of those that harm."""
@@ -136,13 +136,12 @@ def of(settings: AttributeSettings, bench: Bench) -> bilevel.Problem:
 
 def training(settings: AttributeSettings, bench: Bench) -> Training:
     """The training whose rows are judged, with its questions."""
-    plan = recipe(settings)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, plan.learning_rate, plan.warming, plan.steps)
+    plan = dataclasses.replace(recipe(settings), eps_root=settings.eps_root)
     count = settings.questions or 1
     asked = jax.tree.map(lambda x: x[: settings.questions or None], bench.outer)
     return Training(
         of(settings, bench),
-        optax.adamw(schedule, weight_decay=0.0, eps_root=settings.eps_root),
+        plan.optimizer(),
         plan.steps,
         bilevel.Batches(numbered(bench.train), settings.batch_size),
         jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), asked),

@@ -1,4 +1,4 @@
-"""What every command stands on: its settings, and the model, the task and the rows that they name.
+"""What every command stands on: the model, the task and the rows that its settings name.
 
 The rows of a task are cut into three: *train*, which the inner loss sees; *outer*, the validation rows of the outer
 loss; and *test*, the published validation set, which only the last evaluation sees.
@@ -7,12 +7,13 @@ loss; and *test*, the published validation set, which only the last evaluation s
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,86 +25,13 @@ from methods.adapters.lora import LoRAConfig
 from methods.causes import reading
 from methods.models.loading import Pretrained, load, locate
 from methods.objective import Given, mean_loss, mean_of_row_means, prediction, room
-from methods.ranges import Count, CountOrNone, Positive, Range, Seed
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 from methods.tasks.loss import answer_width
 from methods.training import Recipe
 
 WRITTEN = 256
 """Most tokens of a written answer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Options that every command has.
-
-    Attributes:
-      model: a folder in Hugging Face layout, a .gguf file, or a name on the hub.
-      task: name of a task, or FILE.py:NAME for one of your own; by default piqa, or what the columns of --data say.
-      data: rows of your own, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder with train.jsonl or OWNER/NAME on
-        the hub; or a folder that holds <task>/train.jsonl and the like: by default $BILEVEL_DATA, assets/data, the hub.
-      test_data: rows of your own to test on; by default test.jsonl or validation.jsonl beside train.jsonl, or else a
-        part of --data that nothing else sees.
-      columns: what the columns of your own rows are, such as prompt=question,answer=response.
-      out: run folder; the same command continues what is in it.
-      seed: of the data split, the start values and the batches.
-      length: tokens a training sequence; rows that need more are left out.
-      batch_size: rows an inner or fine-tuning step.
-      outer_batch_size: rows an outer loss.
-      train_rows: rows the inner loss sees; by default 256 of a task, and of your own rows all that are left.
-      outer_rows: validation rows the outer loss sees; where texts are written, prompts, each with all its references;
-        by default 128 of a task, and a quarter of your own training rows.
-      test_rows: rows of the last evaluation, or prompts with all their references; 0 takes all; by default 100 of a
-        task, all of your own test rows, or a fifth of --data.
-      rank: LoRA's r.
-      lora_alpha: LoRA's alpha; the update is scaled by alpha / r.
-      adapter: "rslora" scales by alpha / sqrt(r), "dora" trains the lengths of the adapted columns beside LoRA.
-      targets: names of the adapted linears, or one regular expression.
-      finetune_steps: optimizer steps of the final training.
-      finetune_lr: peak learning rate of the final training (AdamW, 10 % warm-up, cosine decay).
-      accumulate: batches whose mean gradient makes one step, in the memory of one: of the search, inner and outer, and
-        of the final training.
-      validate_every: steps between two validations on the outer rows, the best of which is kept; 0: none.
-      patience: validations without a new best that stop the final training; 0: never.
-      remat: recompute blocks in the backward pass: less memory, one more forward pass.
-      mesh: devices to compute on, such as data=8, fsdp=8 or data=4,fsdp=2: rows are split over all of them, frozen
-        weights over those of fsdp. The numbers are those of one device, to rounding, and a run goes on with another.
-      coordinator: HOST:PORT of the first of several processes that compute together, the same in all of them; "auto"
-        where SLURM, GKE or MPI started them and knows it. Every process is given the same command, and --mesh.
-      processes: how many there are, beside HOST:PORT.
-      process: which one this is, from 0; the first alone writes and speaks. All have to see the run folder.
-      dtype: of the frozen weights and of what products are of; "bfloat16" halves their memory. Sums, what is trained,
-        its optimizer's state and hypergradients are float32 all the same.
-    """
-
-    model: str
-    task: str | None = None
-    data: str | None = None
-    test_data: str | None = None
-    columns: str | None = None
-    out: Path = Path("runs/latest")
-    seed: Seed = 0
-    length: Annotated[int, Range(2, ranges.LARGEST)] = 48
-    batch_size: Count = 4
-    outer_batch_size: Count = 8
-    train_rows: Count | None = None
-    outer_rows: Count | None = None
-    test_rows: CountOrNone | None = None
-    rank: Count = 8
-    lora_alpha: Positive = 16.0
-    adapter: Literal["lora", "rslora", "dora"] = "lora"
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
-    finetune_steps: Annotated[int, Range(2, ranges.LARGEST)] = 40  # a warm-up and a decay: one step each at least
-    finetune_lr: Positive = 5e-4
-    accumulate: Count = 1
-    validate_every: CountOrNone = 0
-    patience: CountOrNone = 0
-    remat: bool = True
-    mesh: str | None = None
-    coordinator: str | None = None
-    processes: Annotated[int, Range(1, ranges.LARGEST)] | None = None
-    process: Annotated[int, Range(0, ranges.LARGEST)] | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Bench(NamedTuple):
@@ -196,7 +124,13 @@ def check(settings: Settings) -> None:
         axes = mesh.sizes(settings.mesh)
         mesh.rows_divide("--batch-size", settings.batch_size, axes)
         mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)
-    runfolder.check(settings.out, settings, [name for name in SETTLED if getattr(settings, name) is None])
+    runfolder.check(settings.out, settings, _unsettled(settings))
+
+
+def _unsettled(settings: Settings) -> list[str]:
+    """The settings whose values only the rows tell."""
+    by_epochs = ["finetune_steps"] if settings.finetune_epochs is not None else []
+    return [name for name in SETTLED if getattr(settings, name) is None] + by_epochs
 
 
 def _check_batches(settings: Settings) -> None:
@@ -220,7 +154,9 @@ def adapter(settings: Settings) -> LoRAConfig:
     except (re.error, RecursionError, OverflowError, MemoryError) as error:
         raise ValueError(f"--targets {settings.targets[0]!r} is no regular expression ({error}).") from error
     rslora, dora = settings.adapter == "rslora", settings.adapter == "dora"
-    return LoRAConfig(settings.rank, settings.lora_alpha, targets, rslora=rslora, dora=dora)
+    return LoRAConfig(
+        settings.rank, settings.lora_alpha, targets, rslora=rslora, dora=dora, dropout=settings.lora_dropout
+    )
 
 
 def check_rank(option: str, rank: int, shapes: Mapping[str, tuple[int, int]], sites: Sequence[str]) -> None:
@@ -346,7 +282,11 @@ def _sizes(settings: Settings) -> Sizes:
 
 
 def settled(settings: Any, bench: Bench) -> Any:
-    """The settings of a run, in which the task and the numbers of rows are those that are used."""
+    """The settings of a run, in which the task and the numbers of rows and steps are those that are used.
+
+    Raises:
+      ValueError: for so few epochs that they are no training.
+    """
     used = {
         "task": bench.task.name,
         "train_rows": len(bench.splits.train),
@@ -354,7 +294,18 @@ def settled(settings: Any, bench: Bench) -> Any:
         "test_rows": len(tasks.units(bench.task, bench.splits.test)),
     }
     unsaid = {name: value for name, value in used.items() if getattr(settings, name) is None}
-    return dataclasses.replace(settings, **unsaid)
+    if settings.finetune_epochs is not None:
+        batch = settings.batch_size * settings.accumulate
+        steps = math.ceil(settings.finetune_epochs * len(bench.splits.train) / batch)
+        if not 2 <= steps * settings.accumulate <= ranges.LARGEST:
+            raise ValueError(
+                f"--finetune-epochs {settings.finetune_epochs:g} of {len(bench.splits.train)} rows are {steps:,} steps "
+                f"of {batch} rows: there must be at least 2, and at most {ranges.LARGEST:,} batches."
+            )
+        unsaid["finetune_steps"] = steps
+    settled = dataclasses.replace(settings, **unsaid)
+    recipe(settled)
+    return settled
 
 
 def _split(
@@ -383,8 +334,19 @@ def open_run(settings: Settings, bench: Bench) -> RunFolder:
 
 def recipe(settings: Settings) -> Recipe:
     """The recipe of the final training. Raises ValueError."""
-    counts = settings.accumulate, settings.validate_every, settings.patience
-    return Recipe(settings.finetune_steps, settings.finetune_lr, *counts)
+    warmup = math.floor(settings.finetune_steps * settings.warmup + 1e-9)
+    return Recipe(
+        settings.finetune_steps,
+        settings.finetune_lr,
+        settings.accumulate,
+        settings.validate_every,
+        settings.patience,
+        warmup=max(warmup, 1 if settings.warmup else 0),
+        clip=settings.clip,
+        optimizer_name=settings.finetune_optimizer,
+        schedule=settings.schedule,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def start(bench: Bench, key: jax.Array) -> dict[str, Any]:

@@ -18,10 +18,11 @@ import optax
 
 import bilevel
 from methods import evaluation, mesh, pages, processes
-from methods.bench import Bench, Settings, open_run, prepare, recipe, settled
+from methods.bench import Bench, open_run, prepare, recipe, settled
 from methods.objective import Bound
 from methods.pages import Page, Run
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 from methods.tasks import Buckets
 from methods.tasks.batches import POOL
 from methods.training import Recipe, train

@@ -36,13 +36,14 @@ import bilevel
 from methods import figures, lora
 from methods.adapters import gates, slicing
 from methods.adapters.gates import Bias, Structure
-from methods.bench import Bench, Settings, recipe
+from methods.bench import Bench, recipe
 from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.models.hooks import Chain, Hook, identity
 from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, one_of
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 
 Outer = Literal["none", "gates", "sparsity"]
 WIDTH = 0.05

@@ -31,7 +31,7 @@ import numpy as np
 import bilevel
 from methods import figures, lora, ranges
 from methods.adapters.lora import LoRAConfig
-from methods.bench import Bench, Settings
+from methods.bench import Bench
 from methods.driver import Chosen, Method, Search, Tried, searching
 from methods.flexora_variants import (
     INNER_OPTIMIZERS,
@@ -46,6 +46,7 @@ from methods.flexora_variants import (
 from methods.objective import Given
 from methods.pages import Page, Run
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone, one_of
+from methods.settings import Settings
 from methods.tasks import METRICS, Cycled
 
 
@@ -113,13 +114,15 @@ def problem(given: Given, *, power: int = 1, sites: Sequence[str] | None = None,
     def gated(weights, params, alpha, batch, key):
         gates: Any = gate(alpha) ** power
         gates = gates if sites is None else dict(zip(sites, gates, strict=True))
-        return given.loss(weights, given.bind(weights, params, gate=gates), batch)
+        return given.loss(weights, given.bind(weights, params, gate=gates, key=key), batch)
 
-    def regularised(weights, params, alpha, batch, key):
-        value = gated(weights, params, alpha, batch, key)
+    def validated(weights, params, alpha, batch, key):
+        value = gated(weights, params, alpha, batch, None)
+        if not decay:
+            return value
         return value + (decay / 2 * jnp.sum((alpha - alpha.mean()) ** 2)).astype(value.dtype)
 
-    training, validation = (jax.tree_util.Partial(f, given.weights) for f in (gated, regularised if decay else gated))
+    training, validation = (jax.tree_util.Partial(f, given.weights) for f in (gated, validated))
     shape = (given.num_layers,) if sites is None else (len(sites), given.num_layers)
     return bilevel.Problem(training, validation, lambda key, alpha: given.start(key), lambda key: jnp.zeros(shape))
 

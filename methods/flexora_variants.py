@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
+from methods.bench import recipe
 from methods.training import Recipe
 
 
@@ -187,16 +188,18 @@ def outer_optimizer(settings: Any, variant: Variant) -> optax.GradientTransforma
 
 def final_recipe(settings: Any, variant: Variant) -> Recipe:
     """How the final training trains. Raises ValueError."""
-    warmup = None
-    if variant.final_warmup is not None:
-        warmup = math.ceil(settings.finetune_steps * variant.final_warmup)
-    return Recipe(
-        settings.finetune_steps,
-        settings.finetune_lr,
-        settings.accumulate,
-        settings.validate_every,
-        settings.patience,
-        warmup=warmup,
-        clip=variant.clip,
-        by_length=variant.final_batches == "by length",
-    )
+    plan = dataclasses.replace(recipe(settings), by_length=variant.final_batches == "by length")
+    if variant.final_warmup is None:
+        return plan
+    for name, value in (("warmup", variant.final_warmup), ("clip", variant.clip)):
+        if getattr(settings, name) not in (value, _default(settings, name)):
+            raise ValueError(
+                f"--released is --{name} {value:g}, and --{name} {getattr(settings, name):g} contradicts it: leave one "
+                "of them out."
+            )
+    warmup = math.ceil(settings.finetune_steps * variant.final_warmup)
+    return dataclasses.replace(plan, warmup=warmup, clip=variant.clip)
+
+
+def _default(settings: Any, name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(settings) if field.name == name)

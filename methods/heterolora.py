@@ -30,13 +30,14 @@ import bilevel
 from bilevel.extend import PyTree
 from methods import lora, proxies, side_by_side
 from methods.adapters.lora import LoRAConfig
-from methods.bench import Bench, Settings
+from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
+from methods.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ import optax
 import bilevel
 from methods import figures, lora
 from methods.adapters.dropout import DropoutConfig, logit
-from methods.bench import Bench, Settings
+from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.evaluation import validation_loss
 from methods.held import held
@@ -43,6 +43,7 @@ from methods.objective import Given
 from methods.pages import Page, Run
 from methods.ranges import LARGEST_FLOAT, Count, Kept, Positive, Range, one_of
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 from methods.tasks.loss import DIVERGENCES, cross_entropy
 
 RULES = ("attention_logits column kl", "ffn_hidden element kl")

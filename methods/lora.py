@@ -19,11 +19,12 @@ import bilevel
 from methods import figures, pages
 from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.adapters.peft import save_peft
-from methods.bench import Bench, Settings
+from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Tried, finetuning
 from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 from methods.training import Recipe
 
 Mask = Mapping[str, Any]
@@ -59,11 +60,14 @@ def problem(given: Given) -> bilevel.Problem:
     So every choice of modules is one compiled program. The mask starts with every module on.
     """
 
-    def loss(weights, params, mask, batch, key):
+    def training(weights, params, mask, batch, key):
+        return given.loss(weights, given.bind(weights, params, mask=mask, key=key), batch)
+
+    def validation(weights, params, mask, batch, key):
         return given.loss(weights, given.bind(weights, params, mask=mask), batch)
 
-    both = jax.tree_util.Partial(loss, given.weights)
-    return bilevel.Problem(both, both, lambda key, mask: given.start(key), lambda key: everywhere(given))
+    inner, outer = (jax.tree_util.Partial(f, given.weights) for f in (training, validation))
+    return bilevel.Problem(inner, outer, lambda key, mask: given.start(key), lambda key: everywhere(given))
 
 
 def everywhere(given: Given) -> dict[str, jax.Array]:

@@ -35,13 +35,14 @@ from methods import figures, lora, objective
 from methods.adapters.edit_folder import save_edit
 from methods.adapters.filters import FILTERS, Edit, init, scalars, task_vectors
 from methods.adapters.lora import LoRAConfig
-from methods.bench import Bench, Settings, check_rank
+from methods.bench import Bench, check_rank
 from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.flexora import gate
 from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, one_of
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 
 Outer = Literal["none", "vectors", "thresholds", "layers"]
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from methods.adapters.hook import InputDropout
 from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.models.hooks import Chain, Hook, identity
 from methods.models.loading import Pretrained
@@ -73,6 +74,7 @@ class Given(NamedTuple):
         mask: PerLayer | None = None,
         before: Hook = identity,
         after: Hook = identity,
+        key: jax.Array | None = None,
     ) -> Bound:
         """What a loss is given of `params`.
 
@@ -82,8 +84,13 @@ class Given(NamedTuple):
           gate: what LoRA's update is multiplied by, `[L]` or `{site: [L]}`.
           mask: where LoRA is at all, bool, likewise.
           before, after: hooks that come before and after LoRA's.
+          key: of a training step, in which LoRA's dropout acts; None: it does not.
         """
-        lora = self.lora.bind(params["lora"], gate, mask, base=weights["blocks"]) if params["lora"] else identity
+        lora: Any = identity
+        if params["lora"]:
+            lora = self.lora.bind(params["lora"], gate, mask, base=weights["blocks"])
+            if key is not None and self.lora.dropout:
+                lora = InputDropout(lora, jax.random.split(key, self.num_layers), self.lora.dropout)
         return Bound(Chain((before, lora, after)), params["head"])
 
 

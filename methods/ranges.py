@@ -80,6 +80,19 @@ class Names:
         return (value is None and self.optional) or (isinstance(value, str) and value in self.registry)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Listed:
+    """Names that a help lists, of an option that takes others too; read each time they are asked for."""
+
+    registries: tuple[Collection[str], ...]
+
+    def __init__(self, *registries: Collection[str]):
+        object.__setattr__(self, "registries", registries)
+
+    def __str__(self) -> str:
+        return ", ".join(name for registry in self.registries for name in registry)
+
+
 def one_of(registry: Collection[str], *, optional: bool = False) -> Any:
     """What a text is annotated with that is a name in `registry`, a dict or another collection; `optional`, or None."""
     # Without the hint the help shows a default in the brackets and quotes of a list.
@@ -155,6 +168,11 @@ def names(hint: Any) -> Names | None:
     """The registry that a type is annotated with."""
     made_by = (getattr(leaf, "constructor_factory", None) for leaf in _leaves(hint))
     return next((factory for factory in made_by if isinstance(factory, Names)), None)
+
+
+def listed(hint: Any) -> Listed | None:
+    """The names that a type is annotated with, of which an option takes others too."""
+    return next((leaf for leaf in _leaves(hint) if isinstance(leaf, Listed)), None)
 
 
 def _leaves(hint: Any) -> Iterator[Any]:

@@ -24,11 +24,12 @@ import optax
 import bilevel
 from methods import figures, flexora, lora
 from methods.attribution import WEIGHTS, numbered, problem
-from methods.bench import Bench, Settings
+from methods.bench import Bench
 from methods.driver import Chosen, Method, Search, Tried, searching
 from methods.objective import row_losses
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, RepeatsOrNone
+from methods.settings import Settings
 
 GATES = "alpha"
 """The entry of the outer variable that holds Flexora's layer logits."""

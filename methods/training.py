@@ -22,6 +22,19 @@ from methods import mesh
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets
 
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adamw": lambda eps_root: optax.scale_by_adam(eps_root=eps_root),
+    "sgd": lambda eps_root: optax.identity(),
+    "momentum": lambda eps_root: optax.trace(0.9),
+}
+"""How a gradient is scaled before the rate, given Adam's `eps_root`."""
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "cosine": optax.cosine_decay_schedule,
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "constant": lambda peak, steps: optax.constant_schedule(peak),
+}
+"""The rate after its peak, given the peak and the steps that are left."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -29,12 +42,17 @@ class Recipe:
 
     Args:
       steps: optimizer steps.
-      learning_rate: the peak: AdamW without weight decay, linear warm-up over 10 % of the steps, cosine decay to 0.
+      learning_rate: the peak, after a linear warm-up.
       accumulate: batches whose mean gradient makes one optimizer step.
       validate_every: optimizer steps between two validations; 0: none, and the last parameters are the result.
       patience: validations in a row without a new best after which training stops; 0: never.
       warmup: steps of the warm-up; None: a tenth of all, rounded down, at least 1.
       clip: a gradient of a larger Euclidean norm, taken over all parameters, is shortened to it; 0: never.
+      optimizer_name: a name in `OPTIMIZERS`.
+      schedule: a name in `SCHEDULES`, of the rate after its peak.
+      weight_decay: lambda; a step subtracts rate * lambda * parameters beside what the optimizer says (Loshchilov and
+        Hutter, 2019, arXiv:1711.05101).
+      eps_root: what Adam adds under its square root, which makes a training smoother.
       by_length: batches hold rows of similar length; else they are drawn at random.
 
     Raises:
@@ -48,9 +66,16 @@ class Recipe:
     patience: int = 0
     warmup: int | None = None
     clip: float = 0.0
+    optimizer_name: str = "adamw"
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    eps_root: float = 0.0
     by_length: bool = True
 
     def __post_init__(self):
+        for name, known in (("optimizer_name", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Fine-tuning with {name}={getattr(self, name)!r}: choose from {', '.join(known)}.")
         for name, least in (("steps", 1), ("accumulate", 1), ("validate_every", 0), ("patience", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"Fine-tuning with {name}={getattr(self, name)}: it must be at least {least}.")
@@ -61,7 +86,7 @@ class Recipe:
                 f"Fine-tuning with steps={self.steps}: {self.warming} of them are its warm-up, of which the first has "
                 f"rate 0; it must be at least {self.warming + 1}."
             )
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "weight_decay", "eps_root"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"Fine-tuning with {name}={getattr(self, name)}: it must be a number from 0 on.")
 
@@ -75,13 +100,21 @@ class Recipe:
         return _optimizer(self)
 
 
+    def rate(self) -> optax.Schedule:
+        """The learning rate by optimizer step."""
+        rise = optax.linear_schedule(0.0, self.learning_rate, self.warming)
+        after = SCHEDULES[self.schedule](self.learning_rate, self.steps - self.warming)
+        return optax.join_schedules([rise, after], [self.warming]) if self.warming else after
+
+
 @functools.cache  # optimizers compare by identity: a new one would have the same training compiled again
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warming, recipe.steps)
-    adamw = optax.adamw(schedule, weight_decay=0.0)
-    if recipe.clip:
-        adamw = optax.chain(optax.clip_by_global_norm(recipe.clip), adamw)
-    return optax.MultiSteps(adamw, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else adamw
+    """Clipping, the optimizer's scaling, weight decay apart from it, the rate; over all batches of a step."""
+    parts = [optax.clip_by_global_norm(recipe.clip)] if recipe.clip else []
+    parts += [OPTIMIZERS[recipe.optimizer_name](recipe.eps_root)]
+    parts += [optax.add_decayed_weights(recipe.weight_decay)] if recipe.weight_decay else []
+    whole = optax.chain(*parts, optax.scale_by_learning_rate(recipe.rate()))
+    return optax.MultiSteps(whole, recipe.accumulate).gradient_transformation() if recipe.accumulate > 1 else whole
 
 
 def train(

@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, TypeVar
 
-from methods.bench import Settings
+from methods.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 

@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.lora import low_data_report
 from benchmarks.lora.cases import MINILM, installed
 from benchmarks.record import clock
-from methods.bench import Settings
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 

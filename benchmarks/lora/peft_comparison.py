@@ -125,7 +125,8 @@ def prepared(case: Case, seed: int, folder: Path) -> tuple[Any, Any, Any]:
     import jax
 
     from methods import lora
-    from methods.bench import Settings, prepare, start
+    from methods.bench import prepare, start
+    from methods.settings import Settings
 
     settings = case.settings(Settings, seed, folder / "run", rank=RANK, lora_alpha=ALPHA)
     bench = prepare(settings)

@@ -17,10 +17,12 @@ of the gradient. Here the gradient is the whole one.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = dict[str, dict[str, jax.Array]]
 
@@ -74,6 +76,37 @@ class LoRA:
             adapted = y + update
         # y + 0 is not y for y = -0.0, nor where x A overflows.
         return adapted if mask is None else jnp.where(mask.any(), adapted, y)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InputDropout:
+    """A LoRA whose update reads its input with some of it set to 0, and the rest divided by what is kept on average.
+
+    The base's own output is not touched (and neither are the columns' lengths of DoRA): with rate p and a mask
+    m of independent entries that are 1 with probability 1 - p,
+
+        y + g_i * s * ((m / (1 - p)) * x A_i) B_i
+
+    Srivastava et al., 2014; on LoRA's input as in Hu et al., 2021, arXiv:2106.09685.
+
+    Attributes:
+      lora: the adapter.
+      keys: a typed random key a layer, `[L]`.
+      rate: p, in [0, 1).
+    """
+
+    lora: LoRA
+    keys: jax.Array
+    rate: float = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, site: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """As `LoRA`, of one layer. What a site drops depends on its name, not on which others are adapted."""
+        if site not in self.lora.params:
+            return y
+        key = jax.random.fold_in(self.keys, np.uint32(zlib.crc32(site.encode())))
+        kept = jax.random.bernoulli(key, 1.0 - self.rate, x.shape)
+        return self.lora(site, jnp.where(kept, x / (1.0 - self.rate), jnp.zeros_like(x)), y)
 
 
 def lengths(kernel: jax.Array) -> jax.Array:

@@ -39,10 +39,11 @@ class LoRAConfig:
       dora: DoRA.
       rank_pattern: `{pattern: r}`. Arrays have the largest rank there is; what a module has less is masked.
       alpha_pattern: `{pattern: alpha}`.
+      dropout: share of what the adapter reads that is dropped in training, where `bind` is given a key.
 
     Raises:
-      ValueError: for a rank below 1, an alpha that is not positive, a pattern that is no regular expression or cannot
-        be matched in bounded time (look-around), no target, or no layer or a negative one.
+      ValueError: for a rank below 1, a dropout outside [0, 1), an alpha that is not positive, a pattern that is no
+        regular expression or cannot be matched in bounded time (look-around), no target, or no layer or a negative one.
     """
 
     rank: int = 8
@@ -53,8 +54,11 @@ class LoRAConfig:
     dora: bool = False
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    dropout: float = 0.0
 
     def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout {self.dropout!r} must be at least 0 and below 1.")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             pairs = tuple(value.items() if isinstance(value, Mapping) else value)

@@ -188,7 +188,7 @@ def _settings(
         "alpha_pattern": {re.escape(name): _number(m.alpha) for name, m in named.items() if m.alpha != alpha},
         "use_rslora": config.rslora,
         "use_dora": config.dora,
-        "lora_dropout": 0.0,
+        "lora_dropout": config.dropout,
         "bias": "none",
         "fan_in_fan_out": names.conv1d,
         "init_lora_weights": True,

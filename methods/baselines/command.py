@@ -14,12 +14,13 @@ import bilevel
 from methods import lora, side_by_side
 from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET, Setting
 from methods.baselines.base import Found
-from methods.bench import Bench, Settings
+from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Tried
 from methods.objective import Bound
 from methods.pages import Page, Run
 from methods.ranges import Share, one_of
 from methods.runfolder import RunFolder
+from methods.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
