@@ -61,7 +61,7 @@ $(VENV)/python.stamp:
 
 $(VENV)/run.stamp: pyproject.toml | $(VENV)/python.stamp
 	@echo "Installing bilevel and its run-time dependencies into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --quiet --editable .
+	@$(PIP) install --quiet --editable '.[lora]'
 	@touch "$@"
 
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/python.stamp

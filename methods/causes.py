@@ -47,13 +47,15 @@ def reading(what: str, remedy: str) -> Iterator[None]:
         raise BadInput(f"{what} cannot be read ({_reason(error)}): {remedy}.") from error
 
 
-def sentence(error: BaseException) -> str | None:
-    """What to tell the user; None where the fault is ours."""
+def sentence(error: BaseException, command: str = "this") -> str | None:
+    """What to tell the user of `command`; None where the fault is ours."""
     if isinstance(error, OSError):
         named = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
         return _one_line(named)
     if isinstance(error, ModuleNotFoundError) and not _deliberate(error):
-        return f"{error.name} is not installed, which this needs: pip install it."
+        # The extra has all that our own code imports. What a library asks for besides, none of our extras may have.
+        remedy = "pip install 'bilevel[lora]'" if _is_ours(_origin(error)) else "pip install it"
+        return f"{command} needs {error.name}, which is not installed: {remedy}."
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)[:200]:
         return "There is not enough memory: lower --batch-size, --length, --inner-steps or --rank."
     written = (ValueError, TypeError, FloatingPointError, ModuleNotFoundError, NotImplementedError)
@@ -64,13 +66,21 @@ def sentence(error: BaseException) -> str | None:
 
 def _deliberate(error: BaseException) -> bool:
     """Whether a `raise` statement of ours is where the error began."""
-    at: TracebackType | None = error.__traceback__
-    if at is None:
-        return False
-    while at.tb_next is not None:
+    at = _origin(error)
+    return at is not None and _is_ours(at) and at.tb_frame.f_code.co_code[at.tb_lasti] == _RAISE
+
+
+def _origin(error: BaseException) -> TracebackType | None:
+    """Where the error began; Python leaves its own import system out of the traceback of a failed import."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
         at = at.tb_next
-    code, file = at.tb_frame.f_code, Path(at.tb_frame.f_code.co_filename)
-    return code.co_code[at.tb_lasti] == _RAISE and any(file.is_relative_to(folder) for folder in _OURS)
+    return at
+
+
+def _is_ours(at: TracebackType | None) -> bool:
+    """Whether it was code of ours, and not of a library, that ran there."""
+    return at is not None and any(Path(at.tb_frame.f_code.co_filename).is_relative_to(folder) for folder in _OURS)
 
 
 def _reason(error: BaseException) -> str:

@@ -95,17 +95,17 @@ def run(arguments: list[str]) -> int:
     except (BrokenPipeError, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers' library is no `Exception`
-        return _failed(error)
+        return _failed(error, *arguments[:1])
 
 
-def _failed(error: BaseException) -> int:
+def _failed(error: BaseException, command: str = "this") -> int:
     """Says what went wrong: in one sentence where it is not our fault."""
     from methods import processes
     from methods.causes import sentence
 
     if (gone := processes.lost(error)) is not None:
         processes.leave(_fail(gone))
-    said = sentence(error)
+    said = sentence(error, command)
     if said is None or os.environ.get("BILEVEL_TRACEBACK"):
         _say("".join(traceback.format_exception(error)).rstrip())
     if said is not None:

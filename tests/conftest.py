@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,14 @@ def at_a_terminal() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> dict[str, float]:
+    """A clock that is set by hand: `clock["now"]`, in seconds."""
+    set_to = {"now": 100.0}
+    monkeypatch.setattr(time, "monotonic", lambda: set_to["now"])
+    return set_to
 
 
 def _missing(message: str) -> NoReturn:

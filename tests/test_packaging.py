@@ -1,6 +1,7 @@
 """The wheel is what users get: it is built, installed where the checkout is out of reach, and imported."""
 
 import ast
+import email
 import importlib.metadata
 import os
 import re
@@ -14,16 +15,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("bilevel", "methods")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def call(*command, cwd) -> str:
+def ran(*command, cwd) -> subprocess.CompletedProcess[str]:
     """Run outside the checkout, as a user would: nothing of it on the path."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST_"))}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def call(*command, cwd) -> str:
+    """What such a run prints; it must end well."""
+    done = ran(*command, cwd=cwd)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -36,24 +43,47 @@ class Installed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Installed:
-    """The wheel in an environment of its own. It is built from the sdist, which must be complete for that.
-
-    The dependencies are borrowed by a .pth file from the environment that runs the tests: Python adds that
-    folder to the path but does not read its .pth files, so an editable install of the checkout is not seen.
-    """
+def wheel(tmp_path_factory) -> Path:
+    """It is built from the sdist, which must be complete for that."""
     tmp = tmp_path_factory.mktemp("wheel")
     call(sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp / "dist", ROOT, cwd=tmp)
     (wheel,) = (tmp / "dist").glob("*.whl")
+    return wheel
+
+
+def environment(wheel: Path, tmp: Path) -> Installed:
+    """The wheel in an environment of its own, without the packages that it needs."""
     venv.create(tmp / "env", with_pip=False)
     python = tmp / "env" / "bin" / "python"
     pip = ("-m", "pip", "--disable-pip-version-check", "--python", python)
     call(sys.executable, *pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=tmp)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(call(python, "-c", code, cwd=tmp).strip())
+    return Installed(wheel, python.parent, Path(call(python, "-c", code, cwd=tmp).strip()), tmp)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Installed:
+    """The wheel with everything.
+
+    The dependencies are borrowed by a .pth file from the environment that runs the tests: Python adds that
+    folder to the path but does not read its .pth files, so an editable install of the checkout is not seen.
+    """
+    found = environment(wheel, tmp_path_factory.mktemp("whole"))
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    (site / "borrowed.pth").write_text("".join(f"{path}\n" for path in sorted(borrowed)), encoding="utf-8")
-    return Installed(wheel, python.parent, site, tmp)
+    (found.site / "borrowed.pth").write_text("".join(f"{path}\n" for path in sorted(borrowed)), encoding="utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def light(wheel, tmp_path_factory) -> Installed:
+    """The wheel with what `pip install bilevel` brings, and nothing else, by links to where it is installed."""
+    found = environment(wheel, tmp_path_factory.mktemp("light"))
+    for distribution in map(importlib.metadata.distribution, brought(required(wheel))):
+        tops = {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}
+        for top in tops:
+            if not (found.site / top).exists():  # two distributions may share a folder
+                (found.site / top).symlink_to(Path(str(distribution.locate_file(top))))
+    return found
 
 
 def test_wheel_holds_the_two_packages_and_nothing_else(installed):
@@ -103,33 +133,132 @@ def test_slow_imports_are_lazy(installed):
     assert not slow & set(call(installed.bin / "python", "-c", code, cwd=installed.cwd).split())
 
 
-def imports(package: str) -> dict[str, set[str]]:
-    """Top-level names that each file of a package imports, also inside functions."""
-    found = {}
+class Import(NamedTuple):
+    """A package that a file imports, and whether a sentence of ours stands in for it where it is not installed."""
+
+    file: str
+    name: str
+    guarded: bool
+
+
+def imports(package: str) -> list[Import]:
+    """All imports in a package, also inside functions."""
+    found = []
     for path in (ROOT / package).rglob("*.py"):
-        names = found[path.relative_to(ROOT).as_posix()] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree, file = ast.parse(path.read_text(encoding="utf-8")), path.relative_to(ROOT).as_posix()
+        tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try) and says_what_is_missing(node)]
+        guarded = {id(inner) for node in tries for statement in node.body for inner in ast.walk(statement)}
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                names |= {alias.name.partition(".")[0] for alias in node.names}
+                names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names.add(node.module.partition(".")[0])
+                names = [node.module]
+            else:
+                continue
+            found += [Import(file, name.partition(".")[0], id(node) in guarded) for name in names]
     return found
+
+
+def says_what_is_missing(node: ast.Try) -> bool:
+    """Whether the `try` ends in a ModuleNotFoundError of ours that names what to install."""
+    return any(
+        isinstance(handler.type, ast.Name)
+        and handler.type.id == "ModuleNotFoundError"
+        and isinstance(handler.body[-1], ast.Raise)
+        and "pip install 'bilevel[" in ast.unparse(handler.body[-1]).replace('"', "'")
+        for handler in node.handlers
+    )
 
 
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_import_is_a_declared_dependency(package):
-    declared = {normal(re.match(r"[\w.-]+", line)[0]) for line in PROJECT["dependencies"]}
+def required(wheel: Path, extra: str = "") -> list[Requirement]:
+    """What the wheel asks for by its metadata: always, or for an extra besides."""
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"bilevel-{PROJECT['version']}.dist-info/METADATA").decode()
+    lines = map(Requirement, email.message_from_string(text).get_all("Requires-Dist", []))
+    return [line for line in lines if (line.marker.evaluate({"extra": extra}) if line.marker else not extra)]
+
+
+def names(requirements: list[Requirement]) -> set[str]:
+    return {normal(requirement.name) for requirement in requirements}
+
+
+def brought(requirements: list[Requirement]) -> set[str]:
+    """What pip installs for these: them, what they ask for, and so on, with the extras that are asked for."""
+    found, left = set(), [(normal(r.name), extra) for r in requirements for extra in ("", *r.extras)]
+    while left:
+        name, extra = each = left.pop()
+        if each not in found:
+            found.add(each)
+            for r in map(Requirement, importlib.metadata.requires(name) or []):
+                if r.marker is None or r.marker.evaluate({"extra": extra}):
+                    left += [(normal(r.name), extra) for extra in ("", *r.extras)]
+    return {name for name, _ in found}
+
+
+def missing(package: str, declared: set[str]) -> set[Import]:
+    """Imports of a package that none of the distributions brings, and that no sentence stands in for."""
     providers = importlib.metadata.packages_distributions()
-    for file, names in imports(package).items():
-        for name in names - sys.stdlib_module_names - set(PACKAGES):
-            distributions = {normal(provider) for provider in providers.get(name, [name])}
-            assert distributions & declared, f"{file} imports {name}: no dependency in pyproject.toml has it"
+    return {
+        each
+        for each in imports(package)
+        if each.name not in {*sys.stdlib_module_names, *PACKAGES}
+        and not each.guarded
+        and not {normal(provider) for provider in providers.get(each.name, [each.name])} & declared
+    }
+
+
+def test_every_import_is_a_declared_dependency(wheel):
+    engine = names(required(wheel))
+    assert not missing("bilevel", engine)
+    assert not missing("methods", engine | names(required(wheel, "lora")))
+    # The guards are looked at, and the engine asks for no more than it imports.
+    found = imports("bilevel")
+    assert [each.name for each in found if each.guarded] == ["matplotlib"]
+    assert engine <= {"orbax-checkpoint" if each.name == "orbax" else each.name for each in found}
+
+
+def test_extras_that_need_the_methods_bring_them():
+    extras = PROJECT["optional-dependencies"]
+    for extra in ("check", "bench", "nlg"):
+        assert "bilevel[lora]" in extras[extra], extra
+    assert "bilevel[check]" in extras["test"]
+
+
+def test_the_engine_needs_no_more_than_its_requirements(light, tmp_path):
+    code = f"""
+import bilevel, bilevel.extend, optax
+from bilevel.testing import ridge
+problem, train, val = ridge()
+solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.5), steps=5), optax.sgd(1.0))
+data = {{"inner_data": train, "outer_data": val, "checkpoint_dir": {str(tmp_path / "run")!r}}}
+for steps in (2, 4):  # the second call goes on from the checkpoint of the first
+    result = bilevel.run(solver, steps=steps, **data)
+print(len(result.history["outer_loss"]))
+try:
+    bilevel.Comparison((), "").plot()
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    said = call(light.bin / "python", "-c", code, cwd=light.cwd).splitlines()
+    assert said == ["4", "matplotlib is not installed, which Comparison.plot needs: pip install 'bilevel[lora]'."]
+
+
+def test_the_command_without_the_extra_says_what_to_install(light):
+    assert "flexora" in call(light.bin / "bilevel", "--help", cwd=light.cwd)
+    # All in one program: each alone would import JAX anew.
+    code = "from methods import cli; print({name: cli.run([name]) for name in cli.COMMANDS})"
+    done = ran(light.bin / "python", "-c", code, cwd=light.cwd)
+    codes, said = ast.literal_eval(done.stdout), done.stderr.splitlines()
+    assert "flexora" in codes and set(codes.values()) == {2}
+    for name, line in zip(codes, said, strict=True):
+        pattern = rf"bilevel: {name} needs \w+, which is not installed: pip install 'bilevel\[lora\]'\."
+        assert re.fullmatch(pattern, line), line
 
 
 def test_the_engine_knows_nothing_of_methods():
-    for file, names in imports("bilevel").items():
-        assert not names & {"methods", "transformers", "datasets"}, f"{file}: bilevel stands below these"
+    for each in imports("bilevel"):
+        assert each.name not in {"methods", "transformers", "datasets"}, f"{each.file}: bilevel stands below these"

@@ -76,7 +76,9 @@ class Pass:
                 if action.keep:
                     self._keep(action.at + 1)
                 self._commit(number + 1)
-                progress.advance(number + 1, {})
+                # The last segment may be shorter, which is a program of its own.
+                shorter = (action.at + 1) * self.part.steps > self.query.steps
+                progress.advance(number + 1, {}, program=(action.kind, shorter))
         _, trace, outer, _ = self._shapes
         value, aux = self.store.get("outer", outer)
         traces = [self.store.get(f"trace-{at}", like)[0] for at, like in enumerate(trace)]

@@ -19,8 +19,16 @@ def cost_and_error(rows: Sequence[Any], reference: str, axes: Any = None) -> Any
 
     Returns:
       The axes.
+
+    Raises:
+      ModuleNotFoundError: without matplotlib; says how to install it.
     """
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "matplotlib is not installed, which Comparison.plot needs: pip install 'bilevel[lora]'."
+        ) from error
 
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")

@@ -32,6 +32,8 @@ Callback = Callable[[int, Any, Mapping[str, Any]], Any]
 
 CHUNK_SECONDS = 1.0
 """Device time between two returns to the host."""
+_SHOWN_FIRST = ("outer_loss", "inner_loss")
+"""What a narrow display shows of the metrics before the others."""
 
 
 @dataclasses.dataclass
@@ -129,7 +131,7 @@ class Loop:
         self.state = sharding.place_state(self.state)
 
     def advance(self) -> dict[str, float]:
-        """Computes one chunk, and returns the metrics of its last step.
+        """Computes one chunk, and returns the metrics of its last step, those first that a display should keep longest.
 
         Raises:
           FloatingPointError, ValueError: as `run` says; nothing of the chunk is then kept.
@@ -157,7 +159,9 @@ class Loop:
         self.room = max((len(value) for value in buffer.values()), default=self.capacity)
         self.count = max(1, min(2 * count, round(count * CHUNK_SECONDS / max(elapsed, 1e-9))))
         axes = 1 + np.ndim(new.step)  # of a stack of runs the display shows means
-        return {name: float(np.mean(row[-1])) for name, row in rows.items() if row.ndim == axes and _is_real(row)}
+        shown = [name for name, row in rows.items() if row.ndim == axes and _is_real(row)]
+        shown.sort(key=lambda name: _SHOWN_FIRST.index(name) if name in _SHOWN_FIRST else len(_SHOWN_FIRST))
+        return {name: float(np.mean(rows[name][-1])) for name in shown}
 
     def _look(self, fixed: tuple[Solver, Any, int], rows: dict[str, np.ndarray], holes: np.ndarray) -> None:
         """Looks at what a chunk from `state` has made, of every run of a stack: what is not finite, what is steep."""

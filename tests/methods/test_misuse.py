@@ -289,7 +289,8 @@ def test_our_sentences_are_told_from_errors_of_the_same_class():
     assert sentence(caught(lambda: ranges.check(object()))) is None  # a TypeError out of an expression of ours
     assert sentence(caught(lambda: Path("/no/file").read_text())) == "No such file or directory: /no/file"
     assert "not enough memory" in said_of(lambda: (_ for _ in ()).throw(MemoryError()))
-    assert "is not installed" in said_of(lambda: import_module("no_such_package"))
+    missing = sentence(caught(lambda: import_module("no_such_package")), "lora")
+    assert missing == "lora needs no_such_package, which is not installed: pip install it."
     assert 500 < len(sentence(BadInput("x" * 10_000_000)) or "") < 700
 
 

@@ -1,6 +1,5 @@
 import importlib
 import itertools
-import sys
 
 import datasets
 import jax
@@ -168,16 +167,6 @@ def test_unusable_data_is_refused_in_a_sentence(data, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(LINE_SOLVER, 2, **data)
     assert "\n" not in str(caught.value)
-
-
-def test_progress_where_there_is_no_terminal(capfd):
-    bilevel.run(LINE_SOLVER, steps=3)
-    assert "3/3" in capfd.readouterr().err
-
-
-def test_progress_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert len(bilevel.run(LINE_SOLVER, steps=3).history["outer_loss"]) == 3
 
 
 def dataset():
