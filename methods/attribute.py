@@ -29,7 +29,7 @@ from methods.objective import Bound, row_losses, token_losses
 from methods.pages import Page, Run
 from methods.ranges import CountOrNone, NotNegative, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import NO_DROPOUT, Settings
 
 SHOWN = 5
 """Rows that the page shows of those that help, and of those that harm."""
@@ -38,7 +38,7 @@ CHEAP = "gradient-product", "tracin", "random"
 
 @dataclasses.dataclass(frozen=True)
 class AttributeSettings(Settings):
-    """Attribution: how much each training row helps or harms the model's answers to questions, through the training.
+    """Attribution: how much each training row helps or harms answers to questions.
 
     Attributes:
       train: what is trained: LoRA, or all weights of the model.
@@ -75,7 +75,7 @@ def unused(settings: AttributeSettings) -> dict[str, str]:
     single = {"accumulate": "a step of the training that is judged has one batch"}
     none = {} if settings.subsets else dict.fromkeys(("subset_share", "baselines"), "it takes --subsets to test scores")
     whole = {"adapter": "--train full has no adapter"} if settings.train == "full" else {}
-    return kept | single | none | whole
+    return NO_DROPOUT | kept | single | none | whole
 
 
 def check(settings: AttributeSettings) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
-import io
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,7 +33,9 @@ COMMANDS = {
 }
 
 USAGE = """usage: bilevel METHOD [--preset NAME] [options]
+       bilevel METHOD --config FILE [options]
        bilevel METHOD --help
+       bilevel --version
 
 Hyper-parameters found by differentiating through training.
 
@@ -65,6 +63,11 @@ def run(arguments: list[str]) -> int:
     """`main`, with the exit code returned."""
     settings = None
     try:
+        if arguments[:1] == ["--version"]:
+            from bilevel import __version__
+
+            print(f"bilevel {__version__}")
+            return 0
         if not arguments or arguments[0] in ("-h", "--help"):
             methods = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
             print(USAGE.format(methods=methods))
@@ -77,15 +80,18 @@ def run(arguments: list[str]) -> int:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         command = import_module(COMMANDS[name].module).COMMAND
-        settings = _parse(command, name, rest)
+        from methods.options import parse
+
+        settings = parse(command, name, rest)
         if settings is None:  # help was asked for
             return 0
         from methods import processes
 
         processes.start(settings)
-        left_out = command.main(settings)
+        found = command.main(settings, name)
         if processes.is_first():
             _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
+        left_out = getattr(found, "left_out", None)
         return _fail(left_out) if left_out else 0
     except KeyboardInterrupt:
         kept = settings is not None and (settings.out / "config.json").is_file()
@@ -115,82 +121,6 @@ def _failed(error: BaseException, command: str = "this") -> int:
         "with the lines above."
     )
     return 1
-
-
-def _parse(command: Any, name: str, arguments: list[str]) -> Any:
-    """Settings that are checked, or None where help was asked for.
-
-    Raises:
-      ValueError: for an option that is unknown, out of range, or without effect in this command.
-    """
-    import tyro
-
-    from methods import ranges
-    from methods.causes import BadInput, reading
-
-    preset, rest = _take(arguments, "--preset", "demo")
-    if preset not in command.presets:
-        raise BadInput(f"Unknown preset {preset!r}: {name} has {', '.join(command.presets)}.")
-    cls: Any = command.settings
-    named = any(word == "--model" or word.startswith("--model=") for word in rest)
-    needed = {"model": "" if named else tyro.MISSING} if "model" in {f.name for f in dataclasses.fields(cls)} else {}
-    default = cls(**needed, **command.presets[preset])
-    help_line = f"--preset {{{','.join(command.presets)}}} sets other defaults (shown: {preset})."
-    said = io.StringIO()
-    try:
-        outside = reading("The command line", f"bilevel {name} --help lists what it takes")
-        with outside, contextlib.redirect_stderr(said):
-            settings = tyro.cli(
-                cls,
-                args=rest,
-                default=default,
-                prog=f"bilevel {name}",
-                description=f"{(cls.__doc__ or '').split(chr(10))[0]} {help_line}",
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as exit:
-        if not exit.code:
-            return None
-        told = _unknown(rest, cls) or _unboxed(said.getvalue())
-        raise BadInput(f"{told} (bilevel {name} --help lists the options)") from None
-    ranges.check(settings)
-    for field, reason in command.unused(settings).items():
-        if getattr(settings, field) != getattr(default, field):
-            raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")
-    return settings
-
-
-def _unknown(arguments: list[str], cls: type) -> str | None:
-    """A sentence on the first option that `cls` does not have, with the one it looks like most; None if it has all."""
-    names = [field.name.replace("_", "-") for field in dataclasses.fields(cls)]
-    known = [*(f"--{name}" for name in names), *(f"--no-{name}" for name in names), "--preset", "--help"]
-    for word in arguments:
-        option = word.partition("=")[0].replace("_", "-")
-        if option.startswith("--") and len(option) > 2 and option not in known:
-            near = difflib.get_close_matches(option, known, 1, 0.5)
-            return f"Unrecognized options: {option[:100]!a}{f': did you mean {near[0]}?' if near else '.'}"
-    return None
-
-
-def _unboxed(text: str) -> str:
-    """A message out of the box that is drawn around it, without the help that follows."""
-    # The first line is the box's, with a title that says no more than what follows. Terminals without its characters
-    # get others.
-    lines = [re.sub(r"[\u2500-\u257f]+|^[|+]|[|+]$|-{4,}", " ", line) for line in text.strip().splitlines()[1:]]
-    return " ".join(re.split("For full helptext|Argument helptext", " ".join(lines))[0].split())
-
-
-def _take(arguments: list[str], option: str, default: str) -> tuple[str, list[str]]:
-    """The value of `option` and the other arguments."""
-    rest, value, words = [], default, iter(arguments)
-    for word in words:
-        if word == option:
-            value = next(words, "")
-        elif word.startswith(option + "="):
-            value = word.removeprefix(option + "=")
-        else:
-            rest.append(word)
-    return value, rest
 
 
 def _fail(sentence: str) -> int:

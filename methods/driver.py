@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import evaluation, mesh, pages, processes
+from methods import configuration, evaluation, mesh, pages, processes
 from methods.bench import Bench, open_run, prepare, recipe, settled
 from methods.objective import Bound
 from methods.pages import Page, Run
@@ -150,8 +150,12 @@ class Method:
         self.check(setup)
         return prepare(setup, lambda config, lora: self.check_model(setup, config, lora), **self.reads(setup))
 
-    def main(self, settings: Any) -> None:
-        """Search, choice, training, test, page: all in `settings.out`.
+    def main(self, settings: Any, command: str = "") -> Run:
+        """Search, choice, training, test, page: all in `settings.out`, and returned.
+
+        Args:
+          settings: an object of `self.settings`.
+          command: its name, under which `config.yaml` repeats the run; "" where it has none, and there is no such file.
 
         Raises:
           ValueError, FileNotFoundError: one sentence on what is wrong.
@@ -164,7 +168,9 @@ class Method:
         for each in searches:  # what does not fit is refused before anything is written
             jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
         folder = open_run(setup, bench)
-        found = [search(each, folder, bench.sharding) for each in searches]
+        if command and not (folder.path / configuration.FILE).exists():
+            folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
+        found = [search(each, folder, bench.sharding, progress=not setup.quiet) for each in searches]
         chosen = self.choose(setup, bench, found, trying(bench, folder))
         if chosen.selection:
             with processes.attempt():
@@ -174,6 +180,7 @@ class Method:
         selection = folder.read("selection") if chosen.selection else {}
         run = Run(setup, bench, folder, selection, results)
         pages.write(run, self.page(run))
+        return run
 
 
 def _start(problem: bilevel.Problem, key: jax.Array) -> Any:
@@ -226,7 +233,9 @@ def accumulated(each: Search, settings: Settings, bench: Bench) -> Search:
     return each._replace(solver=solver, **larger)
 
 
-def search(each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = None) -> bilevel.Result:
+def search(
+    each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = None, *, progress: bool = True
+) -> bilevel.Result:
     """Runs a search; kept in the run folder and continued from there."""
     return bilevel.run(
         each.solver,
@@ -239,6 +248,7 @@ def search(each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = 
         record=each.record,
         title=each.name,
         sharding=sharding,
+        progress=progress,
     )
 
 
@@ -277,6 +287,7 @@ def finetuning(
             validate=lambda params: evaluation.validation_loss(bench, bind(params)) + penalty(params),
             optimizer=optimizer,
             sharding=bench.sharding,
+            progress=not settings.quiet,
         )
 
     return train_at

@@ -43,7 +43,7 @@ from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, one_of
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import NO_DROPOUT, Settings
 
 Outer = Literal["none", "gates", "sparsity"]
 WIDTH = 0.05
@@ -126,7 +126,7 @@ def problem(
 
 @dataclasses.dataclass(frozen=True)
 class FineGatesSettings(Settings):
-    """FineGates: close gates on frozen weights in training, cut out what is closed, evaluate, save the smaller model.
+    """FineGates: close gates on frozen weights in training, cut out what is closed.
 
     Attributes:
       outer: "none" trains gates and biases together, as published; "gates" and "sparsity" are bilevel.
@@ -167,7 +167,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def unused(settings: FineGatesSettings) -> dict[str, str]:
     """Options without effect, and why."""
     search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
-    return {
+    return NO_DROPOUT | {
         "none": dict.fromkeys(search, "--outer none searches nothing"),
         "gates": {"outer_lr": "with --outer gates what is outer learns at --gate-lr"},
         "sparsity": {},

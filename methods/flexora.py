@@ -129,7 +129,7 @@ def problem(given: Given, *, power: int = 1, sites: Sequence[str] | None = None,
 
 @dataclasses.dataclass(frozen=True)
 class FlexoraSettings(Settings):
-    """Flexora: search by differentiating through training, select layers, train LoRA on them, evaluate.
+    """Flexora: select layers by differentiating through training, train LoRA on them.
 
     What was not given (None) is what the paper's variant, or with `released` what the released code has; "by default"
     below is the paper's.

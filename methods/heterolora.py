@@ -37,12 +37,12 @@ from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
-from methods.settings import Settings
+from methods.settings import NO_DROPOUT, Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class HeteroLoRASettings(Settings):
-    """HeteroLoRA: score LoRA modules and shortcuts, keep the best within a budget, train them, evaluate.
+    """HeteroLoRA: keep the best LoRA modules and shortcuts within a budget.
 
     Attributes:
       proxy: the score; "unrolled", "implicit" and "first-order" are hypergradients of the gates.
@@ -104,6 +104,7 @@ def unused(settings: HeteroLoRASettings) -> dict[str, str]:
         static
         | (without if settings.shortcuts == ("none",) else {})
         | (blind if settings.proxy in proxies.BLIND else {})
+        | NO_DROPOUT
     )
 
 

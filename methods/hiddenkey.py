@@ -147,7 +147,7 @@ HYPERGRADIENTS: dict[str, Way] = {
 
 @dataclasses.dataclass(frozen=True)
 class HiddenKeySettings(Settings):
-    """HiddenKey: learn dropout rates and the KL weight through training, train with them, evaluate.
+    """HiddenKey: learn dropout rates and the KL weight through training.
 
     Attributes:
       rules: three words each: position, pattern, compensation (see `methods.adapters.dropout`).
@@ -197,7 +197,8 @@ def unused(settings: HiddenKeySettings) -> dict[str, str]:
     """Options without effect, and why."""
     term = "no rule of --rules has a loss term, kl or js"
     without = {} if DropoutConfig(settings.rules).term else dict.fromkeys(("beta", "backward", "grid_beta"), term)
-    return without | ({} if settings.grid else {"grid_beta": "there is no --grid"})
+    own = {"lora_dropout": "the dropout of this method is what --rules say"}
+    return own | without | ({} if settings.grid else {"grid_beta": "there is no --grid"})
 
 
 def check(settings: HiddenKeySettings) -> None:

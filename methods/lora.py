@@ -33,7 +33,7 @@ Mask = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class LoRASettings(Settings):
-    """Plain LoRA: train it on every layer, with a head where texts are labelled, and evaluate."""
+    """Plain LoRA on every layer, with a head where texts are labelled."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

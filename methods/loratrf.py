@@ -42,7 +42,7 @@ from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, one_of
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import NO_DROPOUT, Settings
 
 Outer = Literal["none", "vectors", "thresholds", "layers"]
 
@@ -100,14 +100,14 @@ def problem(
 
 @dataclasses.dataclass(frozen=True)
 class LoRATRFSettings(Settings):
-    """LoRATRF, reconstructed: learn what is outer through training, train LoRA and the edit with it, evaluate.
+    """LoRATRF, reconstructed: train LoRA and an edit, of which a part is outer.
 
     Attributes:
       filter: how the edited features are chosen (see `methods.adapters.filters`).
       place: "linears" edits what the adapted linears give, "stream" the residual stream after each block.
       vectors: where task vectors start: "data" is the difference of class means (the mean, without classes).
       outer: what is chosen on the outer rows; "none" trains all on the training rows.
-      edit_rank: q.
+      edit_rank: q, the rank of an edit.
       inner_steps: K, training steps between two outer steps.
       outer_steps: T, updates of the outer variable.
       inner_lr: learning rate of the search's Adam.
@@ -138,7 +138,7 @@ def unused(settings: LoRATRFSettings) -> dict[str, str]:
     search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
     none = dict.fromkeys(search, "--outer none searches nothing") if settings.outer == "none" else {}
     without = {} if FILTERS[settings.filter].vectors else {"vectors": f"--filter {settings.filter} has no task vectors"}
-    return none | without
+    return NO_DROPOUT | none | without
 
 
 def check(settings: LoRATRFSettings) -> None:

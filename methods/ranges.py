@@ -93,11 +93,17 @@ class Listed:
         return ", ".join(name for registry in self.registries for name in registry)
 
 
-def one_of(registry: Collection[str], *, optional: bool = False) -> Any:
-    """What a text is annotated with that is a name in `registry`, a dict or another collection; `optional`, or None."""
+def one_of(registry: Collection[str], *, optional: bool = False, metavar: str | None = None) -> Any:
+    """What a text is annotated with that is a name in `registry`, a dict or another collection.
+
+    Args:
+      registry: the names.
+      optional: whether None is one of the values, which is then not shown as a default.
+      metavar: what the help shows in place of all the names.
+    """
     # Without the hint the help shows a default in the brackets and quotes of a list.
-    hint = lambda shown: "(default: {})".format(shown.strip("[']"))  # noqa: E731
-    return tyro.conf.arg(constructor_factory=Names(registry, optional), help_behavior_hint=hint)
+    hint = lambda shown: "" if (name := shown.strip("[']")) == "None" else f"(default: {name})"  # noqa: E731
+    return tyro.conf.arg(constructor_factory=Names(registry, optional), help_behavior_hint=hint, metavar=metavar)
 
 
 def check(settings: Any) -> None:

@@ -17,7 +17,7 @@ from methods import files, fingerprint, processes
 from methods.causes import reading
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
-FREE = ("mesh", "coordinator", "processes", "process")
+FREE = ("mesh", "coordinator", "processes", "process", "quiet")
 """Settings that change no result, to rounding: a run goes on with others."""
 FOLDERS = ("adapter", "checkpoints", "figures", "results", "tried", "validation")
 

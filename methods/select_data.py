@@ -38,7 +38,7 @@ METHOD = "select-data"
 
 @dataclasses.dataclass(frozen=True)
 class SelectDataSettings(Settings):
-    """Data selection: learn the weights of training rows through the training, keep the best, train LoRA on them.
+    """Data selection: learn the weights of rows through training, keep the best.
 
     Attributes:
       keep: share of the training rows to keep.

@@ -136,4 +136,6 @@ class Settings(Running, Training, Data, Model):
 
 
 GROUPS: dict[str, type] = {"model": Model, "data": Data, "training": Training, "run": Running}
-"""By the names under which a help shows them; what a command adds is its own group, the first."""
+"""By the names under which a help shows them; what a command adds is a group of its own, after the data."""
+NO_DROPOUT = {"lora_dropout": "no training of this command drops what LoRA reads"}
+"""For the `unused` of such a command."""

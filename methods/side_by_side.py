@@ -199,8 +199,15 @@ def of_run(folder: RunFolder, results: Mapping[str, dict[str, Any]]) -> dict[str
     return {FIGURE: "modules in use, accuracy, parameters"}
 
 
-def main(settings: ReportSettings) -> str | None:
-    """`report.md` and a figure of `settings.runs`, in `settings.out`; returns what was left out, if anything was.
+class Reported(NamedTuple):
+    """What was reported: the models, and a sentence on what was left out; None where nothing was."""
+
+    rows: list[Row]
+    left_out: str | None
+
+
+def main(settings: ReportSettings) -> Reported:
+    """`report.md` and a figure of `settings.runs`, in `settings.out`.
 
     Raises:
       ValueError: one sentence on what is wrong; and as `read`.
@@ -223,7 +230,7 @@ Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--te
     if left_out:
         words += "\nLeft out:\n\n" + "".join(f"- {sentence}\n" for sentence in left_out)
     files.write_text(settings.out / "report.md", words)
-    return f"{settings.out / 'report.md'} leaves out: {' '.join(left_out)}" if left_out else None
+    return Reported(rows, f"{settings.out / 'report.md'} leaves out: {' '.join(left_out)}" if left_out else None)
 
 
 class Report(NamedTuple):
@@ -237,8 +244,9 @@ class Report(NamedTuple):
         del settings
         return {}
 
-    def main(self, settings: ReportSettings) -> str | None:
+    def main(self, settings: ReportSettings, command: str = "") -> Reported:
         """As the module's `main`."""
+        del command
         return main(settings)
 
 

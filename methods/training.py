@@ -129,6 +129,7 @@ def train(
     validate: Callable[[Any], float] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     sharding: bilevel.Sharding | None = None,
+    progress: bool = True,
 ) -> Any:
     """The inner variable of `problem` after training at `outer`; with validations the best, else the last.
 
@@ -143,7 +144,7 @@ def train(
       key: of the start values and of what the loss draws.
       validate: from parameters to the validation loss; smaller is better.
       optimizer: in place of the recipe's.
-      sharding: as for `bilevel.fit`.
+      sharding, progress: as for `bilevel.fit`.
 
     Raises:
       ValueError: if the recipe validates and there is no `validate`.
@@ -155,7 +156,7 @@ def train(
     checkpoint = folder.path / "checkpoints" / f"finetune-{name}"
     optimizer = recipe.optimizer() if optimizer is None else optimizer
 
-    def fit(steps: int, progress: bool = True) -> Any:
+    def fit(steps: int, progress: bool = progress) -> Any:
         batches.set_state(0)
         return bilevel.fit(
             problem,

@@ -18,27 +18,30 @@ from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Tried
 from methods.objective import Bound
 from methods.pages import Page, Run
-from methods.ranges import Share, one_of
+from methods.ranges import Listed, Share, one_of
 from methods.runfolder import RunFolder
 from methods.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class BaselineSettings(Settings):
-    """A baseline: spend a budget of adapter parameters in a published way, and evaluate.
+    """A baseline: spend a budget of parameters in a published way, and evaluate.
 
     Attributes:
       name: of the baseline.
       share: the budget, as a share of the parameters of LoRA of `rank` on all modules.
     """
 
-    name: tyro.conf.Positional[Annotated[str, one_of(BASELINES)]] = "uniform"
+    name: tyro.conf.Positional[Annotated[str, one_of(BASELINES, metavar="NAME"), Listed(BASELINES)]] = "uniform"
     share: Share = 0.25
 
 
 def unused(settings: BaselineSettings) -> dict[str, str]:
     """Options without effect, and why."""
-    return {"share": f"{settings.name} has no budget to share"} if settings.name in WITHOUT_BUDGET else {}
+    published = ("finetune_optimizer", "warmup", "schedule", "weight_decay", "clip", "lora_dropout")
+    fixed = dict.fromkeys(published, "a baseline trains as published, by Adam at a constant rate")
+    share = {"share": f"{settings.name} has no budget to share"} if settings.name in WITHOUT_BUDGET else {}
+    return fixed | share
 
 
 def check(settings: BaselineSettings) -> None:

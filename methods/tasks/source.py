@@ -46,9 +46,15 @@ class Where(NamedTuple):
 
 
 def is_own(data: str) -> bool:
-    """Whether `--data` names rows of one's own, and not a folder that holds a folder for each task."""
+    """Whether `--data` names rows of one's own, and not a folder that holds a folder for each task.
+
+    The folder of a built-in task itself is neither: whoever reads it says that the one above it is wanted.
+    """
     path = Path(data)
-    return not path.is_dir() or bool(_in_folder(path, "train"))
+    if path.is_dir():
+        built_in = {task.folder or task.name for task in TASKS.values()}
+        return path.absolute().name not in built_in and _in_folder(path, "train") is not None
+    return True
 
 
 def find(task: str) -> Task:

@@ -185,7 +185,7 @@ def test_a_command_refuses_its_folder_when_data_or_model_changed(tiny_model, tin
     rows = test.read_text()
     test.write_text(rows.replace("wash", "eat").replace("soap", "pot"))
     assert cli.run(words) == 2
-    assert "other rows: published rte validation rows was 6 rows" in capsys.readouterr().err
+    assert "other rows: rte test rows was 6 rows" in capsys.readouterr().err
     test.write_text(rows)
     assert cli.run(words) == 130
     config = json.loads((model / "config.json").read_text())

@@ -1,0 +1,114 @@
+"""`config.yaml`: what a run was made with, complete, and `--config`, which reads it to repeat the run.
+
+    command: flexora
+    settings:          # every option, with the value that was used
+      model: ...
+    made:              # when and with what; not read again
+      date: ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+from methods.causes import BadInput, reading
+from methods.fingerprint import versions
+
+FILE = "config.yaml"
+LARGEST = 2**20
+"""Bytes of a configuration: those of a run have a few thousand."""
+
+
+def read(file: str, command: str) -> tuple[dict[str, Any], bool]:
+    """The options that a file holds, at its top or under `settings`, and whether a run wrote them, all it had.
+
+    Args:
+      file: .yaml, .yml, .toml or .json.
+      command: for which it is read.
+
+    Raises:
+      ValueError: for a file that is not there, of another kind, damaged, or of another command.
+    """
+    path = Path(file)
+    kinds = (".yaml", ".yml", ".toml", ".json")
+    if not path.is_file():
+        raise BadInput(f"There is no file {file!r}, which --config names: it is such as runs/x/{FILE}.")
+    if path.suffix not in kinds:
+        raise BadInput(f"--config {file} is of no kind that is read: its name must end in {', '.join(kinds)}.")
+    if path.stat().st_size > LARGEST:
+        raise BadInput(f"--config {file} is larger than a configuration can be, {LARGEST:,} bytes.")
+    with reading(f"The configuration {file}", "look at its lines"):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            found: Any = tomllib.loads(text)
+        else:
+            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        raise BadInput(f"{file} holds no options, but {type(found).__name__}: a line of it is such as rank: 8.")
+    of = found.get("command", command)
+    if of != command:
+        raise BadInput(f"{file} is of the command {of!r}, and not of {command!r}: run bilevel {of} --config {file}.")
+    inner = found.get("settings", {name: value for name, value in found.items() if name not in ("command", "made")})
+    if not isinstance(inner, Mapping):
+        raise BadInput(f"{file} has settings that are no options, but {type(inner).__name__}.")
+    if "settings" in found and (others := sorted(found.keys() - {"command", "settings", "made"})):
+        raise BadInput(f"{file} has {others[0]!r} beside its settings: options belong under one of the two.")
+    return dict(inner), "made" in found
+
+
+def text(command: str, settings: Any, options: type) -> str:
+    """`config.yaml` of a run.
+
+    Args:
+      command: its name.
+      settings: with the values that were used.
+      options: the dataclass of the options that the command takes; what `settings` has beside them is left out.
+    """
+    values = {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(options)}
+    whole = {"command": command, "settings": values, "made": made()}
+    head = f"# bilevel {command} --config THIS_FILE --out ANOTHER_FOLDER makes this run again.\n"
+    return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
+
+
+def made() -> dict[str, Any]:
+    """When, on what, and with which versions."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "folder": os.getcwd(),
+        "git": git_state(),
+        "versions": versions(),
+    }
+
+
+def git_state() -> str | None:
+    """The commit that the command is run in, with "and changes" where files differ from it; None outside of git."""
+
+    def asked(*words: str) -> str:
+        found = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+        return found.stdout.strip()
+
+    try:
+        commit = asked("rev-parse", "HEAD")
+        return f"{commit} and changes" if asked("status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
