@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.attribution import bergson_report
 from benchmarks.record import Record
 from methods import figures, files
 
@@ -147,7 +148,7 @@ The smoothest settings reach the most: {headline}. Over {count} settings the ran
 
 ![linear datamodeling score against smoothness](figures/{FIGURE})
 
-{chr(10).join(parts)}{_selection(record)}"""
+{chr(10).join(parts)}{_selection(record)}{bergson_report.section(record)}"""
 
 
 def _cases(record: Record) -> list[str]:
