@@ -1,7 +1,8 @@
 """How well influences foretell trainings: linear datamodeling scores, the smoothness that predicts them, and selection.
 
     python -m benchmarks.attribution                 # all of it, then docs/attribution-benchmark.md
-    python -m benchmarks.attribution --only mnist    # one of "mnist", "text", "selection"
+    python -m benchmarks.attribution --only mnist    # one of "mnist", "text", "selection", "bergson"
+    python -m benchmarks.attribution --only bergson --python PATH    # beside bergson, which the interpreter PATH has
 
 Every row goes to the record as soon as it is there, and is not computed again: the command goes on where it was.
 """
@@ -9,6 +10,7 @@ Every row goes to the record as soon as it is there, and is not computed again: 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import tyro
 
 import bilevel
-from benchmarks.attribution import report
+from benchmarks.attribution import beside_bergson, report
 from benchmarks.attribution.cases import CASES, EVERY_SCORE, Setting
 from benchmarks.attribution.selection import SEEDS, SELECTIONS, selected
 from benchmarks.record import Record, Row, machine
@@ -38,11 +40,13 @@ class Options:
     only: parts to run, by name; all if empty.
     out: the record.
     docs: folder of the page.
+    python: an interpreter that has bergson; without one, that part is left out. See `beside_bergson`.
     """
 
     only: tuple[str, ...] = ()
     out: Path = report.RECORD
     docs: Path = report.DOCS
+    python: str = sys.executable
 
 
 def measure(case: str, setting: Setting, record: Record) -> Iterator[Row]:
@@ -92,9 +96,17 @@ def main(options: Options) -> None:
         jobs += [(f"{case}, {setting.name}", (case, setting)) for setting in settings if wanted(options, case)]
     if wanted(options, "selection"):
         jobs += [(f"selection, {name}, seed {seed}", (name, seed)) for name in SELECTIONS for seed in range(SEEDS)]
+    if wanted(options, beside_bergson.SECTION):
+        if (sentence := beside_bergson.missing(options.python)) is not None:
+            print(sentence, flush=True)
+        else:
+            jobs += [(f"beside bergson, {m}, {k} steps", (m, k)) for m, k in beside_bergson.JOBS]
     begun = time.perf_counter()
     for number, (title, job) in enumerate(jobs):
-        rows = (selected if job[0] in SELECTIONS else measure)(*job, record)
+        if job in beside_bergson.JOBS:
+            rows = beside_bergson.measured(*job, record, options.python)
+        else:
+            rows = (selected if job[0] in SELECTIONS else measure)(*job, record)
         for row in rows:
             record.add([row])
         passed = time.perf_counter() - begun

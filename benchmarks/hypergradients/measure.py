@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from benchmarks.resident import resident
 
 SHORT, LONG = 0.5, 30.0
 """Seconds of timing that are little, and too much."""
@@ -61,23 +60,10 @@ def timed(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, Ti
 def resident_peak(call: Callable[[], Any]) -> int | None:
     """How many bytes of resident memory `call()` takes at its peak, above what the process holds before it.
 
-    The same for every library: it asks the kernel (Linux), not an allocator. None where the kernel does not tell.
-    Memory that the allocator holds free is given back first, or the call would find room in it unseen.
+    See `benchmarks.resident`. None where the kernel does not tell.
     """
-    gc.collect()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-        before = _status("VmRSS")
-        call()
-        return _status("VmHWM") - before
-    except (OSError, AttributeError):
-        return None
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    found = resident(call)
+    return None if found is None else found.beyond
 
 
 def bytes_of(tree: Any) -> int:
