@@ -22,6 +22,7 @@ class Row(NamedTuple):
 COMMANDS = {
     "lora": Row("methods.lora", "train LoRA, rsLoRA or DoRA on every layer"),
     "flexora": Row("methods.flexora", "select the layers that deserve LoRA"),
+    "allocate": Row("methods.allocate", "spend a budget of parameters, modules or layers"),
     "heterolora": Row("methods.heterolora", "spend a budget on modules"),
     "baseline": Row("methods.baselines.command", "what methods are measured against"),
     "hiddenkey": Row("methods.hiddenkey", "learn dropout rates and their KL weight"),
@@ -90,6 +91,9 @@ def run(arguments: list[str]) -> int:
         processes.start(settings)
         found = command.main(settings, name)
         if processes.is_first():
+            page = getattr(found, "page", None)
+            if page is not None and page.said:
+                _say(f"\n{page.said}\n", sys.stdout)
             _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
         left_out = getattr(found, "left_out", None)
         return _fail(left_out) if left_out else 0

@@ -49,6 +49,10 @@ class Search(NamedTuple):
     record: Callable[[Any], dict[str, Any]] | None = None
 
 
+Later = Callable[[Sequence[bilevel.Result], RunFolder], Search]
+"""A search that is made of the results of those before it, and of what it keeps in the run folder."""
+
+
 class Train(Protocol):
     """A training, kept in the run folder under a name and continued from there."""
 
@@ -98,7 +102,14 @@ Tried = Callable[[Arm, Mapping[str, Any]], dict[str, Any]]
 """`tried(arm, words)`: `words`, and the "validation_loss" of the arm after its training; to choose by trying."""
 
 
-def _no_search(settings: Any, bench: Bench) -> Sequence[Search]:
+class Finished(NamedTuple):
+    """A finished run, and what its page tells."""
+
+    run: Run
+    page: Page
+
+
+def _no_search(settings: Any, bench: Bench) -> Sequence[Search | Later]:
     del settings, bench
     return ()
 
@@ -133,7 +144,7 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]]
     choose: Callable[[Any, Bench, list[bilevel.Result], Tried], Chosen]
     page: Callable[[Run], Page]
-    searches: Callable[[Any, Bench], Sequence[Search]] = _no_search
+    searches: Callable[[Any, Bench], Sequence[Search | Later]] = _no_search
     used: Callable[[Any], Any] = lambda settings: settings
     unused: Callable[[Any], Mapping[str, str]] = _no_options
     check: Callable[[Any], None] = _no_check
@@ -150,7 +161,7 @@ class Method:
         self.check(setup)
         return prepare(setup, lambda config, lora: self.check_model(setup, config, lora), **self.reads(setup))
 
-    def main(self, settings: Any, command: str = "") -> Run:
+    def main(self, settings: Any, command: str = "") -> Finished:
         """Search, choice, training, test, page: all in `settings.out`, and returned.
 
         Args:
@@ -164,13 +175,20 @@ class Method:
         setup = self.used(settings)
         bench = self.prepare(setup)
         setup = settled(setup, bench)
-        searches = [accumulated(each, setup, bench) for each in self.searches(setup, bench)]
+        searches = [
+            accumulated(each, setup, bench) if isinstance(each, Search) else each
+            for each in self.searches(setup, bench)
+        ]
         for each in searches:  # what does not fit is refused before anything is written
-            jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
+            if isinstance(each, Search):
+                jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
         folder = open_run(setup, bench)
         if command and not (folder.path / configuration.FILE).exists():
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
-        found = [search(each, folder, bench.sharding, progress=not setup.quiet) for each in searches]
+        found: list[bilevel.Result] = []
+        for each in searches:
+            made = each if isinstance(each, Search) else accumulated(each(found, folder), setup, bench)
+            found.append(search(made, folder, bench.sharding, progress=not setup.quiet))
         chosen = self.choose(setup, bench, found, trying(bench, folder))
         if chosen.selection:
             with processes.attempt():
@@ -179,8 +197,9 @@ class Method:
         results = {name: folder.once(f"results/{name}", make) for name, make in once.items()}
         selection = folder.read("selection") if chosen.selection else {}
         run = Run(setup, bench, folder, selection, results)
-        pages.write(run, self.page(run))
-        return run
+        page = self.page(run)
+        pages.write(run, page)
+        return Finished(run, page)
 
 
 def _start(problem: bilevel.Problem, key: jax.Array) -> Any:

@@ -49,6 +49,8 @@ class Page(NamedTuple):
       made: what the method adds to what is said of every run of how it was made.
       trust: how far to trust what was found, a section of its own; "" for none.
       adapter: whether what is trained is LoRA, whose settings are told.
+      more: how other programs are told of it, a section of its own, line by line as it is; "" for none.
+      said: what the command says of it at its end.
     """
 
     title: str
@@ -57,6 +59,8 @@ class Page(NamedTuple):
     made: str
     trust: str = ""
     adapter: bool = True
+    more: str = ""
+    said: str = ""
 
 
 def write(run: Run, page: Page) -> None:
@@ -65,12 +69,13 @@ def write(run: Run, page: Page) -> None:
     found = "\n\n".join(part for part in (page.found, shown) if part)
     sections = {
         "What was found" if page.found else "The training": found,
-        "What it is worth": _worth(run.bench, run.results),
+        "What it is worth": _worth(run.bench, run.results) if run.results else "",
         "How far to trust it": page.trust,
         "How it was made": _made(run, page),
     }
     parts = [f"# {page.title} on {run.bench.task.name}, {Path(run.settings.model).name}"]
     parts += [f"## {name}\n\n{_joined(text)}" for name, text in sections.items() if text]
+    parts += [f"## For other programs\n\n{page.more}"] if page.more else []
     run.folder.write_text("report.md", "\n\n".join(parts) + "\n")
 
 

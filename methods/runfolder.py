@@ -19,7 +19,7 @@ from methods.causes import reading
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
 FREE = ("mesh", "coordinator", "processes", "process", "quiet")
 """Settings that change no result, to rounding: a run goes on with others."""
-FOLDERS = ("adapter", "checkpoints", "figures", "results", "tried", "validation")
+FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
 
 
 def check(path: Path, settings: Any, unsettled: Sequence[str] = ()) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -87,6 +88,36 @@ def save_peft(
     settings["modules_to_save"] = sorted({_saved_module(name, names) for name in saved}) or None
     peft_folder.write(Path(folder), settings, tensors)
     return Path(folder)
+
+
+def peft_settings(
+    config: LoRAConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    names: HFNames,
+    num_layers: int,
+    mask: PerLayer | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> tuple[dict[str, Any], list[str]]:
+    """What `adapter_config.json` says of an adapter that is yet to be trained, and the full names of its modules.
+
+    Args:
+      config: of the adapter.
+      shapes: `{site: (in, out)}` of the model's linears.
+      names: what the base model's modules are called, `Pretrained.hf_names`.
+      num_layers: L.
+      mask: where the adapter is, as for `config.bind`.
+      task_type: PEFT's name of the kind of model.
+
+    Raises:
+      ValueError: if the adapter is nowhere.
+    """
+    fresh = jax.eval_shape(lambda: config.init(jax.random.key(0), shapes, num_layers))
+    modules = _modules(config, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), fresh), None, mask)
+    if not modules:
+        raise ValueError("There is no adapter to describe: every layer is masked.")
+    named = _joined(modules, names, config.rslora)
+    settings = _settings(config, modules, named, names, num_layers)
+    return settings | {"task_type": task_type, "inference_mode": False}, list(named)
 
 
 def _modules(

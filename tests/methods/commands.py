@@ -33,6 +33,17 @@ TABLE = {
         ("selection.json", "figures/alpha.png", "figures/selection.png", "adapter/adapter_config.json"),
         ("flexora", "all-layers", "random-0", "pretrained"),
     ),
+    "allocate": Row(
+        "--budget-params 400 --inner-steps 2 --outer-steps 3 --warmup-steps 2",
+        (
+            "selection.json",
+            "peft/adapter_config.json",
+            "adapter/adapter_config.json",
+            "figures/ranks.png",
+            "start-0.safetensors",
+        ),
+        ("allocate", "uniform", "random-0", "pretrained"),
+    ),
     "heterolora": Row(
         "--reallocations 2 --interval 2 --normalised",
         ("selection.json", "adapter-shortcuts.safetensors", "figures/side_by_side.png"),

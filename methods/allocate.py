@@ -1,0 +1,530 @@
+r"""`bilevel allocate`: a budget of adapter parameters, modules or layers, spent where the validation loss wants it.
+
+Outer variable: a score s a unit, at 0 in the beginning. A unit is a layer, a module (a linear of a layer) or a group of
+rank-one components of a module; its part of LoRA's update is multiplied by 1 + s. The inner loss trains LoRA for K
+steps from the same start, and plain gradient descent on the validation loss through these steps moves the scores,
+
+.. math:: s \leftarrow s - \eta\, \frac{d}{ds} L_{val}(\theta_K(s), s),
+
+so that for a small rate eta they are the sum of the hypergradients of all outer steps, taken where every unit is there.
+The budget then goes to the units with the largest score for their cost (`bilevel.allocate`), exactly: what is left of
+it pays for no other unit.
+
+Ranks need components that mean something. A fresh LoRA's do not: what a module learns is spread over all of them. So
+LoRA is first trained for some steps on all modules at the largest rank, and each update A B is written in the basis of
+its singular vectors, A = U S^(1/2) and B = S^(1/2) V^T, which is the same update; from there the scores are taken. A
+module whose update has two directions of worth then has two components with a score.
+
+The rule that a budget of rank-one parts is spent by their importance is AdaLoRA's (Zhang et al. 2023, arXiv
+2303.10512), which measures the importance in the training loss, at the trained point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel
+from methods import figures, flexora, lora
+from methods.adapters.lora import LoRAConfig
+from methods.adapters.peft import peft_settings
+from methods.bench import Bench, check_rank
+from methods.driver import Arm, Chosen, Later, Method, Search, Tried, searching
+from methods.objective import Given
+from methods.pages import Page, Run
+from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone
+from methods.runfolder import RunFolder
+from methods.settings import Settings
+from methods.tasks import METRICS
+
+Units = dict[str, jax.Array]
+"""A number for each unit: `{site: [L]}` for modules, `{site: [L, groups]}` for ranks, `{"layers": [L]}` for layers."""
+LAYERS = "layers"
+START = "start"
+"""The file of the parameters from which ranks are scored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AllocateSettings(Settings):
+    """Spend a budget of LoRA where the validation loss wants it; one of three.
+
+    Attributes:
+      budget_params: trainable parameters of the adapter, such as 200000, 200k or 2M: ranks are searched.
+      budget_modules: so many linears: modules are searched, all of --rank.
+      top_k: so many layers: layers are searched, all of --rank.
+      max_rank: most that a module can get where ranks are searched; by default twice --rank.
+      group: ranks that are given or not together.
+      warmup_steps: training steps before ranks are scored.
+      inner_steps: K, training steps that the validation loss is differentiated through.
+      outer_steps: hypergradients that are summed.
+      inner_lr: learning rate of LoRA in the search (Adam).
+      outer_lr: learning rate of the scores: small, so that they are the sum of the hypergradients.
+      searches: the search is repeated with as many seeds; the mean of their scores chooses, and how much they agree is
+        reported.
+      search_only: write what was chosen, for other trainers, and train nothing.
+      random_baselines: random choices for the same budget, trained and evaluated beside.
+    """
+
+    budget_params: str | None = None
+    budget_modules: Count | None = None
+    top_k: Count | None = None
+    max_rank: Count | None = None
+    group: Count = 1
+    warmup_steps: Count = 20
+    inner_steps: Kept = 4
+    outer_steps: Count = 10
+    inner_lr: Positive = 1e-3
+    outer_lr: Positive = 1e-2
+    searches: Repeats = 2
+    search_only: bool = False
+    random_baselines: RepeatsOrNone = 1
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {},
+    "evidence": {"batch_size": 8, "outer_batch_size": 16, "inner_steps": 16, "outer_steps": 60, "warmup_steps": 100}
+    | {"searches": 3, "random_baselines": 3, "finetune_steps": 400},
+}
+"""Settings that differ from the defaults, by preset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Used(AllocateSettings):
+    """Settings of which nothing is left open."""
+
+    per: str = "rank"
+    budget: Annotated[int, Range(0, LARGEST)] = 0
+
+
+def amount(text: str) -> int:
+    """A number of parameters out of such as 200000, 200k, 1.5M.
+
+    Raises:
+      ValueError: for anything else.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMgGbB]?)", text.strip())
+    if found is None:
+        raise ValueError(f"--budget-params {text!r} is no number of parameters: give such as 200000, 200k or 2M.")
+    times = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[found[2].lower()]
+    value = float(found[1].replace("_", "").replace(",", "")) * times
+    if not 1 <= value < 2**31:
+        raise ValueError(f"--budget-params {text} must be at least 1 and below {2**31:,}.")
+    return int(value)
+
+
+def used(settings: AllocateSettings) -> Any:
+    """The values that a run uses.
+
+    Raises:
+      ValueError: unless exactly one budget is given; for ranks that are no whole groups, and for DoRA.
+    """
+    if isinstance(settings, Used):
+        return settings
+    budgets = {
+        "rank": settings.budget_params and amount(settings.budget_params),
+        "module": settings.budget_modules,
+        "layer": settings.top_k,
+    }
+    said = {per: value for per, value in budgets.items() if value is not None}
+    if len(said) != 1:
+        what = "and not several of them" if said else "such as --budget-params 200k"
+        raise ValueError(f"Give one budget, --budget-params, --budget-modules or --top-k, {what}.")
+    if settings.adapter == "dora":
+        raise ValueError("--adapter dora: a budget is spent on LoRA or rsLoRA, whose parameters are counted by rank.")
+    ((per, budget),) = said.items()
+    given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(AllocateSettings)}
+    given["max_rank"] = 2 * settings.rank if settings.max_rank is None else settings.max_rank
+    if per == "rank" and given["max_rank"] % settings.group:
+        raise ValueError(f"--max-rank {given['max_rank']} is no multiple of --group {settings.group}.")
+    return Used(**given, per=per, budget=budget)
+
+
+def unused(settings: AllocateSettings) -> dict[str, str]:
+    """Options without effect, and why."""
+    found: dict[str, str] = {}
+    if settings.budget_params is None:
+        found |= dict.fromkeys(("max_rank", "group", "warmup_steps"), "without --budget-params no ranks are searched")
+    if settings.search_only:
+        trained = ("random_baselines", "finetune_steps", "finetune_epochs")
+        found |= dict.fromkeys(trained, "--search-only trains nothing")
+    return found
+
+
+def check_model(settings: Any, config: Any, lora_config: LoRAConfig) -> None:
+    """Raises ValueError for a rank, or a budget, that this model cannot have, or that leaves nothing to choose."""
+    setup, shapes = used(settings), config.site_shapes()
+    sites = lora_config.sites(shapes)
+    if setup.per == "rank":
+        check_rank("--max-rank", setup.max_rank, shapes, sites)
+    prices = np.concatenate([np.ravel(c) for c in costs(setup, shapes, sites, config.num_layers).values()])
+    option = {"rank": "--budget-params", "module": "--budget-modules", "layer": "--top-k"}[setup.per]
+    if setup.budget < prices.min():
+        cheapest = int(prices.min())
+        raise ValueError(f"{option} {setup.budget:,} pays for no {setup.per}: the cheapest costs {cheapest:,}.")
+    if setup.budget >= prices.sum():
+        raise ValueError(
+            f"{option} {setup.budget:,} pays for all there are, which cost {int(prices.sum()):,}: there is nothing to "
+            "choose; lower it, or train with bilevel lora."
+        )
+
+
+def costs(settings: Any, shapes: Mapping[str, tuple[int, int]], sites: Sequence[str], layers: int) -> dict[str, Any]:
+    """What a unit costs, in parameters for ranks and 1 for modules and layers; in the form of `Units`."""
+    if settings.per == "layer":
+        return {LAYERS: np.ones(layers)}
+    if settings.per == "module":
+        return {site: np.ones(layers) for site in sites}
+    groups = settings.max_rank // settings.group
+    return {site: np.full((layers, groups), float(settings.group * sum(shapes[site]))) for site in sites}
+
+
+def gates(settings: Any, scores: Units) -> Any:
+    """LoRA's gates of some scores: `[L]`, `{site: [L]}`, or `{site: [L, r]}`."""
+    if settings.per == "layer":
+        return 1.0 + scores[LAYERS]
+    if settings.per == "module":
+        return {site: 1.0 + score for site, score in scores.items()}
+    return {site: 1.0 + jnp.repeat(score, settings.group, axis=1) for site, score in scores.items()}
+
+
+def problem(settings: Any, given: Given, start: Any = None) -> bilevel.Problem:
+    """The bilevel problem whose outer variable are the scores.
+
+    Args:
+      settings: as from `used`.
+      given: the model and its loss, with LoRA at the rank of the search.
+      start: parameters that every outer step trains from; None draws fresh ones.
+    """
+
+    def loss(weights, params, scores, batch, key):
+        return given.loss(weights, given.bind(weights, params, gate=gates(settings, scores)), batch)
+
+    prices = costs(settings, given.config.site_shapes(), given.sites, given.num_layers)
+    both = jax.tree_util.Partial(loss, given.weights)
+    begin = lambda key, scores: given.start(key) if start is None else start  # noqa: E731
+    return bilevel.Problem(both, both, begin, lambda key: {name: jnp.zeros(p.shape) for name, p in prices.items()})
+
+
+def rotated(params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
+    """The same updates A B, each in the basis of its singular vectors, the largest singular value first.
+
+    Args:
+      params: `{site: {"a": [L, in, r], "b": [L, r, out]}}`.
+
+    Returns:
+      The like, A = U S^(1/2) and B = S^(1/2) V^T.
+    """
+
+    def turn(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # A small problem in place of an [in, out] one: A = Qa Ra and B^T = Qb Rb, so that A B = Qa (Ra Rb^T) Qb^T.
+        (qa, ra), (qb, rb) = jnp.linalg.qr(a), jnp.linalg.qr(b.T)
+        u, s, vt = jnp.linalg.svd(ra @ rb.T)
+        root = jnp.sqrt(s)
+        return (qa @ u) * root[None, :], root[:, None] * (vt @ qb.T)
+
+    found = {}
+    for site, leaves in params.items():
+        a, b = jax.vmap(turn)(leaves["a"], leaves["b"])
+        found[site] = {"a": a, "b": b}
+    return found
+
+
+def solver(settings: Any, given: Given, start: Any = None) -> bilevel.Nested:
+    """The search as a solver."""
+    estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
+    return bilevel.Nested(
+        problem(settings, given, start), estimator, optax.sgd(settings.outer_lr), inner_start="cold"
+    )
+
+
+def searches(settings: AllocateSettings, bench: Bench) -> list[Search | Later]:
+    """One for each seed; the history has the scores after every outer step."""
+    setup = used(settings)
+    wide = widened(setup, bench) if setup.per == "rank" else bench
+
+    def later(number: int) -> Search | Later:
+        name, key = f"search-{number}" if number else "search", jax.random.fold_in(jax.random.key(setup.seed), number)
+
+        def made(start: Any) -> Search:
+            each = solver(setup, wide.given(), start)
+            return searching(setup, wide, each, name=name, key=key, record=lambda state: state.outer)
+
+        if setup.per != "rank":
+            return made(None)
+        return lambda found, folder: made(_start(setup, wide, folder, f"{START}-{number}", key))
+
+    return [later(number) for number in range(setup.searches)]
+
+
+def widened(settings: Any, bench: Bench) -> Bench:
+    """A bench whose LoRA has the largest rank that a module can get, and the scale of the settings' own rank."""
+    scale = bench.lora.scale
+    alpha = scale * (math.sqrt(settings.max_rank) if bench.lora.rslora else settings.max_rank)
+    return bench._replace(lora=dataclasses.replace(bench.lora, rank=settings.max_rank, alpha=alpha))
+
+
+def _start(settings: Any, bench: Bench, folder: RunFolder, name: str, key: jax.Array) -> Any:
+    """Parameters after the first steps of training on all modules, rotated; kept in the run folder."""
+    given = bench.given()
+    like = jax.eval_shape(given.start, key)
+    if not (folder.path / f"{name}.safetensors").is_file():
+        plain = lora.problem(given)
+        trained = bilevel.fit(
+            plain,
+            lora.everywhere(given),
+            optimizer=optax.adam(settings.inner_lr),
+            data=bilevel.Batches(bench.train, settings.batch_size),
+            steps=settings.warmup_steps,
+            key=key,
+            progress=not settings.quiet,
+            title=f"warm-up, {name}",
+            sharding=bench.sharding,
+        ).inner.params
+        folder.write_arrays(name, trained | {"lora": rotated(trained["lora"])})
+    return folder.read_arrays(name, like)
+
+
+def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
+    """The units that the budget buys by the mean score, the adapter they make, and arms of the same budget."""
+    del tried
+    setup, given = used(settings), bench.given()
+    scores = [{name: np.asarray(score) for name, score in result.outer.items()} for result in found]
+    mean = {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
+    prices = costs(setup, bench.shapes, given.sites, given.num_layers)
+    chosen = bought(setup, mean, prices)
+    alone = [bought(setup, each, prices) for each in scores]
+    ranks = ranks_of(setup, chosen, given.sites, given.num_layers)
+    selection: dict[str, Any] = {
+        "per": setup.per,
+        "budget": setup.budget,
+        "spent": spent(chosen, prices),
+        "ranks": ranks,
+        "scores": mean,
+        "spread": {name: np.std([each[name] for each in scores], axis=0) for name in mean},
+    }
+    if len(found) > 1:
+        selection["agreement"] = agreement(setup, alone, given.sites, given.num_layers)
+    config, mask = adapter(bench.lora, ranks)
+    kind = "CAUSAL_LM" if bench.head is None else "SEQ_CLS"
+    names = bench.pretrained.hf_names
+    selection["peft"], selection["modules"] = peft_settings(config, bench.shapes, names, given.num_layers, mask, kind)
+    if setup.search_only:
+        return Chosen(selection, [])
+    rng = np.random.default_rng(setup.seed)
+    others = {f"random-{i}": _drawn(rng, mean) for i in range(setup.random_baselines)}
+    arms = [trained(setup, bench, "allocate", ranks, export=True)]
+    if (even := uniform(setup, bench)) is not None:
+        arms.append(trained(setup, bench, "uniform", even))
+    for name, drawn in others.items():
+        at = ranks_of(setup, bought(setup, drawn, prices), given.sites, given.num_layers)
+        arms.append(trained(setup, bench, name, at))
+    return Chosen(selection, [*lora.untrained(bench, always=True), *arms])
+
+
+def _drawn(rng: np.random.Generator, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: rng.uniform(size=value.shape) for name, value in like.items()}
+
+
+def bought(settings: Any, scores: Mapping[str, Any], prices: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Which units the budget buys, bool in the form of `Units`: those of the largest score for their cost.
+
+    What is left of the budget pays for no other unit. Equal scores are put in an order by the settings' seed.
+    """
+    scores = {name: np.asarray(value, float) for name, value in scores.items()}
+    largest = max(float(np.abs(value).max()) for value in scores.values()) or 1.0
+    rule = bilevel.allocate(settings.budget, prices, key=jax.random.key(settings.seed))
+    closed = {name: jnp.zeros(value.shape, jnp.float32) for name, value in scores.items()}
+    against = {name: jnp.asarray(-value / largest, jnp.float32) for name, value in scores.items()}
+    opened: Any = rule.update(against, rule.init(closed), closed)[0]
+    return {name: np.asarray(value) > 0 for name, value in opened.items()}
+
+
+def spent(chosen: Mapping[str, np.ndarray], prices: Mapping[str, np.ndarray]) -> int:
+    """What the chosen units cost together."""
+    return round(sum(float(prices[name][on].sum()) for name, on in chosen.items()))
+
+
+def ranks_of(
+    settings: Any, chosen: Mapping[str, np.ndarray], sites: Sequence[str], layers: int
+) -> dict[str, list[int]]:
+    """The rank of each module, `{site: [L]}`, 0 where there is none."""
+    if settings.per == "layer":
+        return {site: (settings.rank * chosen[LAYERS]).tolist() for site in sites}
+    if settings.per == "module":
+        return {site: (settings.rank * chosen[site]).tolist() for site in sites}
+    return {site: (settings.group * chosen[site].sum(axis=1)).tolist() for site in sites}
+
+
+def adapter(base: LoRAConfig, ranks: Mapping[str, Sequence[int]]) -> tuple[LoRAConfig, dict[str, jax.Array]]:
+    """A LoRA of these ranks and where it is, bool `{site: [L]}`; its scale is that of `base` in every module.
+
+    Raises:
+      ValueError: if there is no module at all.
+    """
+    there = [rank for each in ranks.values() for rank in each if rank]
+    if not there:
+        raise ValueError("No module has a rank: there is no adapter to train.")
+    common = max(sorted(set(there)), key=there.count)
+    of = lambda rank: base.scale * (math.sqrt(rank) if base.rslora else rank)  # noqa: E731
+    others = {
+        rf"{layer}\.{re.escape(site)}": rank
+        for site, each in ranks.items()
+        for layer, rank in enumerate(each)
+        if rank not in (0, common)
+    }
+    config = dataclasses.replace(
+        base,
+        rank=common,
+        alpha=of(common),
+        targets=tuple(ranks),
+        rank_pattern=others,
+        alpha_pattern={pattern: of(rank) for pattern, rank in others.items()},
+    )
+    return config, {site: jnp.asarray(each) > 0 for site, each in ranks.items()}
+
+
+def uniform(settings: Any, bench: Bench) -> dict[str, list[int]] | None:
+    """The same rank in every module for at most the budget's parameters; None where it does not even pay for rank 1."""
+    if settings.per != "rank":
+        return None
+    one = bench.num_layers * sum(sum(bench.shapes[site]) for site in bench.sites)
+    rank = settings.budget // one
+    return {site: [rank] * bench.num_layers for site in bench.sites} if rank else None
+
+
+def trained(
+    settings: Any, bench: Bench, name: str, ranks: Mapping[str, Sequence[int]], *, export: bool = False
+) -> Arm:
+    """LoRA of these ranks, trained from scratch."""
+    config, mask = adapter(bench.lora, ranks)
+    on = bench._replace(lora=config)
+    arm = lora.arm(settings, on, lora.problem(on.given()), name, mask, export=export)
+    return arm._replace(count=lambda params: arm.count(params) | {"ranks": {s: list(r) for s, r in ranks.items()}})
+
+
+def agreement(
+    settings: Any, alone: Sequence[Mapping[str, np.ndarray]], sites: Sequence[str], layers: int
+) -> dict[str, Any]:
+    """How much searches that differ in their seed agree: the Jaccard index of their units, or the rank correlation.
+
+    Args:
+      settings: as from `used`.
+      alone: what each search would have bought.
+      sites, layers: of the model.
+    """
+    flat = [np.concatenate([np.ravel(on) for on in each.values()]) for each in alone]
+    found: dict[str, Any] = flexora.stability([np.flatnonzero(each).tolist() for each in flat], flat[0].size)
+    if settings.per == "rank":
+        ranks = [np.ravel(list(ranks_of(settings, each, sites, layers).values())) for each in alone]
+        pairs = itertools.combinations(ranks, 2)
+        found["rank correlation"] = float(np.mean([METRICS["spearman"](a, b) for a, b in pairs]))
+    return found
+
+
+def page(run: Run) -> Page:
+    """What was bought, how sure it is, and how other trainers are told."""
+    setup, selection = used(run.settings), run.selection
+    ranks = {site: np.asarray(each, float) for site, each in selection["ranks"].items()}
+    file = run.figure("ranks.png")
+    most = max(each.max() for each in ranks.values())
+    shares = {site: each / most for site, each in ranks.items()}
+    figures.gate_map(file, shares, f"rank of each module, as a share of {most:.0f}, the most")
+    folder = run.folder.path / "peft"
+    config = selection["peft"]
+    run.folder.write_text("peft/adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    unit = {"rank": "parameters", "module": "modules", "layer": "layers"}[setup.per]
+    lines = [f"- {site}: {_ranks(each)}" for site, each in selection["ranks"].items()]
+    paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent; the rest pays for no other."
+    found = f"{paid}\n\n" + "\n".join(lines)
+    trust = f"""The scores are sums of {setup.outer_steps} hypergradients through {setup.inner_steps} training steps,
+the mean of {setup.searches} searches that differ in their seed. {_agreed(setup, selection)}"""
+    made = "The adapter is in `adapter/`, in PEFT's format; its configuration alone, for other trainers, in `peft/`."
+    if setup.search_only:
+        made = "Nothing was trained. The configuration of the adapter, for other trainers, is in `peft/`."
+    told = snippets(folder, config, selection["modules"])
+    blocks = "\n\n".join(f"{title}:\n\n```{kind}\n{text}\n```" for title, kind, text in told)
+    said = "\n\n".join(f"{title}:\n\n{text}" for title, _, text in told)
+    return Page("A budget of LoRA", found, {file.name: "rank of each module"}, made, trust, more=blocks, said=said)
+
+
+def _ranks(each: Sequence[int]) -> str:
+    """Ranks by layer in words: runs of layers with the same one."""
+    parts, at = [], 0
+    for rank, run in itertools.groupby(each):
+        end = at + len(list(run))
+        if rank:
+            parts.append(f"{rank} in {f'layers {at} to {end - 1}' if end - at > 1 else f'layer {at}'}")
+        at = end
+    return ", ".join(parts) or "none"
+
+
+def _agreed(settings: Any, selection: Mapping[str, Any]) -> str:
+    if "agreement" not in selection:
+        return "One search alone says nothing of how much it would agree with another: --searches 3."
+    found = selection["agreement"]
+    text = (
+        f"By themselves they would choose units with a mean Jaccard index of {found['jaccard']:.2f}; random choices of "
+        f"their sizes would have {found['random']:.2f}."
+    )
+    if settings.per == "rank":
+        text += f" The ranks they give have a mean rank correlation of {found['rank correlation']:.2f}."
+    return text
+
+
+def snippets(folder: Path, config: Mapping[str, Any], modules: Sequence[str]) -> list[tuple[str, str, str]]:
+    """How other trainers are told of an adapter: `(title, language, text)`.
+
+    axolotl and LLaMA-Factory take one rank for all modules; where there are several, theirs is the commonest, which the
+    title says.
+
+    Args:
+      folder: where PEFT finds the configuration.
+      config: that configuration.
+      modules: the full names of the adapted modules.
+    """
+    targets, layers = list(config["target_modules"]), config.get("layers_to_transform")
+    one = " (it takes one rank for all modules: this is the commonest)" if config["rank_pattern"] else ""
+    peft = f"""from peft import LoraConfig, get_peft_model
+
+config = LoraConfig.from_pretrained({str(folder)!r})
+model = get_peft_model(model, config)"""
+    axolotl = ["adapter: lora", f"lora_r: {config['r']}", f"lora_alpha: {config['lora_alpha']}"]
+    axolotl += [f"lora_target_modules: {json.dumps(targets)}"]
+    if layers is not None:
+        pattern = config["layers_pattern"]
+        axolotl += [f"peft_layers_to_transform: {json.dumps(layers)}", f"peft_layers_pattern: {json.dumps([pattern])}"]
+    factory = [
+        "finetuning_type: lora",
+        f"lora_rank: {config['r']}",
+        f"lora_alpha: {config['lora_alpha']}",
+        # It has no option for layers, so that these are named one by one.
+        f"lora_target: {','.join(targets if layers is None else modules)}",
+    ]
+    return [
+        ("peft", "python", peft),
+        (f"axolotl{one}", "yaml", "\n".join(axolotl)),
+        (f"LLaMA-Factory{one}", "yaml", "\n".join(factory)),
+    ]
+
+
+COMMAND = Method(
+    AllocateSettings,
+    PRESETS,
+    choose=choose,
+    page=page,
+    searches=searches,
+    used=used,
+    unused=unused,
+    check_model=check_model,
+)
