@@ -1,22 +1,30 @@
-r"""`bilevel allocate`: a budget of adapter parameters, modules or layers, spent where the validation loss wants it.
+r"""`bilevel allocate`: a budget of adapter parameters, modules or layers, spent on the units that are worth most.
 
-Outer variable: a score s a unit, at 0 in the beginning. A unit is a layer, a module (a linear of a layer) or a group of
-rank-one components of a module; its part of LoRA's update is multiplied by 1 + s. The inner loss trains LoRA for K
-steps from the same start, and plain gradient descent on the validation loss through these steps moves the scores,
+A unit is a layer, a module (a linear of a layer) or a group of rank-one components of a module. Every unit gets a
+score, and the budget goes to those with the largest score for their cost (`bilevel.allocate`), exactly: what is left
+of it pays for no other unit. There are two scores.
+
+*hypergradient*. Outer variable: s, a number a unit, at 0 in the beginning; the unit's part of LoRA's update is
+multiplied by 1 + s. The inner loss trains LoRA for K steps from the same start, and plain gradient descent on the
+validation loss through these steps moves the scores,
 
 .. math:: s \leftarrow s - \eta\, \frac{d}{ds} L_{val}(\theta_K(s), s),
 
-so that for a small rate eta they are the sum of the hypergradients of all outer steps, taken where every unit is there.
-The budget then goes to the units with the largest score for their cost (`bilevel.allocate`), exactly: what is left of
-it pays for no other unit.
+so that for a small rate eta they are the sum of the hypergradients of all outer steps.
+
+*singular-values*. LoRA is trained on all modules at the largest rank; the score of a component is the squared
+singular value of its module's update, what of the update would be lost without it, and that of a module or layer the
+sum over its components.
 
 Ranks need components that mean something. A fresh LoRA's do not: what a module learns is spread over all of them. So
-LoRA is first trained for some steps on all modules at the largest rank, and each update A B is written in the basis of
-its singular vectors, A = U S^(1/2) and B = S^(1/2) V^T, which is the same update; from there the scores are taken. A
-module whose update has two directions of worth then has two components with a score.
+they are taken in the basis of singular vectors of a trained update, A = U S^(1/2) and B = S^(1/2) V^T, which is the
+same update, for the hypergradient too: there a component is multiplied by 1/2 + s, half of what it is, since where it
+is whole the training has left nothing to gain by more of it. Where the answer is known
+(`benchmarks/lora/planted_ranks`) singular values find the ranks and hypergradients do not, so that they are what
+ranks are given by unless asked otherwise; layers and modules are given by hypergradients.
 
 The rule that a budget of rank-one parts is spent by their importance is AdaLoRA's (Zhang et al. 2023, arXiv
-2303.10512), which measures the importance in the training loss, at the trained point.
+2303.10512), which measures the importance in the training loss, during the training.
 """
 
 from __future__ import annotations
@@ -28,7 +36,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,29 +51,34 @@ from methods.bench import Bench, check_rank
 from methods.driver import Arm, Chosen, Later, Method, Search, Tried, searching
 from methods.objective import Given
 from methods.pages import Page, Run
-from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone
+from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.runfolder import RunFolder
 from methods.settings import Settings
 from methods.tasks import METRICS
 
+SCORES = ("hypergradient", "singular-values")
 Units = dict[str, jax.Array]
 """A number for each unit: `{site: [L]}` for modules, `{site: [L, groups]}` for ranks, `{"layers": [L]}` for layers."""
 LAYERS = "layers"
+HALF = 0.5
+"""What a rank-one component is multiplied by where its score is 0."""
 START = "start"
 """The file of the parameters from which ranks are scored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AllocateSettings(Settings):
-    """Spend a budget of LoRA where the validation loss wants it; one of three.
+    """Spend a budget of LoRA on what is worth most: parameters, modules or layers.
 
     Attributes:
       budget_params: trainable parameters of the adapter, such as 200000, 200k or 2M: ranks are searched.
       budget_modules: so many linears: modules are searched, all of --rank.
       top_k: so many layers: layers are searched, all of --rank.
+      score: what a unit is worth: the sum of hypergradients, or the singular values of what a training learned; by
+        default singular values for ranks, hypergradients for modules and layers.
       max_rank: most that a module can get where ranks are searched; by default twice --rank.
       group: ranks that are given or not together.
-      warmup_steps: training steps before ranks are scored.
+      warmup_steps: training steps whose update is taken apart into singular vectors.
       inner_steps: K, training steps that the validation loss is differentiated through.
       outer_steps: hypergradients that are summed.
       inner_lr: learning rate of LoRA in the search (Adam).
@@ -79,9 +92,10 @@ class AllocateSettings(Settings):
     budget_params: str | None = None
     budget_modules: Count | None = None
     top_k: Count | None = None
+    score: Annotated[str | None, one_of(SCORES, optional=True)] = None
     max_rank: Count | None = None
     group: Count = 1
-    warmup_steps: Count = 20
+    warmup_steps: Count = 40
     inner_steps: Kept = 4
     outer_steps: Count = 10
     inner_lr: Positive = 1e-3
@@ -145,6 +159,7 @@ def used(settings: AllocateSettings) -> Any:
     ((per, budget),) = said.items()
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(AllocateSettings)}
     given["max_rank"] = 2 * settings.rank if settings.max_rank is None else settings.max_rank
+    given["score"] = settings.score or ("singular-values" if per == "rank" else "hypergradient")
     if per == "rank" and given["max_rank"] % settings.group:
         raise ValueError(f"--max-rank {given['max_rank']} is no multiple of --group {settings.group}.")
     return Used(**given, per=per, budget=budget)
@@ -153,8 +168,14 @@ def used(settings: AllocateSettings) -> Any:
 def unused(settings: AllocateSettings) -> dict[str, str]:
     """Options without effect, and why."""
     found: dict[str, str] = {}
+    by_values = settings.score == "singular-values" or (settings.score is None and settings.budget_params is not None)
     if settings.budget_params is None:
-        found |= dict.fromkeys(("max_rank", "group", "warmup_steps"), "without --budget-params no ranks are searched")
+        found |= dict.fromkeys(("max_rank", "group"), "without --budget-params no ranks are searched")
+        if not by_values:
+            found["warmup_steps"] = "hypergradients of modules and layers begin at a fresh LoRA"
+    if by_values:
+        search = ("inner_steps", "outer_steps", "outer_lr")
+        found |= dict.fromkeys(search, "--score singular-values takes no hypergradient")
     if settings.search_only:
         trained = ("random_baselines", "finetune_steps", "finetune_epochs")
         found |= dict.fromkeys(trained, "--search-only trains nothing")
@@ -195,7 +216,7 @@ def gates(settings: Any, scores: Units) -> Any:
         return 1.0 + scores[LAYERS]
     if settings.per == "module":
         return {site: 1.0 + score for site, score in scores.items()}
-    return {site: 1.0 + jnp.repeat(score, settings.group, axis=1) for site, score in scores.items()}
+    return {site: HALF + jnp.repeat(score, settings.group, axis=1) for site, score in scores.items()}
 
 
 def problem(settings: Any, given: Given, start: Any = None) -> bilevel.Problem:
@@ -248,6 +269,12 @@ def solver(settings: Any, given: Given, start: Any = None) -> bilevel.Nested:
     )
 
 
+class Scored(NamedTuple):
+    """What came of a search that takes no outer step: the scores, where a `bilevel.Result` has them."""
+
+    outer: Units
+
+
 def searches(settings: AllocateSettings, bench: Bench) -> list[Search | Later]:
     """One for each seed; the history has the scores after every outer step."""
     setup = used(settings)
@@ -260,11 +287,29 @@ def searches(settings: AllocateSettings, bench: Bench) -> list[Search | Later]:
             each = solver(setup, wide.given(), start)
             return searching(setup, wide, each, name=name, key=key, record=lambda state: state.outer)
 
-        if setup.per != "rank":
-            return made(None)
-        return lambda found, folder: made(_start(setup, wide, folder, f"{START}-{number}", key))
+        def begun(folder: RunFolder) -> Any:
+            return _start(setup, wide, folder, f"{START}-{number}", key)
+
+        if setup.score == "singular-values":
+            return lambda found, folder: Scored(energies(setup, begun(folder)["lora"]))
+        return (lambda found, folder: made(begun(folder))) if setup.per == "rank" else made(None)
 
     return [later(number) for number in range(setup.searches)]
+
+
+def energies(settings: Any, rotated: Mapping[str, Mapping[str, jax.Array]]) -> Units:
+    """The squared singular values of the updates, summed over each unit.
+
+    Args:
+      settings: as from `used`.
+      rotated: as from `rotated`, so that B has a singular value in each row, its square root.
+    """
+    values = {site: jnp.sum(leaves["b"] ** 2, axis=2) ** 2 for site, leaves in rotated.items()}
+    if settings.per == "layer":
+        return {LAYERS: sum(value.sum(axis=1) for value in values.values())}  # pyright: ignore[reportReturnType]
+    if settings.per == "module":
+        return {site: value.sum(axis=1) for site, value in values.items()}
+    return {site: v.reshape(len(v), -1, settings.group).sum(axis=2) for site, v in values.items()}
 
 
 def widened(settings: Any, bench: Bench) -> Bench:
@@ -447,8 +492,12 @@ def page(run: Run) -> Page:
     lines = [f"- {site}: {_ranks(each)}" for site, each in selection["ranks"].items()]
     paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent; the rest pays for no other."
     found = f"{paid}\n\n" + "\n".join(lines)
-    trust = f"""The scores are sums of {setup.outer_steps} hypergradients through {setup.inner_steps} training steps,
-the mean of {setup.searches} searches that differ in their seed. {_agreed(setup, selection)}"""
+    taken = {
+        "hypergradient": f"sums of {setup.outer_steps} hypergradients through {setup.inner_steps} training steps",
+        "singular-values": f"squared singular values of what {setup.warmup_steps} training steps learned",
+    }[setup.score]
+    times = "those of one search" if setup.searches == 1 else f"the mean of {setup.searches} that differ in their seed"
+    trust = f"The scores are {taken}, {times}. {_agreed(setup, selection)}"
     made = "The adapter is in `adapter/`, in PEFT's format; its configuration alone, for other trainers, in `peft/`."
     if setup.search_only:
         made = "Nothing was trained. The configuration of the adapter, for other trainers, is in `peft/`."

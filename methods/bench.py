@@ -234,6 +234,9 @@ def prepare(
         )
     splits = _split(task, fitting, looked_at, source.test, settings, sizes)
 
+    with reading("The text of a test row", "look at the rows, and at the model's tokenizer"):
+        tasks.check_test(task, splits.test, pretrained.tokenizer, pretrained.config.max_positions)
+
     @reading(*ROWS)
     def encoded(rows):
         if isinstance(task, tasks.Classification):
@@ -254,6 +257,8 @@ def prepare(
         "encoded training rows": fingerprint.arrays(train),
         "encoded outer rows": fingerprint.arrays(outer),
     }
+    if (file := tasks.file_of(settings.task)) is not None:
+        inputs[f"task file {file.name}"] = fingerprint.rows([{"text": file.read_text(encoding="utf-8")}])
     left_out = len(source.train) - len(fitting)
     bench = Bench(
         pretrained, lora, source, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
@@ -270,10 +275,13 @@ class Sizes(NamedTuple):
     test: int | None
 
 
+def _is_own(settings: Settings) -> bool:
+    return settings.data is not None and tasks.is_own(settings.data)
+
+
 def _sizes(settings: Settings) -> Sizes:
     """What the settings say, and of a built-in task what is taken where they say nothing."""
-    own = settings.data is not None and tasks.is_own(settings.data)
-    default = Sizes(None, None, None) if own else Sizes(256, 128, 100)
+    default = Sizes(None, None, None) if _is_own(settings) else Sizes(256, 128, 100)
     train, outer = (
         size if given is None else given
         for size, given in ((default.train, settings.train_rows), (default.outer, settings.outer_rows))
@@ -364,9 +372,9 @@ def _fitting(
 ) -> tuple[list[Any], int]:
     """The units whose texts, with the right answers and `end`, fit into `length` tokens, looked for in a seeded order
     until enough: a prompt comes with all its references, or not at all. And how many rows were looked at."""
-    wanted = None  # all
-    if sizes.train is not None and sizes.outer is not None:
-        wanted = 4 * (sizes.train + sizes.outer) + 64  # some share a subject with the test
+    # Of one's own rows all are looked at, however many are asked for: what a run says of itself repeats it. Of a task's
+    # many thousands so many are enough, some of which share a subject with the test.
+    wanted = None if _is_own(settings) else 4 * ((sizes.train or 0) + (sizes.outer or 0)) + 64
     units = tasks.units(task, rows)
     units = [units[i] for i in np.random.default_rng(settings.seed).permutation(len(units))[:wanted]]
     chosen = [row for unit in units for row in unit]

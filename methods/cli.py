@@ -88,6 +88,8 @@ def run(arguments: list[str]) -> int:
             return 0
         from methods import processes
 
+        if getattr(settings, "quiet", False):
+            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         processes.start(settings)
         found = command.main(settings, name)
         if processes.is_first():

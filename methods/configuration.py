@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import subprocess
 import tomllib
@@ -30,6 +29,20 @@ LARGEST = 2**20
 """Bytes of a configuration: those of a run have a few thousand."""
 
 
+class _Once(yaml.SafeLoader):
+    """YAML, in which a name that is there twice is an error; the last would be heard alone."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    names = [key.value for key, _ in node.value]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadInput(f"A configuration has {twice!r} twice (line {node.start_mark.line + 1} and on): give it once.")
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
 def read(file: str, command: str) -> tuple[dict[str, Any], bool]:
     """The options that a file holds, at its top or under `settings`, and whether a run wrote them, all it had.
 
@@ -44,19 +57,19 @@ def read(file: str, command: str) -> tuple[dict[str, Any], bool]:
     kinds = (".yaml", ".yml", ".toml", ".json")
     if not path.is_file():
         raise BadInput(f"There is no file {file!r}, which --config names: it is such as runs/x/{FILE}.")
-    if path.suffix not in kinds:
+    if path.suffix.lower() not in kinds:
         raise BadInput(f"--config {file} is of no kind that is read: its name must end in {', '.join(kinds)}.")
     if path.stat().st_size > LARGEST:
         raise BadInput(f"--config {file} is larger than a configuration can be, {LARGEST:,} bytes.")
     with reading(f"The configuration {file}", "look at its lines"):
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".toml":
             found: Any = tomllib.loads(text)
         else:
-            found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            found = yaml.load(text, _Once)  # which is YAML's safe loader; JSON is YAML too
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise BadInput(f"{file} holds no options, but {type(found).__name__}: a line of it is such as rank: 8.")
-    of = found.get("command", command)
+    of = found.get("command") or command
     if of != command:
         raise BadInput(f"{file} is of the command {of!r}, and not of {command!r}: run bilevel {of} --config {file}.")
     inner = found.get("settings", {name: value for name, value in found.items() if name not in ("command", "made")})

@@ -49,8 +49,8 @@ class Search(NamedTuple):
     record: Callable[[Any], dict[str, Any]] | None = None
 
 
-Later = Callable[[Sequence[bilevel.Result], RunFolder], Search]
-"""A search that is made of the results of those before it, and of what it keeps in the run folder."""
+Later = Callable[[Sequence[Any], RunFolder], Any]
+"""A `Search` that is made of the results of those before it and of what it keeps in the run folder, or its result."""
 
 
 class Train(Protocol):
@@ -185,10 +185,14 @@ class Method:
         folder = open_run(setup, bench)
         if command and not (folder.path / configuration.FILE).exists():
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
-        found: list[bilevel.Result] = []
+        found: list[Any] = []
         for each in searches:
-            made = each if isinstance(each, Search) else accumulated(each(found, folder), setup, bench)
-            found.append(search(made, folder, bench.sharding, progress=not setup.quiet))
+            made = each if isinstance(each, Search) else each(found, folder)
+            if made is not each and isinstance(made, Search):
+                made = accumulated(made, setup, bench)
+            if isinstance(made, Search):
+                made = search(made, folder, bench.sharding, progress=not setup.quiet)
+            found.append(made)
         chosen = self.choose(setup, bench, found, trying(bench, folder))
         if chosen.selection:
             with processes.attempt():

@@ -188,7 +188,13 @@ def used(settings: FlexoraSettings) -> Any:
     if isinstance(settings, Used):
         return settings
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(FlexoraSettings)}
-    found: Any = Used(**given | options(settings), variant=RELEASED if settings.released else PAPER)
+    variant = RELEASED if settings.released else PAPER
+    fixed: dict[str, Any] = {}
+    if variant.final_warmup is not None:
+        fixed = {"warmup": variant.final_warmup, "clip": variant.clip}
+    if settings.released:
+        final_recipe(settings, variant)  # refuses what contradicts it
+    found: Any = Used(**given | options(settings) | fixed, variant=variant)
     ranges.check(found)
     most = found.search_rows if found.train_rows is None else found.train_rows
     if found.search_rows and not found.batch_size <= found.search_rows <= most:

@@ -20,7 +20,7 @@ import tyro
 
 from methods import configuration, ranges
 from methods.causes import BadInput, reading
-from methods.settings import GROUPS, Settings
+from methods.settings import GROUPS, Settings, unused
 
 
 def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
@@ -40,6 +40,8 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     file, rest = _take(list(arguments), "--config", None)
     preset, rest = _take(rest, "--preset", None)
     configured, whole = configuration.read(file, name) if file is not None else ({}, False)
+    if whole and preset is not None:
+        raise BadInput(f"--preset has no effect here, since {file} says every option: leave one of the two out.")
     preset = str(configured.pop("preset", "demo")) if preset is None else preset
     if preset not in command.presets:
         raise BadInput(f"Unknown preset {preset!r}: {name} has {', '.join(command.presets)}.")
@@ -53,7 +55,7 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     ranges.check(settings)
     # What a run wrote are all of its options, those without effect too.
     before = _parsed(command, name, cls, default, preset, words[: len(words) - len(rest)]) if whole else default
-    for field, reason in command.unused(settings).items():
+    for field, reason in (command.unused(settings) | unused(settings)).items():
         if getattr(settings, field) != getattr(before, field):
             raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")
     return settings
@@ -159,6 +161,9 @@ def _words(configured: Mapping[str, Any], cls: type, file: str | None, rest: Seq
       ValueError: for one that the command does not have, and for a value that no option has.
     """
     hints, words, first = ranges.hints(cls), [], []
+    spelled = [str(name).replace("-", "_") for name in configured]
+    if twice := [name for name in spelled if spelled.count(name) > 1]:
+        raise BadInput(f"{file} has the option {twice[0]!r} twice: give it once.")
     for name, value in configured.items():
         field = str(name).replace("-", "_")
         if field not in hints:
@@ -177,7 +182,8 @@ def _words(configured: Mapping[str, Any], cls: type, file: str | None, rest: Seq
         elif value is None or isinstance(value, (str, int, float)):
             if _is_positional(hints[field]):
                 # A word of the command line stands for it.
-                first = [] if rest and not rest[0].startswith("-") else [str(value)]
+                known = ranges.names(hints[field])
+                first = [] if known is not None and any(word in known for word in rest) else [str(value)]
             else:
                 words.append(f"{option}={value}")
         else:
@@ -213,10 +219,10 @@ def _take(arguments: list[str], option: str, default: str | None) -> tuple[str |
     """The value of `option` and the other arguments."""
     rest, value, words = [], default, iter(arguments)
     for word in words:
-        if word == option:
-            value = next(words, "")
-        elif word.startswith(option + "="):
-            value = word.removeprefix(option + "=")
-        else:
+        if word != option and not word.startswith(option + "="):
             rest.append(word)
+            continue
+        if value is not default:
+            raise BadInput(f"{option} is given twice: give it once.")
+        value = next(words, "") if word == option else word.removeprefix(option + "=")
     return value, rest

@@ -137,5 +137,13 @@ class Settings(Running, Training, Data, Model):
 
 GROUPS: dict[str, type] = {"model": Model, "data": Data, "training": Training, "run": Running}
 """By the names under which a help shows them; what a command adds is a group of its own, after the data."""
+
+
+def unused(settings: object) -> dict[str, str]:
+    """Options without effect in any command, and why."""
+    by_epochs = getattr(settings, "finetune_epochs", None) is not None
+    return {"finetune_steps": "--finetune-epochs says how many there are"} if by_epochs else {}
+
+
 NO_DROPOUT = {"lora_dropout": "no training of this command drops what LoRA reads"}
 """For the `unused` of such a command."""

@@ -10,10 +10,11 @@ budget of the truth would buy with the true ones says how well whole modules com
 All ways may spend the same number of inner gradients. A Hessian-vector product counts 2.07 of them, a forward pass a
 third, an outer batch by its rows:
 
-    allocate       `methods.allocate`: warm-up, singular vectors, then hypergradients through K steps, 3.07 K + 4 each
+    singular values  `methods.allocate` by default: of what a plain training learned
+    hypergradient  `methods.allocate --score hypergradient`: a training, its singular vectors, then hypergradients
+                   through K steps, 3.07 K + 4 each
     first order    the same, with the training held constant, K + 4
     AdaLoRA        its training; the importance of its triplets (Zhang et al. 2023)
-    singular values  of a plain training's update
     EVA            singular values of each module's inputs, each as a share of their sum (Paischer et al. 2024, arXiv
                    2410.07170): it looks at activations alone
     GRAD-NORM      norm of the gradient of each module over all training rows, the same for all of its components
@@ -41,7 +42,7 @@ import bilevel
 from benchmarks.lora.planted import auroc
 from benchmarks.lora.planted_task import Setup, Task, base_weights, divergence, draw
 from benchmarks.record import Record, Row
-from methods import allocate
+from methods import allocate, lora
 from methods.baselines.adalora import triplets
 from methods.baselines.importance import orthogonality, product, smooth, unsmoothed
 from methods.objective import Given, of_hook
@@ -124,7 +125,7 @@ def _spread(setup: Setup, values: jax.Array) -> jax.Array:
 
 def settings(setup: Setup, ranks: Ranks, hypergradient: str) -> Any:
     """Of `methods.allocate`, for this many gradients."""
-    one = (1 + HVP if hypergradient == "allocate" else 1.0) * ranks.unroll + setup.outer_batch / setup.batch
+    one = (1 + HVP if hypergradient == "hypergradient" else 1.0) * ranks.unroll + setup.outer_batch / setup.batch
     return allocate.Used(
         model="",
         per="rank",
@@ -148,13 +149,13 @@ def trained(setup: Setup, task: Task, steps: int, key: jax.Array) -> Any:
     """LoRA on all modules, `{"lora", "head"}`, after so many steps of Adam."""
     of = given(setup, task)
     data = draw(task.train, jax.random.fold_in(key, 7), steps, setup.batch)
-    problem = allocate.problem(settings(setup, Ranks(), "allocate"), of)
+    problem = lora.problem(of)
     trainer = bilevel.FirstOrder(optax.adam(setup.adam), steps)
     return trainer.solve(problem, None, problem.start_outer(key), data, key).params
 
 
 def by_search(setup: Setup, ranks: Ranks, task: Task, key: jax.Array, name: str) -> dict[str, np.ndarray]:
-    """Scores of components by `methods.allocate`, `{site: [L, R]}`; with the training held constant for "first order"."""
+    """Scores of components by `methods.allocate`, `{site: [L, R]}`; "first order" holds the training constant."""
     setting, of = settings(setup, ranks, name), given(setup, task)
     start = trained(setup, task, ranks.warmup, key)
     start = start | {"lora": allocate.rotated(start["lora"])}
@@ -175,8 +176,9 @@ def by_search(setup: Setup, ranks: Ranks, task: Task, key: jax.Array, name: str)
 
 def by_singular_values(setup: Setup, ranks: Ranks, task: Task, key: jax.Array) -> dict[str, np.ndarray]:
     """Singular values of the updates of a plain training that spends the whole budget."""
-    params = allocate.rotated(trained(setup, task, ranks.budget, key)["lora"])
-    return {site: np.asarray(jnp.linalg.norm(leaves["b"], axis=2) ** 2) for site, leaves in params.items()}
+    rotated = allocate.rotated(trained(setup, task, ranks.budget, key)["lora"])
+    found = allocate.energies(settings(setup, ranks, "first order"), rotated)
+    return {site: np.asarray(score) for site, score in found.items()}
 
 
 def by_adalora(setup: Setup, ranks: Ranks, task: Task, key: jax.Array) -> dict[str, np.ndarray]:
@@ -236,7 +238,7 @@ _looked_at.defvjp(_looked_at_forward, _looked_at_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """A hook whose derivative with respect to `moments`, `{site: [L, in, in]}`, is that of the inputs of each module."""
+    """A hook whose derivative with respect to `moments`, `{site: [L, in, in]}`, is that of each module's inputs."""
 
     moments: dict[str, jax.Array]
 
@@ -268,10 +270,10 @@ def judged(setup: Setup, scores: dict[str, np.ndarray], true: np.ndarray) -> dic
 
 
 WAYS = {
-    "allocate": partial(by_search, name="allocate"),
+    "singular values": by_singular_values,
+    "hypergradient": partial(by_search, name="hypergradient"),
     "first order": partial(by_search, name="first order"),
     "AdaLoRA": by_adalora,
-    "singular values": by_singular_values,
     "EVA": by_eva,
     "GRAD-NORM": by_gradient_norm,
 }

@@ -13,7 +13,7 @@ from methods.tasks.own import FORMATS
 from methods.tasks.records import READERS
 from methods.tasks.registry import TASKS, get, register
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
-from methods.tasks.source import Source, find, is_own, read_source
+from methods.tasks.source import Source, check_test, file_of, find, is_own, read_source
 from methods.tasks.splits import Splits, TooFew, check_disjoint, hold_out, load_splits, split, units
 from methods.tasks.stored import load
 from methods.tasks.task import (
@@ -59,6 +59,7 @@ __all__ = [
     "Written",
     "check_disjoint",
     "check_metrics",
+    "check_test",
     "encode",
     "encode_labelled",
     "encode_spans",
@@ -66,6 +67,7 @@ __all__ = [
     "evaluate_labelled",
     "evaluate_spans",
     "evaluate_written",
+    "file_of",
     "find",
     "fits",
     "get",

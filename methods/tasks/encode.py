@@ -67,14 +67,15 @@ def tokenize(pairs: Sequence[Pair], tokenizer: Any, end: Sequence[int] = ()) -> 
     if not pairs:
         raise ValueError("There is nothing to encode: the list of prompts and answers is empty.")
     first, _ = marks(tokenizer)
-    ids = lambda texts: tokenized(tokenizer, texts, add_special_tokens=False)["input_ids"]  # noqa: E731
-    wholes = ids([prompt + answer for prompt, answer in pairs])
-    # A space that ends a prompt belongs to the answer's first token in most vocabularies.
-    prompts = ids([prompt.rstrip() for prompt, _ in pairs])
+    texts = [prompt + answer for prompt, answer in pairs]
+    found: Any = tokenized(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
     sequences = []
-    for pair, whole, prompt in zip(pairs, wholes, prompts, strict=True):
-        # Where a token spans the border between prompt and answer, the answer starts with it.
-        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    for pair, whole, places in zip(pairs, found["input_ids"], found["offset_mapping"], strict=True):
+        # A space that ends a prompt belongs to the answer's first token in most vocabularies. Where a token spans the
+        # border between prompt and answer, the answer starts with it.
+        border = len(pair.prompt.rstrip())
+        start = next((i for i, (_, end) in enumerate(places) if end > border), len(whole))
+        whole = list(whole)
         if start >= len(whole):
             raise ValueError(f"The answer {pair.answer!r} to {pair.prompt[-60:]!r} has no token to score.")
         mark = opening(first, whole)

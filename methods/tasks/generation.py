@@ -65,7 +65,9 @@ def evaluate_written(write: Write, task: Generation, rows: Sequence[Row]) -> Wri
     texts = [truncate(text, task.stop) for text in found]
     predictions = [task.extract(text, group[0]) for text, group in zip(texts, groups, strict=True)]
     targets = [[task.target(row) for row in group] for group in groups]
-    metrics = checked(task.name, {name: METRICS[name](predictions, targets) for name in task.metrics})
+    # No answer in a text is an empty one to a metric of texts, and the wrong one to `exact`.
+    told = ["" if p is None and isinstance(group[0], str) else p for p, group in zip(predictions, targets, strict=True)]
+    metrics = checked(task.name, {name: METRICS[name](told, targets) for name in task.metrics})
     right = None
     if "exact" in metrics:
         right = np.array([same(p, t) for p, t in zip(predictions, targets, strict=True)])

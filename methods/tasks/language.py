@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ import numpy as np
 
 from methods.tasks.batches import by_length
 from methods.tasks.encode import Encoded, TokenBatch, marks, opening, prefix
-from methods.tasks.task import LanguageModelling, Row, Span
+from methods.tasks.task import UNREADABLE, LanguageModelling, Row, Span
 from methods.tasks.tokens import tokenized
 
 ScoreFn = Callable[[TokenBatch], tuple[Any, Any]]
@@ -61,22 +63,16 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
     if not rows:
         raise ValueError("There is nothing to encode: the list of rows is empty.")
     first, _ = marks(tokenizer)
-    spans = [_merged(task.spans(row, tokenizer)) for row in rows]
-    ids = lambda texts: tokenized(tokenizer, texts, add_special_tokens=False)["input_ids"] if texts else []  # noqa: E731
-    wholes = ids(["".join(span.text for span in row) for row in spans])
-    # Where the text has got to at the end of each part but the last: what of its tokens comes before.
-    begun = iter(ids(["".join(span.text for span in row[:i]) for row in spans for i in range(1, len(row))]))
+    spans = [_spans(task, row, tokenizer) for row in rows]
+    texts = ["".join(span.text for span in row) for row in spans]
+    found: Any = tokenized(tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
     mark = tokenizer.eos_token_id if task.ended else None
     sequences = []
-    for row, whole in zip(spans, wholes, strict=True):
-        borders = [0]
-        for _ in row[1:]:
-            before = next(begun)
-            shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-            borders.append(max(borders[-1], min(shared, len(whole))))
-        learned = [False] * len(whole)
-        for span, start, end in zip(row, borders, [*borders[1:], len(whole)], strict=True):
-            learned[start:end] = [span.learned] * (end - start)
+    for at, (row, whole, places) in enumerate(zip(spans, found["input_ids"], found["offset_mapping"], strict=True)):
+        # Part k ends with character ends[k]; a token belongs to the part in which its last character lies.
+        ends = list(itertools.accumulate(len(span.text) for span in row))
+        learned = [row[min(bisect.bisect_left(ends, end), len(row) - 1)].learned for _, end in places]
+        whole = list(whole)
         if mark is not None and row[-1].learned and whole[-1:] != [mark]:
             whole, learned = [*whole, mark], [*learned, True]
         front = opening(first, whole)
@@ -85,10 +81,23 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
         whole, learned = [*front, *whole], [False] * len(front) + learned
         learned[:1] = [False]  # nothing comes before it, so that nothing predicts it
         if not any(learned):
-            text = "".join(span.text for span in row)
-            raise ValueError(f"The text {text[:60]!r} has no token to learn that another comes before.")
+            raise ValueError(f"{place_of(rows[at], texts[at])} has no token to learn that another comes before.")
         sequences.append(SpannedSequence(whole, learned))
     return sequences
+
+
+def _spans(task: LanguageModelling, row: Row, tokenizer: Any) -> list[Span]:
+    """The parts of a row. Raises ValueError, with the place of the row, where the task makes none of it."""
+    try:
+        return _merged([Span(*span) for span in task.spans(row, tokenizer)])
+    except UNREADABLE as error:
+        said = str(error) if isinstance(error, ValueError) else f"{task.name} makes no text of it ({error!r})."
+        raise ValueError(f"{place_of(row, next(iter(row.values()), ''))}: {said}") from error
+
+
+def place_of(row: Row, text: Any) -> str:
+    """Where a row is from, or what it begins with where that is not known."""
+    return getattr(row, "where", None) or f"The text {str(text)[:60]!r}"
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

@@ -8,6 +8,7 @@ that the format does not know are not read, which is said.
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,13 +24,15 @@ from methods.tasks.task import (
     Task,
     check_choices,
     check_encodable,
-    is_number,
 )
 
 MOST_CLASSES = 1000
 """Of labels that are integers: more are rather numbers to be predicted, which are written 3.0."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = ("system", "user", "assistant", "tool")
+LARGEST = 3.4e38
+"""Of a label that is a number: float32 holds it."""
+_DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]+)?")
 
 
 class Format(NamedTuple):
@@ -94,23 +97,45 @@ def _chat_spans(row: Row, tokenizer: Any) -> list[Span]:
     messages = row["messages"]
     if tokenizer.chat_template is None:
         raise ValueError(
-            "The model's tokenizer has no chat template, by which 'messages' would be written: take a model that was "
+            "the model's tokenizer has no chat template, by which 'messages' would be written: take a model that was "
             "made for chats, or rows with 'prompt' and 'completion'."
         )
     whole, spans, done = _render(messages, tokenizer), [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, behind = _render(messages[:i], tokenizer, True), _render(messages[: i + 1], tokenizer)
-        if not (whole.startswith(behind) and behind.startswith(before) and before.startswith(done)):
+        behind = _render(messages[: i + 1], tokenizer)
+        if not whole.startswith(behind) or not behind.startswith(done):
             raise ValueError(
-                f"The model's chat template writes the turns before {message['content'][:40]!r} differently once more "
-                "follow, so that the assistant's part cannot be told: give chats of one answer each."
+                f"the model's chat template writes what comes before and with {message['content'][:40]!r} differently "
+                "once more follows, so that the assistant's part cannot be told: give chats of one answer each."
             )
+        before = _before(messages[:i], message, behind, tokenizer)
         answer = behind[len(before) :].rstrip()
         spans += [Span(before[len(done) :], False), Span(answer, True)]
         done = before + answer
     return [*spans, Span(whole[len(done) :], False)]
+
+
+def _before(messages: Sequence[Record], answer: Record, behind: str, tokenizer: Any) -> str:
+    """What of a chat comes before the assistant's answer, with the template's own words that begin it.
+
+    That is what the template writes to ask for an answer. Where it writes that otherwise than it begins an answer that
+    is there (with a mark of reasoning, say), or nothing comes before, it is all in front of the answer's text.
+
+    Raises:
+      ValueError: where the answer's text is not in the chat as the template writes it, or the template begins a next
+        answer behind it that nobody asked for.
+    """
+    bare, text = _render(messages, tokenizer), answer["content"].strip()
+    asked = _render(messages, tokenizer, True) if messages else ""
+    at = behind.find(text, len(bare) if behind.startswith(bare) else 0)
+    if at < 0:
+        raise ValueError(f"the model's chat template does not write the answer {text[:40]!r} as it is.")
+    beginning = behind[len(bare) : at].strip()
+    if beginning and beginning in behind[at + len(text) :]:
+        raise ValueError(f"the model's chat template begins another answer behind {text[:40]!r}, which none follows.")
+    return asked if len(asked) > len(bare) and behind.startswith(asked) and len(asked) <= at else behind[:at]
 
 
 def _render(messages: Sequence[Record], tokenizer: Any, asked: bool = False) -> str:
@@ -122,7 +147,7 @@ def _render(messages: Sequence[Record], tokenizer: Any, asked: bool = False) -> 
         raise
     except Exception as error:  # a template raises what it likes on turns that it was not made for
         shown = messages[0]["content"][:40] if messages else ""
-        raise ValueError(f"The model's chat template does not write the chat {shown!r} ({error}).") from error
+        raise ValueError(f"the model's chat template does not write the chat {shown!r} ({error}).") from error
 
 
 def _chat_task(rows: Sequence[Row]) -> Task:
@@ -223,7 +248,9 @@ def _label_task(rows: Sequence[Row]) -> Task:
         raise ValueError(f"{pairs} of {len(rows)} rows have a second text 'pair': give all of them one, or none.")
     fields, labels = ("text", "pair")[: 1 + bool(pairs)], [row["label"] for row in rows]
     kinds = {type(label) for label in labels}
-    if kinds in ({float}, {float, int}):
+    # In a CSV file every value is a text, a number with a decimal point too.
+    written = kinds == {str} and all(_DECIMAL.fullmatch(label.strip()) for label in labels)
+    if written or kinds in ({float}, {float, int}):
         return Classification(
             name="labels",
             fields=fields,
@@ -255,9 +282,15 @@ def _label_final(task: Classification, row: Row, where: str) -> Row:
     label, classes = row["label"], task.classes
     if classes and str(label) not in classes:
         raise ValueError(f"{where} has the label {label!r}, which no training row has: {', '.join(classes[:20])}.")
-    if not classes and not is_number(label):
-        raise ValueError(f"{where} has the label {label!r}, where the training rows have numbers.")
-    return row | {"label": classes.index(str(label)) if classes else float(label)}
+    if classes:
+        return row | {"label": classes.index(str(label))}
+    try:
+        value = float(label)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} has the label {label!r}, where the training rows have numbers.") from None
+    if isinstance(label, bool) or not abs(value) <= LARGEST:
+        raise ValueError(f"{where} has the label {label!r}, which is no number that float32 holds.")
+    return row | {"label": value}
 
 
 def _choice_row(record: Record, where: str) -> Row:
@@ -276,6 +309,8 @@ def _choice_row(record: Record, where: str) -> Row:
         if len(found) != 1:
             raise ValueError(f"{where} has the answer {given[:60]!r}, which is no choice of its, and no letter of one.")
         given = found[0]
+    if not isinstance(given, int) or isinstance(given, bool):
+        raise ValueError(f"{where} has the answer {given!r}, which is the number of no choice, from 0, nor its text.")
     row["label"] = given
     check_choices(row, where)
     return row
@@ -314,8 +349,8 @@ FORMATS: dict[str, Format] = {
 """By name, in the order in which a file is tried for them."""
 
 
-def recognised(record: Record, where: str, known: Mapping[str, Format] = FORMATS) -> str:
-    """The name of the format that a record is of, by its columns.
+def recognised(record: Mapping[str, Any], where: str, known: Mapping[str, Format] = FORMATS) -> str:
+    """The name of the format that records with these columns are of.
 
     Raises:
       ValueError: for none; the sentence lists them all.

@@ -37,7 +37,7 @@ def json_lines(file: Path, skip_blank: bool = False) -> Records:
             if skip_blank and not line.strip():
                 continue
             try:
-                stored = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                stored = _loaded(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
             except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or brackets without end
                 raise ValueError(f"{where} is not a JSON row ({error}).") from error
             yield where, _object(stored, where)
@@ -50,7 +50,7 @@ def json_array(file: Path) -> Records:
       ValueError: if the file is something else; it names JSON Lines where it is that.
     """
     try:
-        stored = json.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        stored = _loaded(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
         lines = " (a file with one object a line is JSON Lines: call it .jsonl)" if "Extra data" in str(error) else ""
         raise ValueError(f"{file} is not JSON ({error}){lines}.") from error
@@ -68,21 +68,30 @@ def delimited(file: Path, delimiter: str = ",") -> Records:
       ValueError: for a line with more or fewer values than there are names, a name that is there twice, and for what
         is no UTF-8 or no CSV.
     """
+    csv.field_size_limit(MOST_BYTES)
     with file.open(encoding="utf-8-sig", newline="") as text:
-        lines = csv.reader(text, delimiter=delimiter, strict=True)
+        lines, before = csv.reader(text, delimiter=delimiter, strict=True), 1
         try:
             names = next(lines, [])
+            if "" in names:
+                raise ValueError(f"{file} line 1 has a column without a name: give it one, or take it out.")
             if twice := next((name for name in names if names.count(name) > 1), None):
                 raise ValueError(f"{file} has two columns called {twice!r}.")
             for values in lines:
                 where = f"{file} line {lines.line_num}"
+                # A quotation mark that stands alone would swallow the lines up to the next one.
+                if delimiter == "\t" and lines.line_num > before + 1:
+                    raise ValueError(f"{where} ends a value in quotation marks that began on line {before + 1}.")
+                before = lines.line_num
                 if not values:
                     continue
                 if len(values) != len(names):
                     raise ValueError(f"{where} has {len(values)} values for the {len(names)} columns of the file.")
                 yield where, dict(zip(names, values, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} line {lines.line_num} is not CSV ({error}).") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not written in UTF-8 ({error}): save it so.") from error
+        except csv.Error as error:
+            raise ValueError(f"{file} line {lines.line_num} cannot be read as a table ({error}).") from error
 
 
 def parquet(file: Path) -> Records:
@@ -96,6 +105,9 @@ def parquet(file: Path) -> Records:
     try:
         number = 0
         with parquet.ParquetFile(file) as table:
+            columns = table.schema_arrow.names
+            if twice := next((name for name in columns if columns.count(name) > 1), None):
+                raise ValueError(f"{file} has two columns called {twice!r}.")
             for part in table.iter_batches():
                 for record in part.to_pylist():
                     number += 1
@@ -155,6 +167,19 @@ def _asked_once(path: str) -> Iterator[None]:
     finally:
         for (module, name), value in zip(flags, before, strict=True):
             setattr(module, name, value)
+
+
+def _loaded(text: bytes) -> Any:
+    """What JSON says. Raises ValueError where an object has a name twice, of which only the last would be heard."""
+
+    def once(pairs: list[tuple[str, Any]]) -> Record:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+            raise ValueError(f"{twice[:60]!r} is there twice")
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def _object(stored: Any, where: str) -> Record:

@@ -7,15 +7,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from methods.tasks import own
+from methods.tasks.encode import marks, pad, tokenize
+from methods.tasks.generation import METRICS as WRITTEN_METRICS
+from methods.tasks.language import pad_spans, place_of, tokenize_spans
+from methods.tasks.metrics import METRICS
 from methods.tasks.own import FORMATS, Format
 from methods.tasks.records import READERS, Records, from_hub, read
 from methods.tasks.registry import TASKS, get
 from methods.tasks.splits import hold_out
 from methods.tasks.stored import load, unfolded
-from methods.tasks.task import Row, Task
+from methods.tasks.task import Classification, Generation, LanguageModelling, MultipleChoice, Placed, Row, Task
 
 DEFAULT = "piqa"
 """The task where neither one nor rows of one's own are named."""
@@ -77,14 +81,55 @@ def find(task: str) -> Task:
     sys.modules[spec.name] = module  # where dataclasses in it are looked for
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what a file does, `sys.exit` included, is the file's fault
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file}, which --task names, fails when it is run ({reason}).") from error
     found = getattr(module, name, None)
     if not isinstance(found, Task):
         what = "has nothing" if found is None else f"has a {type(found).__name__}, and no task,"
         raise ValueError(f"{file} {what} called {name}: it must be a task, such as methods.tasks.Generation(...).")
+    _check_metrics(found)
     return found
+
+
+def file_of(task: str | None) -> Path | None:
+    """The file that --task FILE.py:NAME names; None for another task."""
+    file, colon, _ = (task or "").rpartition(":")
+    return Path(file) if colon and file.endswith(".py") else None
+
+
+def _check_metrics(task: Task) -> None:
+    """Raises ValueError for a task of one's own with metrics that are not known, or with none."""
+    if isinstance(task, (Classification, Generation)):
+        registry: Any = METRICS if isinstance(task, Classification) else WRITTEN_METRICS
+        unknown = [name for name in task.metrics if name not in registry]
+        if unknown or not task.metrics:
+            what = f"the metric {unknown[0]!r}, which is unknown" if unknown else "no metric"
+            raise ValueError(f"The task {task.name} has {what}: choose from {', '.join(registry)}.")
+
+
+def check_test(task: Task, rows: list[Row], tokenizer: Any, positions: int) -> None:
+    """Makes sure, before anything is trained, that every test row can be tested.
+
+    Raises:
+      ValueError: for an answer, or a text of which nothing that is learned is left, that does not fit into the model's
+        positions; with its place.
+    """
+    first, fill = marks(tokenizer)
+    if isinstance(task, LanguageModelling):
+        for row, sequence in zip(rows, tokenize_spans(task, rows, tokenizer), strict=True):
+            try:
+                pad_spans([sequence], positions, first, fill)
+            except ValueError as error:
+                raise ValueError(f"{place_of(row, next(iter(row.values())))}, a test row: {error}") from error
+    elif isinstance(task, MultipleChoice):
+        for row in rows:
+            try:
+                pad(tokenize(task.pairs(row), tokenizer), positions, first, fill)
+            except ValueError as error:
+                raise ValueError(f"{place_of(row, row[task.fields[0]])}, a test row: {error}") from error
 
 
 def read_source(
@@ -107,6 +152,11 @@ def read_source(
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong, with file and line where it is a row.
     """
+    if data is not None and task is None and not is_own(data) and _lacks_train(Path(data)):
+        raise FileNotFoundError(
+            f"{data} has no file called train: call its file of training rows train.jsonl or the like, or name that "
+            "file itself with --data."
+        )
     if data is None or not is_own(data) or (task in TASKS and Path(data).is_dir()):
         for option, value in (("--test-data", test_data), ("--columns", columns)):
             if value is not None:
@@ -126,11 +176,11 @@ def read_source(
     where = _where(data, "train")
     name, format, raw, places = _raw(where, names, task)
     made = format.task([row for row, _ in zip(raw, places, strict=True)])
-    train = [format.final(made, row, place) for row, place in zip(raw, places, strict=True)]
+    train: list[Row] = [Placed(format.final(made, row, place), place) for row, place in zip(raw, places, strict=True)]
 
     def tested(where: Where) -> list[Row]:
         _, _, rows, at = _raw(where, names, name)
-        return [format.final(made, row, place) for row, place in zip(rows, at, strict=True)]
+        return [Placed(format.final(made, row, place), place) for row, place in zip(rows, at, strict=True)]
 
     return _cut(made, train, where.title, data, test_data, tested, test)
 
@@ -146,9 +196,13 @@ def _cut(
 ) -> Source:
     """A source whose test is a file of its own, or lies beside the training rows, or is held out of them."""
     if test_data is not None:
+        if Path(test_data).exists() and Path(data).exists() and Path(test_data).samefile(data):
+            raise ValueError(f"--test-data {test_data} is --data itself: name other rows, or leave it out.")
         where = _where(test_data, "test")
         return Source(task, rows, tested(where), title, f"{where.title},")
-    beside = _in_folder(Path(data), "test") or _in_folder(Path(data), "validation")
+    # Beside a file called train too, but not beside a file of another name, which may lie anywhere.
+    folder = Path(data).parent if Path(data).is_file() and Path(data).stem == "train" else Path(data)
+    beside = _in_folder(folder, "test") or _in_folder(folder, "validation")
     if beside is not None:
         return Source(task, rows, tested(_file(beside)), title, f"{beside},")
     kept, held = hold_out(task, rows, test)
@@ -157,12 +211,14 @@ def _cut(
 
 def _raw(where: Where, names: dict[str, str], task: str | None) -> tuple[str, Format, list[Row], list[str]]:
     """The format of the records, their rows before a task is made of them, and the place of each."""
-    rows, places, name, unread = [], [], task, {}
-    for place, record in where.records:
-        record = own.renamed(record, names, place)
-        if name is None:
-            name = own.recognised(record, place)
-        format = FORMATS[name]
+    records = [(place, own.renamed(record, names, place)) for place, record in where.records]
+    if not records:
+        raise ValueError(f"{where.title} is empty: there must be at least one row.")
+    # By the columns of all rows: of one that lacks its label the others still tell that there is to be one.
+    columns = dict.fromkeys(column for _, record in records for column in record)
+    name = own.recognised(columns, records[0][0]) if task is None else task
+    rows, places, unread, format = [], [], {}, FORMATS[name]
+    for place, record in records:
         if not format.fits(list(record)):
             missing = next(c for c in format.columns if not any(n in record for n in c.split("|")))
             raise ValueError(
@@ -172,16 +228,14 @@ def _raw(where: Where, names: dict[str, str], task: str | None) -> tuple[str, Fo
         unread |= dict.fromkeys(column for column in record if column not in format.names)
         rows.append(format.row(record, place))
         places.append(place)
-    if name is None or not rows:
-        raise ValueError(f"{where.title} is empty: there must be at least one row.")
     if unread:
         warnings.warn(f"Columns of {where.title} that are not read: {', '.join(unread)[:200]}.", stacklevel=2)
-    return name, FORMATS[name], rows, places
+    return name, format, rows, places
 
 
 def _of_task(task: Task, where: Where) -> list[Row]:
     """The rows of a task that has names for its columns itself."""
-    rows = [row for place, record in where.records for row in unfolded(task, record, place)]
+    rows: list[Row] = [Placed(row, at) for at, record in where.records for row in unfolded(task, record, at)]
     if not rows:
         raise ValueError(f"{where.title} is empty: {task.name} needs at least one row.")
     return rows
@@ -191,7 +245,8 @@ def _where(data: str, split: str) -> Where:
     """What `--data` or `--test-data` names. Raises FileNotFoundError, ValueError."""
     path = Path(data)
     if path.is_dir():
-        if (file := _in_folder(path, split)) is None:
+        file = _in_folder(path, split) or (_in_folder(path, "validation") if split == "test" else None)
+        if file is None:
             raise FileNotFoundError(f"{path} has no file {split} with one of the ends {', '.join(READERS)}.")
         return _file(file)
     if path.is_file():
@@ -214,6 +269,11 @@ def _where(data: str, split: str) -> Where:
 
 def _file(file: Path) -> Where:
     return Where(str(file), read(file))
+
+
+def _lacks_train(folder: Path) -> bool:
+    """Whether a folder holds files of rows, but none called train, and no folder of a task."""
+    return folder.is_dir() and any(file.suffix.lower() in READERS for file in folder.iterdir() if file.is_file())
 
 
 def _in_folder(folder: Path, split: str) -> Path | None:

@@ -21,6 +21,14 @@ class Pair(NamedTuple):
     answer: str
 
 
+class Placed(dict):
+    """A row that knows where it is from: `where`, a file and a line."""
+
+    def __init__(self, row: Row, where: str):
+        super().__init__(row)
+        self.where = where
+
+
 class Span(NamedTuple):
     """A part of a text, and whether the model learns to write it; what it does not learn it only reads."""
 
@@ -142,6 +150,11 @@ class Generation(Task):
     metrics: tuple[str, ...]
     stop: tuple[str, ...] = ("\n\n",)
     choose: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.stop or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"The task {self.name!r} has no text that ends an answer: stop=('\\n\\n',), for example.")
 
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)

@@ -64,6 +64,10 @@ def test_the_version(capsys):
 # --- configurations --------------------------------------------------------------------------------------------------
 
 
+NEEDED = {"baseline": ["random-k"], "allocate": ["--budget-params", "200k"]}
+"""Words without which a command is none."""
+
+
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.parametrize("name", ["flexora", "baseline"])
 def test_a_configuration_repeats_its_run_bit_for_bit(name, finished, tmp_path):
@@ -81,13 +85,12 @@ def test_a_configuration_repeats_its_run_bit_for_bit(name, finished, tmp_path):
     assert None not in (first["settings"][name] for name in ("task", "train_rows", "outer_rows", "test_rows"))
 
 
-@pytest.mark.parametrize("name", set(cli.COMMANDS) - {"report"})
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "report"])
 def test_the_values_that_are_used_can_be_said_again(name, tmp_path):
     """For every preset: what a run writes is read as the same settings, also where they were filled in."""
     command = cli.import_module(cli.COMMANDS[name].module).COMMAND
     for preset in command.presets:
-        words = ["random-k"] if name == "baseline" else []
-        first = parse(command, name, [*words, "--model", "some/model", "--preset", preset])
+        first = parse(command, name, [*NEEDED.get(name, []), "--model", "some/model", "--preset", preset])
         used = command.used(first)
         (tmp_path / "config.yaml").write_text(configuration.text(name, used, command.settings))
         again = parse(command, name, ["--config", str(tmp_path / "config.yaml")])
@@ -129,6 +132,8 @@ def test_kinds_of_configurations(end, text, tmp_path):
         ("settings: {rank: 3}\nrank: 4", r"has 'rank' beside its settings"),
         ("preset: nothing", r"Unknown preset 'nothing'"),
         ("remat: 3", r"remat is 3, but it takes true or false"),
+        ("rank: 3\nrank: 4", r"A configuration has 'rank' twice"),
+        ("lora-alpha: 3\nlora_alpha: 4", r"has the option 'lora_alpha' twice"),
         ("rank: true", r"rank is True, but it takes no True"),
     ],
 )
@@ -239,6 +244,10 @@ def test_released_has_a_clip_and_a_warmup_of_its_own(words, capsys, tmp_path):
 @pytest.mark.usefixtures("float32_by_default")
 def test_epochs_are_steps(tiny_model, tiny_data, tmp_path, capsys):
     words = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", "--finetune-epochs", "1.5", "--quiet")
+    assert cli.run(["lora", *words]) == 2
+    assert "--finetune-steps has no effect here, since --finetune-epochs says how many" in capsys.readouterr().err
+    at = words.index("--finetune-steps")
+    del words[at : at + 2]
     assert cli.run(["lora", *words]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["finetune_steps"] == 6  # 1.5 times 16 rows, 4 in a batch
@@ -252,6 +261,9 @@ def test_epochs_are_steps(tiny_model, tiny_data, tmp_path, capsys):
     assert cli.run(["lora", *words]) == 2
     assert "--finetune-epochs 0.1 of 16 rows are 1 steps of 4 rows: there must be at least 2" in capsys.readouterr().err
 
+
+DROPPING = "lora", "flexora", "select-data", "allocate"
+"""Commands whose final training is LoRA's, with its dropout."""
 
 # --- dropout ---------------------------------------------------------------------------------------------------------
 
@@ -302,10 +314,9 @@ def test_dropout_acts_in_training_alone_and_is_told_to_peft(tiny_model, tiny_dat
     assert first[-1]["inner_loss"] != second[-1]["inner_loss"]
 
 
-@pytest.mark.parametrize("name", [name for name in commands.TABLE if name not in ("lora", "flexora", "select-data")])
+@pytest.mark.parametrize("name", [name for name in commands.TABLE if name not in DROPPING])
 def test_commands_without_dropout_say_so(name, tiny_model, tmp_path, capsys):
-    words = ["random-k"] if name == "baseline" else []
-    words += ["--model", str(tiny_model), "--lora-dropout", "0.1", "--out", str(tmp_path / "run")]
+    words = [*NEEDED.get(name, []), "--model", str(tiny_model), "--lora-dropout", "0.1", "--out", str(tmp_path / "run")]
     assert cli.run([name, *words]) == 2
     assert "--lora-dropout has no effect here, since " in capsys.readouterr().err
 

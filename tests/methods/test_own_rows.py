@@ -26,7 +26,7 @@ RECORDS = {
     "chat": {"messages": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Yes, two."}]},
     "alpaca": {"instruction": "Add.", "input": "1 and 1", "output": "2"},
     "choices": {"question": "Why?", "choices": ["so", "no"], "label": 1},
-    "prompts": {"prompt": "Q: why?\nA:", "completion": " so"},
+    "prompts": {"prompt": "Q: why? A:", "completion": " so"},
     "labels": {"text": "good", "label": "yes"},
     "text": {"text": "Once upon a time."},
 }
@@ -177,7 +177,7 @@ DAMAGED = {
     "one choice": ("choices", b'{"question": "x", "choices": ["a"], "label": 0}', r"2 has no 'choices', a list of"),
     "no such choice": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": 2}', r"label 2, which is out of"),
     "no such letter": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": "C"}', r"the answer 'C', which"),
-    "true": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": true}', r"label True, which is out of"),
+    "true": ("choices", b'{"question": "x", "choices": ["a", "b"], "label": true}', r"the answer True, which is"),
 }
 
 
@@ -197,7 +197,10 @@ def test_damage_is_named_with_file_and_line(kind, tmp_path):
         (".json", "[1]", r"row 1 is not a JSON object but int"),
         (".csv", "text,text\nx,y\n", r"two columns called 'text'"),
         (".csv", "text,label\nx\n", r"line 2 has 1 values for the 2 columns"),
-        (".csv", 'text\n"x\n', r"line 2 is not CSV"),
+        (".csv", 'text\n"x\n', r"line 2 cannot be read as a table"),
+        (".csv", "text,\nx,y\n", r"line 1 has a column without a name"),
+        (".tsv", 'text\tlabel\n"a\t1\nb"\t0\n', r"line 3 ends a value in quotation marks that began on line 2"),
+        (".json", '[{"text": "x", "text": "y"}]', r"'text' is there twice"),
         (".parquet", "PAR1", r"is not a Parquet file, or it is damaged"),
         (".jsonl", "\n\n", r"is empty: there must be at least one row"),
         (".csv", "", r"is empty"),
@@ -318,7 +321,7 @@ def test_a_template_that_rewrites_what_came_before_is_refused():
         "{% for m in messages %}{{ m['role'] + ':' + (m['content'] if loop.last or m['role'] == 'user' else '-') "
         "+ '\n' }}{% endfor %}"
     )
-    with pytest.raises(ValueError, match=r"writes the turns before 'Yes, two\.' differently once more follow"):
+    with pytest.raises(ValueError, match=r"writes what comes before and with 'Yes, two\.' differently once more"):
         tokenize_spans(made, rows, reader)
     made, rows = task_of("chat", [RECORDS["chat"]])
     (sequence,) = tokenize_spans(made, rows, reader)
@@ -608,3 +611,175 @@ def test_the_interval_of_a_difference_of_losses():
         covered += abs(mean - truth) <= half
     assert 0.91 <= covered / 400 <= 0.98
     assert loss_difference([2.0], [1.0], [2])[0] == 0.5
+
+
+# --- found by breaking it --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("sizes", ["", "--train-rows 5"])
+def test_a_repeated_run_has_the_same_rows_where_few_fit(sizes, chat_model, tmp_path):
+    """However many rows are said: all of one's own rows are looked at, so that the same ones are taken again."""
+    from methods.options import parse
+
+    long = "wash the pot with soap " * 12
+    records = [{"prompt": f"wash {i} {long if i % 10 else ''}", "completion": " the pot"} for i in range(300)]
+    file = str(records_file(tmp_path, records))
+    command, fixed = lora.COMMAND, ["--model", str(chat_model), "--data", file, "--length", "20", "--batch-size", "2"]
+    first = parse(command, "lora", [*fixed, "--outer-batch-size", "2", "--out", str(tmp_path / "run"), *sizes.split()])
+    bench = benches.prepare(first)
+    used = benches.settled(first, bench)
+    again = benches.prepare(used)
+    assert again.splits == bench.splits and len(bench.splits.train) <= 24
+    assert benches.settled(used, again) == used
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_a_task_that_was_changed_is_another_run(chat_model, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    rows = [{"ask": f"wash {i}", "choices": ["pot", "soap"], "label": i % 2} for i in range(40)]
+    write(tmp_path, rows, "rows.jsonl")
+    words = ["lora", "--model", str(chat_model), "--task", f"{tmp_path / 'mine.py'}:TASK", "--quiet"]
+    words += ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"), "--finetune-steps", "2"]
+    assert cli.run([*words, "--batch-size", "2", "--outer-batch-size", "2"]) == 0
+    (tmp_path / "mine.py").write_text(MINE.replace("Answer:", "A:"))
+    assert cli.run([*words, "--batch-size", "2", "--outer-batch-size", "2"]) == 2
+    assert "holds a run of other rows: " in (said := capsys.readouterr().err) and "task file mine.py" in said
+
+
+def test_only_tokens_that_reach_into_a_part_belong_to_it():
+    """Against the characters of every token, where a border lies inside a word."""
+    reader = tokenizer(merges=[("b", "c"), ("a", "b")])  # "abc" is a, bc; "ab" alone is one token
+    made = LanguageModelling(name="x", fields=("t",), spans=lambda row, of: [Span("ab", False), Span("cd", True)])
+    (sequence,) = tokenize_spans(made, [{"t": ""}], reader)
+    assert learned_text(sequence, reader) == "bcd</s>"
+    rng, letters = np.random.default_rng(0), "ab c"
+    for _ in range(200):
+        text = "x" + "".join(rng.choice(list(letters), 12))
+        border = int(rng.integers(1, 12))
+        parts = [Span(text[:border], False), Span(text[border:], True)]
+        cut = LanguageModelling(name="x", fields=("t",), spans=lambda row, of, parts=parts: parts, ended=False)
+        (sequence,) = tokenize_spans(cut, [{"t": ""}], reader)
+        ends = np.cumsum([len(reader.decode([token])) for token in sequence.ids])
+        assert sequence.learned == [bool(end > border) for end in ends]
+
+
+def test_numbers_of_a_csv_file_are_numbers(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i}.5\n" for i in range(20)))
+    found = tasks.read_source(None, str(tmp_path / "rows.csv"))
+    assert found.task.classes == () and sorted(row["label"] for row in found.train + found.test) == [
+        i + 0.5 for i in range(20)
+    ]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(20)))
+    assert tasks.read_source(None, str(tmp_path / "rows.csv")).task.classes == ("0", "1")
+    (tmp_path / "rows.csv").write_text("text,label\na,1e300\nb,0.5\nc,0.5\n".replace("1e300", "1.0e300"))
+    with pytest.raises(ValueError, match=r"line 2 has the label '1\.0e300', which is no number that float32 holds"):
+        tasks.read_source(None, str(tmp_path / "rows.csv"))
+
+
+def test_test_rows_that_do_not_fit_are_said_before_anything_is_trained(chat_model, tmp_path, capsys):
+    long = "wash the pot with soap " * 30
+    train = records_file(tmp_path, numbered("choices", 40))
+    write(tmp_path, [{"question": "q", "choices": [long, "soap"], "label": 0}], "held.jsonl")
+    words = ["lora", "--model", str(chat_model), "--data", str(train), "--length", "40", "--batch-size", "2"]
+    words += ["--outer-batch-size", "2", "--out", str(tmp_path / "run")]
+    assert cli.run([*words, "--test-data", str(tmp_path / "held.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "held.jsonl line 1, a test row: An answer of 150 tokens does not fit into 64" in said
+    assert not (tmp_path / "run").exists()
+
+
+CHATS = {
+    "the assistant begins": (CHATML, ["assistant", "user", "assistant"], ["hello\n~", "last\n~"]),
+    "two answers in a row": (CHATML, ["user", "assistant", "assistant"], ["hello\n~", "last\n~"]),
+    "no question to ask by": (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n~\n' }}{% endfor %}",
+        ["user", "assistant"],
+        ["last\n~"],
+    ),
+    "reasoning before an answer that is asked for": (
+        CHATML.replace("'<|assistant|>\n' }}{% endif", "'<|assistant|>\n<think>\n' }}{% endif"),
+        ["user", "assistant"],
+        ["last\n~"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_chats_of_every_shape(kind):
+    template, roles, answers = CHATS[kind]
+    reader = tokenizer()
+    reader.chat_template = template
+    texts = ["hello" if role == "assistant" and i < len(roles) - 1 else "last" for i, role in enumerate(roles)]
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    made, rows = task_of("chat", [{"messages": messages}])
+    (sequence,) = tokenize_spans(made, rows, reader)
+    assert learned_text(sequence, reader) == "".join(answers)
+    assert reader.decode(sequence.ids).endswith(reader.apply_chat_template(messages, tokenize=False))
+
+
+def test_a_template_that_always_begins_another_answer_is_refused():
+    reader = tokenizer()
+    reader.chat_template = CHATML.replace("{% if add_generation_prompt %}", "").replace("{% endif %}", "")
+    made, rows = task_of("chat", [RECORDS["chat"]])
+    with pytest.raises(ValueError, match=r"begins another answer behind 'Yes, two\.', which none follows"):
+        tokenize_spans(made, rows, reader)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("Generation(name='t', fields=('a',), pair=p, target=p, extract=p, metrics=('nope',))", "the metric 'nope'"),
+        ("Generation(name='t', fields=('a',), pair=p, target=p, extract=p, metrics=())", "has no metric: choose from"),
+        ("Generation(name='t', fields=('a',), pair=p, target=p, extract=p, metrics=('exact',), stop=())", "stop="),
+        ("Classification(name='t', fields=('a',), classes=('x', 'y'), metrics=('nope',))", "the metric 'nope'"),
+        ("__import__('sys').exit(3)", r"fails when it is run \(SystemExit: 3\)"),
+    ],
+)
+def test_damaged_tasks_are_one_sentence(task, message, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(f"from methods.tasks import *\np = lambda *of: of\nTASK = {task}\n")
+    words = ["lora", "--model", "m", "--task", f"{tmp_path / 'mine.py'}:TASK", "--out", str(tmp_path / "run")]
+    assert cli.run(words) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said) and said.count("\n") == 1, said
+
+
+def test_a_text_without_an_answer_counts_as_an_empty_one():
+    made = tasks.Generation(
+        name="t",
+        fields=("a",),
+        pair=lambda row: tasks.Pair(row["a"], " x"),
+        target=lambda row: "x",
+        extract=lambda text, row: None,
+        metrics=("rouge_l", "exact"),
+    )
+    found = tasks.evaluate_written(lambda prompts: ["x"] * len(prompts), made, [{"a": "p"}])
+    assert found.metrics == {"rouge_l": 0.0, "exact": 0.0} and found.predictions == [None]
+
+
+def test_files_beside_each_other(tmp_path):
+    write(tmp_path, numbered("text"), "train.jsonl")
+    write(tmp_path, [{"text": "held"}], "test.jsonl")
+    assert tasks.read_source(None, str(tmp_path / "train.jsonl")).test == [{"text": "held"}]
+    write(tmp_path, numbered("text"), "mine.jsonl")
+    assert len(tasks.read_source(None, str(tmp_path / "mine.jsonl")).test) == 4  # which belongs to train alone
+    with pytest.raises(ValueError, match=r"--test-data .*mine\.jsonl is --data itself"):
+        tasks.read_source(None, str(tmp_path / "mine.jsonl"), test_data=str(tmp_path / "mine.jsonl"))
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other", numbered("text"), "rows.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"other has no file called train: call its file of training rows"):
+        tasks.read_source(None, str(tmp_path / "other"))
+    write(tmp_path / "other", [{"text": "held"}], "validation.jsonl")
+    found = tasks.read_source(None, str(tmp_path / "mine.jsonl"), test_data=str(tmp_path / "other"))
+    assert found.test == [{"text": "held"}]
+
+
+def test_a_row_without_its_label_is_no_text(tmp_path):
+    write(tmp_path, [{"text": "x"}, *numbered("labels")], "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl line 1 has no column 'label', which rows of the format labels"):
+        tasks.read_source(None, str(tmp_path / "rows.jsonl"))
+
+
+def test_long_cells_are_read(tmp_path):
+    (tmp_path / "rows.csv").write_text("text\n" + "".join(f'"{i} {"x" * 200_000}"\n' for i in range(5)))
+    assert len(tasks.read_source(None, str(tmp_path / "rows.csv")).train) == 4
