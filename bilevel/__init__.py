@@ -65,6 +65,9 @@ from bilevel.problem.problem import Problem as Problem
 from bilevel.running.fit import fit as fit
 from bilevel.running.run import Result as Result
 from bilevel.running.run import run as run
+from bilevel.running.trackers.event_files import TensorBoard as TensorBoard
+from bilevel.running.trackers.mlflow_runs import MLflow as MLflow
+from bilevel.running.trackers.wandb_runs import WandB as WandB
 from bilevel.sharding.sharding import Sharding as Sharding
 from bilevel.solvers.amigo import AmIGO as AmIGO
 from bilevel.solvers.base import Solver as Solver

@@ -15,6 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from methods.logs import listen
+
 
 class Row(NamedTuple):
     """A command: the module that has it as `COMMAND`, such as a `methods.driver.Method`, and a line of help."""
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """`main`, with the exit code returned."""
     settings = None
+    listen()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             methods = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())
