@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from methods.logs import listen
+from methods.logs import listening
 
 
 class Row(NamedTuple):
@@ -63,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+@listening()
 def run(arguments: list[str]) -> int:
     """`main`, with the exit code returned."""
     settings = None
-    listen()
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             methods = "\n".join(f"  {name:<12} {command.help}" for name, command in COMMANDS.items())

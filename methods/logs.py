@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Generator
 
 LOGGER = logging.getLogger("bilevel")
 
@@ -20,7 +22,16 @@ class _Shown(logging.Handler):
 _SHOWN = _Shown()
 
 
-def listen() -> None:
-    """Shows what is logged from now on; once, however often it is called."""
+@contextlib.contextmanager
+def listening() -> Generator[None]:
+    """Shows what is logged meanwhile, and to nobody else: some libraries put a handler of their own at the root."""
+    before = LOGGER.level, LOGGER.propagate
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
     LOGGER.addHandler(_SHOWN)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(_SHOWN)
+        LOGGER.setLevel(before[0])
+        LOGGER.propagate = before[1]

@@ -4,12 +4,13 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 
 import pytest
 
 from bilevel.extend import Tracker
 from methods import cli, tracking
-from methods.logs import LOGGER
+from methods.logs import LOGGER, listening
 from tests.methods.small import flexora_words
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
@@ -94,9 +95,23 @@ def test_what_is_missing_is_said_before_anything_is_written(tiny_model, tiny_dat
     assert not out.exists()
 
 
-def test_a_command_shows_news_on_stdout_and_warnings_on_stderr(capsys):
-    assert cli.run(["--help"]) == cli.run(["--help"]) == 0
-    capsys.readouterr()
-    LOGGER.info("some %s", "news")
-    logging.getLogger("bilevel").warning("a warning")
+def test_a_command_shows_news_on_stdout_and_warnings_on_stderr_once(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stderr)])  # as libraries do
+    before = LOGGER.level, LOGGER.propagate, list(LOGGER.handlers)
+    with listening():
+        LOGGER.info("some %s", "news")
+        logging.getLogger("bilevel").warning("a warning")
     assert capsys.readouterr() == ("some news\n", "a warning\n")
+    assert (LOGGER.level, LOGGER.propagate, LOGGER.handlers) == before
+
+
+def test_tensorboard_reads_what_a_command_has_written(tiny_model, tiny_data, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="extra tensorboard")
+    out = tmp_path / "run"
+    assert cli.run([*flexora_words(tiny_model, tiny_data, out), "--track", "tensorboard"]) == 0
+    for stage, rows in logged(out).items():
+        found = reader.EventAccumulator(str(out / "tensorboard" / stage.replace(" ", "-")))
+        found.Reload()
+        for name in rows[0][1]:
+            told = [(event.step, event.value) for event in found.Scalars(name)]
+            assert told == [(step, pytest.approx(row[name])) for step, row in rows]

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class Tracker(abc.ABC):
     """
 
     settings: Mapping[str, Any] = {}
-    stops: ClassVar[tuple[type[Exception], ...]] = ()
+    stops: tuple[type[Exception], ...] = ()
     # On the class, so that a subclass need not call `__init__`.
     _told: Mapping[str, Any] = {}
     _is_open = _has_failed = False
