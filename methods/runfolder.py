@@ -212,6 +212,8 @@ class RunFolder:
     def tell(self, stage: str, metrics: Mapping[str, Any]) -> None:
         """What `callbacks` do with the rows of a stage that no `bilevel.run` has computed, all at once."""
         for callback in self.callbacks(stage):
+            if not processes.is_first():  # which a tracker knows by itself in a run alone
+                continue
             callback(len(next(iter(metrics.values()))), None, metrics)
             if isinstance(callback, Tracker):
                 callback.close()

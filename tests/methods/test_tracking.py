@@ -1,16 +1,19 @@
 """`--track`: every command hands its metrics on besides writing them, and a service that fails ends none."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from bilevel.extend import Tracker
-from methods import cli, tracking
+from methods import cli, processes, tracking
 from methods.logs import LOGGER, listening
+from methods.runfolder import RunFolder
 from tests.methods.small import flexora_words
 
 pytestmark = pytest.mark.usefixtures("float32_by_default")
@@ -33,7 +36,7 @@ class Service:
                     raise OSError("no network")
                 rows = service.told.setdefault(self.stage.id, [])
                 rows.append(settings)
-                return max((step for step, _ in rows[1:-1]), default=0)
+                return max((row[0] for row in rows if isinstance(row, tuple)), default=0)
 
             def write(self, step, row):
                 service.told[self.stage.id].append((step, row))
@@ -75,6 +78,29 @@ def test_a_tracker_of_ones_own_is_told_what_the_file_holds(tiny_model, tiny_data
     (out / "results" / "flexora.json").unlink()
     assert cli.run(words) == 0
     assert service.told == before
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A run's settings."""
+
+    track: str = "mine"
+
+
+def test_rows_without_a_run_are_told_once_and_by_the_first_process_alone(tmp_path, monkeypatch):
+    service, rows = Service(), {"inner_loss": np.array([3.0, 2.0])}
+    monkeypatch.setitem(tracking.TRACKERS, "mine", service.make)
+    folder = RunFolder(tmp_path / "run", Made())
+    for _ in range(2):
+        folder.tell("finetune", rows)
+    (told,) = service.told.values()
+    assert [row for row in told if isinstance(row, tuple)] == [(1, {"inner_loss": 3.0}), (2, {"inner_loss": 2.0})]
+    service.told.clear()
+    callbacks = folder.callbacks("finetune")
+    monkeypatch.setattr(folder, "callbacks", lambda stage: callbacks)
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    folder.tell("finetune", rows)
+    assert not service.told
 
 
 def test_a_service_that_fails_ends_no_command(tiny_model, tiny_data, tmp_path, monkeypatch):
