@@ -54,6 +54,8 @@ from bilevel.linear_solvers.neumann import Neumann as Neumann
 from bilevel.linear_solvers.nystrom import Nystrom as Nystrom
 from bilevel.measuring.compare import Comparison as Comparison
 from bilevel.measuring.compare import compare as compare
+from bilevel.measuring.importances import gradient_sizes as gradient_sizes
+from bilevel.measuring.importances import importances as importances
 from bilevel.measuring.planning import Plan as Plan
 from bilevel.measuring.planning import plan as plan
 from bilevel.measuring.smoothness import Smoothness as Smoothness
@@ -65,6 +67,10 @@ from bilevel.problem.problem import Problem as Problem
 from bilevel.running.fit import fit as fit
 from bilevel.running.run import Result as Result
 from bilevel.running.run import run as run
+from bilevel.running.trackers.event_files import TensorBoard as TensorBoard
+from bilevel.running.trackers.mlflow_runs import MLflow as MLflow
+from bilevel.running.trackers.optuna_trials import OptunaPruning as OptunaPruning
+from bilevel.running.trackers.wandb_runs import WandB as WandB
 from bilevel.sharding.sharding import Sharding as Sharding
 from bilevel.solvers.amigo import AmIGO as AmIGO
 from bilevel.solvers.base import Solver as Solver

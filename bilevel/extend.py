@@ -10,6 +10,7 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 - For benchmarks and loops of one's own: `chunk`, the compiled steps that `run` takes at once, at most `CAPACITY`;
   `Checkpoints`, its files; `flops` and `gradient_flops`, operations of a traced function; `resolve`, rows of `Indexed`.
 - For models whose weights are split over a mesh: `gathered`, `across`, `split_rows`, `on_a_mesh`.
+- A tracker of metrics: a class under `Tracker` with three methods, `begin`, `write` and `end`.
 - For a `jax.custom_vjp` with `symbolic_zeros`: `is_marked`, whether a leaf is what its forward rule is given.
 """
 
@@ -33,6 +34,7 @@ from bilevel.problem.problem import split_inner as split_inner
 from bilevel.running.checkpoints import Checkpoints as Checkpoints
 from bilevel.running.chunks import CAPACITY as CAPACITY
 from bilevel.running.chunks import chunk as chunk
+from bilevel.running.trackers.base import Tracker as Tracker
 from bilevel.settings.fields import child as child
 from bilevel.settings.fields import register as register
 from bilevel.settings.fields import setting as setting

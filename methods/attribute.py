@@ -24,6 +24,7 @@ from methods.attribution import SCORES, Training, numbered, problem
 from methods.bench import Bench, recipe
 from methods.datamodeling import datamodeling_score, subsets
 from methods.driver import Arm, Chosen, Method, Tried
+from methods.logs import LOGGER
 from methods.models.hooks import identity
 from methods.objective import Bound, row_losses, token_losses
 from methods.pages import Page, Run
@@ -158,7 +159,7 @@ def choose(settings: AttributeSettings, bench: Bench, found: Sequence[bilevel.Re
 
     def train(folder: RunFolder, name: str) -> Any:
         found = judged.answers(judged.outer)
-        folder.log(f"finetune {name}")(judged.steps, None, {"inner_loss": found.inner})
+        folder.tell(f"finetune {name}", {"inner_loss": found.inner})
         unseen = np.setdiff1d(np.arange(len(judged.data.arrays.number)), np.asarray(judged.batches.index))
         folder.write("questions", {"loss": found.losses, "rows in no batch": unseen})
         influence(settings, judged, folder)
@@ -188,7 +189,7 @@ def influence(settings: AttributeSettings, judged: Training, folder: RunFolder) 
     scores = {}
     for number, name in enumerate(names, 1):
         if processes.is_first():
-            print(f"scores by {name}, {number} of {len(names)}", flush=True)
+            LOGGER.info("scores by %s, %d of %d", name, number, len(names))
         scores[name] = np.asarray(folder.once(f"scores/{name}", partial(_scored, name, judged)))
     if not settings.subsets:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from methods.logs import LOGGER, listening
 
 
 class Row(NamedTuple):
@@ -60,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+@listening()
 def run(arguments: list[str]) -> int:
     """`main`, with the exit code returned."""
     settings = None
@@ -90,6 +94,7 @@ def run(arguments: list[str]) -> int:
 
         if getattr(settings, "quiet", False):
             os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+            LOGGER.setLevel(logging.WARNING)
         processes.start(settings)
         found = command.main(settings, name)
         if processes.is_first():

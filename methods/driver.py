@@ -266,7 +266,7 @@ def search(
         outer_data=mesh.shared(each.outer_data, sharding),
         steps=each.steps,
         key=each.key,
-        callbacks=[folder.log(each.name)],
+        callbacks=folder.callbacks(each.name),
         checkpoint_dir=folder.path / "checkpoints" / each.name.replace(" ", "-"),
         record=each.record,
         title=each.name,

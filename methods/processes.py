@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from methods.causes import sentence
+from methods.logs import LOGGER
 
 LAUNCHER = "auto"
 """What `--coordinator` is where a launcher (SLURM, GKE, MPI) tells each process who it is."""
@@ -68,7 +69,7 @@ def start(settings: Any) -> None:
     if _count > 1:  # a second command in one program
         return
     who = f"Process {index} of {count}" if named else "A process of the launcher's"
-    print(f"{who}: waiting for the others at {where}, for five minutes at most.", file=sys.stderr, flush=True)
+    LOGGER.warning("%s: waiting for the others at %s, for five minutes at most.", who, where)
     if (error := _joined(named)) is not None:
         raise ValueError(f"--coordinator {where}: {_why(where, error)}") from error
     _index, _count = jax.process_index(), jax.process_count()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from methods import files, fingerprint, processes
+from bilevel.extend import Tracker
+from methods import files, fingerprint, processes, tracking
 from methods.causes import reading
+from methods.logs import LOGGER
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
-FREE = ("mesh", "coordinator", "processes", "process", "quiet")
+FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track")
 """Settings that change no result, to rounding: a run goes on with others."""
 FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
 
@@ -33,10 +36,12 @@ def check(path: Path, settings: Any, unsettled: Sequence[str] = ()) -> None:
     Raises:
       ValueError: if it cannot be written, holds a run with other settings or of other versions, or something that is
         not a run; and where the processes of a command have different settings.
+      ModuleNotFoundError: if what `--track` needs is not installed.
     """
-    shared = {name: value for name, value in _config(settings).items() if name not in FREE or name == "mesh"}
+    shared = {name: value for name, value in _config(settings).items() if name not in FREE or name in ("mesh", "track")}
     processes.agree("The options", shared | {"out": str(path)})
     processes.decided(lambda: _check(path, settings, unsettled))
+    tracking.check(getattr(settings, "track", None))
 
 
 def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
@@ -92,6 +97,7 @@ class RunFolder:
     ):
         check(path, settings)
         self.path, self._known = path, {}
+        self._options, self._track = _config(settings), getattr(settings, "track", None)
         now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {})}
         processes.agree("Versions", now["versions"])
         processes.agree("Rows, of --data or the hub,", now["inputs"])
@@ -165,7 +171,7 @@ class RunFolder:
             with processes.attempt():
                 self.write(name, make())
         elif processes.is_first():
-            print(f"{name}: already finished, in {self.path}", flush=True)
+            LOGGER.info("%s: already finished, in %s", name, self.path)
         return self.read(name)
 
     def log(self, stage: str) -> Callable[[int, Any, Mapping[str, Any]], None]:
@@ -192,6 +198,25 @@ class RunFolder:
                 files.append(self.path / METRICS, "".join(f"{line}\n" for _, line in new).encode())
 
         return callback
+
+    def callbacks(self, stage: str) -> list[Any]:
+        """Callbacks of `bilevel.run` for a stage: `log`, and what `--track` asks for."""
+        log = self.log(stage)
+        if self._track is None:
+            return [log]
+        if not self.has("tracking"):
+            with processes.attempt():
+                self.write("tracking", {"id": uuid.uuid4().hex[:12]})
+        return [log, tracking.tracker(self._track, self.path, stage, self.read("tracking")["id"], self._options)]
+
+    def tell(self, stage: str, metrics: Mapping[str, Any]) -> None:
+        """What `callbacks` do with the rows of a stage that no `bilevel.run` has computed, all at once."""
+        for callback in self.callbacks(stage):
+            if not processes.is_first():  # which a tracker knows by itself in a run alone
+                continue
+            callback(len(next(iter(metrics.values()))), None, metrics)
+            if isinstance(callback, Tracker):
+                callback.close()
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """The logged rows of one stage, by step."""

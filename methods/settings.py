@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from methods import ranges
 from methods.ranges import Count, CountOrNone, Listed, NotNegative, Positive, Range, Seed, one_of
 from methods.tasks import FORMATS, TASKS
+from methods.tracking import TRACKERS
 from methods.training import OPTIMIZERS, SCHEDULES
 
 
@@ -113,6 +114,8 @@ class Running:
       out: run folder; the same command continues what is in it.
       seed: of the data split, the start values and the batches.
       quiet: show no progress; what is wrong, and where the page is, is said all the same.
+      track: where metrics go besides metrics.jsonl: to the folder tensorboard in --out, or to the project or experiment
+        "bilevel" of a service ($WANDB_PROJECT, $MLFLOW_EXPERIMENT_NAME). A service that fails ends no training.
       mesh: devices to compute on, such as data=8, fsdp=8 or data=4,fsdp=2: rows are split over all of them, frozen
         weights over those of fsdp. The numbers are those of one device, to rounding, and a run goes on with another.
       coordinator: HOST:PORT of the first of several processes that compute together, the same in all of them; "auto"
@@ -124,6 +127,7 @@ class Running:
     out: Path = Path("runs/latest")
     seed: Seed = 0
     quiet: bool = False
+    track: Annotated[str | None, one_of(TRACKERS, optional=True)] = None
     mesh: str | None = None
     coordinator: str | None = None
     processes: Annotated[int, Range(1, ranges.LARGEST)] | None = None

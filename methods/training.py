@@ -152,7 +152,7 @@ def train(
     """
     if recipe.validate_every and validate is None:
         raise ValueError("A recipe that validates needs a validation loss.")
-    callbacks: list[Any] = [folder.log(f"finetune {name}")]
+    callbacks = folder.callbacks(f"finetune {name}")
     checkpoint = folder.path / "checkpoints" / f"finetune-{name}"
     optimizer = recipe.optimizer() if optimizer is None else optimizer
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from bilevel.running.fingerprint import fingerprint
 from bilevel.running.interrupts import Terminated, terminable
 from bilevel.running.loop import Callback, Loop, Store
 from bilevel.running.programs import programs
+from bilevel.running.trackers.base import following
 from bilevel.running.unsteady import refuse_changing, warn_if_swapped
 from bilevel.settings.numeric import check_schedules
 from bilevel.sharding.inside import no_mesh
@@ -31,6 +32,8 @@ from bilevel.sharding.processes import agree, attempt, is_first, is_in_all, seve
 from bilevel.sharding.sharding import Sharding
 from bilevel.solvers.base import Solver
 from bilevel.trees import Key, Outer, is_key, replayed, shapes
+
+LOGGER = logging.getLogger("bilevel")
 
 
 class Result(NamedTuple):
@@ -95,7 +98,8 @@ def run(
       progress: whether to show progress on stderr.
       callbacks: called as `callback(step, state, metrics)` after every `callback_every` steps and after the last, with
         copies of the rows of metrics since they were last called; a true return value stops the run. If a run was
-        interrupted before they had all returned, or stopped by one, it resumes by calling them again.
+        interrupted before they had all returned, or stopped by one, it resumes by calling them again. A tracker
+        (`TensorBoard`, `WandB`, `MLflow`, one of your own) is a callback that is also told the settings and the end.
       callback_every: steps between two calls. A call makes the device wait: where a step takes microseconds, 100.
       checkpoint_dir: folder to save the state in, now and then and at the end, by Ctrl-C and SIGTERM too, and to
         resume from. It holds two checkpoints, and `fingerprint.json`: settings, losses, optimizers, data, key and
@@ -123,7 +127,8 @@ def run(
       RuntimeError: in the other processes of a run of several, where one has failed; says which, and of what.
       FloatingPointError: if a metric, a number of `record` or the state is not finite; names the step, the inner step
         and leaf where it began, and the leaf of outer whose last move did it.
-      KeyboardInterrupt: by Ctrl-C, after a line on stderr on what is saved and how to go on; so does SIGTERM.
+      KeyboardInterrupt: by Ctrl-C, after a warning of the logger "bilevel" (a line on stderr, if logging is not
+        configured) on what is saved and how to go on; so does SIGTERM.
 
     Examples:
       >>> import math, bilevel, optax
@@ -181,7 +186,7 @@ def run(
             if note:
                 loop.resume(store, note)
         check_schedules(solver, loop.done, steps)
-        with terminable():
+        with terminable(), following(callbacks, solver, steps):
             error = None
             try:
                 # Interrupted before they had returned, or stopped by one: they are asked again.
@@ -203,8 +208,8 @@ def run(
                 if is_in_all(error):
                     loop.save()
                 if isinstance(error, KeyboardInterrupt | Terminated) and is_first():
-                    farewell = _farewell(title, loop.done, steps, loop.written, checkpoint_dir)
-                    print(farewell, file=sys.stderr, flush=True)
+                    # Without handlers of the program's own Python writes a warning's words to stderr.
+                    LOGGER.warning("%s", _farewell(title, loop.done, steps, loop.written, checkpoint_dir))
         loop.warn_if_inexact()
         return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
 

@@ -95,7 +95,7 @@ def choose(settings: BaselineSettings, bench: Bench, found: Sequence[bilevel.Res
     del found, tried
 
     def train(folder: RunFolder, name: str) -> Found:
-        setting = setting_of(settings, bench, [folder.log(name)])
+        setting = setting_of(settings, bench, folder.callbacks(name))
         return BASELINES[name](setting, jax.random.key(settings.seed + 1))
 
     def count(found: Found) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Where the metrics of a run go besides its history: one file for each service, over `base.Tracker`."""
