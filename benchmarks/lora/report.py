@@ -20,6 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SCORES = Path(__file__).with_name("planted_scores.jsonl")
+RANKS = Path(__file__).with_name("planted_ranks.jsonl")
 REAL = Path(__file__).with_name("allocation.jsonl")
 DOCS = Path("docs")
 PAGE = "allocation-benchmark.md"
@@ -28,7 +29,7 @@ MEASURES = ("auroc", "precision", "rank")
 NAIVE = ("first order", "grad-norm")
 
 
-def write(out: Path = DOCS, scores: Path = SCORES, real: Path = REAL) -> list[Path]:
+def write(out: Path = DOCS, scores: Path = SCORES, real: Path = REAL, ranks: Path = RANKS) -> list[Path]:
     """Writes page and figures into `out`, of what the records hold; returns their paths."""
     (out / "figures").mkdir(parents=True, exist_ok=True)
     parts = [
@@ -51,6 +52,8 @@ def write(out: Path = DOCS, scores: Path = SCORES, real: Path = REAL) -> list[Pa
         plt.close(drawn)
         written.append(file)
         parts += section(record, f"figures/{name}")
+        if section is _planted:
+            parts += _planted_ranks(Record(ranks))
     (out / PAGE).write_text("\n".join(parts), encoding="utf-8")
     return [*written, out / PAGE]
 
@@ -127,6 +130,37 @@ def _against(found: dict[str, dict[str, Any]]) -> Iterable[str]:
                 lines.append(f"- {name}, minus {other.split(',')[0]}: {np.mean(pairs):+.3f} ± {error:.3f}")
     if lines:
         yield "Paired differences of AUROC, mean ± standard error:\n\n" + "\n".join(lines) + "\n"
+
+
+def _planted_ranks(record: Record) -> Iterable[str]:
+    """The section on ranks; nothing without a record of them."""
+    ways = list(dict.fromkeys(row["way"] for row in record.rows if "way" in row))
+    if not ways:
+        return
+    rows = {way: record.find(way=way) for way in ways}
+    true = np.array(next(iter(rows.values()))[0]["true"])
+    yield "## Planted ranks\n"
+    yield (
+        f"The same decoder gets updates of known ranks, {', '.join(map(str, sorted(true[true > 0].tolist())))}, in as many "
+        f"of its {len(true)} modules; the others get none. Every singular value is worth the same. Each way gives a score "
+        "to every rank-one component of every module, for the same number of inner gradients "
+        "(`python -m benchmarks.lora.planted_ranks`); EVA and GRAD-NORM need fewer. AUROC says how well the scores tell "
+        "the components that are needed, and the rank correlation how well the ranks that they buy, as many as there "
+        f"are, agree with the true ones. Mean ± standard deviation over {len(next(iter(rows.values())))} seeds.\n"
+    )
+    head = ("components scored by", "AUROC", "rank correlation of the ranks")
+    body = []
+    for way, found in rows.items():
+        told = [[row[name] for row in found] for name in ("auroc", "rank correlation")]
+        body.append((_WAYS.get(way, way), *(mean_sd(values) for values in told)))
+    yield table(head, body)
+
+
+_WAYS = {
+    "singular values": "singular values of a training (`bilevel allocate`)",
+    "hypergradient": "hypergradients through training, of singular vectors (`--score hypergradient`)",
+    "first order": "the same, first order",
+}
 
 
 def _planted_figure(record: Record) -> Any:
