@@ -18,10 +18,11 @@ sum over its components.
 
 Ranks need components that mean something. A fresh LoRA's do not: what a module learns is spread over all of them. So
 they are taken in the basis of singular vectors of a trained update, A = U S^(1/2) and B = S^(1/2) V^T, which is the
-same update, for the hypergradient too: there a component is multiplied by 1/2 + s, half of what it is, since where it
-is whole the training has left nothing to gain by more of it. Where the answer is known
-(`benchmarks/lora/planted_ranks`) singular values find the ranks and hypergradients do not, so that they are what
-ranks are given by unless asked otherwise; layers and modules are given by hypergradients.
+same update, for the hypergradient too. There a component is multiplied by 1/2 + s: where it is whole, the training has
+left nothing to gain by more of it, and the derivative says nothing; at half of it the derivative is what is lost without
+it, by the midpoint rule: L(0) - L(1) is minus the integral of dL/dg over the gate g. The K steps through which it is
+taken have a tenth of the rate, since a fresh Adam's first steps are of full length and would make up for the half that
+is missing. What both find where the answer is known is in `benchmarks/lora/planted_ranks`.
 
 The rule that a budget of rank-one parts is spent by their importance is AdaLoRA's (Zhang et al. 2023, arXiv
 2303.10512), which measures the importance in the training loss, during the training.
@@ -60,8 +61,8 @@ SCORES = ("hypergradient", "singular-values")
 Units = dict[str, jax.Array]
 """A number for each unit: `{site: [L]}` for modules, `{site: [L, groups]}` for ranks, `{"layers": [L]}` for layers."""
 LAYERS = "layers"
-HALF = 0.5
-"""What a rank-one component is multiplied by where its score is 0."""
+HALF, SLOWER = 0.5, 0.1
+"""What a rank-one component is multiplied by where its score is 0, and the rate through which it is scored."""
 START = "start"
 """The file of the parameters from which ranks are scored."""
 
@@ -74,8 +75,7 @@ class AllocateSettings(Settings):
       budget_params: trainable parameters of the adapter, such as 200000, 200k or 2M: ranks are searched.
       budget_modules: so many linears: modules are searched, all of --rank.
       top_k: so many layers: layers are searched, all of --rank.
-      score: what a unit is worth: the sum of hypergradients, or the singular values of what a training learned; by
-        default singular values for ranks, hypergradients for modules and layers.
+      score: what a unit is worth: the sum of hypergradients, or the singular values of what a training learned.
       max_rank: most that a module can get where ranks are searched; by default twice --rank.
       group: ranks that are given or not together.
       warmup_steps: training steps whose update is taken apart into singular vectors.
@@ -92,7 +92,7 @@ class AllocateSettings(Settings):
     budget_params: str | None = None
     budget_modules: Count | None = None
     top_k: Count | None = None
-    score: Annotated[str | None, one_of(SCORES, optional=True)] = None
+    score: Annotated[str, one_of(SCORES)] = "hypergradient"
     max_rank: Count | None = None
     group: Count = 1
     warmup_steps: Count = 40
@@ -159,7 +159,6 @@ def used(settings: AllocateSettings) -> Any:
     ((per, budget),) = said.items()
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(AllocateSettings)}
     given["max_rank"] = 2 * settings.rank if settings.max_rank is None else settings.max_rank
-    given["score"] = settings.score or ("singular-values" if per == "rank" else "hypergradient")
     if per == "rank" and given["max_rank"] % settings.group:
         raise ValueError(f"--max-rank {given['max_rank']} is no multiple of --group {settings.group}.")
     return Used(**given, per=per, budget=budget)
@@ -168,7 +167,7 @@ def used(settings: AllocateSettings) -> Any:
 def unused(settings: AllocateSettings) -> dict[str, str]:
     """Options without effect, and why."""
     found: dict[str, str] = {}
-    by_values = settings.score == "singular-values" or (settings.score is None and settings.budget_params is not None)
+    by_values = settings.score == "singular-values"
     if settings.budget_params is None:
         found |= dict.fromkeys(("max_rank", "group"), "without --budget-params no ranks are searched")
         if not by_values:
@@ -263,7 +262,8 @@ def rotated(params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str
 
 def solver(settings: Any, given: Given, start: Any = None) -> bilevel.Nested:
     """The search as a solver."""
-    estimator = bilevel.Unrolled(optax.adam(settings.inner_lr), settings.inner_steps, checkpoint="step")
+    rate = settings.inner_lr * (SLOWER if settings.per == "rank" else 1.0)
+    estimator = bilevel.Unrolled(optax.adam(rate), settings.inner_steps, checkpoint="step")
     return bilevel.Nested(
         problem(settings, given, start), estimator, optax.sgd(settings.outer_lr), inner_start="cold"
     )

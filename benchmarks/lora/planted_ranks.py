@@ -10,10 +10,10 @@ budget of the truth would buy with the true ones says how well whole modules com
 All ways may spend the same number of inner gradients. A Hessian-vector product counts 2.07 of them, a forward pass a
 third, an outer batch by its rows:
 
-    singular values  `methods.allocate` by default: of what a plain training learned
-    hypergradient  `methods.allocate --score hypergradient`: a training, its singular vectors, then hypergradients
-                   through K steps, 3.07 K + 4 each
+    hypergradient  `methods.allocate`: a training, its singular vectors, then hypergradients through K steps, 3.07 K + 4
+                   each
     first order    the same, with the training held constant, K + 4
+    singular values  `methods.allocate --score singular-values`: of what a training learned
     AdaLoRA        its training; the importance of its triplets (Zhang et al. 2023)
     EVA            singular values of each module's inputs, each as a share of their sum (Paischer et al. 2024, arXiv
                    2410.07170): it looks at activations alone
@@ -67,8 +67,8 @@ class Ranks:
     true: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
     effect: float = 0.05
     budget: int = 1280
-    warmup: int = 320
-    unroll: int = 8
+    warmup: int = 640
+    unroll: int = 4
     seeds: int = 10
 
 
@@ -161,7 +161,7 @@ def by_search(setup: Setup, ranks: Ranks, task: Task, key: jax.Array, name: str)
     start = start | {"lora": allocate.rotated(start["lora"])}
     search = allocate.solver(setting, of, start)
     if name == "first order":
-        held = bilevel.FirstOrder(optax.adam(setup.adam), ranks.unroll)
+        held = bilevel.FirstOrder(optax.adam(allocate.SLOWER * setup.adam), ranks.unroll)
         search = dataclasses.replace(search, hypergradient=held)
     found = bilevel.run(
         search,
@@ -270,9 +270,9 @@ def judged(setup: Setup, scores: dict[str, np.ndarray], true: np.ndarray) -> dic
 
 
 WAYS = {
-    "singular values": by_singular_values,
     "hypergradient": partial(by_search, name="hypergradient"),
     "first order": partial(by_search, name="first order"),
+    "singular values": by_singular_values,
     "AdaLoRA": by_adalora,
     "EVA": by_eva,
     "GRAD-NORM": by_gradient_norm,

@@ -140,13 +140,14 @@ def _planted_ranks(record: Record) -> Iterable[str]:
     rows = {way: record.find(way=way) for way in ways}
     true = np.array(next(iter(rows.values()))[0]["true"])
     yield "## Planted ranks\n"
+    planted = ", ".join(map(str, sorted(true[true > 0].tolist())))
     yield (
-        f"The same decoder gets updates of known ranks, {', '.join(map(str, sorted(true[true > 0].tolist())))}, in as many "
-        f"of its {len(true)} modules; the others get none. Every singular value is worth the same. Each way gives a score "
-        "to every rank-one component of every module, for the same number of inner gradients "
-        "(`python -m benchmarks.lora.planted_ranks`); EVA and GRAD-NORM need fewer. AUROC says how well the scores tell "
-        "the components that are needed, and the rank correlation how well the ranks that they buy, as many as there "
-        f"are, agree with the true ones. Mean ± standard deviation over {len(next(iter(rows.values())))} seeds.\n"
+        f"The same decoder gets updates of known ranks, {planted}, in as many of its {len(true)} modules; the others "
+        "get none. Every singular value is worth the same. Each way gives a score to every rank-one component of every "
+        "module, for the same number of inner gradients (`python -m benchmarks.lora.planted_ranks`); EVA and GRAD-NORM "
+        "need fewer. AUROC says how well the scores tell the components that are needed, and the rank correlation how "
+        "well the ranks that they buy, as many as there are, agree with the true ones. Mean ± standard deviation over "
+        f"{len(next(iter(rows.values())))} seeds.\n"
     )
     head = ("components scored by", "AUROC", "rank correlation of the ranks")
     body = []
@@ -157,8 +158,8 @@ def _planted_ranks(record: Record) -> Iterable[str]:
 
 
 _WAYS = {
-    "singular values": "singular values of a training (`bilevel allocate`)",
-    "hypergradient": "hypergradients through training, of singular vectors (`--score hypergradient`)",
+    "hypergradient": "hypergradients through training, of singular vectors (`bilevel allocate`)",
+    "singular values": "singular values of a training (`--score singular-values`)",
     "first order": "the same, first order",
 }
 

@@ -34,7 +34,7 @@ TABLE = {
         ("flexora", "all-layers", "random-0", "pretrained"),
     ),
     "allocate": Row(
-        "--budget-params 400 --score hypergradient --inner-steps 2 --outer-steps 3 --warmup-steps 2",
+        "--budget-params 400 --inner-steps 2 --outer-steps 3 --warmup-steps 2",
         (
             "selection.json",
             "peft/adapter_config.json",
