@@ -19,10 +19,10 @@ sum over its components.
 Ranks need components that mean something. A fresh LoRA's do not: what a module learns is spread over all of them. So
 they are taken in the basis of singular vectors of a trained update, A = U S^(1/2) and B = S^(1/2) V^T, which is the
 same update, for the hypergradient too. There a component is multiplied by 1/2 + s: where it is whole, the training has
-left nothing to gain by more of it, and the derivative says nothing; at half of it the derivative is what is lost without
-it, by the midpoint rule: L(0) - L(1) is minus the integral of dL/dg over the gate g. The K steps through which it is
-taken have a tenth of the rate, since a fresh Adam's first steps are of full length and would make up for the half that
-is missing. What both find where the answer is known is in `benchmarks/lora/planted_ranks`.
+left nothing to gain by more of it, and the derivative says nothing; at half of it the derivative is what is lost
+without it, by the midpoint rule: L(0) - L(1) is minus the integral of dL/dg over the gate g. The K steps through which
+it is taken have a tenth of the rate, since a fresh Adam's first steps are of full length and would make up for the half
+that is missing. What both find where the answer is known is in `benchmarks/lora/planted_ranks`.
 
 The rule that a budget of rank-one parts is spent by their importance is AdaLoRA's (Zhang et al. 2023, arXiv
 2303.10512), which measures the importance in the training loss, during the training.

@@ -98,9 +98,13 @@ def run(arguments: list[str]) -> int:
         processes.start(settings)
         found = command.main(settings, name)
         if processes.is_first():
-            page = getattr(found, "page", None)
+            page, run_ = getattr(found, "page", None), getattr(found, "run", None)
             if page is not None and page.said:
-                _say(f"\n{page.said}\n", sys.stdout)
+                _say(f"\n{page.said}", sys.stdout)
+            if run_ is not None:
+                from methods import closing
+
+                _say(f"\n{closing.text(run_.folder.path, run_.results)}\n", sys.stdout)
             _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
         left_out = getattr(found, "left_out", None)
         return _fail(left_out) if left_out else 0

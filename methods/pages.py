@@ -65,8 +65,8 @@ class Page(NamedTuple):
 
 def write(run: Run, page: Page) -> None:
     """`report.md`: what a method tells, with a table of the results and what is said of every run."""
-    shown = "\n\n".join(f"![{caption}](figures/{file})" for file, caption in page.figures.items())
-    found = "\n\n".join(part for part in (page.found, shown) if part)
+    drawn = "\n\n".join(f"![{caption}](figures/{file})" for file, caption in page.figures.items())
+    found = "\n\n".join(part for part in (page.found, drawn) if part)
     sections = {
         "What was found" if page.found else "The training": found,
         "What it is worth": _worth(run.bench, run.results) if run.results else "",
@@ -121,7 +121,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
-        cells += [_shown(metric, row["metrics"][metric]) for metric in metrics]
+        cells += [shown(metric, row["metrics"][metric]) for metric in metrics]
         if counted:
             score = row["accuracy"]
             cells += [f"{100 * score['low']:.1f} to {100 * score['high']:.1f}", f"{score['correct']}/{score['total']}"]
@@ -131,7 +131,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _shown(metric: str, value: float) -> str:
+def shown(metric: str, value: float) -> str:
     """A metric as a cell: a share in per cent, a loss as it is."""
     return f"{value:.3f}" if metric in UNITS else f"{100 * value:.1f}"
 

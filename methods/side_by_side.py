@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ import tyro
 
 from methods import files
 from methods.causes import sentence
+from methods.configuration import FILE
 from methods.figures import pyplot, save
+from methods.pages import UNITS
 from methods.ranges import finite
 from methods.runfolder import CONFIG, RunFolder, read_json
 
@@ -34,12 +37,28 @@ FIGURE = "side_by_side.png"
 
 
 class Row(NamedTuple):
-    """One trained model of one run: what `results/<arm>.json` holds, and where it comes from."""
+    """One trained model of one run: what `results/<arm>.json` holds, and where it comes from.
+
+    Attributes:
+      run: the name of its folder.
+      arm: its own name.
+      config: the settings of the run.
+      result: what it is worth.
+      method: the command that made the run; "" where that is not known.
+    """
 
     run: str
     arm: str
     config: dict[str, Any]
     result: dict[str, Any]
+    method: str = ""
+
+    @property
+    def worth(self) -> tuple[str, float]:
+        """The first metric and its value; accuracy where a result names no metrics."""
+        for name, value in (self.result.get("metrics") or {}).items():
+            return name, float(value)
+        return "accuracy", float((self.result.get("accuracy") or {"value": float("nan")})["value"])
 
 
 class Read(NamedTuple):
@@ -79,12 +98,33 @@ def read(runs: Sequence[Path]) -> Read:
             found.unfinished.append(run)
         for file in results:
             try:
-                found.rows.append(Row(name, file.stem, config, _result(file)))
+                found.rows.append(Row(name, file.stem, config, _result(file), _method(run)))
             except (ValueError, OSError) as error:
                 found.left_out.append(sentence(error) or str(error))
     if not found.rows:
         raise ValueError("; ".join(found.left_out))
-    return found
+    # Of one task and model together, the best first; rows that are equally good stay in the order of their runs.
+    order = sorted(found.rows, key=lambda row: (row.config["task"], row.config["model"], _rank(row)))
+    return found._replace(rows=order)
+
+
+def _rank(row: Row) -> float:
+    """Less is better."""
+    name, value = row.worth
+    if not np.isfinite(value):
+        return np.inf
+    return value if name in UNITS else -value
+
+
+def _method(run: Path) -> str:
+    """The command that made a run, as its `config.yaml` tells."""
+    file = run / FILE
+    if not file.is_file():
+        return ""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith("command: "):
+            return line.removeprefix("command: ").strip()[:40]
+    return ""
 
 
 def _results(run: Path) -> list[Path]:
@@ -124,14 +164,14 @@ def _result(file: Path) -> dict[str, Any]:
 def table(rows: list[Row]) -> str:
     """Markdown: a line a model."""
     lines = [
-        "| run | model | base | task | adapter parameters | accuracy | 95 % interval | right |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| run | method | model | base | task | adapter parameters | accuracy | 95 % interval | right |",
+        "|---|---|---|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
         score = row.result.get("accuracy")
-        names = row.run, row.arm, Path(row.config["model"]).name, row.config["task"]
+        names = row.run, row.method, row.arm, Path(row.config["model"]).name, row.config["task"]
         cells = [" ".join(name.replace("|", r"\|").split()) for name in names] + [f"{row.result['parameters']:,}"]
-        if score is None:  # a regression has no accuracy
+        if score is None or row.worth[0] in UNITS:  # a regression has no accuracy, and texts are rarely exact
             metrics = "; ".join(f"{name} {value:.3f}" for name, value in row.result.get("metrics", {}).items())
             cells += [metrics, "", ""]
         else:
@@ -139,6 +179,27 @@ def table(rows: list[Row]) -> str:
             cells += [f"{score['correct']}/{score['total']}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def over_seeds(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each model that runs have which differ in their seed alone; "" where there are no two."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        other = {name: value for name, value in row.config.items() if name != "seed"}
+        groups.setdefault((row.method, row.arm, json.dumps(other, sort_keys=True, default=str)), []).append(row)
+    several = [group for group in groups.values() if len({row.config.get("seed") for row in group}) > 1]
+    if not several:
+        return ""
+    lines = ["| method | model | task | seeds | metric | mean | standard deviation |"]
+    lines += ["|---|---|---|---:|---|---:|---:|"]
+    for group in several:
+        name, values = group[0].worth[0], np.array([row.worth[1] for row in group])
+        first, times = group[0], 1 if name in UNITS else 100
+        unit = "" if name in UNITS else " %"
+        told = [f"{times * value:.{3 if name in UNITS else 1}f}{unit}" for value in (values.mean(), values.std(ddof=1))]
+        cells = [first.method, first.arm, first.config["task"], str(len(group)), name, *told]
+        lines.append(f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |")
+    return "Means over seeds, of runs that differ in nothing else:\n\n" + "\n".join(lines) + "\n"
 
 
 def modules(rows: list[Row]) -> tuple[list[str], np.ndarray]:
@@ -221,6 +282,7 @@ def main(settings: ReportSettings) -> Reported:
 
 {table(rows)}
 
+{over_seeds(rows)}
 ![modules, accuracy, parameters](figures/{FIGURE})
 
 Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--test-rows` share test rows.

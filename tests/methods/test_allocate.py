@@ -176,7 +176,7 @@ def test_other_amounts_are_refused(text):
         ("--budget-params 100 --max-rank 20", r"--max-rank 20 is more than the 16 of a whole matrix"),
         ("--top-k 1 --warmup-steps 3", r"--warmup-steps has no effect here, since hypergradients of modules"),
         ("--top-k 1 --max-rank 3", r"--max-rank has no effect here, since without --budget-params"),
-        ("--budget-params 100 --score singular-values --outer-steps 3", r"--outer-steps has no effect here, since --sco"),
+        ("--budget-params 100 --score singular-values --outer-steps 3", r"--outer-steps has no effect here, since"),
         ("--top-k 1 --search-only --random-baselines 2", r"has no effect here, since --search-only trains nothing"),
     ],
 )

@@ -208,3 +208,22 @@ def test_bad_options_are_one_sentence(name, tiny_model, tiny_data, tmp_path, cap
     assert cli.run(words) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_table_at_the_end_fits_the_window(tmp_path):
+    from methods import closing
+
+    accuracy = {"value": 0.5, "low": 0.4, "high": 0.6, "correct": 5, "total": 10}
+    plain = {"layers": [0, 1], "parameters": 123456, "metrics": {"accuracy": 0.5}, "accuracy": accuracy}
+    texts = {"layers": [1], "parameters": 5, "metrics": {"loss": 1.2345, "perplexity": 3.4, "exact": 0.1}}
+    (tmp_path / "report.md").write_text("")
+    (tmp_path / "adapter").mkdir()
+    for width in (60, 80, 100):
+        said = closing.text(tmp_path, {"flexora": plain, "a name that is rather long for a table": plain}, width)
+        assert max(map(len, said.splitlines()[:-2])) <= width
+        assert "50.0" in said and "40.0 to 60.0" in said and "123,456" in said and str(tmp_path / "adapter") in said
+        assert "config.yaml" not in said
+    said = closing.text(tmp_path, {"flexora": texts | {"accuracy": accuracy}}, 80)
+    assert "1.234" in said or "1.235" in said
+    assert "perplexity" in said and "interval" not in said
+    assert closing.text(tmp_path, {}, 80).startswith(str(tmp_path / "report.md"))

@@ -35,8 +35,9 @@ def test_runs_are_put_side_by_side(runs, tmp_path):
     out = tmp_path / "page"
     assert cli.run(["report", *map(str, runs), "--out", str(out)]) == 0
     page = (out / "report.md").read_text()
-    assert "| one | chosen | tiny | piqa | 1,200 | 70.0 % | 60.0 to 80.0 % | 7/10 |" in page
-    assert "| other | allocated | tiny | rte | 2,400 | 80.0 %" in page and "pearson 0.500" in page
+    assert "| one |  | chosen | tiny | piqa | 1,200 | 70.0 % | 60.0 to 80.0 % | 7/10 |" in page
+    assert "| other |  | allocated | tiny | rte | 2,400 | 80.0 %" in page and "pearson 0.500" in page
+    assert "Means over seeds" not in page
     assert (out / "figures" / "side_by_side.png").stat().st_size > 0
 
 
@@ -64,7 +65,7 @@ def test_what_is_unfinished_damaged_or_no_run_is_named_beside_the_others(runs, t
     out, given = tmp_path / "page", [empty, runs[0], foreign, half, tmp_path / "nowhere"]
     assert cli.run(["report", *map(str, given), "--out", str(out)]) == 2
     page, said = (out / "report.md").read_text(), capsys.readouterr().err
-    assert "| one | chosen |" in page and "| half | whole | tiny | piqa | 77 | 90.0 %" in page
+    assert "| one |  | chosen |" in page and "| half |  | whole | tiny | piqa | 77 | 90.0 %" in page
     assert said.count("\n") == 1
     for place in ("empty has no finished model", "foreign/config.json is of no run", "nowhere is no run"):
         assert place in said and place in page, place
@@ -95,3 +96,21 @@ def test_bad_runs_are_one_sentence(runs, tmp_path, capsys):
         assert cli.run(["report", *words, "--out", str(tmp_path / "page")]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "page").exists()
+
+
+def test_the_method_the_order_and_the_means_over_seeds(tmp_path):
+    made = []
+    for seed, (best, worst) in enumerate([(9, 4), (7, 6)]):
+        folder = make_run(tmp_path / f"seed{seed}", {"worse": result(worst, 5), "better": result(best, 5)}, seed=seed)
+        (folder / "config.yaml").write_text("# made by\ncommand: flexora\nsettings: {}\n")
+        made.append(folder)
+    losses = {"a": {"loss": 1.5, "exact": 0.0}, "b": {"loss": 0.5, "exact": 0.0}}
+    texts = {name: result(0, 3) | {"metrics": values} for name, values in losses.items()}
+    made.append(make_run(tmp_path / "texts", texts, task="chat"))
+    rows = side_by_side.read(made).rows
+    assert [row.arm for row in rows] == ["b", "a", "better", "better", "worse", "worse"]  # by task; of losses the least
+    assert [row.method for row in rows] == ["", "", *["flexora"] * 4]
+    page = side_by_side.over_seeds(rows)
+    assert "| flexora | better | piqa | 2 | accuracy | 80.0 % | 14.1 % |" in page
+    assert "| flexora | worse | piqa | 2 | accuracy | 50.0 % | 14.1 % |" in page and "chat" not in page
+    assert "| texts |  | b | tiny | chat | 3 | loss 0.500; exact 0.000 |  |  |" in side_by_side.table(rows)

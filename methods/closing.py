@@ -1,0 +1,60 @@
+"""What a command says at its end: the models, what they are worth, and where things are."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from methods.pages import UNITS, shown
+
+NARROWEST = 60
+LEFT = {
+    "report.md": "the page, with figures",
+    "adapter": "the adapter, in PEFT's format",
+    "peft": "its configuration, for other trainers",
+    "config.yaml": "all settings: --config repeats the run",
+}
+"""What a run may leave, and what it is."""
+
+
+def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | None = None) -> str:
+    """A table of the results in plain characters, and the files of the run, no wider than a window.
+
+    Args:
+      folder: of the run.
+      results: the rows of the models that were tested, by their names.
+      width: columns; None takes the window's, 100 at most.
+    """
+    width = width or min(100, max(NARROWEST, shutil.get_terminal_size().columns))
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, highlight=False)
+    if results:
+        console.print(_table(results))
+    for name, what in LEFT.items():
+        if (folder / name).exists():
+            console.print(f"{folder / name}  ({what})", overflow="ignore", no_wrap=True, crop=False)
+    return out.getvalue().rstrip()
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    metrics = list(next(iter(results.values()))["metrics"])[:2]
+    counted = all(row.get("accuracy") for row in results.values()) and metrics[0] not in UNITS
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("layers", "parameters", *metrics, *(["95 % interval"] if counted else [])):
+        table.add_column(title, justify="right")
+    for name, row in results.items():
+        cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
+        cells += [shown(metric, row["metrics"][metric]) for metric in metrics]
+        if counted:
+            score = row["accuracy"]
+            cells.append(f"{100 * score['low']:.1f} to {100 * score['high']:.1f}")
+        table.add_row(*cells)
+    return table
