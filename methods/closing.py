@@ -49,7 +49,7 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     for title in ("layers", "parameters", *metrics, *(["95 % interval"] if counted else [])):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
         cells += [shown(metric, row["metrics"][metric]) for metric in metrics]
