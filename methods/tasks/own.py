@@ -111,10 +111,31 @@ def _chat_spans(row: Row, tokenizer: Any) -> list[Span]:
                 "once more follows, so that the assistant's part cannot be told: give chats of one answer each."
             )
         before = _before(messages[:i], message, behind, tokenizer)
+        if i == len(messages) - 1:
+            _check_end(messages, behind, len(before), tokenizer)
         answer = behind[len(before) :].rstrip()
         spans += [Span(before[len(done) :], False), Span(answer, True)]
         done = before + answer
     return [*spans, Span(whole[len(done) :], False)]
+
+
+def _check_end(messages: Sequence[Record], whole: str, start: int, tokenizer: Any) -> None:
+    """Makes sure that what the template writes behind the last answer belongs to it.
+
+    A template may begin a next answer by itself. With one more question behind it the chat then goes on otherwise.
+
+    Raises:
+      ValueError: if it does.
+    """
+    text = messages[-1]["content"].strip()
+    end = whole.find(text, start) + len(text)
+    followed = _render([*messages, {"role": "user", "content": "?"}], tokenizer)
+    # Where the answer itself is rewritten once more follows, nothing can be compared.
+    if followed.startswith(whole[:end]) and not followed.startswith(whole.rstrip()):
+        raise ValueError(
+            f"the model's chat template does not end {text[:40]!r} as it does where more follows, so that the "
+            "assistant's part cannot be told: take a model with another template."
+        )
 
 
 def _before(messages: Sequence[Record], answer: Record, behind: str, tokenizer: Any) -> str:
@@ -124,17 +145,13 @@ def _before(messages: Sequence[Record], answer: Record, behind: str, tokenizer: 
     is there (with a mark of reasoning, say), or nothing comes before, it is all in front of the answer's text.
 
     Raises:
-      ValueError: where the answer's text is not in the chat as the template writes it, or the template begins a next
-        answer behind it that nobody asked for.
+      ValueError: where the answer's text is not in the chat as the template writes it.
     """
     bare, text = _render(messages, tokenizer), answer["content"].strip()
     asked = _render(messages, tokenizer, True) if messages else ""
     at = behind.find(text, len(bare) if behind.startswith(bare) else 0)
     if at < 0:
         raise ValueError(f"the model's chat template does not write the answer {text[:40]!r} as it is.")
-    beginning = behind[len(bare) : at].strip()
-    if beginning and beginning in behind[at + len(text) :]:
-        raise ValueError(f"the model's chat template begins another answer behind {text[:40]!r}, which none follows.")
     return asked if len(asked) > len(bare) and behind.startswith(asked) and len(asked) <= at else behind[:at]
 
 

@@ -55,10 +55,12 @@ def is_own(data: str) -> bool:
     The folder of a built-in task itself is neither: whoever reads it says that the one above it is wanted.
     """
     path = Path(data)
-    if path.is_dir():
-        built_in = {task.folder or task.name for task in TASKS.values()}
-        return path.absolute().name not in built_in and _in_folder(path, "train") is not None
-    return True
+    return not path.is_dir() or (not _is_built_in(path) and _in_folder(path, "train") is not None)
+
+
+def _is_built_in(folder: Path) -> bool:
+    """Whether a folder has the name of a built-in task's."""
+    return folder.absolute().name in {task.folder or task.name for task in TASKS.values()}
 
 
 def find(task: str) -> Task:
@@ -273,7 +275,9 @@ def _file(file: Path) -> Where:
 
 def _lacks_train(folder: Path) -> bool:
     """Whether a folder holds files of rows, but none called train, and no folder of a task."""
-    return folder.is_dir() and any(file.suffix.lower() in READERS for file in folder.iterdir() if file.is_file())
+    if _is_built_in(folder) or not folder.is_dir():
+        return False
+    return any(file.suffix.lower() in READERS for file in folder.iterdir() if file.is_file())
 
 
 def _in_folder(folder: Path, split: str) -> Path | None:

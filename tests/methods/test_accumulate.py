@@ -8,6 +8,7 @@ import pytest
 
 import bilevel
 from methods import cli, driver
+from methods.options import parse
 from tests.methods.commands import words
 
 SAME = ("flexora",)
@@ -20,7 +21,7 @@ def test_a_search_is_that_of_the_larger_batch(name, tiny_model, tiny_data, tiny_
 
     def found(*more):
         given = words(name, tiny_model, tiny_data, tmp_path / "run")[1:]
-        setup = command.used(cli._parse(command, name, [*given, *more]))
+        setup = command.used(parse(command, name, [*given, *more]))
         bench = command.prepare(setup)
         each = driver.accumulated(command.searches(setup, bench)[0], setup, bench)
         data = {"inner_data": each.inner_data, "outer_data": each.outer_data}

@@ -263,7 +263,7 @@ def test_the_printed_snippet_makes_the_adapter_in_peft(words, tiny_model, tiny_d
     sizes = {"q_proj": 32, "v_proj": 24}
     assert trainable == sum(sizes[site] * rank for site, each in selection["ranks"].items() for rank in each)
     for name, module in space["model"].named_modules():
-        if hasattr(module, "scaling") and "default" in getattr(module, "scaling", {}):
+        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling:
             assert module.scaling["default"] == pytest.approx(16 / 2), name  # alpha / r of the settings
 
 

@@ -213,7 +213,7 @@ def test_models_and_data_that_are_not_there_are_said_at_once(tiny_data, tiny_mod
     said = refused(["lora", *arguments(tiny_model, tiny_data / "piqa", tmp_path / "run")], capsys)
     assert f"name the folder that holds piqa/, {tiny_data}" in said
     said = refused(["lora", *arguments(tiny_model, tmp_path / "none", tmp_path / "run")], capsys)
-    assert "is --data right?" in said
+    assert "none: name a file whose name ends in .jsonl" in said
 
 
 # --- damaged files ------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_what_fails_while_something_is_read_is_of_what_is_read():
 
 
 def test_a_fault_of_ours_shows_its_traceback_and_a_sentence(monkeypatch, capsys, tmp_path):
-    def broken(method, settings):
+    def broken(method, settings, command):
         return {}["key"]
 
     monkeypatch.setattr(Method, "main", broken)
@@ -316,7 +316,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_a_sentence(monkeypatch, capsys,
 
 
 def test_an_interrupt_before_anything_is_written_promises_nothing(monkeypatch, capsys, tmp_path):
-    def interrupted(method, settings):
+    def interrupted(method, settings, command):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Method, "main", interrupted)

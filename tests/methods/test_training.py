@@ -315,7 +315,7 @@ def test_what_the_model_does_not_take_is_counted_and_said(tiny_model, tmp_path, 
     for module in (benches, evaluation):
         monkeypatch.setattr(module, "WRITTEN", 2)
     sizes = {"train_rows": 4, "outer_rows": 2, "outer_batch_size": 2, "test_rows": 0, "length": 24}
-    bench = benches.prepare(LoRASettings(str(tiny_model), task, str(tmp_path), **sizes))
+    bench = benches.prepare(LoRASettings(model=str(tiny_model), task=task, data=str(tmp_path), **sizes))
     cut = 2 if task == "piqa" else 1  # a question is read once a choice
     longest = 62 if task == "gsm8k" else 64
     with pytest.warns(UserWarning, match=f"{cut} texts of {task}'s test have more than the {longest} tokens"):
