@@ -34,9 +34,7 @@ import dataclasses
 import itertools
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -45,7 +43,7 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import figures, flexora, lora
+from methods import budget, figures, flexora, lora, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.adapters.peft import peft_settings
 from methods.bench import Bench, check_rank
@@ -58,9 +56,6 @@ from methods.settings import Settings
 from methods.tasks import METRICS
 
 SCORES = ("hypergradient", "singular-values")
-Units = dict[str, jax.Array]
-"""A number for each unit: `{site: [L]}` for modules, `{site: [L, groups]}` for ranks, `{"layers": [L]}` for layers."""
-LAYERS = "layers"
 HALF, SLOWER = 0.5, 0.1
 """What a rank-one component is multiplied by where its score is 0, and the rate through which it is scored."""
 START = "start"
@@ -121,22 +116,6 @@ class Used(AllocateSettings):
     budget: Annotated[int, Range(0, LARGEST)] = 0
 
 
-def amount(text: str) -> int:
-    """A number of parameters out of such as 200000, 200k, 1.5M.
-
-    Raises:
-      ValueError: for anything else.
-    """
-    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMgGbB]?)", text.strip())
-    if found is None:
-        raise ValueError(f"--budget-params {text!r} is no number of parameters: give such as 200000, 200k or 2M.")
-    times = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[found[2].lower()]
-    value = float(found[1].replace("_", "").replace(",", "")) * times
-    if not 1 <= value < 2**31:
-        raise ValueError(f"--budget-params {text} must be at least 1 and below {2**31:,}.")
-    return int(value)
-
-
 def used(settings: AllocateSettings) -> Any:
     """The values that a run uses.
 
@@ -146,7 +125,7 @@ def used(settings: AllocateSettings) -> Any:
     if isinstance(settings, Used):
         return settings
     budgets = {
-        "rank": settings.budget_params and amount(settings.budget_params),
+        "rank": settings.budget_params and budget.amount(settings.budget_params),
         "module": settings.budget_modules,
         "layer": settings.top_k,
     }
@@ -156,12 +135,12 @@ def used(settings: AllocateSettings) -> Any:
         raise ValueError(f"Give one budget, --budget-params, --budget-modules or --top-k, {what}.")
     if settings.adapter == "dora":
         raise ValueError("--adapter dora: a budget is spent on LoRA or rsLoRA, whose parameters are counted by rank.")
-    ((per, budget),) = said.items()
+    ((per, value),) = said.items()
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(AllocateSettings)}
     given["max_rank"] = 2 * settings.rank if settings.max_rank is None else settings.max_rank
     if per == "rank" and given["max_rank"] % settings.group:
         raise ValueError(f"--max-rank {given['max_rank']} is no multiple of --group {settings.group}.")
-    return Used(**given, per=per, budget=budget)
+    return Used(**given, per=per, budget=value)
 
 
 def unused(settings: AllocateSettings) -> dict[str, str]:
@@ -187,7 +166,7 @@ def check_model(settings: Any, config: Any, lora_config: LoRAConfig) -> None:
     sites = lora_config.sites(shapes)
     if setup.per == "rank":
         check_rank("--max-rank", setup.max_rank, shapes, sites)
-    prices = np.concatenate([np.ravel(c) for c in costs(setup, shapes, sites, config.num_layers).values()])
+    prices = np.concatenate([np.ravel(c) for c in budget.costs(setup, shapes, sites, config.num_layers).values()])
     option = {"rank": "--budget-params", "module": "--budget-modules", "layer": "--top-k"}[setup.per]
     if setup.budget < prices.min():
         cheapest = int(prices.min())
@@ -199,20 +178,10 @@ def check_model(settings: Any, config: Any, lora_config: LoRAConfig) -> None:
         )
 
 
-def costs(settings: Any, shapes: Mapping[str, tuple[int, int]], sites: Sequence[str], layers: int) -> dict[str, Any]:
-    """What a unit costs, in parameters for ranks and 1 for modules and layers; in the form of `Units`."""
-    if settings.per == "layer":
-        return {LAYERS: np.ones(layers)}
-    if settings.per == "module":
-        return {site: np.ones(layers) for site in sites}
-    groups = settings.max_rank // settings.group
-    return {site: np.full((layers, groups), float(settings.group * sum(shapes[site]))) for site in sites}
-
-
-def gates(settings: Any, scores: Units) -> Any:
+def gates(settings: Any, scores: budget.Units) -> Any:
     """LoRA's gates of some scores: `[L]`, `{site: [L]}`, or `{site: [L, r]}`."""
     if settings.per == "layer":
-        return 1.0 + scores[LAYERS]
+        return 1.0 + scores[budget.LAYERS]
     if settings.per == "module":
         return {site: 1.0 + score for site, score in scores.items()}
     return {site: HALF + jnp.repeat(score, settings.group, axis=1) for site, score in scores.items()}
@@ -230,7 +199,7 @@ def problem(settings: Any, given: Given, start: Any = None) -> bilevel.Problem:
     def loss(weights, params, scores, batch, key):
         return given.loss(weights, given.bind(weights, params, gate=gates(settings, scores)), batch)
 
-    prices = costs(settings, given.config.site_shapes(), given.sites, given.num_layers)
+    prices = budget.costs(settings, given.config.site_shapes(), given.sites, given.num_layers)
     both = jax.tree_util.Partial(loss, given.weights)
     begin = lambda key, scores: given.start(key) if start is None else start  # noqa: E731
     return bilevel.Problem(both, both, begin, lambda key: {name: jnp.zeros(p.shape) for name, p in prices.items()})
@@ -272,7 +241,7 @@ def solver(settings: Any, given: Given, start: Any = None) -> bilevel.Nested:
 class Scored(NamedTuple):
     """What came of a search that takes no outer step: the scores, where a `bilevel.Result` has them."""
 
-    outer: Units
+    outer: budget.Units
 
 
 def searches(settings: AllocateSettings, bench: Bench) -> list[Search | Later]:
@@ -297,7 +266,7 @@ def searches(settings: AllocateSettings, bench: Bench) -> list[Search | Later]:
     return [later(number) for number in range(setup.searches)]
 
 
-def energies(settings: Any, rotated: Mapping[str, Mapping[str, jax.Array]]) -> Units:
+def energies(settings: Any, rotated: Mapping[str, Mapping[str, jax.Array]]) -> budget.Units:
     """The squared singular values of the updates, summed over each unit.
 
     Args:
@@ -306,7 +275,7 @@ def energies(settings: Any, rotated: Mapping[str, Mapping[str, jax.Array]]) -> U
     """
     values = {site: jnp.sum(leaves["b"] ** 2, axis=2) ** 2 for site, leaves in rotated.items()}
     if settings.per == "layer":
-        return {LAYERS: sum(value.sum(axis=1) for value in values.values())}  # pyright: ignore[reportReturnType]
+        return {budget.LAYERS: sum(value.sum(axis=1) for value in values.values())}  # pyright: ignore[reportReturnType]
     if settings.per == "module":
         return {site: value.sum(axis=1) for site, value in values.items()}
     return {site: v.reshape(len(v), -1, settings.group).sum(axis=2) for site, v in values.items()}
@@ -346,21 +315,21 @@ def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Res
     setup, given = used(settings), bench.given()
     scores = [{name: np.asarray(score) for name, score in result.outer.items()} for result in found]
     mean = {name: np.mean([each[name] for each in scores], axis=0) for name in scores[0]}
-    prices = costs(setup, bench.shapes, given.sites, given.num_layers)
-    chosen = bought(setup, mean, prices)
-    alone = [bought(setup, each, prices) for each in scores]
-    ranks = ranks_of(setup, chosen, given.sites, given.num_layers)
+    prices = budget.costs(setup, bench.shapes, given.sites, given.num_layers)
+    chosen = budget.bought(setup, mean, prices)
+    alone = [budget.bought(setup, each, prices) for each in scores]
+    ranks = budget.ranks_of(setup, chosen, given.sites, given.num_layers)
     selection: dict[str, Any] = {
         "per": setup.per,
         "budget": setup.budget,
-        "spent": spent(chosen, prices),
+        "spent": budget.spent(chosen, prices),
         "ranks": ranks,
         "scores": mean,
         "spread": {name: np.std([each[name] for each in scores], axis=0) for name in mean},
     }
     if len(found) > 1:
         selection["agreement"] = agreement(setup, alone, given.sites, given.num_layers)
-    config, mask = adapter(bench.lora, ranks)
+    config, mask = budget.adapter(bench.lora, ranks)
     kind = "CAUSAL_LM" if bench.head is None else "SEQ_CLS"
     names = bench.pretrained.hf_names
     selection["peft"], selection["modules"] = peft_settings(config, bench.shapes, names, given.num_layers, mask, kind)
@@ -372,71 +341,13 @@ def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Res
     if (even := uniform(setup, bench)) is not None:
         arms.append(trained(setup, bench, "uniform", even))
     for name, drawn in others.items():
-        at = ranks_of(setup, bought(setup, drawn, prices), given.sites, given.num_layers)
+        at = budget.ranks_of(setup, budget.bought(setup, drawn, prices), given.sites, given.num_layers)
         arms.append(trained(setup, bench, name, at))
     return Chosen(selection, [*lora.untrained(bench, always=True), *arms])
 
 
 def _drawn(rng: np.random.Generator, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: rng.uniform(size=value.shape) for name, value in like.items()}
-
-
-def bought(settings: Any, scores: Mapping[str, Any], prices: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Which units the budget buys, bool in the form of `Units`: those of the largest score for their cost.
-
-    What is left of the budget pays for no other unit. Equal scores are put in an order by the settings' seed.
-    """
-    scores = {name: np.asarray(value, float) for name, value in scores.items()}
-    largest = max(float(np.abs(value).max()) for value in scores.values()) or 1.0
-    rule = bilevel.allocate(settings.budget, prices, key=jax.random.key(settings.seed))
-    closed = {name: jnp.zeros(value.shape, jnp.float32) for name, value in scores.items()}
-    against = {name: jnp.asarray(-value / largest, jnp.float32) for name, value in scores.items()}
-    opened: Any = rule.update(against, rule.init(closed), closed)[0]
-    return {name: np.asarray(value) > 0 for name, value in opened.items()}
-
-
-def spent(chosen: Mapping[str, np.ndarray], prices: Mapping[str, np.ndarray]) -> int:
-    """What the chosen units cost together."""
-    return round(sum(float(prices[name][on].sum()) for name, on in chosen.items()))
-
-
-def ranks_of(
-    settings: Any, chosen: Mapping[str, np.ndarray], sites: Sequence[str], layers: int
-) -> dict[str, list[int]]:
-    """The rank of each module, `{site: [L]}`, 0 where there is none."""
-    if settings.per == "layer":
-        return {site: (settings.rank * chosen[LAYERS]).tolist() for site in sites}
-    if settings.per == "module":
-        return {site: (settings.rank * chosen[site]).tolist() for site in sites}
-    return {site: (settings.group * chosen[site].sum(axis=1)).tolist() for site in sites}
-
-
-def adapter(base: LoRAConfig, ranks: Mapping[str, Sequence[int]]) -> tuple[LoRAConfig, dict[str, jax.Array]]:
-    """A LoRA of these ranks and where it is, bool `{site: [L]}`; its scale is that of `base` in every module.
-
-    Raises:
-      ValueError: if there is no module at all.
-    """
-    there = [rank for each in ranks.values() for rank in each if rank]
-    if not there:
-        raise ValueError("No module has a rank: there is no adapter to train.")
-    common = max(sorted(set(there)), key=there.count)
-    of = lambda rank: base.scale * (math.sqrt(rank) if base.rslora else rank)  # noqa: E731
-    others = {
-        rf"{layer}\.{re.escape(site)}": rank
-        for site, each in ranks.items()
-        for layer, rank in enumerate(each)
-        if rank not in (0, common)
-    }
-    config = dataclasses.replace(
-        base,
-        rank=common,
-        alpha=of(common),
-        targets=tuple(ranks),
-        rank_pattern=others,
-        alpha_pattern={pattern: of(rank) for pattern, rank in others.items()},
-    )
-    return config, {site: jnp.asarray(each) > 0 for site, each in ranks.items()}
 
 
 def uniform(settings: Any, bench: Bench) -> dict[str, list[int]] | None:
@@ -452,7 +363,7 @@ def trained(
     settings: Any, bench: Bench, name: str, ranks: Mapping[str, Sequence[int]], *, export: bool = False
 ) -> Arm:
     """LoRA of these ranks, trained from scratch."""
-    config, mask = adapter(bench.lora, ranks)
+    config, mask = budget.adapter(bench.lora, ranks)
     on = bench._replace(lora=config)
     arm = lora.arm(settings, on, lora.problem(on.given()), name, mask, export=export)
     return arm._replace(count=lambda params: arm.count(params) | {"ranks": {s: list(r) for s, r in ranks.items()}})
@@ -471,7 +382,7 @@ def agreement(
     flat = [np.concatenate([np.ravel(on) for on in each.values()]) for each in alone]
     found: dict[str, Any] = flexora.stability([np.flatnonzero(each).tolist() for each in flat], flat[0].size)
     if settings.per == "rank":
-        ranks = [np.ravel(list(ranks_of(settings, each, sites, layers).values())) for each in alone]
+        ranks = [np.ravel(list(budget.ranks_of(settings, each, sites, layers).values())) for each in alone]
         pairs = itertools.combinations(ranks, 2)
         found["rank correlation"] = float(np.mean([METRICS["spearman"](a, b) for a, b in pairs]))
     return found
@@ -501,7 +412,7 @@ def page(run: Run) -> Page:
     made = "The adapter is in `adapter/`, in PEFT's format; its configuration alone, for other trainers, in `peft/`."
     if setup.search_only:
         made = "Nothing was trained. The configuration of the adapter, for other trainers, is in `peft/`."
-    told = snippets(folder, config, selection["modules"])
+    told = trainers.snippets(folder, config, selection["modules"])
     blocks = "\n\n".join(f"{title}:\n\n```{kind}\n{text}\n```" for title, kind, text in told)
     said = "\n\n".join(f"{title}:\n\n{text}" for title, _, text in told)
     return Page("A budget of LoRA", found, {file.name: "rank of each module"}, made, trust, more=blocks, said=said)
@@ -529,42 +440,6 @@ def _agreed(settings: Any, selection: Mapping[str, Any]) -> str:
     if settings.per == "rank":
         text += f" The ranks they give have a mean rank correlation of {found['rank correlation']:.2f}."
     return text
-
-
-def snippets(folder: Path, config: Mapping[str, Any], modules: Sequence[str]) -> list[tuple[str, str, str]]:
-    """How other trainers are told of an adapter: `(title, language, text)`.
-
-    axolotl and LLaMA-Factory take one rank for all modules; where there are several, theirs is the commonest, which the
-    title says.
-
-    Args:
-      folder: where PEFT finds the configuration.
-      config: that configuration.
-      modules: the full names of the adapted modules.
-    """
-    targets, layers = list(config["target_modules"]), config.get("layers_to_transform")
-    one = " (it takes one rank for all modules: this is the commonest)" if config["rank_pattern"] else ""
-    peft = f"""from peft import LoraConfig, get_peft_model
-
-config = LoraConfig.from_pretrained({str(folder)!r})
-model = get_peft_model(model, config)"""
-    axolotl = ["adapter: lora", f"lora_r: {config['r']}", f"lora_alpha: {config['lora_alpha']}"]
-    axolotl += [f"lora_target_modules: {json.dumps(targets)}"]
-    if layers is not None:
-        pattern = config["layers_pattern"]
-        axolotl += [f"peft_layers_to_transform: {json.dumps(layers)}", f"peft_layers_pattern: {json.dumps([pattern])}"]
-    factory = [
-        "finetuning_type: lora",
-        f"lora_rank: {config['r']}",
-        f"lora_alpha: {config['lora_alpha']}",
-        # It has no option for layers, so that these are named one by one.
-        f"lora_target: {','.join(targets if layers is None else modules)}",
-    ]
-    return [
-        ("peft", "python", peft),
-        (f"axolotl{one}", "yaml", "\n".join(axolotl)),
-        (f"LLaMA-Factory{one}", "yaml", "\n".join(factory)),
-    ]
 
 
 COMMAND = Method(

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from methods import fingerprint, mesh, ranges, runfolder, tasks
+from methods import fingerprint, mesh, processes, ranges, runfolder, tasks
 from methods.adapters.lora import LoRAConfig
 from methods.causes import reading
 from methods.models.loading import Pretrained, load, locate
@@ -212,6 +212,7 @@ def prepare(
         tasks.check_metrics(task)
     with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
         dtype = {"dtype": jnp.bfloat16, "accumulate": jnp.float32} if settings.dtype == "bfloat16" else {}
+        processes.tell(f"loading {settings.model}")
         files, sharding = locate(settings.model), mesh.sharding(settings.mesh)
         pretrained = load(settings.model, check=check_config, sharding=sharding, **dtype)
     if pretrained.tokenizer is None:
@@ -227,6 +228,7 @@ def prepare(
         raise ValueError(f"The tokenizer of {settings.model} has no mark of a text's end, which is to be trained on.")
     end: list[int] = [mark] if end_of_text and not labelled else []
     sizes = _sizes(settings)
+    processes.tell(f"encoding {task.name}: {len(source.train):,} rows to train on, {len(source.test):,} to test on")
     fitting, looked_at = _fitting(task, source.train, pretrained.tokenizer, settings, sizes, end)
     if not fitting:
         raise ValueError(

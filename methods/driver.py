@@ -320,6 +320,7 @@ def row(arm: Arm, bench: Bench, folder: RunFolder) -> dict[str, Any]:
     """Trains, exports and tests an arm: its row of the results."""
     trained = arm.train(folder, arm.name)
     arm.export(folder, trained)
+    processes.tell(f"testing {arm.name} on {pages.tested(bench)}")
     test = evaluation.evaluate(_with_weights(arm, bench, trained), arm.bind(trained))
     counted = arm.count(trained)
     return {"layers": _layers(counted["on"])} | counted | evaluation.row(test)

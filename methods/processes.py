@@ -33,6 +33,12 @@ _GONE = r"gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordin
 """What a collective operation says, in any case of letters, of a process that does not answer."""
 
 
+def tell(text: str) -> None:
+    """A line of news, said by the first process alone: what begins and takes a while without a bar of its own."""
+    if is_first():
+        LOGGER.info(text)
+
+
 def start(settings: Any) -> None:
     """Joins the processes that `settings` name, before JAX is used for anything else.
 

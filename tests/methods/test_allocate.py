@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import bilevel
-from methods import allocate, cli
+from methods import allocate, budget, cli, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.objective import of_hook
 from tests.conftest import require
@@ -105,19 +105,19 @@ def test_a_budget_is_held_exactly(seed):
     layers, most, group = int(rng.integers(1, 6)), int(rng.integers(1, 5)), int(rng.integers(1, 3))
     shapes = {site: tuple(rng.integers(2, 40, 2).tolist()) for site in ("q_proj", "v_proj", "up_proj")}
     setting = setup(max_rank=most * group, group=group)
-    prices = allocate.costs(setting, shapes, list(shapes), layers)
+    prices = budget.costs(setting, shapes, list(shapes), layers)
     total = sum(p.sum() for p in prices.values())
     cheapest = min(price.min() for price in prices.values())
     setting = setup(max_rank=most * group, group=group, budget=int(rng.integers(cheapest, total + 1)), seed=seed)
     scores = {site: rng.normal(size=price.shape) for site, price in prices.items()}
     if seed % 3 == 0:
         scores = {site: np.zeros(price.shape) for site, price in prices.items()}
-    chosen = allocate.bought(setting, scores, prices)
-    spent = allocate.spent(chosen, prices)
+    chosen = budget.bought(setting, scores, prices)
+    spent = budget.spent(chosen, prices)
     left = setting.budget - spent
     assert left >= 0
     assert all((price[~chosen[site]] > left).all() for site, price in prices.items())
-    ranks = allocate.ranks_of(setting, chosen, list(shapes), layers)
+    ranks = budget.ranks_of(setting, chosen, list(shapes), layers)
     assert sum(r * sum(shapes[site]) for site, each in ranks.items() for r in each) == spent
     assert all(0 <= r <= setting.max_rank for each in ranks.values() for r in each)
 
@@ -125,18 +125,18 @@ def test_a_budget_is_held_exactly(seed):
 def test_the_best_units_are_bought():
     setting = setup("module", budget=2)
     scores = {"q_proj": [0.1, -2.0], "v_proj": [0.3, 0.2]}
-    chosen = allocate.bought(setting, scores, {site: np.ones(2) for site in scores})
+    chosen = budget.bought(setting, scores, {site: np.ones(2) for site in scores})
     assert {site: on.tolist() for site, on in chosen.items()} == {"q_proj": [False, False], "v_proj": [True, True]}
-    assert allocate.ranks_of(setting, chosen, ("q_proj", "v_proj"), 2) == {"q_proj": [0, 0], "v_proj": [2, 2]}
-    layers = allocate.bought(setup("layer", budget=1), {"layers": [0.1, 0.2]}, {"layers": np.ones(2)})
-    assert allocate.ranks_of(setup("layer"), layers, ("q_proj",), 2) == {"q_proj": [0, 2]}
+    assert budget.ranks_of(setting, chosen, ("q_proj", "v_proj"), 2) == {"q_proj": [0, 0], "v_proj": [2, 2]}
+    layers = budget.bought(setup("layer", budget=1), {"layers": [0.1, 0.2]}, {"layers": np.ones(2)})
+    assert budget.ranks_of(setup("layer"), layers, ("q_proj",), 2) == {"q_proj": [0, 2]}
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_every_rank_has_the_scale_of_the_settings(rslora):
     base = LoRAConfig(rank=4, alpha=12.0, rslora=rslora)
     ranks = {"q_proj": [0, 3, 3], "v_proj": [1, 3, 0]}
-    config, mask = allocate.adapter(base, ranks)
+    config, mask = budget.adapter(base, ranks)
     assert {site: each.tolist() for site, each in mask.items()} == {"q_proj": [0, 1, 1], "v_proj": [1, 1, 0]}
     assert config.rank == 3
     for site, each in ranks.items():
@@ -145,7 +145,7 @@ def test_every_rank_has_the_scale_of_the_settings(rslora):
                 assert config.module(site, layer)[0] == rank
                 np.testing.assert_allclose(config.module_scale(site, layer), base.scale, rtol=1e-12)
     with pytest.raises(ValueError, match="No module has a rank"):
-        allocate.adapter(base, {"q_proj": [0]})
+        budget.adapter(base, {"q_proj": [0]})
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_every_rank_has_the_scale_of_the_settings(rslora):
     [("200000", 200_000), ("200k", 200_000), ("1.5M", 1_500_000), ("2m", 2_000_000), ("1_000", 1000), ("1G", 10**9)],
 )
 def test_amounts(text, value):
-    assert allocate.amount(text) == value
+    assert budget.amount(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "two", "-1", "0", "1e6", "2 M!", "9G", "k", "1.5.2"])
 def test_other_amounts_are_refused(text):
     with pytest.raises(ValueError, match=r"--budget-params"):
-        allocate.amount(text)
+        budget.amount(text)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +270,9 @@ def test_the_printed_snippet_makes_the_adapter_in_peft(words, tiny_model, tiny_d
 def test_layers_are_told_to_trainers_that_take_no_list_of_them():
     config = {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers", "rank_pattern": {}}
     config |= {"r": 4, "lora_alpha": 8}
-    told = dict((title, text) for title, _, text in allocate.snippets("folder", config, ["model.layers.1.attn.q_proj"]))
+    told = dict((title, text) for title, _, text in trainers.snippets("folder", config, ["model.layers.1.attn.q_proj"]))
     assert 'peft_layers_to_transform: [1]\npeft_layers_pattern: ["layers"]' in told["axolotl"]
     assert "lora_target: model.layers.1.attn.q_proj" in told["LLaMA-Factory"]
-    told = [title for title, _, _ in allocate.snippets("folder", config | {"rank_pattern": {"a": 1}}, [])]
+    told = [title for title, _, _ in trainers.snippets("folder", config | {"rank_pattern": {"a": 1}}, [])]
     one = " (it takes one rank for all modules: this is the commonest)"
     assert told == ["peft", f"axolotl{one}", f"LLaMA-Factory{one}"]
