@@ -177,7 +177,7 @@ def read_source(
     names = own.renaming(columns)
     where = _where(data, "train")
     name, format, raw, places = _raw(where, names, task)
-    made = format.task([row for row, _ in zip(raw, places, strict=True)])
+    made = format.task(raw)
     train: list[Row] = [Placed(format.final(made, row, place), place) for row, place in zip(raw, places, strict=True)]
 
     def tested(where: Where) -> list[Row]:

@@ -1,7 +1,6 @@
 """`--track`: every command hands its metrics on besides writing them, and a service that fails ends none."""
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import shutil
@@ -112,8 +111,10 @@ def test_a_service_that_fails_ends_no_command(tiny_model, tiny_data, tmp_path, m
     assert len(logged(out)["search"]) == 3
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is not None, reason="tensorboard is installed")
-def test_what_is_missing_is_said_before_anything_is_written(tiny_model, tiny_data, tmp_path, capsys):
+def test_what_is_missing_is_said_before_anything_is_written(tiny_model, tiny_data, tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
     out = tmp_path / "run"
     assert cli.run([*flexora_words(tiny_model, tiny_data, out), "--track", "tensorboard"]) == 2
     said = "bilevel: tensorboard is not installed, which bilevel.TensorBoard writes with: "
