@@ -171,9 +171,10 @@ def check_model(settings: Any, config: Any, lora_config: LoRAConfig) -> None:
     if setup.budget < prices.min():
         cheapest = int(prices.min())
         raise ValueError(f"{option} {setup.budget:,} pays for no {setup.per}: the cheapest costs {cheapest:,}.")
-    if setup.budget >= prices.sum():
+    every = int(prices[np.isfinite(prices)].sum())
+    if setup.budget >= every:
         raise ValueError(
-            f"{option} {setup.budget:,} pays for all there are, which cost {int(prices.sum()):,}: there is nothing to "
+            f"{option} {setup.budget:,} pays for all there are, which cost {every:,}: there is nothing to "
             "choose; lower it, or train with bilevel lora."
         )
 
@@ -218,9 +219,10 @@ def rotated(params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str
     def turn(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
         # A small problem in place of an [in, out] one: A = Qa Ra and B^T = Qb Rb, so that A B = Qa (Ra Rb^T) Qb^T.
         (qa, ra), (qb, rb) = jnp.linalg.qr(a), jnp.linalg.qr(b.T)
-        u, s, vt = jnp.linalg.svd(ra @ rb.T)
-        root = jnp.sqrt(s)
-        return (qa @ u) * root[None, :], root[:, None] * (vt @ qb.T)
+        u, s, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
+        root, beyond = jnp.sqrt(s), a.shape[1] - len(s)  # a matrix has no more directions than its smaller side
+        left, right = (qa @ u) * root[None, :], root[:, None] * (vt @ qb.T)
+        return jnp.pad(left, ((0, 0), (0, beyond))), jnp.pad(right, ((0, beyond), (0, 0)))
 
     found = {}
     for site, leaves in params.items():

@@ -42,8 +42,13 @@ def costs(settings: Any, shapes: Mapping[str, tuple[int, int]], sites: Sequence[
         return {LAYERS: np.ones(layers)}
     if settings.per == "module":
         return {site: np.ones(layers) for site in sites}
-    groups = settings.max_rank // settings.group
-    return {site: np.full((layers, groups), float(settings.group * sum(shapes[site]))) for site in sites}
+    ends = settings.group * np.arange(1, settings.max_rank // settings.group + 1)
+    found = {}
+    for site in sites:
+        # A matrix has at most as many ranks as its smaller side: what is beyond is not for sale.
+        each = np.where(ends <= min(shapes[site]), float(settings.group * sum(shapes[site])), np.inf)
+        found[site] = np.tile(each, (layers, 1))
+    return found
 
 
 def bought(settings: Any, scores: Mapping[str, Any], prices: Mapping[str, Any]) -> dict[str, np.ndarray]:

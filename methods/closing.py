@@ -44,10 +44,11 @@ def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | No
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    metrics = list(next(iter(results.values()))["metrics"])[:2]
+    metrics = list(next(iter(results.values()))["metrics"])
+    metrics = metrics[: 1 if any(len(name) > 12 for name in metrics) else 2]  # the page has them all
     counted = all(row.get("accuracy") for row in results.values()) and metrics[0] not in UNITS
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold", min_width=10)
     for title in ("layers", "parameters", *metrics, *(["95 % interval"] if counted else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for name, row in results.items():
