@@ -1,11 +1,11 @@
 r"""Domains of outer leaves: positive numbers, intervals, simplices.
 
 `Problem(domain=...)` is a tree like the top of `outer`, a bijector (or None) for a leaf or for everything below a node.
-A solver then moves :math:`u = T^{-1}(\lambda)`, which is free, by the gradient :math:`(\partial T / \partial u)^\top
-\partial F / \partial \lambda`, and sets :math:`\lambda = T(u)`. Losses, optimizers made from `outer`, hypergradients
+A solver then moves $u = T^{-1}(\lambda)$, which is free, by the gradient $(\partial T / \partial u)^\top
+\partial F / \partial \lambda$, and sets $\lambda = T(u)$. Losses, optimizers made from `outer`, hypergradients
 and `Result.outer` are in natural units: only the step is taken elsewhere. It cannot leave the domain.
 
-A bijector is a pytree with two functions, `forward` (u to :math:`\lambda`) and `inverse`, that keep shape and dtype.
+A bijector is a pytree with two functions, `forward` (u to $\lambda$) and `inverse`, that keep shape and dtype.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Bijector(Protocol):
 @register
 @dataclasses.dataclass(frozen=True)
 class Positive:
-    r"""Numbers above 0, :math:`\lambda = e^u`: steps are relative. For what varies over orders of magnitude.
+    r"""Numbers above 0, $\lambda = e^u$: steps are relative. For what varies over orders of magnitude.
 
     Examples:
       >>> import bilevel, jax
@@ -73,18 +73,18 @@ class Positive:
     """
 
     def forward(self, u):
-        """:math:`e^u`."""
+        """$e^u$."""
         return jnp.exp(u)
 
     def inverse(self, value):
-        r""":math:`\log \lambda`."""
+        r"""$\log \lambda$."""
         return jnp.log(_above_zero(value))
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Softplus:
-    r"""Numbers above 0, :math:`\lambda = \log(1 + e^u)`: steps are absolute where :math:`\lambda` is well above 1.
+    r"""Numbers above 0, $\lambda = \log(1 + e^u)$: steps are absolute where $\lambda$ is well above 1.
 
     Examples:
       >>> import bilevel, jax
@@ -96,11 +96,11 @@ class Softplus:
     """
 
     def forward(self, u):
-        r""":math:`\log(1 + e^u)`."""
+        r"""$\log(1 + e^u)$."""
         return jax.nn.softplus(u)
 
     def inverse(self, value):
-        r""":math:`\lambda + \log(1 - e^{-\lambda})`."""
+        r"""$\lambda + \log(1 - e^{-\lambda})$."""
         value = _above_zero(value)
         return value + jnp.log(-jnp.expm1(-value))
 
@@ -108,7 +108,7 @@ class Softplus:
 @register
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    r"""Numbers between `low` and `high`, :math:`\lambda = a + (b - a) / (1 + e^{-u})`.
+    r"""Numbers between `low` and `high`, $\lambda = a + (b - a) / (1 + e^{-u})$.
 
     Raises:
       ValueError: unless low < high, both finite.
@@ -129,11 +129,11 @@ class Interval:
             raise ValueError(f"Interval({self.low}, {self.high}): low must be below high, and both finite.")
 
     def forward(self, u):
-        r""":math:`a + (b - a) / (1 + e^{-u})`."""
+        r"""$a + (b - a) / (1 + e^{-u})$."""
         return self.low + (self.high - self.low) * jax.nn.sigmoid(u)
 
     def inverse(self, value):
-        r""":math:`\log \frac{\lambda - a}{b - \lambda}`."""
+        r"""$\log \frac{\lambda - a}{b - \lambda}$."""
         # Where rounding has reached an end, the step starts from the number next to it.
         share = (value - self.low) / (self.high - self.low)
         share = jnp.minimum(_above_zero(share), 1 - jnp.finfo(share.dtype).eps)
@@ -143,7 +143,7 @@ class Interval:
 @register
 @dataclasses.dataclass(frozen=True)
 class Simplex:
-    r"""Vectors of positive numbers that sum to 1, along the last axis: :math:`\lambda = \mathrm{softmax}(u)`.
+    r"""Vectors of positive numbers that sum to 1, along the last axis: $\lambda = \mathrm{softmax}(u)$.
 
     Of all u with this softmax, `inverse` gives the one that sums to 0.
 
@@ -154,11 +154,11 @@ class Simplex:
     """
 
     def forward(self, u):
-        r""":math:`\mathrm{softmax}(u)`."""
+        r"""$\mathrm{softmax}(u)$."""
         return jax.nn.softmax(u, axis=-1)
 
     def inverse(self, value):
-        r""":math:`\log \lambda` less its mean."""
+        r"""$\log \lambda$ less its mean."""
         logs = jnp.log(_above_zero(value))
         return logs - jnp.mean(logs, axis=-1, keepdims=True)
 

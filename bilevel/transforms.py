@@ -32,16 +32,16 @@ class AllocateState(NamedTuple):
 def allocate(budget: float, costs: PyTree = 1, *, key: jax.Array) -> optax.GradientTransformation:
     r"""Moves on/off gates to the best set within a budget.
 
-    With scores :math:`s = -` (incoming updates: hypergradients, or what a proxy puts in their place) and costs c,
+    With scores $s = -$ (incoming updates: hypergradients, or what a proxy puts in their place) and costs c,
 
-    .. math:: \max_{m \in \{0, 1\}^M} \sum_i s_i m_i \quad\text{with}\quad \sum_i c_i m_i \le C,
+    $$ \max_{m \in \{0, 1\}^M} \sum_i s_i m_i \quad\text{with}\quad \sum_i c_i m_i \le C, $$
 
-    and the update is `m - params`. The set is filled by falling :math:`s_i / c_i`, each module that still fits being
+    and the update is `m - params`. The set is filled by falling $s_i / c_i$, each module that still fits being
     taken, once from the empty set and once from the single best module; the better of the two is kept. That is the
-    optimum where all costs are equal, and for scores :math:`\ge 0` at least half of it, since the two sets have at
+    optimum where all costs are equal, and for scores $\ge 0$ at least half of it, since the two sets have at
     least the value of the optimum between them. The budget is there to be spent: a module of negative score is taken
     where it fits, after all others. It is never exceeded: whole costs are compared as integers; others are rounded up
-    to :math:`2^{-30}` of their sum. Equal ratios are put in an order drawn anew at each update.
+    to $2^{-30}$ of their sum. Equal ratios are put in an order drawn anew at each update.
 
     Args:
       budget: C, in the unit of the costs.
@@ -102,7 +102,7 @@ def allocate(budget: float, costs: PyTree = 1, *, key: jax.Array) -> optax.Gradi
 
 
 def project(projection: str, **options: Any) -> optax.GradientTransformation:
-    r"""Ends an update inside a set: the update u becomes :math:`\Pi(\theta + u) - \theta`. Last in a chain.
+    r"""Ends an update inside a set: the update u becomes $\Pi(\theta + u) - \theta$. Last in a chain.
 
     Args:
       projection: the set, by the name of optax's projection onto it, `optax.projections.projection_<name>`: "simplex",
@@ -218,13 +218,13 @@ def _best_set(score: jax.Array, cost: jax.Array, limit: jax.Array, key: jax.Arra
 
 
 def proximal_gradient(learning_rate: Any, prox: Callable[[PyTree, Any], PyTree]) -> optax.GradientTransformation:
-    r"""The proximal gradient step, :math:`w \leftarrow \mathrm{prox}_{\eta g}(w - \eta \nabla f(w))`.
+    r"""The proximal gradient step, $w \leftarrow \mathrm{prox}_{\eta g}(w - \eta \nabla f(w))$.
 
     It minimises `inner_loss` + g, and goes with `Unrolled` and `FixedPoint`.
 
     Args:
-      learning_rate: :math:`\eta`, a number or an array; below 2 / (largest eigenvalue of the Hessian) it converges.
-      prox: `prox(w, eta)`, the proximal operator of :math:`\eta g` on trees like the inner variable. With
+      learning_rate: $\eta$, a number or an array; below 2 / (largest eigenvalue of the Hessian) it converges.
+      prox: `prox(w, eta)`, the proximal operator of $\eta g$ on trees like the inner variable. With
         `lambda outer: proximal_gradient(eta, lambda w, eta: soft_threshold(w, eta * outer))` as the optimizer, the
         strength of the penalty is an outer variable.
 

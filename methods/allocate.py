@@ -8,7 +8,7 @@ of it pays for no other unit. There are two scores.
 multiplied by 1 + s. The inner loss trains LoRA for K steps from the same start, and plain gradient descent on the
 validation loss through these steps moves the scores,
 
-.. math:: s \leftarrow s - \eta\, \frac{d}{ds} L_{val}(\theta_K(s), s),
+$$ s \leftarrow s - \eta\, \frac{d}{ds} L_{val}(\theta_K(s), s), $$
 
 so that for a small rate eta they are the sum of the hypergradients of all outer steps.
 

@@ -1,18 +1,18 @@
 r"""Which training rows made a model answer as it does: the weight of each row as an outer variable.
 
-Inner variable: whatever is trained. Outer variable: a weight :math:`\lambda_i` for each of N training rows (or for each
+Inner variable: whatever is trained. Outer variable: a weight $\lambda_i$ for each of N training rows (or for each
 token of each). A step of training minimises, on a batch b of rows,
 
-.. math:: f(w, \lambda; b) = \frac{\sum_{i \in b} \lambda_i \ell_i(w)}{\sum_{i \in b} c_i},
+$$ f(w, \lambda; b) = \frac{\sum_{i \in b} \lambda_i \ell_i(w)}{\sum_{i \in b} c_i}, $$
 
-:math:`\ell_i` being the loss of row i and :math:`c_i` what it counts (1, or its answer's tokens): plain training at
-:math:`\lambda = 1`, and training without the rows of weight 0, with the same steps and batches. A question q is a batch
-whose loss is :math:`F_q(w)`. After K steps
+$\ell_i$ being the loss of row i and $c_i$ what it counts (1, or its answer's tokens): plain training at
+$\lambda = 1$, and training without the rows of weight 0, with the same steps and batches. A question q is a batch
+whose loss is $F_q(w)$. After K steps
 
-.. math:: s_{qi} = \left. \frac{d}{d\lambda_i} F_q(w_K(\lambda)) \right|_{\lambda = 1}
+$$ s_{qi} = \left. \frac{d}{d\lambda_i} F_q(w_K(\lambda)) \right|_{\lambda = 1} $$
 
 is the *influence* of row i on q: leaving out a set S of rows changes the question's loss by
-:math:`-\sum_{i \in S} s_{qi}`, to first order. A row with :math:`s_{qi} < 0` helps.
+$-\sum_{i \in S} s_{qi}$, to first order. A row with $s_{qi} < 0$ helps.
 
 Whether it does is measured by `methods.datamodeling`.
 
@@ -244,7 +244,7 @@ class Training:
         return found
 
     def products(self, params: Any, size: int = 256) -> np.ndarray:
-        r"""The product of each question's gradient with each row's, :math:`\nabla F_q \cdot \nabla \ell_i`, `[Q, N]`.
+        r"""The product of each question's gradient with each row's, $\nabla F_q \cdot \nabla \ell_i$, `[Q, N]`.
 
         Over the counts of all rows, as a training on all of them at once would have it. A row's is a directional
         derivative of its loss, so that no gradient of a single row is formed; `size` rows go at once.

@@ -33,7 +33,7 @@ class Datamodeling:
 def datamodeling_score(scores: Any, kept: Any, losses: Any, *, resamples: int = 1000, seed: int = 0) -> Datamodeling:
     r"""The linear datamodeling score: for each question the rank correlation over subsets S of
 
-    .. math:: \sum_{i \in S} s_{qi} \quad\text{with}\quad F_q(w_K(1_S)),
+    $$ \sum_{i \in S} s_{qi} \quad\text{with}\quad F_q(w_K(1_S)), $$
 
     and the mean over questions.
 

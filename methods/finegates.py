@@ -2,11 +2,11 @@ r"""FineGates: adaptation by closing gates on the rows and columns of frozen wei
 
 Every frozen linear becomes
 
-.. math:: y = \omega_r \odot (W (\omega_c \odot x) + b), \qquad W = W_0 + s B A \text{ with LoRA},
+$$ y = \omega_r \odot (W (\omega_c \odot x) + b), \qquad W = W_0 + s B A \text{ with LoRA}, $$
 
-with trained biases b and stochastic gates :math:`\omega \in [0, 1]` (`methods.adapters.gates`), and the loss
+with trained biases b and stochastic gates $\omega \in [0, 1]$ (`methods.adapters.gates`), and the loss
 
-.. math:: L_{task} + \lambda_s \,\mathrm{mean}_{layers, structures}\, |\mathrm{mean}_d P_d - \kappa|,
+$$ L_{task} + \lambda_s \,\mathrm{mean}_{layers, structures}\, |\mathrm{mean}_d P_d - \kappa|, $$
 
 P_d being the probability that gate d is open and kappa the share that should be. What a gate of exactly 0 closes is
 taken out of the model: `methods.adapters.slicing`. The penalty can be met without one closed gate (P = 1/2 is a gate at

@@ -1,14 +1,14 @@
 r"""Flexora: which layers deserve LoRA, found by differentiating through LoRA's training.
 
-Inner variable: LoRA's A, B on every layer. Outer variable: one logit a layer, :math:`\alpha \in R^n`, whose gate
+Inner variable: LoRA's A, B on every layer. Outer variable: one logit a layer, $\alpha \in R^n$, whose gate
 
-.. math:: g(\alpha) = n\,\mathrm{softmax}(\alpha)
+$$ g(\alpha) = n\,\mathrm{softmax}(\alpha) $$
 
 multiplies that layer's LoRA update once. Stage 1 minimises the validation loss of the trained adapter over
-:math:`\alpha`; stage 2 keeps the layers above the mean; stage 3 trains LoRA from scratch on these alone.
+$\alpha$; stage 2 keeps the layers above the mean; stage 3 trains LoRA from scratch on these alone.
 
-At :math:`\alpha = 0` every gate is exactly 1: the search starts at plain LoRA. Softmax does not see a common shift, so
-:math:`\sum_i \partial L / \partial \alpha_i = 0` and plain gradient descent keeps :math:`\sum_i \alpha_i = 0`;
+At $\alpha = 0$ every gate is exactly 1: the search starts at plain LoRA. Softmax does not see a common shift, so
+$\sum_i \partial L / \partial \alpha_i = 0$ and plain gradient descent keeps $\sum_i \alpha_i = 0$;
 then "above the mean" is "positive", as the paper selects. Adam does not keep the sum, hence the mean.
 
 Wei, Shu, He, Yu, "Flexora: Flexible Low-Rank Adaptation for Large Language Models", ACL 2025, arXiv 2408.10774.

@@ -139,7 +139,7 @@ def cleared(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
 def cosine(rate: float, steps: int, warmup: float = 0.1) -> optax.Schedule:
     r"""The released search's learning rate: 0 at step 0, then
 
-    .. math:: \frac{r}{2} \left(1 + \cos \pi \frac{t - w}{\max(1, T - w)}\right)
+    $$ \frac{r}{2} \left(1 + \cos \pi \frac{t - w}{\max(1, T - w)}\right) $$
 
     with w = 0.1, transformers' cosine schedule for a warm-up of less than one step.
     """

@@ -1,9 +1,9 @@
 r"""HeteroLoRA: which modules deserve a fixed budget of LoRA parameters, ranked by zero-cost proxies.
 
 Inner variable: A, B of every module, LoRA on linears and LoRA-adapted shortcuts. Outer variable: a gate
-:math:`m \in \{0, 1\}` for each. The published method replaces the outer problem
+$m \in \{0, 1\}$ for each. The published method replaces the outer problem
 
-.. math:: \min_m L_{val}(\theta^*(m), m) \quad\text{with}\quad \sum_i c_i m_i \le C
+$$ \min_m L_{val}(\theta^*(m), m) \quad\text{with}\quad \sum_i c_i m_i \le C $$
 
 by a ranking: a score a module, taken with every module on, of which the best that fit the budget stay on. Here a score
 is a `bilevel.Hypergradient` (`methods.proxies`: the negative of its gradient), and keeping the best is

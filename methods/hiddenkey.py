@@ -3,7 +3,7 @@ r"""HiddenKey: dropout for LoRA, its rates and the weight of its KL term learned
 Inner variable: LoRA. Its loss drops keys from the attention (DropKey, columns) and features from the feed-forward
 layers (HiddenCut, elements), and asks two passes with different masks to agree:
 
-.. math:: L = L_{task}(P_1) + \beta \cdot \tfrac12 [KL(P_1 \| P_2) + KL(P_2 \| P_1)].
+$$ L = L_{task}(P_1) + \beta \cdot \tfrac12 [KL(P_1 \| P_2) + KL(P_2 \| P_1)]. $$
 
 Outer variable: the logit of the rate at each position, log beta, and the random key of the masks. Rates and beta act in
 training alone, so the first-order gradient of the validation loss, taken without dropout, is exactly 0 in them; what is

@@ -4,7 +4,7 @@ The paper's text and code are not to be had; its abstract names a task-aware fil
 vectors, and a low-rank edit beside LoRA. What follows is our reading. At a site with output h, `[..., d]`, and LoRA's
 update s B A x,
 
-.. math:: y = h + s B A x + a\, D\, C\, (c(h) \odot h), \qquad C \in R^{q \times d},\; D \in R^{d \times q},
+$$ y = h + s B A x + a\, D\, C\, (c(h) \odot h), \qquad C \in R^{q \times d},\; D \in R^{d \times q}, $$
 
 D = 0 at the start, so that training starts from the pretrained model, and c(h) the filter: the similarity of h with a
 task vector, or another of `methods.adapters.filters`.

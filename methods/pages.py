@@ -167,8 +167,10 @@ def paired_difference(first: Any, second: Any) -> tuple[int, int, float]:
 def loss_difference(first: Any, second: Any, counts: Any) -> tuple[float, float]:
     r"""The difference of two losses over the same tokens, and half of its 95 % interval.
 
-    .. math:: d = \frac{\sum_i a_i - b_i}{\sum_i n_i}, \qquad
-        1.96\, \frac{\sqrt{\frac{N}{N-1} \sum_i (a_i - b_i - d\, n_i)^2}}{\sum_i n_i}
+    $$
+    d = \frac{\sum_i a_i - b_i}{\sum_i n_i}, \qquad
+      1.96\, \frac{\sqrt{\frac{N}{N-1} \sum_i (a_i - b_i - d\, n_i)^2}}{\sum_i n_i}
+    $$
 
     with a_i and b_i the losses of row i, summed over its n_i tokens: the standard error of a ratio of sums over
     independent rows.

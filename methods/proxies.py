@@ -66,23 +66,23 @@ def constant(problem, params, gates, inner_batches, outer_batch, key):
 
 
 def grad_norm(problem, params, gates, inner_batches, outer_batch, key):
-    r"""GRAD-NORM: :math:`\|\partial L / \partial A\|_F + \|\partial L / \partial B\|_F`.
+    r"""GRAD-NORM: $\|\partial L / \partial A\|_F + \|\partial L / \partial B\|_F$.
 
-    At B = 0 its square is, up to :math:`-2 \eta`, the hypergradient of the gate through one SGD step of size
-    :math:`\eta` with validation = training.
+    At B = 0 its square is, up to $-2 \eta$, the hypergradient of the gate through one SGD step of size
+    $\eta$ with validation = training.
     """
     gradient = jax.grad(lambda p: problem.outer_value(p, gates, outer_batch, key)[0])(params)
     return _modules(lambda g: jnp.sqrt(jnp.sum(g * g, axis=tuple(range(1, g.ndim)))), gates, gradient)
 
 
 def snip(problem, params, gates, inner_batches, outer_batch, key):
-    r"""SNIP: :math:`\sum |A \cdot \partial L / \partial A| + \sum |B \cdot \partial L / \partial B|`; 0 at B = 0."""
+    r"""SNIP: $\sum |A \cdot \partial L / \partial A| + \sum |B \cdot \partial L / \partial B|$; 0 at B = 0."""
     gradient = jax.grad(lambda p: problem.outer_value(p, gates, outer_batch, key)[0])(params)
     return _saliency(gates, params, gradient)
 
 
 def synflow(flow: Any) -> Any:
-    r"""SYNFLOW: :math:`\sum |A \cdot \partial R / \partial A| + \sum |B \cdot \partial R / \partial B|` at |A|, |B|.
+    r"""SYNFLOW: $\sum |A \cdot \partial R / \partial A| + \sum |B \cdot \partial R / \partial B|$ at |A|, |B|.
 
     No data enters. 0 at B = 0. `flow(params, gates)` is R, the network of absolute values fed with ones
     (`decoder_flow`).

@@ -1,6 +1,6 @@
 r"""The modules that compete for a budget of LoRA parameters, and the outer transformation that keeps it.
 
-A module is LoRA on one linear of one block, or a LoRA-adapted shortcut; its gate :math:`m \in \{0, 1\}` is an outer
+A module is LoRA on one linear of one block, or a LoRA-adapted shortcut; its gate $m \in \{0, 1\}$ is an outer
 variable. Shortcuts, D x D, on the residual stream of block l, x being its input, u what its feed-forward branch starts
 from:
 

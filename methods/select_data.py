@@ -1,7 +1,7 @@
 r"""`bilevel select-data`: which training rows to keep, by gradient descent on their weights through the training.
 
 Inner variable: LoRA's parameters (and a head's), trained anew for K steps in every outer step on rows weighed by
-:math:`\lambda \in (0, 2)^N`, at first 1; see `methods.attribution`. Outer variable: these weights, which minimise the
+$\lambda \in (0, 2)^N$, at first 1; see `methods.attribution`. Outer variable: these weights, which minimise the
 validation loss of what was trained; with `layers` Flexora's layer logits as well, found in the same descent. The rows
 with the largest weights are kept, and LoRA is trained from scratch on them, on the chosen layers.
 

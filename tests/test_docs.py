@@ -49,3 +49,12 @@ def test_every_public_name_is_in_the_reference_and_documented(module):
     assert sorted(shown) == sorted(names)
     described = [getattr(PUBLIC[module], name) for name in names]
     assert not [x for x in described if callable(x) and not (x.__doc__ or "").strip()]
+
+
+@pytest.mark.parametrize("folder", ["bilevel", "methods", "benchmarks"])
+def test_formulas_are_written_as_the_pages_render_them(folder):
+    """Between dollar signs; Sphinx' own markup would be shown as it stands."""
+    sphinx = re.compile(r"(?<!`):(math|class|func|meth|mod|attr|ref):`|^ *\.\. \w+::", re.MULTILINE)
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    assert not [file for file in files if sphinx.search(file.read_text(encoding="utf-8"))]

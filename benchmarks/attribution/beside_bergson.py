@@ -1,8 +1,8 @@
 r"""Influences through training beside those of bergson, EleutherAI's library in torch, whose MAGIC computes the same:
 
-.. math:: s_i = \left. \frac{d}{d\lambda_i} F(w_K(\lambda)) \right|_{\lambda = 1}
+$$ s_i = \left. \frac{d}{d\lambda_i} F(w_K(\lambda)) \right|_{\lambda = 1} $$
 
-for the weight :math:`\lambda_i` of each training row, F being the loss of a batch of query rows. Both sides read the
+for the weight $\lambda_i$ of each training row, F being the loss of a batch of query rows. Both sides read the
 same files: a model of random weights in Hugging Face layout, the token ids of all rows in the order of their batches,
 those of the query, and the settings of Adam. All weights are trained in float32, each row is seen once, and the loss of
 a batch is the weighted sum of its tokens' cross-entropies over their number.

@@ -17,10 +17,10 @@ and the test rows, the published validation set, are seen once, at the end.
 Said beforehand, and written to the record before the first run: two models that differ on a share d of n questions are
 told apart (two-sided 5 %, power 80 %) from a difference of
 
-.. math:: \delta = (z_{.975} + z_{.8}) \sqrt{d / n}
+$$ \delta = (z_{.975} + z_{.8}) \sqrt{d / n} $$
 
-on, which is the paired binomial at a difference of 0. We put d = .2. Over S seeds it is between :math:`\delta` (the
-seeds err on the same questions) and :math:`\delta / \sqrt{S}`.
+on, which is the paired binomial at a difference of 0. We put d = .2. Over S seeds it is between $\delta$ (the
+seeds err on the same questions) and $\delta / \sqrt{S}$.
 
 Every run is a process of its own, and a row of the record; what is there is not run again, and a run that was killed
 goes on from its checkpoints in `out`.

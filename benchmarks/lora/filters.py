@@ -2,11 +2,11 @@ r"""LoRATRF, reconstructed: does the filter find the tokens that matter?
 
 A synthetic mixture of two tasks in which the relevant subspace is known. The embedding of a word is
 
-.. math:: e = u_{task} + (-1)^{class} s + z, \qquad z \sim N(0, I),
+$$ e = u_{task} + (-1)^{class} s + z, \qquad z \sim N(0, I), $$
 
-u and s being fixed random directions of length :math:`\sqrt d`. Each sequence shuffles words of task 1, of class y,
+u and s being fixed random directions of length $\sqrt d$. Each sequence shuffles words of task 1, of class y,
 with words of task 2, of a class drawn apart; the label is y. Both tasks write their class along the same s, so that a
-mean over the tokens does not tell whose it is, while a filter along :math:`u_1 - u_2` does. A random encoder is frozen;
+mean over the tokens does not tell whose it is, while a filter along $u_1 - u_2$ does. A random encoder is frozen;
 LoRA, the edit and a head are trained on few rows of which a share has a wrong label.
 
 Told are, over seeds, the test accuracy and the AUROC of the cosine with the task vector (before it is clipped, in the

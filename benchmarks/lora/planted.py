@@ -2,7 +2,7 @@ r"""Planted layers: does a layer-selection score find the layers that the task n
 
 1. Is the task identifiable? Oracle: LoRA is trained on one layer alone (leave one in; the score is the fall of the
    validation loss), and on all but one (leave one out; the rise).
-2. Is inner training stable? :math:`\eta \lambda_{\max}` of the inner loss where SGD starts and stops (below 2), and the
+2. Is inner training stable? $\eta \lambda_{\max}$ of the inner loss where SGD starts and stops (below 2), and the
    inner losses of the searches.
 3. At equal inner training, how well does alpha rank S* when it follows `Unrolled`, `FirstOrder`, or GRAD-NORM (K = 1
    with validation = training)? Each outer step trains LoRA anew for K steps; N/K outer steps, N inner steps in all.

@@ -3,8 +3,10 @@ r"""The planted-layer task: a student that misses what its teacher has on a few 
 A random decoder gets a low-rank update on a few of its layers, S*: the teacher. The student is the same decoder without
 the update, with LoRA on all layers and Flexora's gate, trained towards the teacher's full distribution,
 
-.. math:: L = \mathrm{mean}_{b,t}\ \mathrm{KL}(p_{teacher}(\cdot | x_{b, \le t}) \,\|\,
-          p_{student}(\cdot | x_{b, \le t})),
+$$
+L = \mathrm{mean}_{b,t}\ \mathrm{KL}(p_{teacher}(\cdot | x_{b, \le t}) \,\|\,
+  p_{student}(\cdot | x_{b, \le t})),
+$$
 
 whose minimum 0 is reached by the planted update.
 """
@@ -216,7 +218,7 @@ def ablations(setup: Setup, tasks: Task, keys: jax.Array) -> dict[str, jax.Array
 
 @partial(jax.jit, static_argnums=0)
 def sharpness(setup: Setup, tasks: Task, keys: jax.Array) -> jax.Array:
-    r""":math:`\eta \lambda_{\max}` of the inner loss `[seeds, 2]`, before and after max(K) SGD steps at alpha = 0."""
+    r"""$\eta \lambda_{\max}$ of the inner loss `[seeds, 2]`, before and after max(K) SGD steps at alpha = 0."""
 
     def top(problem, params, alpha, batch):
         def turn(direction, _):

@@ -2,11 +2,11 @@ r"""Unrolled against implicit hypergradients, over condition number, inner steps
 
     python benchmarks/solvers/conditioning.py
 
-Inner loss: mean over rows of :math:`\tfrac12 (a_i^\top w)^2 - (b_i + C \lambda)^\top w`, the eigenvalues of the mean of
-:math:`a a^\top` from 1 to 1 over the condition number; outer loss: :math:`\tfrac12 \|w - c\|^2`. From w = 0, K steps of
-SGD of size :math:`1 / (1 + \mathrm{tr} H / b)` on batches of b rows, then the hypergradient by `Unrolled`, by
+Inner loss: mean over rows of $\tfrac12 (a_i^\top w)^2 - (b_i + C \lambda)^\top w$, the eigenvalues of the mean of
+$a a^\top$ from 1 to 1 over the condition number; outer loss: $\tfrac12 \|w - c\|^2$. From w = 0, K steps of
+SGD of size $1 / (1 + \mathrm{tr} H / b)$ on batches of b rows, then the hypergradient by `Unrolled`, by
 `Implicit` with CG of at most LINEAR_STEPS iterations, or by `Implicit` with the exact solution of its system. The error
-is :math:`|\hat g - g| / |g|`, where g is the gradient at the minimiser over all rows. Medians over seeds, float64, in
+is $|\hat g - g| / |g|$, where g is the gradient at the minimiser over all rows. Medians over seeds, float64, in
 records/conditioning.json.
 """
 

@@ -3,7 +3,7 @@ r"""Binomial checkpointing: a loop of K steps differentiated in reverse with c k
 The states of c steps are kept on the way forward. On the way back, the state before step t is recomputed from the
 nearest kept one, and slots that became free are filled again on the way. With
 
-.. math:: \beta(c, p) = \binom{c + p}{c}
+$$ \beta(c, p) = \binom{c + p}{c} $$
 
 steps, no step is evaluated more than p times before its derivative is taken, and no schedule with c states needs fewer
 evaluations in all. The number of steps is known, so the schedule is computed beforehand (offline) and handed to a

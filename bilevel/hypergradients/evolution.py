@@ -34,21 +34,23 @@ def even(value: Any) -> int:
 @register
 @dataclasses.dataclass(frozen=True)
 class EvolutionStrategies(Trained):
-    r"""Antithetic evolution strategies: with :math:`L(\lambda) = F(w_K(\lambda), \lambda)`, all of training included,
+    r"""Antithetic evolution strategies: with $L(\lambda) = F(w_K(\lambda), \lambda)$, all of training included,
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \frac{1}{n \sigma^2} \sum_{i \le n/2}
-              \big(L(\lambda + \sigma\epsilon_i) - L(\lambda - \sigma\epsilon_i)\big)\,\sigma \epsilon_i,
-              \quad \epsilon_i \sim N(0, I).
+    $$
+    \widehat{\frac{dF}{d\lambda}} = \frac{1}{n \sigma^2} \sum_{i \le n/2}
+      \big(L(\lambda + \sigma\epsilon_i) - L(\lambda - \sigma\epsilon_i)\big)\,\sigma \epsilon_i,
+      \quad \epsilon_i \sim N(0, I).
+    $$
 
-    Unbiased for the gradient of :math:`E\, L(\lambda + \sigma\epsilon)`, which is that of L where L is quadratic, and
-    else differs by :math:`O(\sigma^2)` times a third derivative. Nothing is differentiated: losses may have jumps, and
+    Unbiased for the gradient of $E\, L(\lambda + \sigma\epsilon)$, which is that of L where L is quadratic, and
+    else differs by $O(\sigma^2)$ times a third derivative. Nothing is differentiated: losses may have jumps, and
     memory does not grow with K. The price is variance: relative to the squared norm of the gradient it is about
     2 dim / n. All members train on the same batches with the same random keys. Where `Problem.domain` bounds
-    :math:`\lambda` it is the free variable that is perturbed, so that no training leaves the domain.
+    $\lambda$ it is the free variable that is perturbed, so that no training leaves the domain.
 
     Args:
       optimizer, steps: as for `Unrolled`.
-      population: n, trainings an estimate beside the one at :math:`\lambda`; even. All run at once.
+      population: n, trainings an estimate beside the one at $\lambda$; even. All run at once.
       sigma: standard deviation of the perturbation of every entry of `outer`, in the units of the free variable where
         there is a domain; choose it small against their scale.
 

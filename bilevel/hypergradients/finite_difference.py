@@ -55,15 +55,17 @@ class _Differences(Trained):
 class FiniteDifference(_Differences):
     r"""`OneStep` from first derivatives only: the last step's mixed second derivative is a central difference,
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F(w_K, \lambda) + \frac{\partial_\lambda f(w^+, \lambda)
-              - \partial_\lambda f(w^-, \lambda)}{2h}, \quad w^\pm = w_{K-1} \pm h u, \quad
-              u = (\partial_g U)^\top\, \partial_w F(w_K, \lambda),
+    $$
+    \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F(w_K, \lambda) + \frac{\partial_\lambda f(w^+, \lambda)
+      - \partial_\lambda f(w^-, \lambda)}{2h}, \quad w^\pm = w_{K-1} \pm h u, \quad
+      u = (\partial_g U)^\top\, \partial_w F(w_K, \lambda),
+    $$
 
     f being the loss of the last batch and U the last update as a function of its gradient g. For gradient descent with
-    step :math:`\eta`, :math:`u = -\eta\, \partial_w F`: DARTS. No second derivative of a loss is taken, so a loss need
+    step $\eta$, $u = -\eta\, \partial_w F$: DARTS. No second derivative of a loss is taken, so a loss need
     only have one; memory is that of a gradient.
 
-    Its bias is that of `OneStep`, plus :math:`O(h^2)` times a third derivative (none if f is quadratic in w), plus
+    Its bias is that of `OneStep`, plus $O(h^2)$ times a third derivative (none if f is quadratic in w), plus
     rounding of about eps / h. It sees `outer` through the gradient of `inner_loss` only: learning rates and decoupled
     weight decays get 0 and a warning.
 
@@ -109,15 +111,17 @@ class FiniteDifference(_Differences):
 class SAMA(_Differences):
     r"""The identity for the inverse Hessian, adapted to the optimizer, by differences of first derivatives:
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + \frac{\partial_\lambda f(w_K + h u, \lambda)
-              - \partial_\lambda f(w_K - h u, \lambda)}{2h}, \quad
-              u = (\partial_g U)^\top\, \partial_w F(w_K, \lambda),
+    $$
+    \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + \frac{\partial_\lambda f(w_K + h u, \lambda)
+      - \partial_\lambda f(w_K - h u, \lambda)}{2h}, \quad
+      u = (\partial_g U)^\top\, \partial_w F(w_K, \lambda),
+    $$
 
-    all at the trained point, with the last batch, and with :math:`\partial_g U` the derivative of the optimizer's next
-    update by its gradient: :math:`-\eta` for gradient descent, a diagonal for Adam, in general whatever reverse mode
+    all at the trained point, with the last batch, and with $\partial_g U$ the derivative of the optimizer's next
+    update by its gradient: $-\eta$ for gradient descent, a diagonal for Adam, in general whatever reverse mode
     gives for the optimizer at hand.
 
-    Its bias is that of `OneStep` (it is that estimator one step later), plus :math:`O(h^2)` times a third derivative
+    Its bias is that of `OneStep` (it is that estimator one step later), plus $O(h^2)$ times a third derivative
     of f (none if f is quadratic in w). Learning rates and decoupled weight decays get 0 and a warning, as in
     `FiniteDifference`. The paper also moves w along u after each estimate; that changes training and is left out here.
 

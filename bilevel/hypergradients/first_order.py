@@ -15,10 +15,10 @@ from bilevel.settings.fields import register
 @register
 @dataclasses.dataclass(frozen=True)
 class FirstOrder(Trained):
-    r"""Trains K steps, then takes :math:`\partial_\lambda F(w_K, \lambda)` with :math:`w_K` held constant.
+    r"""Trains K steps, then takes $\partial_\lambda F(w_K, \lambda)$ with $w_K$ held constant.
 
-    It leaves out :math:`(dw_K/d\lambda)^\top \partial_w F`, the whole effect of training. It is right when the inner
-    problem does not depend on `outer`, or when :math:`\partial_w F(w_K, \lambda) = 0` (inner and outer loss share
+    It leaves out $(dw_K/d\lambda)^\top \partial_w F$, the whole effect of training. It is right when the inner
+    problem does not depend on `outer`, or when $\partial_w F(w_K, \lambda) = 0$ (inner and outer loss share
     their minimiser); it is exactly 0 for variables that act only inside training (learning rates, dropout rates,
     regularisation weights), for which a `StructuralZeroWarning` names the leaf.
 

@@ -16,10 +16,12 @@ from bilevel.settings.fields import child, register
 @register
 @dataclasses.dataclass(frozen=True)
 class FixedPoint(AtSolution):
-    r"""Trains K steps, then differentiates the fixed point :math:`z = U(z, \lambda)` that training has approached:
+    r"""Trains K steps, then differentiates the fixed point $z = U(z, \lambda)$ that training has approached:
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top
-              \big((1 + \delta) I - (\partial_z U)^\top\big)^{-1} \partial_z F \quad\text{at } (z_K, \lambda).
+    $$
+    \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top
+      \big((1 + \delta) I - (\partial_z U)^\top\big)^{-1} \partial_z F \quad\text{at } (z_K, \lambda).
+    $$
 
     U is one step of the optimizer on the mean inner loss over the K batches of this estimate. It is right for any fixed
     point, stationary or not: decoupled weight decay (adamw), projected and proximal steps (`bilevel.proximal_gradient`:

@@ -25,14 +25,16 @@ from bilevel.settings.fields import child, register
 class Implicit(AtSolution):
     r"""Trains K steps, then differentiates the stationary point that training has approached:
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F - \partial^2_{\lambda w} f\,
-              (\partial^2_{ww} f + \delta I)^{-1}\, \partial_w F \quad\text{at } (w_K, \lambda),
+    $$
+    \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F - \partial^2_{\lambda w} f\,
+      (\partial^2_{ww} f + \delta I)^{-1}\, \partial_w F \quad\text{at } (w_K, \lambda),
+    $$
 
     f being the mean inner loss over the K batches of this estimate, with the random keys training used. Nothing of
     training is differentiated, so time and memory of the backward pass do not grow with K (but for the mean: an HVP
     visits every batch, one at a time; once where `FullBatch` data and a loss without randomness make them all equal).
 
-    The error is proportional to the distance of :math:`w_K` from a stationary point (`info["stationarity_relative"]`),
+    The error is proportional to the distance of $w_K$ from a stationary point (`info["stationarity_relative"]`),
     to that of the linear solve (`info["linear_residual"]`) and to `damping`; it is 0 when all three are. Leaves that
     act through training alone (learning rates, starting points) have derivative 0 and are named in a warning.
     The system is over what the optimizer moves: leaves and entries that it freezes (`set_to_zero`, masks) are
@@ -44,8 +46,8 @@ class Implicit(AtSolution):
       optimizer, steps: as for `Unrolled`. The optimizer must come to rest at stationary points of `inner_loss`:
         one with decoupled weight decay is refused, see `FixedPoint`.
       linear_solver: one of `bilevel.linear_solvers`.
-      damping: :math:`\delta`. It makes a Hessian with eigenvalues down to :math:`-\delta` invertible, and biases by
-        about :math:`\delta / \lambda_{\min}`.
+      damping: $\delta$. It makes a Hessian with eigenvalues down to $-\delta$ invertible, and biases by
+        about $\delta / \lambda_{\min}$.
       warm_start: whether the linear solve starts from the solution of the estimate before, kept in
         `inner_state.extra`. The hypergradient is the same up to the solver's tolerance.
 

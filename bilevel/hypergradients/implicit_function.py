@@ -1,8 +1,10 @@
-r"""The implicit function theorem: the derivative of a z that is defined by :math:`R(z, \lambda) = 0`.
+r"""The implicit function theorem: the derivative of a z that is defined by $R(z, \lambda) = 0$.
 
-.. math:: \dot z = -(\partial_z R + \delta I)^{-1}\, \partial_\lambda R\, \dot\lambda, \qquad
-          \frac{dF}{d\lambda} = \partial_\lambda F - (\partial_\lambda R)^\top q, \quad
-          (\partial_z R + \delta I)^\top q = \partial_z F .
+$$
+\dot z = -(\partial_z R + \delta I)^{-1}\, \partial_\lambda R\, \dot\lambda, \qquad
+  \frac{dF}{d\lambda} = \partial_\lambda F - (\partial_\lambda R)^\top q, \quad
+  (\partial_z R + \delta I)^\top q = \partial_z F .
+$$
 
 `attach` gives z this derivative, in both modes and to any order. `answer` computes the second formula directly: its
 Hessian-vector products are forward over reverse, and it reports what the solve cost and left over.

@@ -39,7 +39,7 @@ class ImplicitSolve(Estimator):
 
     Args:
       minimise: returns a tree like `init_inner`'s.
-      rest: what its solution satisfies. None: :math:`\nabla_w f = 0`. An optimizer: it is a fixed point of that
+      rest: what its solution satisfies. None: $\nabla_w f = 0$. An optimizer: it is a fixed point of that
         optimizer's step, as for `FixedPoint`; for a lasso `bilevel.proximal_gradient(learning_rate, prox)`.
       linear_solver, damping, warm_start: as for `Implicit` or `FixedPoint`.
 

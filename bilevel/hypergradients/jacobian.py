@@ -18,7 +18,7 @@ from bilevel.trees import Batch, Key, Outer, PyTree
 def value_and_hyperjacobian(problem: Problem, hypergradient: Hypergradient) -> Callable[..., tuple[jax.Array, PyTree]]:
     r"""The outer losses of several batches after one training, and their derivatives by `outer`:
 
-    .. math:: J_q = \frac{d}{d\lambda} F(w_K(\lambda), \lambda; b_q), \qquad q = 1 \ldots Q .
+    $$ J_q = \frac{d}{d\lambda} F(w_K(\lambda), \lambda; b_q), \qquad q = 1 \ldots Q . $$
 
     Row q is what `value_and_hypergrad` gives for batch q with the same key. The training, and what its backward pass
     computes anew, are shared: Q questions cost Q backward passes and one forward pass, in the memory of one training

@@ -15,17 +15,17 @@ from bilevel.trees import PyTree
 @register
 @dataclasses.dataclass(frozen=True)
 class OneStep(Trained):
-    r"""Trains K steps and differentiates the last, :math:`w_K = U(w_{K-1}, \lambda)`, with :math:`w_{K-1}` constant:
+    r"""Trains K steps and differentiates the last, $w_K = U(w_{K-1}, \lambda)$, with $w_{K-1}$ constant:
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top \partial_w F .
+    $$ \widehat{\frac{dF}{d\lambda}} = \partial_\lambda F + (\partial_\lambda U)^\top \partial_w F . $$
 
-    For gradient descent with step :math:`\eta` this is T1-T2, :math:`\partial_\lambda F - \eta\,
-    \partial^2_{\lambda w} f\, \partial_w F`: `Implicit` with the identity, times :math:`\eta`, for the inverse
+    For gradient descent with step $\eta$ this is T1-T2, $\partial_\lambda F - \eta\,
+    \partial^2_{\lambda w} f\, \partial_w F$: `Implicit` with the identity, times $\eta$, for the inverse
     Hessian. It is `Unrolled` with truncate=1.
 
     It leaves out what steps before the last contribute, and keeps the sign of the whole when the Hessian is close to a
-    multiple of the identity. It is exact for K = 1. Its norm carries the factor :math:`\eta`, so the balance with the
-    direct term is not that of the true hypergradient: it is best where :math:`\partial_\lambda F = 0`.
+    multiple of the identity. It is exact for K = 1. Its norm carries the factor $\eta$, so the balance with the
+    direct term is not that of the true hypergradient: it is best where $\partial_\lambda F = 0$.
 
     Args:
       optimizer, steps: as for `Unrolled`.

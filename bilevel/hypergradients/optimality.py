@@ -1,7 +1,7 @@
-r"""What holds at a trained point: systems :math:`R(z, \lambda) = 0` that define it as a function of `outer`.
+r"""What holds at a trained point: systems $R(z, \lambda) = 0$ that define it as a function of `outer`.
 
-`Stationary`: :math:`z = w`, :math:`R = \nabla_w f`. `FixedPointOf`: :math:`z = (w, s)`, the inner variable with the
-optimizer state that moves, :math:`R = z - U(z, \lambda)`. In both f is the mean inner loss over the batches of one
+`Stationary`: $z = w$, $R = \nabla_w f$. `FixedPointOf`: $z = (w, s)$, the inner variable with the
+optimizer state that moves, $R = z - U(z, \lambda)$. In both f is the mean inner loss over the batches of one
 estimate, with the random keys of its schedule. A condition holds everything R reads but z, and is a pytree: all of it
 can be differentiated.
 """

@@ -22,12 +22,14 @@ from bilevel.trees import PyTree
 class PerTask:
     r"""The mean hypergradient over a batch of tasks, each trained by itself (MAML, learned regularisers):
 
-    .. math:: \widehat{\frac{dF}{d\lambda}} = \frac1n \sum_{i=1}^{n}
-              \widehat{\frac{d}{d\lambda}} F\big(w_i(\lambda), \lambda; q_i\big), \qquad
-              w_i(\lambda) \text{ trained on } s_i .
+    $$
+    \widehat{\frac{dF}{d\lambda}} = \frac1n \sum_{i=1}^{n}
+      \widehat{\frac{d}{d\lambda}} F\big(w_i(\lambda), \lambda; q_i\big), \qquad
+      w_i(\lambda) \text{ trained on } s_i .
+    $$
 
-    A task is a pair `(support, query)`. `inner_loss` sees the whole support :math:`s_i` at each of its steps,
-    `outer_loss` the query :math:`q_i`; random keys are a task's own. Tasks train at once, by `jax.vmap`, and always
+    A task is a pair `(support, query)`. `inner_loss` sees the whole support $s_i$ at each of its steps,
+    `outer_loss` the query $q_i$; random keys are a task's own. Tasks train at once, by `jax.vmap`, and always
     anew: `inner_state` stays that of the start.
 
     A row of the inner data is a task, so `run` draws n of them an outer step, inside the compiled step, with

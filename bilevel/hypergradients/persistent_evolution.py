@@ -41,16 +41,18 @@ class Particles(NamedTuple):
 class PersistentES(Trained):
     r"""Persistent evolution strategies: unbiased over a training that is cut into pieces of K steps.
 
-    A warm start makes every other estimator forget how earlier pieces depend on :math:`\lambda`. Here each pair of
-    particles goes on with its own inner problem, perturbed afresh by :math:`\pm\epsilon_i^{(t)}` in piece t, and its
+    A warm start makes every other estimator forget how earlier pieces depend on $\lambda$. Here each pair of
+    particles goes on with its own inner problem, perturbed afresh by $\pm\epsilon_i^{(t)}$ in piece t, and its
     loss is weighted with all perturbations it has seen:
 
-    .. math:: \widehat{\frac{dF_t}{d\lambda}} = \frac{1}{n \sigma^2} \sum_{i \le n/2}
-              \big(F(w^{i+}_{tK}) - F(w^{i-}_{tK})\big) \sum_{s \le t} \epsilon_i^{(s)},
-              \quad \epsilon \sim N(0, \sigma^2 I).
+    $$
+    \widehat{\frac{dF_t}{d\lambda}} = \frac{1}{n \sigma^2} \sum_{i \le n/2}
+      \big(F(w^{i+}_{tK}) - F(w^{i-}_{tK})\big) \sum_{s \le t} \epsilon_i^{(s)},
+      \quad \epsilon \sim N(0, \sigma^2 I).
+    $$
 
-    With :math:`\lambda` at rest this is unbiased for the (Gaussian-smoothed) derivative through all tK steps so far, at
-    the cost of K; in a run, each piece is taken at the :math:`\lambda` of its time. The variance grows with the number
+    With $\lambda$ at rest this is unbiased for the (Gaussian-smoothed) derivative through all tK steps so far, at
+    the cost of K; in a run, each piece is taken at the $\lambda$ of its time. The variance grows with the number
     of pieces that are remembered: `memory` bounds it.
 
     Only warm starts profit: with `inner_state=None` every estimate begins with new particles, and is

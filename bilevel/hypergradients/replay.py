@@ -54,9 +54,11 @@ def _is_kept(value: Any) -> Any:
 class Replay(Trained):
     r"""The hypergradient of `Unrolled`, computed segment by segment from the host:
 
-    .. math:: \bar w_t = \Big(\partial_w U_t\Big)^{\!\top} \bar w_{t+1}, \qquad
-              \frac{dF}{d\lambda} = \partial_\lambda F + \sum_{t=0}^{K-1} \Big(\partial_\lambda U_t\Big)^{\!\top}
-              \bar w_{t+1}, \qquad \bar w_K = \partial_w F .
+    $$
+    \bar w_t = \Big(\partial_w U_t\Big)^{\!\top} \bar w_{t+1}, \qquad
+      \frac{dF}{d\lambda} = \partial_\lambda F + \sum_{t=0}^{K-1} \Big(\partial_\lambda U_t\Big)^{\!\top}
+      \bar w_{t+1}, \qquad \bar w_K = \partial_w F .
+    $$
 
     Training and its derivative are two compiled programs, one of a segment forward and one of its vector-Jacobian
     product, which are called one after the other. So neither compilation nor the memory of the device depends on K:

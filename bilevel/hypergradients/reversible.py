@@ -51,13 +51,15 @@ def _rate_or_function(value: Any) -> Any:
 class Reversible(Estimator):
     r"""`Unrolled` for gradient descent with momentum, in memory that hardly depends on the number of steps:
 
-    .. math:: v_{t+1} = \gamma v_t + \nabla f(w_t), \quad w_{t+1} = w_t - \eta v_{t+1},
-              \qquad\text{undone by}\qquad
-              w_t = w_{t+1} + \eta v_{t+1}, \quad v_t = (v_{t+1} - \nabla f(w_t)) / \gamma .
+    $$
+    v_{t+1} = \gamma v_t + \nabla f(w_t), \quad w_{t+1} = w_t - \eta v_{t+1},
+      \qquad\text{undone by}\qquad
+      w_t = w_{t+1} + \eta v_{t+1}, \quad v_t = (v_{t+1} - \nabla f(w_t)) / \gamma .
+    $$
 
-    Positions and velocities are 64-bit integers in units of :math:`2^{-bits}`. A product with :math:`\gamma = n/d`
-    loses :math:`\log_2(d/n)` bits; they are put away, and taken back on the way back, so that every state returns
-    exactly. What is kept is the state and one word a parameter for every :math:`(62 - 2 \log_2 d) / \log_2(d/n)` steps:
+    Positions and velocities are 64-bit integers in units of $2^{-bits}$. A product with $\gamma = n/d$
+    loses $\log_2(d/n)$ bits; they are put away, and taken back on the way back, so that every state returns
+    exactly. What is kept is the state and one word a parameter for every $(62 - 2 \log_2 d) / \log_2(d/n)$ steps:
     364 of them at momentum 0.9. (`"step"` keeps a state for each.) Its time is that of `Binomial` with few repetitions:
     two inner gradients and a Hessian-vector product a step.
 
@@ -65,14 +67,14 @@ class Reversible(Estimator):
     networks trained by momentum. It does not pay for LoRA, whose states are small; nor for few steps, where `"sqrt"`
     is as small and works with every optimizer. Adam cannot be undone this way.
 
-    Rounding makes the training differ from `optax.sgd`'s by about :math:`2^{-bits}` a step, and the hypergradient with
+    Rounding makes the training differ from `optax.sgd`'s by about $2^{-bits}$ a step, and the hypergradient with
     it. The way back is checked: if it does not end at the start (a number left the range
-    :math:`\pm 2^{61 - bits}`, or a gradient was not evaluated to the same bits twice), the gradient is NaN and
+    $\pm 2^{61 - bits}$, or a gradient was not evaluated to the same bits twice), the gradient is NaN and
     `aux.info["reversed"]` False. It allows no forward mode and no third level.
 
     Args:
-      learning_rate: :math:`\eta`, or `outer -> scalar`.
-      momentum: :math:`\gamma`, a fraction with a denominator up to 1000, as 0.9 or 0.995.
+      learning_rate: $\eta$, or `outer -> scalar`.
+      momentum: $\gamma$, a fraction with a denominator up to 1000, as 0.9 or 0.995.
       steps: K.
       bits: how fine the numbers are.
 

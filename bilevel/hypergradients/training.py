@@ -78,7 +78,7 @@ def train(
     gradient: Callable[[Point], Gradient] = mixed_gradient,
     checkpoint: Checkpoint = "none",
 ) -> tuple[InnerState, Trace]:
-    r"""`len(keys)` inner steps, :math:`w_{t+1} = U(w_t, \nabla_w f(w_t, \lambda; b_t, k_t), \lambda)`.
+    r"""`len(keys)` inner steps, $w_{t+1} = U(w_t, \nabla_w f(w_t, \lambda; b_t, k_t), \lambda)$.
 
     Step t sees the t-th of `batches` and of `keys`, and every random key inside `outer` folded with `first + t`.
     Inner leaves that are not inexact are constants; `mutable` entries become what `inner_loss` returned for them.

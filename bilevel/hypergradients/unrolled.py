@@ -33,10 +33,12 @@ _GRADIENTS = {"mixed": mixed_gradient, "reverse": reverse_gradient, "forward": r
 @register
 @dataclasses.dataclass(frozen=True)
 class Unrolled(Trained):
-    r"""Differentiates through K steps of training, :math:`w_{t+1} = U_t(w_t, \lambda)`:
+    r"""Differentiates through K steps of training, $w_{t+1} = U_t(w_t, \lambda)$:
 
-    .. math:: \frac{dF(w_K, \lambda)}{d\lambda} = \partial_\lambda F + \sum_{t=0}^{K-1}
-              \Big(\partial_\lambda U_t\Big)^{\!\top} \Big(\prod_{s>t} \partial_w U_s\Big)^{\!\top} \partial_w F .
+    $$
+    \frac{dF(w_K, \lambda)}{d\lambda} = \partial_\lambda F + \sum_{t=0}^{K-1}
+      \Big(\partial_\lambda U_t\Big)^{\!\top} \Big(\prod_{s>t} \partial_w U_s\Big)^{\!\top} \partial_w F .
+    $$
 
     Exact for the training that was run (its optimizer, its batches, its random keys). It is not the gradient of the
     converged inner problem: that is `Implicit`, or the limit K to infinity. A warm start `inner_state` is a constant;
@@ -48,7 +50,7 @@ class Unrolled(Trained):
     With `truncate=T` only the last T steps are differentiated (and the direct term): biased, by what earlier steps
     contribute, unless T = K; the bias shrinks with the contraction of the training map to the power T.
 
-    `mode="forward"` carries :math:`dw_t/d\lambda` along instead of going back, `chunk` columns at a time: its memory
+    `mode="forward"` carries $dw_t/d\lambda$ along instead of going back, `chunk` columns at a time: its memory
     does not depend on K; for n outer numbers its time is that of n / chunk trainings and n Hessian-vector products a
     step (1.07 gradients each in a LoRA transformer, 1.6 in an MLP). It pays for a few.
 

@@ -1,4 +1,4 @@
-r"""Linear systems :math:`A x = b` given by products with A, as implicit differentiation meets them.
+r"""Linear systems $A x = b$ given by products with A, as implicit differentiation meets them.
 
 Every solver is a pytree with one method, `solve(matvec, rhs, start, key, symmetric=...) -> (solution, info)`:
 
@@ -7,7 +7,7 @@ Every solver is a pytree with one method, `solve(matvec, rhs, start, key, symmet
 - `key` is the randomness of solvers that sketch A; `symmetric` says whether A is known to equal its transpose.
 - `info` is `{"iterations", "matvecs"}`, int32 scalars. With A a Hessian, a matvec is a Hessian-vector product (HVP).
 
-Iterative solvers stop at :math:`\|b - Ax\| \lesssim \mathrm{tol}\,\|b\|` (GMRES with an equally small last step, within
+Iterative solvers stop at $\|b - Ax\| \lesssim \mathrm{tol}\,\|b\|$ (GMRES with an equally small last step, within
 a factor of two), or after `max_steps`; none raises on the device. `tol=None` is `eps**0.75` of the dtype: 2e-12 in
 float64, 6e-6 in float32. Where A is not what a solver is for (singular; indefinite for `CG`) none but `Neumann`, which
 is a fixed sum, returns what is worse than its start.

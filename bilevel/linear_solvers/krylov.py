@@ -53,7 +53,7 @@ class Preconditioned:
 class CG(Preconditioned):
     r"""Conjugate gradients, for symmetric positive definite A.
 
-    After n steps the error in the A-norm is at most :math:`2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^n` of the first.
+    After n steps the error in the A-norm is at most $2 ((\sqrt\kappa - 1)/(\sqrt\kappa + 1))^n$ of the first.
     Where A is not positive definite this is no longer so, and the residual may grow: once a direction without positive
     curvature was met, the iterate is returned whose residual was the smallest, never one that is worse than the start,
     and the linear residual shows how small. If it is not, raise `damping`, or use `NormalCG` or `GMRES`. Costs one HVP
@@ -90,11 +90,11 @@ class CG(Preconditioned):
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormalCG:
-    r"""Conjugate gradients on the normal equations :math:`A^\top A x = A^\top b`, for any nonsingular A.
+    r"""Conjugate gradients on the normal equations $A^\top A x = A^\top b$, for any nonsingular A.
 
     It takes indefinite and nonsymmetric A, for the square of the condition number. `tol` is for the residual
-    :math:`A^\top(b - Ax)` of those equations, relative to :math:`\|A^\top b\|`. Two matvecs an iteration, one for
-    :math:`A^\top b`, two for a start, and two more if A turns out to be singular.
+    $A^\top(b - Ax)$ of those equations, relative to $\|A^\top b\|$. Two matvecs an iteration, one for
+    $A^\top b$, two for a start, and two more if A turns out to be singular.
 
     Args:
       tol, max_steps: as for `CG`.

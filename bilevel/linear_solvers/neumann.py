@@ -14,11 +14,11 @@ from bilevel.settings.numeric import integer, real
 @register
 @dataclasses.dataclass(frozen=True)
 class Neumann:
-    r"""The truncated Neumann series :math:`x = s \sum_{j<T} (I - sA)^j b`, with T terms and scale s.
+    r"""The truncated Neumann series $x = s \sum_{j<T} (I - sA)^j b$, with T terms and scale s.
 
-    Converges to :math:`A^{-1} b` when the spectral radius of :math:`I - sA` is below 1: for a Hessian, for
-    :math:`0 < s < 2/\lambda_{\max}`. The remainder shrinks like :math:`(1 - s\lambda_{\min})^T`. It is the iteration
-    :math:`x \leftarrow x + s(b - Ax)`, which goes on from `start` where there is one. On a Hessian with s the step size
+    Converges to $A^{-1} b$ when the spectral radius of $I - sA$ is below 1: for a Hessian, for
+    $0 < s < 2/\lambda_{\max}$. The remainder shrinks like $(1 - s\lambda_{\min})^T$. It is the iteration
+    $x \leftarrow x + s(b - Ax)$, which goes on from `start` where there is one. On a Hessian with s the step size
     of gradient descent, from zero, it equals the unroll truncated to T steps at a fixed point.
 
     Args:

@@ -22,19 +22,21 @@ Sketch = Literal["gaussian", "columns"]
 class Nystrom:
     r"""The Nyström approximation of a positive semidefinite A, inverted by Woodbury's identity.
 
-    With a sketch :math:`\Omega` of k columns, :math:`Y = A\Omega` and :math:`\Omega^\top Y = Q D Q^\top`,
+    With a sketch $\Omega$ of k columns, $Y = A\Omega$ and $\Omega^\top Y = Q D Q^\top$,
 
-    .. math:: A \approx B B^\top,\; B = Y Q D^{-1/2}, \qquad
-              x = \tfrac1\rho\big(b - B (B^\top B + \rho I)^{-1} B^\top b\big).
+    $$
+    A \approx B B^\top,\; B = Y Q D^{-1/2}, \qquad
+      x = \tfrac1\rho\big(b - B (B^\top B + \rho I)^{-1} B^\top b\big).
+    $$
 
-    So it solves :math:`(A + \rho I) x = b` up to what rank k leaves out of A, with no iterations: one batched HVP of
+    So it solves $(A + \rho I) x = b$ up to what rank k leaves out of A, with no iterations: one batched HVP of
     width k, and k vectors of memory. Exact when k reaches the rank of A. Directions of non-positive curvature are
-    dropped. Rounding is amplified by :math:`\lambda_{\max}/\rho`, so `damping` should not go below about 1e-8 of the
+    dropped. Rounding is amplified by $\lambda_{\max}/\rho$, so `damping` should not go below about 1e-8 of the
     largest eigenvalue in float64, 1e-3 in float32; an estimator's own damping is left at 0.
 
-    With E what rank k leaves out of A, the error relative to :math:`A^{-1} b` is at most :math:`\max(1, \|E\|/\rho -
-    1)`, and about that large where A has many more eigenvalues of one size than k: the default damping is for an A
-    whose tail is below it. `damping` of at least :math:`\|E\|/2` bounds the error by 1. There, take `CG`, with this as
+    With E what rank k leaves out of A, the error relative to $A^{-1} b$ is at most $\max(1, \|E\|/\rho -
+    1)$, and about that large where A has many more eigenvalues of one size than k: the default damping is for an A
+    whose tail is below it. `damping` of at least $\|E\|/2$ bounds the error by 1. There, take `CG`, with this as
     its preconditioner; `linear_residual` shows it.
 
     Args:

@@ -22,7 +22,7 @@ class GradientSizes(NamedTuple):
 
 
 def gradient_sizes() -> optax.GradientTransformation:
-    r"""Changes nothing, and keeps the mean of :math:`|g|` of what passes through it, for `importances`.
+    r"""Changes nothing, and keeps the mean of $|g|$ of what passes through it, for `importances`.
 
     Put it first in a chain, before what rescales gradients: `optax.chain(bilevel.gradient_sizes(), optax.adam(0.1))`.
     As a part of the outer optimizer it is in checkpoints, and goes on with a resumed run. Where `Problem.domain` bounds
@@ -56,11 +56,11 @@ def gradient_sizes() -> optax.GradientTransformation:
 def importances(of: Any, scale: PyTree = 1.0) -> dict[str, float]:
     r"""The share of each outer leaf in the size of the hypergradients of a run.
 
-    With :math:`g_t` the hypergradient at outer step t = 1, ..., T, and s the scale of each entry i of leaf l,
+    With $g_t$ the hypergradient at outer step t = 1, ..., T, and s the scale of each entry i of leaf l,
 
-    .. math:: I_l = \frac{1}{T} \sum_t \sum_i |s_{li}\, g_{t, li}|, \qquad \text{importance}_l = I_l / \sum_m I_m.
+    $$ I_l = \frac{1}{T} \sum_t \sum_i |s_{li}\, g_{t, li}|, \qquad \text{importance}_l = I_l / \sum_m I_m. $$
 
-    :math:`s g` is, to first order, by how much the outer loss changes when the variable moves by s. So s is how far one
+    $s g$ is, to first order, by how much the outer loss changes when the variable moves by s. So s is how far one
     would think of moving it: the width of the interval that a search would draw it from, in the unit in which it is
     differentiated. With s = 1 the leaves must be in like units, such as all logarithms, whose derivative is by factors
     of e. Leaves in unlike units and no scale are not comparable.

@@ -18,21 +18,23 @@ from bilevel.trees import Outer
 class Quadratic:
     r"""A bilevel problem whose training by gradient descent, and every hypergradient of it, has a closed form.
 
-    .. math:: f(w, \lambda) = \tfrac12 w^\top H w - (b + C \lambda)^\top w, \qquad
-              F(w, \lambda) = \tfrac12 (w - c)^\top A (w - c) + \tfrac12 |\lambda|^2 .
+    $$
+    f(w, \lambda) = \tfrac12 w^\top H w - (b + C \lambda)^\top w, \qquad
+      F(w, \lambda) = \tfrac12 (w - c)^\top A (w - c) + \tfrac12 |\lambda|^2 .
+    $$
 
-    `outer` is a dict: `tilt` is :math:`\lambda`; `rate`, if there, the learning rate :math:`\eta`; `start`, if
-    there, the initial point :math:`w_0`. With :math:`M = I - \eta H`, :math:`\bar w = H^{-1}(b + C\lambda)` and
-    :math:`v = A(w_K - c)`,
+    `outer` is a dict: `tilt` is $\lambda$; `rate`, if there, the learning rate $\eta$; `start`, if
+    there, the initial point $w_0$. With $M = I - \eta H$, $\bar w = H^{-1}(b + C\lambda)$ and
+    $v = A(w_K - c)$,
 
-    .. math:: w_K = \bar w + M^K (w_0 - \bar w).
+    $$ w_K = \bar w + M^K (w_0 - \bar w). $$
 
     The methods return what an estimator should: dicts of NumPy arrays with the keys of `outer`, computed in float64
     from these formulas and not by differentiation. `rate` and `start` are used where `outer` does not have them.
 
     Attributes:
       H, b, C, A, c: the coefficients, NumPy arrays; H and A symmetric and positive definite.
-      start: :math:`w_0` where `outer` has no `start`.
+      start: $w_0$ where `outer` has no `start`.
 
     Examples:
       >>> import numpy as np
@@ -65,22 +67,24 @@ class Quadratic:
         )
 
     def trained(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> np.ndarray:
-        """:math:`w_K` for K = `steps`."""
+        """$w_K$ for K = `steps`."""
         rest, decay, begin = self._training(outer, rate, start)
         return rest + np.linalg.matrix_power(decay, steps) @ (begin - rest)
 
     def value(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> float:
-        """:math:`F(w_K, \\lambda)`."""
+        """$F(w_K, \\lambda)$."""
         away = self.trained(outer, steps, rate=rate, start=start) - self.c
         return 0.5 * away @ self.A @ away + 0.5 * np.sum(np.square(outer["tilt"]))
 
     def unrolled(
         self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None, truncate: int | None = None
     ) -> dict[str, np.ndarray]:
-        r"""The derivative of T = `truncate` last steps; of all K by default. With :math:`w_{K-T}` held constant,
+        r"""The derivative of T = `truncate` last steps; of all K by default. With $w_{K-T}$ held constant,
 
-        .. math:: \lambda + C^\top H^{-1} (I - M^T) v, \qquad
-                  -T\, v^\top H M^{T-1} (w_{K-T} - \bar w), \qquad M^K v \text{ if } T = K, \text{ else } 0
+        $$
+        \lambda + C^\top H^{-1} (I - M^T) v, \qquad
+          -T\, v^\top H M^{T-1} (w_{K-T} - \bar w), \qquad M^K v \text{ if } T = K, \text{ else } 0
+        $$
 
         are those with respect to `tilt`, `rate` and `start`. A warm `start=` is a constant.
         """
@@ -98,13 +102,13 @@ class Quadratic:
         )
 
     def implicit(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
-        r""":math:`\lambda + C^\top H^{-1} v` at :math:`w_K`; 0 for `rate` and `start`."""
+        r"""$\lambda + C^\top H^{-1} v$ at $w_K$; 0 for `rate` and `start`."""
         v = self._pull(outer, steps, rate, start)
         tilt = np.asarray(outer["tilt"]) + self.C.T @ np.linalg.solve(self.H, v)
         return _only(outer, tilt=tilt, rate=np.zeros(()), start=np.zeros_like(v))
 
     def first_order(self, outer: Outer, steps: int, *, rate: Any = None, start: Any = None) -> dict[str, np.ndarray]:
-        r"""The direct term :math:`\lambda`; 0 for `rate` and `start`."""
+        r"""The direct term $\lambda$; 0 for `rate` and `start`."""
         del steps, rate, start
         return _only(outer, tilt=np.asarray(outer["tilt"]), rate=np.zeros(()), start=np.zeros_like(self.start))
 

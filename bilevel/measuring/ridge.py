@@ -11,20 +11,24 @@ from bilevel.problem.problem import Problem
 def ridge() -> tuple[Problem, tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     r"""The problem of the examples in this reference: the decay of a ridge regression on four rows, from its logarithm.
 
-    With the training rows :math:`(X, y)` and the validation rows :math:`(Z, t)`,
+    With the training rows $(X, y)$ and the validation rows $(Z, t)$,
 
-    .. math:: f(w, \lambda) = \tfrac18 |X w - y|^2 + \tfrac12 e^\lambda |w|^2, \qquad
-              F(w, \lambda) = \tfrac14 |Z w - t|^2 .
+    $$
+    f(w, \lambda) = \tfrac18 |X w - y|^2 + \tfrac12 e^\lambda |w|^2, \qquad
+      F(w, \lambda) = \tfrac14 |Z w - t|^2 .
+    $$
 
-    The rows are such that :math:`X^\top X / 4 = \mathrm{diag}(1, 1/4)`, :math:`X^\top y / 4 = (3/2, 3/4)`, Z is the
-    identity and :math:`t = (1, 1)`. So everything has a closed form. With :math:`s = e^\lambda`,
+    The rows are such that $X^\top X / 4 = \mathrm{diag}(1, 1/4)$, $X^\top y / 4 = (3/2, 3/4)$, Z is the
+    identity and $t = (1, 1)$. So everything has a closed form. With $s = e^\lambda$,
 
-    .. math:: w^*(\lambda) = \Big(\frac{3/2}{1 + s}, \frac{3/4}{1/4 + s}\Big), \qquad
-              \frac{dF}{d\lambda} = \frac{s}{2} \Big(\frac{(1 - w_1^*)\, w_1^*}{1 + s}
-              + \frac{(1 - w_2^*)\, w_2^*}{1/4 + s}\Big) .
+    $$
+    w^*(\lambda) = \Big(\frac{3/2}{1 + s}, \frac{3/4}{1/4 + s}\Big), \qquad
+      \frac{dF}{d\lambda} = \frac{s}{2} \Big(\frac{(1 - w_1^*)\, w_1^*}{1 + s}
+      + \frac{(1 - w_2^*)\, w_2^*}{1/4 + s}\Big) .
+    $$
 
-    The search starts at :math:`\lambda = 0`, where :math:`w^* = (0.75, 0.6)` and :math:`dF/d\lambda = 0.142875`. It
-    ends at the decay :math:`s = 1/2`, where :math:`w^* = (1, 1)` and F is 0. Training starts at 0, and gradient descent
+    The search starts at $\lambda = 0$, where $w^* = (0.75, 0.6)$ and $dF/d\lambda = 0.142875$. It
+    ends at the decay $s = 1/2$, where $w^* = (1, 1)$ and F is 0. Training starts at 0, and gradient descent
     with a rate of 0.5 comes to rest within 20 steps.
 
     Returns:

@@ -57,7 +57,7 @@ class Smoothness:
 
     @property
     def error(self) -> float:
-        r"""How far the hypergradient misses: :math:`|\mathrm{found} - \mathrm{foretold}| / |\mathrm{found}|`."""
+        r"""How far the hypergradient misses: $|\mathrm{found} - \mathrm{foretold}| / |\mathrm{found}|$."""
         size = float(np.linalg.norm(self.found))
         return float(np.linalg.norm(self.found - self.foretold)) / size if size else 0.0
 
@@ -98,16 +98,18 @@ def smoothness(
 ) -> Smoothness:
     r"""The metasmoothness of a training map, and how well a hypergradient foretells finite steps.
 
-    A derivative is of use as far as it holds. With :math:`\theta(\lambda)` what training ends with at the outer
-    variable :math:`\lambda`, a random direction v and the differences of two steps one after the other,
-    :math:`\Delta_1 = \theta(\lambda + h v) - \theta(\lambda)` and
-    :math:`\Delta_2 = \theta(\lambda + 2 h v) - \theta(\lambda + h v)`, the score is their agreement in sign, weighted
+    A derivative is of use as far as it holds. With $\theta(\lambda)$ what training ends with at the outer
+    variable $\lambda$, a random direction v and the differences of two steps one after the other,
+    $\Delta_1 = \theta(\lambda + h v) - \theta(\lambda)$ and
+    $\Delta_2 = \theta(\lambda + 2 h v) - \theta(\lambda + h v)$, the score is their agreement in sign, weighted
     by how much each entry moves:
 
-    .. math:: S = \sum_i \frac{|\Delta_1 + \Delta_2|_i}{\|\Delta_1 + \Delta_2\|_1}
-        \operatorname{sign}(\Delta_1)_i \operatorname{sign}(\Delta_2)_i
+    $$
+    S = \sum_i \frac{|\Delta_1 + \Delta_2|_i}{\|\Delta_1 + \Delta_2\|_1}
+      \operatorname{sign}(\Delta_1)_i \operatorname{sign}(\Delta_2)_i
+    $$
 
-    It is 1 for a training that depends on :math:`\lambda` linearly, and near 0 for one that is chaotic, as beyond the
+    It is 1 for a training that depends on $\lambda$ linearly, and near 0 for one that is chaotic, as beyond the
     largest stable learning rate, where the derivative is exact and of no use. Costs 1 + 2 `directions` trainings and
     one estimate.
 

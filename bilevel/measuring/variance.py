@@ -27,11 +27,11 @@ class Variance:
     r"""The spread of a hypergradient g over batches, from n samples.
 
     Attributes:
-      mean: :math:`\bar g = \frac1n \sum_i g_i`, a tree like the gradient.
-      variance: :math:`\frac{1}{n - 1} \sum_i (g_i - \bar g)^2` of each entry, likewise.
-      total: the sum of `variance` over all entries, :math:`E|g - E g|^2`.
-      relative: `total` :math:`/ |\bar g|^2`. A mean over m estimates has a relative error of about
-        :math:`\sqrt{\mathrm{relative} / m}`; above 1, a single estimate is mostly noise.
+      mean: $\bar g = \frac1n \sum_i g_i$, a tree like the gradient.
+      variance: $\frac{1}{n - 1} \sum_i (g_i - \bar g)^2$ of each entry, likewise.
+      total: the sum of `variance` over all entries, $E|g - E g|^2$.
+      relative: `total` $/ |\bar g|^2$. A mean over m estimates has a relative error of about
+        $\sqrt{\mathrm{relative} / m}$; above 1, a single estimate is mostly noise.
 
     Examples:
       >>> import bilevel, optax

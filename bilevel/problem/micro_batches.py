@@ -21,8 +21,10 @@ from bilevel.trees import Batch, Inner, Key, Outer, is_inexact, leaf_names, shap
 class MicroBatches:
     r"""A loss over a batch of B rows, computed in m parts of B / m rows, one after the other:
 
-    .. math:: f(w, \lambda; b, k) = \sum_{i=1}^{m} p_i\, f_0(w, \lambda; b_i, k_i),
-              \qquad p_i = \frac{n(b_i)}{\sum_j n(b_j)} .
+    $$
+    f(w, \lambda; b, k) = \sum_{i=1}^{m} p_i\, f_0(w, \lambda; b_i, k_i),
+      \qquad p_i = \frac{n(b_i)}{\sum_j n(b_j)} .
+    $$
 
     Memory is that of one part, whatever the batch; the value and all derivatives are those of the whole batch, to
     rounding, where `loss` is a mean over rows (and draws nothing). Part i holds every m-th row from the i-th on, so

@@ -54,10 +54,12 @@ def _names(value: Any) -> tuple[str, ...]:
 class Problem:
     r"""The bilevel problem
 
-    .. math:: \min_{\lambda} F(w^*(\lambda), \lambda) \quad\text{with}\quad
-              w^*(\lambda) \approx \arg\min_w f(w, \lambda),
+    $$
+    \min_{\lambda} F(w^*(\lambda), \lambda) \quad\text{with}\quad
+      w^*(\lambda) \approx \arg\min_w f(w, \lambda),
+    $$
 
-    where :math:`w` is `inner`, :math:`\lambda` is `outer`, :math:`f` is `inner_loss`, :math:`F` is `outer_loss`.
+    where $w$ is `inner`, $\lambda$ is `outer`, $f$ is `inner_loss`, $F$ is `outer_loss`.
 
     Args:
       inner_loss: `f(inner, outer, batch, key) -> scalar`, or `(scalar, aux)` with `has_aux`.

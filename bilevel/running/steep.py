@@ -60,8 +60,8 @@ def why(names: list[str]) -> str:
 def steep_leaves(solver: Any, state: Any, data: Any) -> list[str]:
     r"""Inner leaves an update of which, in the outer step taken from `state`, amplifies a change of `outer` enormously.
 
-    Where a gradient entry is exactly 0 but its derivative by `outer` is not, Adam's update :math:`g / (|g| + \epsilon)`
-    has the slope :math:`1 / \epsilon`: the derivative of the training that was run, and no direction to follow. Others
+    Where a gradient entry is exactly 0 but its derivative by `outer` is not, Adam's update $g / (|g| + \epsilon)$
+    has the slope $1 / \epsilon$: the derivative of the training that was run, and no direction to follow. Others
     (ADOPT) divide by what came before, and are steep at their second step. The first step with such a leaf is told.
     """
     hypergradient = getattr(solver, "hypergradient", None)

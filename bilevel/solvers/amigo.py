@@ -19,11 +19,13 @@ from bilevel.trees import PyTree
 class AmIGO(Stochastic):
     r"""AmIGO: both loops are warm-started from the last iteration,
 
-    .. math::
-
-        w &\leftarrow w - \rho\, \partial_w f && T \text{ times}, \\
-        v &\leftarrow v - \rho_v\, (H v - \partial_w F) && N \text{ times}, \\
-        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    $$
+    \begin{aligned}
+    w &\leftarrow w - \rho\, \partial_w f && T \text{ times}, \\
+    v &\leftarrow v - \rho_v\, (H v - \partial_w F) && N \text{ times}, \\
+    \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    \end{aligned}
+    $$
 
     every inner call on a batch of its own.
 

@@ -20,17 +20,17 @@ from bilevel.trees import global_norm, power_of_two, times
 @register
 @dataclasses.dataclass(frozen=True)
 class BOME(Stochastic):
-    r"""BOME: with :math:`w^T` the result of T inner steps from :math:`w`, held constant, and the gap
-    :math:`q(w, \lambda) = f(w, \lambda) - f(w^T, \lambda)`,
+    r"""BOME: with $w^T$ the result of T inner steps from $w$, held constant, and the gap
+    $q(w, \lambda) = f(w, \lambda) - f(w^T, \lambda)$,
 
-    .. math::
+    $$
+    (w, \lambda) \leftarrow (w, \lambda) - (\rho, \gamma) \odot (\nabla F + \sigma \nabla q), \qquad
+    \sigma = \max\Big(\eta - \frac{\langle \nabla F, \nabla q \rangle}{\|\nabla q\|^2},\; 0\Big) .
+    $$
 
-        (w, \lambda) \leftarrow (w, \lambda) - (\rho, \gamma) \odot (\nabla F + \sigma \nabla q), \qquad
-        \sigma = \max\Big(\eta - \frac{\langle \nabla F, \nabla q \rangle}{\|\nabla q\|^2},\; 0\Big) .
-
-    :math:`\sigma` is 0 where :math:`\nabla q = 0`. Deterministic in the paper, with constant steps. Biased by
-    :math:`(I - \alpha H)^T`, what the T steps of size :math:`\alpha` leave of the gap; and as the direction of
-    :math:`\nabla q` turns abruptly near the solution, constant steps end in a neighbourhood that shrinks with them.
+    $\sigma$ is 0 where $\nabla q = 0$. Deterministic in the paper, with constant steps. Biased by
+    $(I - \alpha H)^T$, what the T steps of size $\alpha$ leave of the gap; and as the direction of
+    $\nabla q$ turns abruptly near the solution, constant steps end in a neighbourhood that shrinks with them.
     Cost per iteration: T + 2 inner gradients, 1 outer gradient; T + 2 inner batches. No memory.
 
     Args:

@@ -14,17 +14,19 @@ from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
 @register
 @dataclasses.dataclass(frozen=True)
 class BSA(Stochastic):
-    r"""BSA: T warm-started inner SGD steps, then with :math:`p \sim U\{0, \dots, Q - 1\}`
+    r"""BSA: T warm-started inner SGD steps, then with $p \sim U\{0, \dots, Q - 1\}$
 
-    .. math::
-
-        v &= Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, \partial_w F, \\
-        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    $$
+    \begin{aligned}
+    v &= Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, \partial_w F, \\
+    \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    \end{aligned}
+    $$
 
     every inner call on a batch of its own.
 
-    The paper's steps are `Power(rho, 1/2)` inside and `Power(gamma, 1/2)` outside, :math:`\eta` constant. Biased by the
-    remainder of the series, :math:`(I - \eta H)^Q H^{-1} \partial_w F`; its variance grows with Q.
+    The paper's steps are `Power(rho, 1/2)` inside and `Power(gamma, 1/2)` outside, $\eta$ constant. Biased by the
+    remainder of the series, $(I - \eta H)^Q H^{-1} \partial_w F$; its variance grows with Q.
     Cost per iteration: T inner gradients, 1 outer gradient, p Hessian-vector products ((Q - 1)/2 on average), 1 mixed
     product; T + Q inner batches. No memory.
 

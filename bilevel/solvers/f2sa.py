@@ -16,22 +16,24 @@ from bilevel.trees import PyTree
 @register
 @dataclasses.dataclass(frozen=True)
 class F2SA(Stochastic):
-    r"""F2SA: beside :math:`w`, which follows the inner problem, :math:`y` follows the penalised one, T steps each, and
+    r"""F2SA: beside $w$, which follows the inner problem, $y$ follows the penalised one, T steps each, and
 
-    .. math::
-
-        w &\leftarrow w - \rho\, \partial_w f(w, \lambda), \\
-        y &\leftarrow y - \rho\, \big(\partial_w f(y, \lambda) + \tfrac{1}{\sigma} \partial_w F(y, \lambda)\big), \\
-        \lambda &\leftarrow \lambda - \gamma\, \big(\partial_\lambda F(y, \lambda)
-                  + \sigma\, (\partial_\lambda f(y, \lambda) - \partial_\lambda f(w, \lambda))\big),
+    $$
+    \begin{aligned}
+    w &\leftarrow w - \rho\, \partial_w f(w, \lambda), \\
+    y &\leftarrow y - \rho\, \big(\partial_w f(y, \lambda) + \tfrac{1}{\sigma} \partial_w F(y, \lambda)\big), \\
+    \lambda &\leftarrow \lambda - \gamma\, \big(\partial_\lambda F(y, \lambda)
+              + \sigma\, (\partial_\lambda f(y, \lambda) - \partial_\lambda f(w, \lambda))\big),
+    \end{aligned}
+    $$
 
     every call on a batch of its own.
 
     The paper's steps are, with `Power`, of exponent 4/7 inside, 5/7 for y and 4/7 outside, and its multiplier
-    :math:`\sigma_k` grows as :math:`k^{1/7}`: the ratio :math:`\rho / \sigma` of the step of y to that of w is built in
-    here. With a constant :math:`\sigma` the hypergradient is biased by :math:`O(1 / \sigma)`; noise in :math:`\lambda`
-    grows with :math:`\sigma`.
-    Cost per iteration: 2T + 2 inner gradients (the last two in :math:`\lambda`), T + 1 outer gradients; 2T + 2 inner
+    $\sigma_k$ grows as $k^{1/7}$: the ratio $\rho / \sigma$ of the step of y to that of w is built in
+    here. With a constant $\sigma$ the hypergradient is biased by $O(1 / \sigma)$; noise in $\lambda$
+    grows with $\sigma$.
+    Cost per iteration: 2T + 2 inner gradients (the last two in $\lambda$), T + 1 outer gradients; 2T + 2 inner
     and T + 1 outer batches. `State.memory` is y.
 
     Args:

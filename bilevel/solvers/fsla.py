@@ -16,16 +16,18 @@ from bilevel.trees import PyTree
 @dataclasses.dataclass(frozen=True)
 class FSLA(Stochastic):
     r"""FSLA: one inner step, one step on the linear system at the new point, and recursive momentum on
-    :math:`D(w, \lambda, v) = \partial_\lambda F - C v`:
+    $D(w, \lambda, v) = \partial_\lambda F - C v$:
 
-    .. math::
+    $$
+    \begin{aligned}
+    w_{k+1} &= w_k - \rho\, \partial_w f(w_k, \lambda_k), \\
+    v_{k+1} &= v_k - \rho_v\, (H v_k - \partial_w F)(w_{k+1}, \lambda_k), \\
+    d_k &= D(w_{k+1}, \lambda_k, v_{k+1}) + (1 - \eta) (d_{k-1} - D(w_k, \lambda_{k-1}, v_k)), \\
+    \lambda_{k+1} &= \lambda_k - \gamma\, d_k .
+    \end{aligned}
+    $$
 
-        w_{k+1} &= w_k - \rho\, \partial_w f(w_k, \lambda_k), \\
-        v_{k+1} &= v_k - \rho_v\, (H v_k - \partial_w F)(w_{k+1}, \lambda_k), \\
-        d_k &= D(w_{k+1}, \lambda_k, v_{k+1}) + (1 - \eta) (d_{k-1} - D(w_k, \lambda_{k-1}, v_k)), \\
-        \lambda_{k+1} &= \lambda_k - \gamma\, d_k .
-
-    The paper's steps are `Power(., 1/2)` for all four. At the first iteration :math:`\eta = 1`.
+    The paper's steps are `Power(., 1/2)` for all four. At the first iteration $\eta = 1$.
     Cost per iteration: 1 inner gradient, 3 outer gradients, 1 Hessian-vector product, 2 mixed products; 3 inner and 2
     outer batches. `State.memory` is `(v, lam before the last update, d)`.
 

@@ -29,7 +29,7 @@ class Directions(NamedTuple):
 
 
 def directions(at: Iteration, point: tuple[PyTree, PyTree, PyTree], draw: Draw, outer_draw: Draw) -> Directions:
-    r""":math:`\partial_w f`, :math:`H v - \partial_w F` and :math:`\partial_\lambda F - C v` at `(w, lam, v)`.
+    r"""$\partial_w f$, $H v - \partial_w F$ and $\partial_\lambda F - C v$ at `(w, lam, v)`.
 
     One inner gradient, one outer gradient, one Hessian-vector product, one mixed product.
     """
@@ -63,9 +63,9 @@ def sgd(at: Iteration, w: PyTree, lam: PyTree, steps: int) -> PyTree:
 def neumann(at: Iteration, points: Sequence[Point], rhs: Sequence[PyTree], terms: int, draw: DrawOf) -> list[PyTree]:
     r"""Truncated stochastic Neumann series, the same draws at every point; `terms` products a point.
 
-    .. math:: v = \eta \sum_{q=0}^{Q} \prod_{j=1}^{q} (I - \eta H_j)\, b \;\approx\; H^{-1} b, \qquad Q = \text{terms}.
+    $$ v = \eta \sum_{q=0}^{Q} \prod_{j=1}^{q} (I - \eta H_j)\, b \;\approx\; H^{-1} b, \qquad Q = \text{terms}. $$
 
-    The remainder is :math:`(I - \eta H)^{Q+1} H^{-1} b`. (Ji, Yang & Liang 2021, arXiv 2010.07962, Algorithm 2.)
+    The remainder is $(I - \eta H)^{Q+1} H^{-1} b$. (Ji, Yang & Liang 2021, arXiv 2010.07962, Algorithm 2.)
     """
 
     def body(t, carry):
@@ -82,8 +82,10 @@ def random_neumann(
 ) -> tuple[list[PyTree], jax.Array]:
     r"""One random term of the Neumann series, and p, the products that it took at each point.
 
-    .. math:: v = Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, b, \qquad p \sim U\{0, \dots, Q - 1\}, \qquad
-              E[v] = \eta \sum_{q=0}^{Q-1} (I - \eta H)^q b.
+    $$
+    v = Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, b, \qquad p \sim U\{0, \dots, Q - 1\}, \qquad
+      E[v] = \eta \sum_{q=0}^{Q-1} (I - \eta H)^q b.
+    $$
 
     (Ghadimi & Wang 2018, arXiv 1802.02246, Algorithm 3.)
     """
@@ -108,7 +110,7 @@ def _contract(at, points, chains, draw):
 
 
 def double_loop(at: Iteration, steps: int, solve: Callable[[PyTree, PyTree], tuple[PyTree, Any]]) -> Iterate:
-    r"""Inner SGD from where it last ended, then :math:`\lambda \leftarrow \lambda - \gamma (\partial_\lambda F - C v)`.
+    r"""Inner SGD from where it last ended, then $\lambda \leftarrow \lambda - \gamma (\partial_\lambda F - C v)$.
 
     `solve(w, dF/dw) -> (v, products)` approximates the linear system; C is taken on the last inner draw.
     """
@@ -122,7 +124,7 @@ def double_loop(at: Iteration, steps: int, solve: Callable[[PyTree, PyTree], tup
 
 
 def momentum(new: PyTree, old: PyTree, direction: PyTree, eta: Any, step: jax.Array) -> PyTree:
-    r"""Recursive momentum :math:`d \leftarrow g(x_k) + (1 - \eta)(d - g(x_{k-1}))`; at step 0 it is :math:`g(x_0)`.
+    r"""Recursive momentum $d \leftarrow g(x_k) + (1 - \eta)(d - g(x_{k-1}))$; at step 0 it is $g(x_0)$.
 
     Both gradients are taken on the same draw. (Cutkosky & Orabona 2019, arXiv 1905.10018.)
     """

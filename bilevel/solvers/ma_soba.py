@@ -15,14 +15,16 @@ from bilevel.trees import PyTree
 @register
 @dataclasses.dataclass(frozen=True)
 class MASOBA(Stochastic):
-    r"""MA-SOBA: the updates of :math:`w` and :math:`v` of `SOBA`, and
+    r"""MA-SOBA: the updates of $w$ and $v$ of `SOBA`, and
 
-    .. math::
+    $$
+    \begin{aligned}
+    \lambda &\leftarrow \lambda - \gamma\, h, \\
+    h &\leftarrow (1 - \theta)\, h + \theta\, (\partial_\lambda F - C v),
+    \end{aligned}
+    $$
 
-        \lambda &\leftarrow \lambda - \gamma\, h, \\
-        h &\leftarrow (1 - \theta)\, h + \theta\, (\partial_\lambda F - C v),
-
-    :math:`\lambda` moving along the old average, which starts at 0.
+    $\lambda$ moving along the old average, which starts at 0.
 
     The paper's steps are all of order `Power(., 1/2)`, or constants of order one over the root of the number of
     iterations; the average takes away SOBA's need for smooth second derivatives of F.

@@ -12,19 +12,21 @@ from bilevel.solvers.iterations import neumann
 @register
 @dataclasses.dataclass(frozen=True)
 class MRBO(DoubleMomentum):
-    r"""MRBO: with :math:`D(w, \lambda) = \partial_\lambda F - C v` and :math:`v \approx H^{-1} \partial_w F` by a
+    r"""MRBO: with $D(w, \lambda) = \partial_\lambda F - C v$ and $v \approx H^{-1} \partial_w F$ by a
     Neumann series of Q products, as in `StocBiO`,
 
-    .. math::
-
-        d^w_k &= \partial_w f(w_k, \lambda_k) + (1 - \eta) (d^w_{k-1} - \partial_w f(w_{k-1}, \lambda_{k-1})), \\
-        d^\lambda_k &= D(w_k, \lambda_k) + (1 - \eta) (d^\lambda_{k-1} - D(w_{k-1}, \lambda_{k-1})), \\
-        w_{k+1} &= w_k - \rho\, d^w_k, \qquad \lambda_{k+1} = \lambda_k - \gamma\, d^\lambda_k,
+    $$
+    \begin{aligned}
+    d^w_k &= \partial_w f(w_k, \lambda_k) + (1 - \eta) (d^w_{k-1} - \partial_w f(w_{k-1}, \lambda_{k-1})), \\
+    d^\lambda_k &= D(w_k, \lambda_k) + (1 - \eta) (d^\lambda_{k-1} - D(w_{k-1}, \lambda_{k-1})), \\
+    w_{k+1} &= w_k - \rho\, d^w_k, \qquad \lambda_{k+1} = \lambda_k - \gamma\, d^\lambda_k,
+    \end{aligned}
+    $$
 
     old and new taken on the same batches.
 
     The paper's steps are `Power(., 1/3)` for w and lambda and `Power(eta, 2/3)`, the series' step constant. At the
-    first iteration :math:`\eta = 1`. Biased by the remainder of the series.
+    first iteration $\eta = 1$. Biased by the remainder of the series.
     Cost per iteration: 2 inner gradients, 2 outer gradients, 2Q Hessian-vector products, 2 mixed products; 1 + Q inner
     batches. `State.memory` is `((w, lam) before the last update, d_w, d_lam)`.
 

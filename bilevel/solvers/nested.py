@@ -37,11 +37,11 @@ class NestedState(NamedTuple):
 @register
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    r"""One outer iteration: :math:`\lambda \leftarrow \Pi(\lambda + \mathrm{update}(\hat\nabla F(\lambda)))`.
+    r"""One outer iteration: $\lambda \leftarrow \Pi(\lambda + \mathrm{update}(\hat\nabla F(\lambda)))$.
 
     Args:
       problem: the bilevel problem.
-      hypergradient: how :math:`\hat\nabla F` is estimated.
+      hypergradient: how $\hat\nabla F$ is estimated.
       outer_optimizer: an `optax.GradientTransformation`; it sees `outer` with None at leaves that are not inexact, and
         in free coordinates where `Problem.domain` bounds it.
       inner_start: `"warm"` continues training where the last outer iteration ended (its start is then a constant);

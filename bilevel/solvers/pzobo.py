@@ -18,21 +18,21 @@ from bilevel.solvers.stochastic import Calls, Iterate, Iteration, Stochastic, de
 @register
 @dataclasses.dataclass(frozen=True)
 class PZOBO(Stochastic):
-    r"""PZOBO: with :math:`w^T(\lambda)` the result of T inner steps from :math:`w` and Gaussian :math:`u_1, \dots,
-    u_J`,
+    r"""PZOBO: with $w^T(\lambda)$ the result of T inner steps from $w$ and Gaussian $u_1, \dots,
+    u_J$,
 
-    .. math::
+    $$
+    \lambda \leftarrow \lambda - \gamma \Big(\partial_\lambda F + \frac1J \sum_j
+        \Big\langle \frac{w^T(\lambda + \mu u_j) - w^T(\lambda)}{\mu},\, \partial_w F \Big\rangle\, u_j \Big),
+    \qquad w \leftarrow w^T(\lambda),
+    $$
 
-        \lambda \leftarrow \lambda - \gamma \Big(\partial_\lambda F + \frac1J \sum_j
-            \Big\langle \frac{w^T(\lambda + \mu u_j) - w^T(\lambda)}{\mu},\, \partial_w F \Big\rangle\, u_j \Big),
-        \qquad w \leftarrow w^T(\lambda),
-
-    :math:`F` taken at :math:`(w^T(\lambda), \lambda)` and all trainings on the same batches. Where `Problem.domain`
-    bounds :math:`\lambda`, it is the free variable that is perturbed, so that no training leaves the domain.
+    $F$ taken at $(w^T(\lambda), \lambda)$ and all trainings on the same batches. Where `Problem.domain`
+    bounds $\lambda$, it is the free variable that is perturbed, so that no training leaves the domain.
 
     Constant steps. Biased in two ways: it estimates the hypergradient of T unrolled steps from a constant start, and
-    finite differences add :math:`O(\mu)` times the curvature of the training map (0 where that is linear). Its variance
-    grows with the dimension of :math:`\lambda` over J, and vanishes with the hypergradient's indirect part.
+    finite differences add $O(\mu)$ times the curvature of the training map (0 where that is linear). Its variance
+    grows with the dimension of $\lambda$ over J, and vanishes with the hypergradient's indirect part.
     Cost per iteration: T(1 + J) inner gradients, 1 outer gradient; T inner batches. No memory.
 
     Args:

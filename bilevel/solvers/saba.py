@@ -30,12 +30,12 @@ class Table(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class SABA(Stochastic):
     r"""SABA: the updates of `SOBA`, each of its five terms replaced by its SAGA estimate. For a term g, table T and the
-    drawn mini-batch j, a share :math:`p_j` of the data,
+    drawn mini-batch j, a share $p_j$ of the data,
 
-    .. math::
-
-        \hat g = g_j - T_j + \bar T, \qquad \bar T \leftarrow \bar T + p_j (g_j - T_j), \qquad T_j \leftarrow g_j,
-        \qquad \bar T = \sum_j p_j T_j \text{ at all times.}
+    $$
+    \hat g = g_j - T_j + \bar T, \qquad \bar T \leftarrow \bar T + p_j (g_j - T_j), \qquad T_j \leftarrow g_j,
+    \qquad \bar T = \sum_j p_j T_j \text{ at all times.}
+    $$
 
     The data are cut into fixed mini-batches of b consecutive rows, as many as a batch has; the last may be smaller.
     The last row of an `Indexed` batch says which of them is drawn. With `Batches(..., order="rows")` each is drawn in

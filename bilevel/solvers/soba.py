@@ -15,15 +15,17 @@ from bilevel.trees import PyTree
 @register
 @dataclasses.dataclass(frozen=True)
 class SOBA(Stochastic):
-    r"""SOBA: with :math:`v` kept from one iteration to the next,
+    r"""SOBA: with $v$ kept from one iteration to the next,
 
-    .. math::
+    $$
+    \begin{aligned}
+    w &\leftarrow w - \rho\, \partial_w f, \\
+    v &\leftarrow v - \rho_v\, (H v - \partial_w F), \\
+    \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    \end{aligned}
+    $$
 
-        w &\leftarrow w - \rho\, \partial_w f, \\
-        v &\leftarrow v - \rho_v\, (H v - \partial_w F), \\
-        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
-
-    all taken at the old :math:`(w, v, \lambda)`, on one inner and one outer batch.
+    all taken at the old $(w, v, \lambda)$, on one inner and one outer batch.
 
     The paper's steps are `Power(rho, 1/2)` and `Power(gamma, 1/2)`; constant ones leave a plateau in proportion to
     them.

@@ -28,13 +28,13 @@ from bilevel.trees import PyTree
 @register
 @dataclasses.dataclass(frozen=True)
 class SRBA(Stochastic):
-    r"""SRBA: `SOBA` along :math:`d = (d_w, d_v, d_\lambda)`, where D stacks SOBA's three directions at
-    :math:`u = (w, v, \lambda)` and
+    r"""SRBA: `SOBA` along $d = (d_w, d_v, d_\lambda)$, where D stacks SOBA's three directions at
+    $u = (w, v, \lambda)$ and
 
-    .. math::
-
-        d_k = \begin{cases} D(u_k) \text{ on all data} & k \equiv 0 \mod q, \\
-              d_{k-1} + D_{b}(u_k) - D_{b}(u_{k-1}) \text{ on one batch } b & \text{otherwise.} \end{cases}
+    $$
+    d_k = \begin{cases} D(u_k) \text{ on all data} & k \equiv 0 \mod q, \\
+          d_{k-1} + D_{b}(u_k) - D_{b}(u_{k-1}) \text{ on one batch } b & \text{otherwise.} \end{cases}
+    $$
 
     Constant steps; linear convergence on strongly convex finite sums. The paper's period is of the order of the number
     of batches in the data.

@@ -16,14 +16,16 @@ from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
 class StocBiO(Stochastic):
     r"""stocBiO: T warm-started inner SGD steps, then
 
-    .. math::
-
-        v &= \eta \sum_{q=0}^{Q} \prod_{j=1}^{q} (I - \eta H_j)\, \partial_w F \approx H^{-1} \partial_w F, \\
-        \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    $$
+    \begin{aligned}
+    v &= \eta \sum_{q=0}^{Q} \prod_{j=1}^{q} (I - \eta H_j)\, \partial_w F \approx H^{-1} \partial_w F, \\
+    \lambda &\leftarrow \lambda - \gamma\, (\partial_\lambda F - C v),
+    \end{aligned}
+    $$
 
     every inner call on a batch of its own.
 
-    Constant steps. Biased by the remainder of the series, :math:`(I - \eta H)^{Q+1} H^{-1} \partial_w F`.
+    Constant steps. Biased by the remainder of the series, $(I - \eta H)^{Q+1} H^{-1} \partial_w F$.
     Cost per iteration: T inner gradients, 1 outer gradient, Q Hessian-vector products, 1 mixed product; T + Q + 1 inner
     batches. No memory.
 

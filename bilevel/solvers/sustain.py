@@ -14,7 +14,7 @@ from bilevel.solvers.iterations import random_neumann
 class SUSTAIN(DoubleMomentum):
     r"""SUSTAIN: the updates of `MRBO`, recursive momentum on both variables, with one random term of the Neumann series
 
-    .. math:: v = Q \eta_v \prod_{j=1}^{p} (I - \eta_v H_j)\, \partial_w F, \qquad p \sim U\{0, \dots, Q - 1\},
+    $$ v = Q \eta_v \prod_{j=1}^{p} (I - \eta_v H_j)\, \partial_w F, \qquad p \sim U\{0, \dots, Q - 1\}, $$
 
     the same p and the same batches at the old and the new point.
 

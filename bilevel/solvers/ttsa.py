@@ -14,16 +14,18 @@ from bilevel.solvers.stochastic import Iterate, Iteration, StepSize, Stochastic
 @register
 @dataclasses.dataclass(frozen=True)
 class TTSA(Stochastic):
-    r"""TTSA: the iteration of `BSA` with a single inner step, :math:`w` moving on a faster time scale than
-    :math:`\lambda`:
+    r"""TTSA: the iteration of `BSA` with a single inner step, $w$ moving on a faster time scale than
+    $\lambda$:
 
-    .. math::
+    $$
+    \begin{aligned}
+    w &\leftarrow w - \rho\, \partial_w f, \\
+    \lambda &\leftarrow \Pi\big(\lambda - \gamma\, (\partial_\lambda F - C v)\big), \qquad
+    v = Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, \partial_w F, \quad p \sim U\{0, \dots, Q - 1\}.
+    \end{aligned}
+    $$
 
-        w &\leftarrow w - \rho\, \partial_w f, \\
-        \lambda &\leftarrow \Pi\big(\lambda - \gamma\, (\partial_\lambda F - C v)\big), \qquad
-        v = Q \eta \prod_{j=1}^{p} (I - \eta H_j)\, \partial_w F, \quad p \sim U\{0, \dots, Q - 1\}.
-
-    The paper's steps are `Power(rho, 2/5)` inside and `Power(gamma, 3/5)` outside, :math:`\eta` constant. Bias as for
+    The paper's steps are `Power(rho, 2/5)` inside and `Power(gamma, 3/5)` outside, $\eta$ constant. Bias as for
     `BSA`.
     Cost per iteration: 1 inner gradient, 1 outer gradient, p Hessian-vector products, 1 mixed product; 1 + Q inner
     batches. No memory.

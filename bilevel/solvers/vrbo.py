@@ -19,17 +19,19 @@ from bilevel.trees import PyTree, moving
 @register
 @dataclasses.dataclass(frozen=True)
 class VRBO(Stochastic):
-    r"""VRBO: with :math:`G = \partial_w f`, :math:`D = \partial_\lambda F - C v` and v by a Neumann series of Q
-    products, at every q-th iteration :math:`(d^w, d^\lambda) = (G, D)` on all data. Then
+    r"""VRBO: with $G = \partial_w f$, $D = \partial_\lambda F - C v$ and v by a Neumann series of Q
+    products, at every q-th iteration $(d^w, d^\lambda) = (G, D)$ on all data. Then
 
-    .. math::
+    $$
+    \begin{aligned}
+    \lambda &\leftarrow \lambda - \gamma\, d^\lambda \quad\text{and, T times on fresh batches,} \\
+    d^w &\leftarrow d^w + G(w, \lambda) - G(w^-, \lambda^-), \\
+    d^\lambda &\leftarrow d^\lambda + D(w, \lambda) - D(w^-, \lambda^-), \\
+    w &\leftarrow w - \rho\, d^w,
+    \end{aligned}
+    $$
 
-        \lambda &\leftarrow \lambda - \gamma\, d^\lambda \quad\text{and, T times on fresh batches,} \\
-        d^w &\leftarrow d^w + G(w, \lambda) - G(w^-, \lambda^-), \\
-        d^\lambda &\leftarrow d^\lambda + D(w, \lambda) - D(w^-, \lambda^-), \\
-        w &\leftarrow w - \rho\, d^w,
-
-    where :math:`(w^-, \lambda^-)` is the point before: at first that before the outer step.
+    where $(w^-, \lambda^-)$ is the point before: at first that before the outer step.
 
     Constant steps. Biased by the remainder of the series.
     Cost per iteration: 2T inner gradients, 2T outer gradients, 2TQ Hessian-vector products, 2T mixed products; T(1 + Q)

@@ -20,12 +20,12 @@ r"""Dropout inside a transformer, described by three words and learnable: where,
 
 (At attention_logits the softmax that follows rescales whatever is dropped: there all five act alike on the hidden
 states.) With p the rate of a position and U uniform on (0, 1), independent or shared as the pattern says, an entry
-has the score :math:`s = \mathrm{logit}(U) - \mathrm{logit}(p)` and is kept by the factor
+has the score $s = \mathrm{logit}(U) - \mathrm{logit}(p)$ and is kept by the factor
 
-.. math:: z = [s \ge 0] \quad\text{(hard)}\qquad\text{or}\qquad z = \mathrm{sigmoid}(s / \tau) \quad\text{(relaxed)};
+$$ z = [s \ge 0] \quad\text{(hard)}\qquad\text{or}\qquad z = \mathrm{sigmoid}(s / \tau) \quad\text{(relaxed)}; $$
 
 P(s >= 0) = 1 - p. The relaxed factor (binary concrete: Maddison et al. 2017, arXiv 1611.00712) is what makes a rate
-learnable: it is differentiable in p, and tends to the hard one, of the same U, as :math:`\tau \to 0`. A query never
+learnable: it is differentiable in p, and tends to the hard one, of the same U, as $\tau \to 0$. A query never
 loses all its keys: where every visible score is below 0, all are raised until the best one is 0.
 
 The unification is that of Wang et al. 2024, "LoRA Meets Dropout under a Unified Framework", arXiv 2403.00812.

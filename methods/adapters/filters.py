@@ -2,7 +2,7 @@ r"""A low-rank edit of the features that a filter lets through, as a hook.
 
 At a site with output h, `[..., d]`,
 
-.. math:: y = h + a g\, ((c(h) \odot h)\, C)\, D, \qquad C \in R^{d \times q},\; D \in R^{q \times d},
+$$ y = h + a g\, ((c(h) \odot h)\, C)\, D, \qquad C \in R^{d \times q},\; D \in R^{q \times d}, $$
 
 with a scale a and a gate g for each layer, and the filter c(h) one of
 

@@ -1,6 +1,6 @@
 r"""Stochastic gates on the rows and columns of frozen linears, as a hook; tied where the wiring of a block asks for it.
 
-A gate has one number l, an activation :math:`\omega \in [0, 1]` that is random in training, and a probability P of
+A gate has one number l, an activation $\omega \in [0, 1]$ that is random in training, and a probability P of
 being open, whose sum is the smooth stand-in for the number of open gates:
 
     stg             mu = tanh(l),  omega = clip(mu + 1/2 + 0.1 e, 0, 1),  e ~ N(0, 1)       P = Phi((mu + 1/2) / 0.5)

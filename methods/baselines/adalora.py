@@ -1,17 +1,17 @@
 r"""AdaLoRA: start with too many ranks everywhere, and take away the least important ones during training.
 
-Published (Zhang et al. 2023, arXiv 2303.10512): the update is :math:`P \Lambda Q` with P, Q kept orthogonal by a
-penalty :math:`\gamma (\|P^\top P - I\|^2 + \|Q Q^\top - I\|^2)` and :math:`\Lambda = 0` at the start. The importance of
+Published (Zhang et al. 2023, arXiv 2303.10512): the update is $P \Lambda Q$ with P, Q kept orthogonal by a
+penalty $\gamma (\|P^\top P - I\|^2 + \|Q Q^\top - I\|^2)$ and $\Lambda = 0$ at the start. The importance of
 a number is its sensitivity |w dL/dw|, smoothed, times the smoothed distance from that mean; that of triplet j is
 
-.. math:: S_j = s(\lambda_j) + \mathrm{mean}_i\, s(P_{ij}) + \mathrm{mean}_i\, s(Q_{ji}).
+$$ S_j = s(\lambda_j) + \mathrm{mean}_i\, s(P_{ij}) + \mathrm{mean}_i\, s(Q_{ji}). $$
 
-After each step :math:`\Lambda` is set to 0 outside the b(t) triplets of largest S; b falls from b(0) to its target
+After each step $\Lambda$ is set to 0 outside the b(t) triplets of largest S; b falls from b(0) to its target
 along a cubic, after a warm-up, and stays there for the last steps. A triplet set to 0 may return while b falls.
 
 Our choice: b(0) is every rank of LoRA and the target is the share of them that the budget allows (published: 1.5 times
 the target at the start); warm-up a tenth, last part three tenths of the steps; both averages decay by 0.85;
-:math:`\gamma` = 0.1. The factor of the update is LoRA's alpha / r.
+$\gamma$ = 0.1. The factor of the update is LoRA's alpha / r.
 """
 
 from __future__ import annotations

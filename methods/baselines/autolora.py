@@ -1,7 +1,7 @@
 r"""AutoLoRA: a weight for every rank, learned on held-out rows; ranks above the average stay.
 
-Published (Zhang et al. 2024, arXiv 2403.09113): :math:`\Delta W = \sum_j \mathrm{softmax}(\alpha)_j\, a_j b_j` with
-one :math:`\alpha \in R^r` a module; A, B are trained on one part of the data and alpha on the other, through one step
+Published (Zhang et al. 2024, arXiv 2403.09113): $\Delta W = \sum_j \mathrm{softmax}(\alpha)_j\, a_j b_j$ with
+one $\alpha \in R^r$ a module; A, B are trained on one part of the data and alpha on the other, through one step
 of training by DARTS's finite differences; the ranks with weight at least 1 / r are kept, and trained anew with plain
 LoRA. Adam at the same learning rate on both levels.
 

@@ -1,10 +1,10 @@
 r"""BiLoRA: singular vectors trained on one part of the data, singular values on the other.
 
-Published (Qiang et al. 2024, arXiv 2403.13037): :math:`\Delta W = P \Lambda Q`; the lower level trains P, Q on one
-part with a penalty that keeps them orthogonal, the upper level trains :math:`\Lambda` on the other part through one
+Published (Qiang et al. 2024, arXiv 2403.13037): $\Delta W = P \Lambda Q$; the lower level trains P, Q on one
+part with a penalty that keeps them orthogonal, the upper level trains $\Lambda$ on the other part through one
 step; nothing is trained again. The point is less overfitting, not a selection: every module stays.
 
-Our choice: :math:`\Lambda` is real and starts at 1, P as LoRA's A and Q = 0, so that the search starts at the
+Our choice: $\Lambda$ is real and starts at 1, P as LoRA's A and Q = 0, so that the search starts at the
 pretrained model; the penalty, of weight 0.1, is on P alone (a Q that starts at 0 has no directions yet); the upper
 gradient is the exact unrolled one of a single Adam step (published: finite differences).
 """
@@ -23,7 +23,7 @@ from methods.baselines.base import Found, PerSite, Setting, found, search
 
 
 def orthogonality(params: PyTree) -> jax.Array:
-    r""":math:`\|P^\top P - I\|_F^2`, summed over modules, the columns of P brought to length 1."""
+    r"""$\|P^\top P - I\|_F^2$, summed over modules, the columns of P brought to length 1."""
     total = jnp.zeros(())
     for leaves in params.values():
         p = leaves["a"] / jnp.linalg.norm(leaves["a"], axis=1, keepdims=True)

@@ -46,7 +46,7 @@ def handed_back(setting: Setting, params: PyTree, mask: PerSite, scores: PerSite
 
 
 def orthogonality(factors: PyTree) -> jax.Array:
-    r""":math:`\|P^\top P - I\|_F^2 + \|Q Q^\top - I\|_F^2`, summed over modules."""
+    r"""$\|P^\top P - I\|_F^2 + \|Q Q^\top - I\|_F^2$, summed over modules."""
 
     def distance(gram: jax.Array) -> jax.Array:
         return jnp.sum((gram - jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]) ** 2)

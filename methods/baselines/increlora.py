@@ -2,7 +2,7 @@ r"""IncreLoRA: start with one rank everywhere, and give the most important modul
 
 Published (Zhang et al. 2023, arXiv 2308.12043): the update is P diag(v) Q with the orthogonality penalty of AdaLoRA.
 After a warm-up, at every interval, the h most important modules get one rank more, until the average rank is reached.
-The importance of a module is :math:`\sum |w\, dL/dw| / \sqrt{n}` over its n numbers, smoothed, times its smoothed
+The importance of a module is $\sum |w\, dL/dw| / \sqrt{n}$ over its n numbers, smoothed, times its smoothed
 distance from that mean. Every module keeps one component in reserve whose value is fixed at 1e-5 ("advance learning"):
 P and Q of a rank are trained before it is given out.
 

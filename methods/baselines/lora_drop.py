@@ -2,7 +2,7 @@ r"""LoRA-drop: keep LoRA where its output is large, let all other layers share o
 
 Published (Zhou et al. 2024, arXiv 2402.07721): LoRA is trained for a few steps; the importance of a layer is
 
-.. math:: I_i = \sum_x \|s\, x A_i B_i\|^2 \Big/ \sum_j \sum_x \|s\, x A_j B_j\|^2
+$$ I_i = \sum_x \|s\, x A_i B_i\|^2 \Big/ \sum_j \sum_x \|s\, x A_j B_j\|^2 $$
 
 over a sample of the training data; the most important layers, until their importances sum to a threshold, keep a LoRA
 of their own, and the others share one.
@@ -57,7 +57,7 @@ class Tapped:
 
 
 def output_norms(loss: Callable[[Hook], jax.Array], lora: LoRA) -> PerSite:
-    r"""Squared norm of every module's output, :math:`\sum_x \|s\, x A B\|^2`: `{site: [L]}`.
+    r"""Squared norm of every module's output, $\sum_x \|s\, x A B\|^2$: `{site: [L]}`.
 
     The x are those that `loss(adapt)`, any scalar of the model's output, sends through it.
     """

@@ -3,7 +3,7 @@ r"""LoRTA: the updates of all layers, heads and linears as one tensor of low ran
 Published (Hounie et al. 2024, arXiv 2410.04060): the updates, stacked over layers l, linears m and heads h, are one
 5-way tensor with a CP decomposition of rank r,
 
-.. math:: \Delta W_{lm}[i, (h, d)] = s \sum_{j=1}^r A_{ij}\, D_{dj}\, H_{hj}\, L_{lj}\, M_{mj},
+$$ \Delta W_{lm}[i, (h, d)] = s \sum_{j=1}^r A_{ij}\, D_{dj}\, H_{hj}\, L_{lj}\, M_{mj}, $$
 
 one to two orders of magnitude fewer parameters than LoRA. The factor of the layers is a learned scale a layer and rank:
 Flexora's gate is the special case that ties it over ranks.

@@ -3,9 +3,9 @@ r"""SAM, second-order approximation: train the single entries of the weights who
 Published (Fu et al. 2023, arXiv 2211.15583): parameter-efficient tuning as a sparse mask on the weights. With the loss
 expanded to second order and its Hessian taken diagonal and the same everywhere, changing entry i is worth
 
-.. math:: \max_{\delta} -g_i \delta - \tfrac{h}{2} \delta^2 = g_i^2 / 2h,
+$$ \max_{\delta} -g_i \delta - \tfrac{h}{2} \delta^2 = g_i^2 / 2h, $$
 
-so the mask is the entries of largest :math:`g_i^2`; it is chosen once, before training.
+so the mask is the entries of largest $g_i^2$; it is chosen once, before training.
 
 Our choice: the entries compete within the linears that LoRA would adapt; there are as many as LoRA's budget has
 parameters; g is the gradient of one batch of at most 256 training rows. The update is a masked matrix, not a product:

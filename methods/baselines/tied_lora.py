@@ -1,7 +1,7 @@
 r"""Tied-LoRA: one A and one B for all layers, told apart by two vectors a layer.
 
-Published (Renduchintala et al. 2023, arXiv 2311.09578): :math:`\Delta W_l = A\, \mathrm{diag}(u_l)\, B\,
-\mathrm{diag}(v_l)` with A, B tied across layers; A, B, u and v may each be trained or frozen.
+Published (Renduchintala et al. 2023, arXiv 2311.09578): $\Delta W_l = A\, \mathrm{diag}(u_l)\, B\,
+\mathrm{diag}(v_l)$ with A, B tied across layers; A, B, u and v may each be trained or frozen.
 
 Our choice: A and B are tied across layers only, not across the linears of a layer (which may differ in size); u and v
 start at 1 and B at 0; all four are trained unless `trained` says otherwise.

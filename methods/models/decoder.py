@@ -1,6 +1,6 @@
 r"""The Llama family of decoders in flax linen: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 1, 2 and 3.
 
-One block, with N the RMS norm, :math:`N(x) = x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w`:
+One block, with N the RMS norm, $N(x) = x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w$:
 
     x <- x + W_o attention(W_q N(x), W_k N(x), W_v N(x))
     x <- x + W_down (act(W_gate N(x)) * W_up N(x))

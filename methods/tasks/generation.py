@@ -150,8 +150,10 @@ def rouge_l(predictions: Sequence[str], targets: Sequence[Sequence[str]]) -> flo
 def cider(predictions: Sequence[str], targets: Sequence[Sequence[str]], longest: int = 4, sigma: float = 6.0) -> float:
     r"""Mean CIDEr-D.
 
-    .. math:: \frac{10}{N R} \sum_{n=1}^{N} \sum_{r} e^{-(l_p - l_r)^2 / 2 \sigma^2}
-        \frac{\min(g_n(p), g_n(r)) \cdot g_n(r)}{|g_n(p)| |g_n(r)|}
+    $$
+    \frac{10}{N R} \sum_{n=1}^{N} \sum_{r} e^{-(l_p - l_r)^2 / 2 \sigma^2}
+      \frac{\min(g_n(p), g_n(r)) \cdot g_n(r)}{|g_n(p)| |g_n(r)|}
+    $$
 
     with g_n(s) the counts of the n-word sequences of s, each times log(M / in how many of the M reference sets it is).
     Vedantam, Zitnick, Parikh, 2015. arXiv:1411.5726.

@@ -70,7 +70,7 @@ def answer_prediction(
 
 
 def bidirectional_kl(first: jax.Array, second: jax.Array, mask: jax.Array) -> jax.Array:
-    r""":math:`\frac12 [KL(P_1 \| P_2) + KL(P_2 \| P_1)]` in nats, the mean where `mask`; 0 for equal predictions.
+    r"""$\frac12 [KL(P_1 \| P_2) + KL(P_2 \| P_1)]$ in nats, the mean where `mask`; 0 for equal predictions.
 
     Args:
       first, second: logits `[..., C]` of two passes.
@@ -83,7 +83,7 @@ def bidirectional_kl(first: jax.Array, second: jax.Array, mask: jax.Array) -> ja
 
 
 def jensen_shannon(first: jax.Array, second: jax.Array, mask: jax.Array) -> jax.Array:
-    r""":math:`\frac12 [KL(P_1 \| M) + KL(P_2 \| M)]`, :math:`M = (P_1 + P_2) / 2`, as `bidirectional_kl` otherwise."""
+    r"""$\frac12 [KL(P_1 \| M) + KL(P_2 \| M)]$, $M = (P_1 + P_2) / 2$, as `bidirectional_kl` otherwise."""
     a, b = (jax.nn.log_softmax(_wide(x)) for x in (first, second))
     middle = jnp.logaddexp(a, b) - jnp.log(jnp.asarray(2, a.dtype))
     return _mean(0.5 * (jnp.exp(a) * (a - middle) + jnp.exp(b) * (b - middle)).sum(axis=-1), mask)

@@ -4,7 +4,7 @@ from benchopt import BaseDataset
 
 
 class Dataset(BaseDataset):
-    r"""Inner loss: mean cross-entropy plus :math:`\tfrac12 \sum_c e^{x_c} \|z_{:,c}\|^2`; z is a linear classifier on
+    r"""Inner loss: mean cross-entropy plus $\tfrac12 \sum_c e^{x_c} \|z_{:,c}\|^2$; z is a linear classifier on
     54 features and 7 classes. Outer loss: mean cross-entropy on validation rows, a fifth of the training file. Starts
     at z = 0, x = -2.
 

@@ -4,8 +4,8 @@ from benchopt import BaseDataset
 
 
 class Dataset(BaseDataset):
-    r"""Inner loss: mean logistic loss of 49,990 rows, plus :math:`\tfrac12 \sum_j e^{x_j} z_j^2` over 22 features.
-    Outer loss: mean logistic loss of 91,701 rows. Starts at :math:`z \sim N(0, I)`, :math:`x = \log U(0, 1)`.
+    r"""Inner loss: mean logistic loss of 49,990 rows, plus $\tfrac12 \sum_j e^{x_j} z_j^2$ over 22 features.
+    Outer loss: mean logistic loss of 91,701 rows. Starts at $z \sim N(0, I)$, $x = \log U(0, 1)$.
 
     Metrics: `value_func` is h(x), `value` the squared norm of its gradient, `inner_distance` the squared distance of z
     from the inner solution: by Newton's method in float64.

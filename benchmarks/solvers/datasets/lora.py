@@ -5,9 +5,9 @@ from benchopt import BaseDataset
 
 class Dataset(BaseDataset):
     r"""A random decoder misses a low-rank update that its teacher has on `planted` of its `layers`. Inner variable:
-    LoRA on all layers. Outer variable: one logit a layer, whose gate is :math:`n\,\mathrm{softmax}(x)`. Both losses are
-    :math:`\mathrm{KL}(p_{teacher} \| p_{student})`, a mean over tokens, on `rows` sequences each; the inner one has
-    :math:`\tfrac{decay}{2}\|z\|^2` beside. Starts at x = 0 and LoRA's usual start. Not convex.
+    LoRA on all layers. Outer variable: one logit a layer, whose gate is $n\,\mathrm{softmax}(x)$. Both losses are
+    $\mathrm{KL}(p_{teacher} \| p_{student})$, a mean over tokens, on `rows` sequences each; the inner one has
+    $\tfrac{decay}{2}\|z\|^2$ beside. Starts at x = 0 and LoRA's usual start. Not convex.
 
     Metrics: `val_loss`, `test_loss` on as many sequences of their own; `planted_share`, the gates' mean share on the
     planted layers, `planted / layers` at the start; `value` is `val_loss`.

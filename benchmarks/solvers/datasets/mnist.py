@@ -4,7 +4,7 @@ from benchopt import BaseDataset
 
 
 class Dataset(BaseDataset):
-    r"""Inner loss: :math:`\frac1n \sum_i \sigma(x_i)\, \mathrm{CE}_i(z) + 0.2 \|z\|^2` over 20,000 rows, a share
+    r"""Inner loss: $\frac1n \sum_i \sigma(x_i)\, \mathrm{CE}_i(z) + 0.2 \|z\|^2$ over 20,000 rows, a share
     `ratio` of whose labels are replaced by a uniformly random class; z is a linear classifier. Outer loss: mean
     cross-entropy of 5,000 clean rows. Starts at z = 0, x = -2.
 

@@ -4,15 +4,15 @@ from benchopt import BaseDataset
 
 
 class Dataset(BaseDataset):
-    r"""With :math:`i` over `n_samples` terms of each loss,
+    r"""With $i$ over `n_samples` terms of each loss,
 
-    .. math::
+    $$
+    \ell(z, x) = \frac1n \sum_i \tfrac12 (a_i^\top z)^2 + \tfrac12 (b_i^\top x)^2 + (p_i^\top x)(q_i^\top z)
+                 + c_i^\top z + d_i^\top x,
+    $$
 
-        \ell(z, x) = \frac1n \sum_i \tfrac12 (a_i^\top z)^2 + \tfrac12 (b_i^\top x)^2 + (p_i^\top x)(q_i^\top z)
-                     + c_i^\top z + d_i^\top x,
-
-    for the inner and for the outer loss, with data of their own. The means of :math:`a a^\top` have eigenvalues near
-    [`mu`, 1], those of :math:`b b^\top` near {0} and [`mu`, 1], those of the coupling near `coupling`. Drawn anew until
+    for the inner and for the outer loss, with data of their own. The means of $a a^\top$ have eigenvalues near
+    [`mu`, 1], those of $b b^\top$ near {0} and [`mu`, 1], those of the coupling near `coupling`. Drawn anew until
     the value function h is convex. Starts at z = 0, x = -2.
 
     Metrics: `func` is h(x), `value` the squared norm of its gradient, `inner_distance` the squared distance of z from

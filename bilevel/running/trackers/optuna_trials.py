@@ -20,7 +20,7 @@ class OptunaPruning(Tracker):
     Optuna searches what has no gradient (inner steps, ranks, optimizers, batch sizes); inside each trial the engine
     finds the rest by its hypergradient. At every step s that is a multiple of `every` the trial is told
 
-    .. math:: \frac{1}{n} \sum_{i = s - n + 1}^{s} \text{metric}_i, \qquad n = \text{every},
+    $$ \frac{1}{n} \sum_{i = s - n + 1}^{s} \text{metric}_i, \qquad n = \text{every}, $$
 
     the mean since the last report: the outer loss of one mini-batch is too noisy to prune by. (Where a run is resumed
     between two reports, the mean is over the steps since then.) If the study's pruner then says so, the run ends
