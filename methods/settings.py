@@ -115,7 +115,7 @@ class Running:
       seed: of the data split, the start values and the batches.
       quiet: show no progress; what is wrong, and where the page is, is said all the same.
       track: where metrics go besides metrics.jsonl: to the folder tensorboard in --out, or to the project or experiment
-        "bilevel" of a service ($WANDB_PROJECT, $MLFLOW_EXPERIMENT_NAME). A service that fails ends no training.
+        "bilevel" of a service (`WANDB_PROJECT`, `MLFLOW_EXPERIMENT_NAME`). A service that fails ends no training.
       mesh: devices to compute on, such as data=8, fsdp=8 or data=4,fsdp=2: rows are split over all of them, frozen
         weights over those of fsdp. The numbers are those of one device, to rounding, and a run goes on with another.
       coordinator: HOST:PORT of the first of several processes that compute together, the same in all of them; "auto"

