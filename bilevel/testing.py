@@ -87,8 +87,9 @@ def central_differences(
       >>> with jax.enable_x64(True):
       ...     problem, train, val = ridge()
       ...     hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      ...     outer = jax.numpy.zeros(())
       ...     slope = central_differences(
-      ...         problem, hypergradient, None, jax.numpy.zeros(()), bilevel.FullBatch(train), val, jax.random.key(0)
+      ...         problem, hypergradient, None, outer, bilevel.FullBatch(train), val, jax.random.key(0)
       ...     )
       >>> round(float(slope), 6)
       0.142875
@@ -190,7 +191,8 @@ class HypergradientCheck(Agreement):
       >>> import bilevel, optax
       >>> from bilevel.testing import check_hypergradient, ridge
       >>> problem, train, val = ridge()
-      >>> check = check_hypergradient(problem, bilevel.OneStep(optax.sgd(0.5), 20), inner_data=train, outer_data=val)
+      >>> one_step = bilevel.OneStep(optax.sgd(0.5), steps=20)
+      >>> check = check_hypergradient(problem, one_step, inner_data=train, outer_data=val)
       >>> check.verdict, round(check.error, 3), [leaf.name for leaf in check.leaves]
       ('biased', 0.252, ['outer'])
     """

@@ -56,6 +56,7 @@ from methods.settings import Settings
 from methods.tasks import METRICS
 
 SCORES = ("hypergradient", "singular-values")
+"""What a unit may be ranked by."""
 HALF, SLOWER = 0.5, 0.1
 """What a rank-one component is multiplied by where its score is 0, and the rate through which it is scored."""
 START = "start"

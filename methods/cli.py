@@ -35,6 +35,7 @@ COMMANDS = {
     "select-data": Row("methods.select_data", "keep the training rows that serve the validation loss"),
     "report": Row("methods.side_by_side", "put finished runs side by side"),
 }
+"""The commands that `bilevel --help` lists."""
 
 USAGE = """usage: bilevel METHOD [--preset NAME] [options]
        bilevel METHOD --config FILE [options]

@@ -13,9 +13,9 @@ taken out of the model: `methods.adapters.slicing`. The penalty can be met witho
 0), so that only counted weights are reported. Three levels:
 
     outer "none"       everything is trained on the training rows; as published
-    outer "gates"      gates minimise the validation loss and the penalty; biases (and LoRA) are the inner variable
-    outer "sparsity"   gates are inner too; log lambda_s, and how the layers share the budget, are outer. Both act in
-                       training alone, so a first-order gradient of them is exactly 0; |x| is smoothed
+    outer "gates"      gates minimise the validation loss and the penalty; biases (and LoRA) are inner
+    outer "sparsity"   gates are inner too; log lambda_s, and how the layers share the budget, are outer. Both
+                       act in training alone, so a first-order gradient of them is exactly 0; |x| is smoothed
 
 Svirsky, Refael, Lindenbaum, "LLMs Finetuning with (Compression using) Stochastic Gates", arXiv 2412.12951. Penalty,
 gate parametrisation and start values are those of the authors' released code; tied gates are ours.

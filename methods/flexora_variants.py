@@ -58,6 +58,7 @@ class Variant:
 
 
 PAPER = Variant()
+"""What the paper says."""
 
 RELEASED = Variant(
     gate_power=3,
@@ -79,6 +80,7 @@ RELEASED = Variant(
         "labels: a task that is answered by a head has no text, and so no mark of its end",
     ),
 )
+"""What the released code computes, beside what `RELEASED_OPTIONS` sets."""
 
 PAPER_OPTIONS: dict[str, Any] = {
     "hypergradient": "unrolled",

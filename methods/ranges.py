@@ -52,6 +52,7 @@ class Range:
 
 Seed = Annotated[int, Range(0, LARGEST)]
 Count = Annotated[int, Range(1, LARGEST)]
+"""A count of at least 1."""
 CountOrNone = Annotated[int, Range(0, LARGEST)]
 """A count for which 0 means none, or all."""
 Kept = Annotated[int, Range(1, 100_000)]
@@ -59,7 +60,9 @@ Kept = Annotated[int, Range(1, 100_000)]
 Repeats = Annotated[int, Range(1, 1_000)]
 RepeatsOrNone = Annotated[int, Range(0, 1_000)]
 Positive = Annotated[float, Range(0, LARGEST_FLOAT, above=True)]
+"""A number above 0."""
 NotNegative = Annotated[float, Range(0, LARGEST_FLOAT)]
+"""A number of at least 0."""
 Share = Annotated[float, Range(0, 1, above=True)]
 """A share of a whole, some of which there must be."""
 

@@ -7,7 +7,7 @@ from:
     residual_attention   u <- x + s x A B + attention          the attention residual (residual_1)
     residual_ffn         y <- u + s u A B + feed-forward       the feed-forward residual (residual_2)
     block_hidden         y <- y + s x A B                      across the block (shortcut_sa)
-    ffn_input            u <- u + s u' A B, u' of block l - 1  across to the next block (shortcut_ffn); none in block 0
+    ffn_input            u <- u + s u' A B, u' of block l - 1  to the next block (shortcut_ffn), not in block 0
 
 With B = 0 all of them leave the model's function as it is. The authors' code (names in brackets) normalises once more
 after the last two, which changes the pretrained model even where they are off; ours add before a norm that is there

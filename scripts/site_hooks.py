@@ -88,10 +88,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def table(match: re.Match[str]) -> str:
         folder = Path(page.file.abs_src_path).parent
         source = (folder / match[1]).read_text(encoding="utf-8") if match[1] else markdown
-        rows = []
-        for path in entries(source):
+        rows, paths = [], entries(source)
+        for path in paths:
             text = PIPES.sub(without_pipes, sentence(path))
-            rows.append(f"| [`{path if found(path).is_module else path.rpartition('.')[2]}`][{path}] | {text} |")
+            above, _, name = path.rpartition(".")
+            if found(path).is_module:
+                name = path
+            elif above in paths and above.startswith("methods."):  # each method has a `problem` and a `solver`
+                name = f"{above.rpartition('.')[2]}.{name}"
+            rows.append(f"| [`{name}`][{path}] | {text} |")
         return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
     return TABLE.sub(table, markdown)

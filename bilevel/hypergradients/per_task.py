@@ -54,7 +54,8 @@ class PerTask:
       >>> from bilevel.testing import ridge
       >>> problem, train, val = ridge()
       >>> tasks = jax.tree.map(lambda x: jax.numpy.stack([x, x]), (train, val))  # two tasks, here the same
-      >>> solver = bilevel.Nested(problem, bilevel.PerTask(bilevel.Unrolled(optax.sgd(0.5), steps=20)), optax.sgd(1.0))
+      >>> each = bilevel.PerTask(bilevel.Unrolled(optax.sgd(0.5), steps=20))
+      >>> solver = bilevel.Nested(problem, each, optax.sgd(1.0))
       >>> result = bilevel.run(solver, inner_data=bilevel.Batches(tasks, 2), steps=30, progress=False)
       >>> round(math.exp(result.outer), 3)
       0.5

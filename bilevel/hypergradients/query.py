@@ -202,7 +202,8 @@ class Answer(NamedTuple):
       >>> from bilevel.extend import Answer, Trace
       >>> state = bilevel.InnerState(jax.numpy.zeros(2), (), jax.numpy.array(1))
       >>> trace = Trace(jax.numpy.array([4.0]), None)  # the loss of the only inner step
-      >>> answer = Answer(value=jax.numpy.array(0.5), grad=jax.numpy.array(0.1), state=state, trace=trace, aux=None)
+      >>> value, grad = jax.numpy.array(0.5), jax.numpy.array(0.1)
+      >>> answer = Answer(value=value, grad=grad, state=state, trace=trace, aux=None)
       >>> answer.info  # no numbers of its own
       {}
     """

@@ -33,7 +33,8 @@ class InnerState(NamedTuple):
       >>> from bilevel.testing import ridge
       >>> problem, train, val = ridge()
       >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
-      >>> state = hypergradient.solve(problem, None, jax.numpy.zeros(()), bilevel.FullBatch(train), jax.random.key(0))
+      >>> outer, key = jax.numpy.zeros(()), jax.random.key(0)
+      >>> state = hypergradient.solve(problem, None, outer, bilevel.FullBatch(train), key)
       >>> [round(float(w), 3) for w in state.params], int(state.step)
       ([0.75, 0.6], 20)
     """

@@ -77,7 +77,8 @@ class Plan:
       >>> import bilevel, optax
       >>> from bilevel.testing import ridge
       >>> problem, train, val = ridge()
-      >>> plan = bilevel.plan(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), inner_data=train, outer_data=val)
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> plan = bilevel.plan(problem, hypergradient, inner_data=train, outer_data=val)
       >>> plan.steps, plan.chosen.mode
       (20, 'mixed')
     """
@@ -150,8 +151,10 @@ def plan(
       >>> import bilevel, optax
       >>> from bilevel.testing import ridge
       >>> problem, train, val = ridge()
-      >>> plan = bilevel.plan(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), inner_data=train, outer_data=val)
-      >>> plan.row("mixed", "step").evaluations < plan.row("mixed", "sqrt").evaluations  # the price of less memory
+      >>> hypergradient = bilevel.Unrolled(optax.sgd(0.5), steps=20)
+      >>> plan = bilevel.plan(problem, hypergradient, inner_data=train, outer_data=val)
+      >>> every, root = plan.row("mixed", "step"), plan.row("mixed", "sqrt")
+      >>> every.evaluations < root.evaluations  # the price of less memory
       True
     """
     if not isinstance(hypergradient, Unrolled | Replay):

@@ -51,7 +51,7 @@ class Checkpoints:
       >>> import tempfile
       >>> from bilevel.extend import Checkpoints
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     print(Checkpoints(folder).note(steps=10))  # what was noted with the newest checkpoint: there is none
+      ...     print(Checkpoints(folder).note(steps=10))  # noted with the newest checkpoint: there is none
       None
     """
 

@@ -1,9 +1,9 @@
 r"""Dropout inside a transformer, described by three words and learnable: where, in which pattern, compensated how.
 
-    position       what is dropped                              also known as
-    attention_logits    keys, before the softmax                DropKey (Li et al. 2023, arXiv 2208.02646)
-    attention_weights   keys, after the softmax                 DropAttention (Zehui et al. 2019, arXiv 1907.11065)
-    ffn_hidden          hidden features of the feed-forward     HiddenCut (Chen et al. 2021, arXiv 2106.00149)
+    position            what is dropped                     also known as
+    attention_logits    keys, before the softmax            DropKey (Li et al. 2023, arXiv 2208.02646)
+    attention_weights   keys, after the softmax             DropAttention (Zehui et al. 2019, arXiv 1907.11065)
+    ffn_hidden          hidden features of the feed-forward HiddenCut (Chen et al. 2021, arXiv 2106.00149)
     linear_input        what a linear reads
     linear_output       what a linear gives, its adapter's update included
 
@@ -47,7 +47,9 @@ from methods.held import held
 from methods.tasks.loss import DIVERGENCES
 
 POSITIONS = ("attention_logits", "attention_weights", "ffn_hidden", "linear_input", "linear_output")
+"""Where something is dropped."""
 PATTERNS = ("element", "column", "span")
+"""What is dropped together."""
 COMPENSATIONS = ("rescale", "stop_gradient_rescale", "none")
 """Those without a term of the loss; every name in `DIVERGENCES` is one more."""
 

@@ -3,7 +3,7 @@ r"""Stochastic gates on the rows and columns of frozen linears, as a hook; tied 
 A gate has one number l, an activation $\omega \in [0, 1]$ that is random in training, and a probability P of
 being open, whose sum is the smooth stand-in for the number of open gates:
 
-    stg             mu = tanh(l),  omega = clip(mu + 1/2 + 0.1 e, 0, 1),  e ~ N(0, 1)       P = Phi((mu + 1/2) / 0.5)
+    stg             mu = tanh(l),  omega = clip(mu + 1/2 + 0.1 e, 0, 1),  e ~ N(0, 1)   P = Phi((mu + 1/2) / 0.5)
     hard-concrete   s = sigmoid((logit(U) + l) / b),  omega = clip(s (zeta - gamma) + gamma, 0, 1)
                     P = sigmoid(l - b log(-gamma / zeta)),   b = 2/3, gamma = -0.1, zeta = 1.1
 

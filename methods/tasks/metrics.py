@@ -74,3 +74,4 @@ METRICS: dict[str, Metric] = {
     "pearson": pearson,
     "spearman": spearman,
 }
+"""What a classification or a regression may be scored by, by name."""

@@ -10,6 +10,7 @@ from methods.tasks.task import Task
 TASKS: dict[str, Task] = {
     task.name: task for task in (*multiple_choice.TASKS, *glue.TASKS, *arithmetic.TASKS, *e2e.TASKS)
 }
+"""The tasks that every command knows, by name; `register` adds one."""
 
 T = TypeVar("T", bound=Task)
 

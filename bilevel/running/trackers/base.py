@@ -64,7 +64,8 @@ class Tracker(abc.ABC):
       >>> solver, kept = bilevel.SOBA(problem, inner_step=0.5, outer_step=0.5), Kept()
       >>> data = {"inner_data": train, "outer_data": val, "progress": False}
       >>> result = bilevel.run(solver, steps=3, callbacks=[kept], **data)
-      >>> [step for step, _ in kept.rows], kept.settings_told["solver"], kept.settings_told["inner_step"], kept.ended
+      >>> told = kept.settings_told
+      >>> [step for step, _ in kept.rows], told["solver"], told["inner_step"], kept.ended
       ([1, 2, 3], 'SOBA', 0.5, None)
     """
 
