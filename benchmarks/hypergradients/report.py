@@ -208,14 +208,14 @@ def _series(record: Record, problem: str, name: str, field: str, unit: float = 1
 
 
 def _grid(rows: int, columns: int, height: float) -> tuple[Any, Any]:
-    return plt.subplots(rows, columns, figsize=(3.4 * columns, height), layout="constrained", squeeze=False)
+    return plt.subplots(rows, columns, figsize=(3 * columns, height), layout="constrained", squeeze=False)
 
 
 def _schedules(record: Record) -> Any:
     problems = list(dict.fromkeys(row["problem"] for row in record.find(section="estimators")))
     if not problems:
         return None
-    figure, axes = _grid(2, len(problems), 6.2)
+    figure, axes = _grid(2, len(problems), 6.6)
     for column, problem in enumerate(problems):
         for i, name in enumerate(EXACT):
             style = {"color": f"C{i}", "marker": "o", "ms": 3, "lw": 1.3, "label": name}
@@ -239,7 +239,7 @@ def _bias(record: Record) -> Any:
     ]
     if not biased:
         return None
-    figure, axes = _grid(2, len(problems), 6.4)
+    figure, axes = _grid(2, len(problems), 6.8)
     for column, problem in enumerate(problems):
         lengths = sorted({row["steps"] for row in record.find(section="estimators", problem=problem)})
         k = 64 if 64 in lengths else lengths[-1]
@@ -262,7 +262,7 @@ def _peers_figure(record: Record) -> Any:
     if not rows:
         return None
     figure, axes = _grid(1, 2, 4.6)
-    figure.set_size_inches(8.5, 4.6)
+    figure.set_size_inches(9, 5.4)
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         points = sorted((r["steps"], r["seconds"], r["resident"] or float("nan")) for r in rows if r["name"] == name)
         ks, seconds, resident = zip(*points, strict=True)
@@ -287,7 +287,7 @@ def _finish(figure: Any, axes: Any, also: Any = ()) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, lw=0.6)
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
 
 
 if __name__ == "__main__":

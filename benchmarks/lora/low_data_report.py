@@ -212,8 +212,11 @@ def _pruning(records: list[dict[str, Any]], image: str) -> Iterator[str]:
 
 def _pruning_figure(records: list[dict[str, Any]]) -> Any:
     panels = [(record, rows) for record in records for rows in record["runs"][0]]
-    fig, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), layout="constrained")
-    for ax, (record, rows) in zip(np.atleast_1d(axes), panels, strict=True):
+    lines = -(-len(panels) // 2)
+    fig, axes = plt.subplots(lines, 2, figsize=(8, 3 * lines), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (record, rows) in zip(axes.flat, panels, strict=False):
         for kind, color in (("finegates", BLUE), ("magnitude", RED)):
             removed, metric = _arms(record, rows, kind)
             spread = metric.std(axis=1, ddof=1) if metric.shape[1] > 1 else np.zeros(len(metric))
@@ -221,10 +224,11 @@ def _pruning_figure(records: list[dict[str, Any]]) -> Any:
                 100 * removed, metric.mean(1), yerr=spread, color=color, marker="o", ms=4, capsize=3, label=kind
             )
         ax.axhline(_arms(record, rows, "lora")[1].mean(), color="0.5", ls="--", lw=1, label="LoRA, dense")
-        ax.set(title=f"{record['setup']['task']}, {rows} rows", xlabel="removed weights, % (counted)")
+        ax.set(title=f"{record['setup']['task']}, {rows} rows")
         ax.spines[["top", "right"]].set_visible(False)
-    np.atleast_1d(axes)[0].set_ylabel("test metric")
-    np.atleast_1d(axes)[0].legend(frameon=False)
+    fig.supxlabel("removed weights, % (counted)", fontsize="medium")
+    fig.supylabel("test metric", fontsize="medium")
+    axes[0, 0].legend(frameon=False)
     return fig
 
 

@@ -255,7 +255,7 @@ def _line(record: Record, task: str, method: str) -> tuple[str, ...]:
 
 def _real_figure(record: Record) -> Any:
     tasks = _tasks(record)
-    fig, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 3), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(tasks), figsize=(3 * len(tasks), 2.8), sharey=True, layout="constrained")
     methods = list(dict.fromkeys(m for task in tasks for m in _methods(record, task) if m != "uniform"))[::-1]
     for ax, task in zip(np.atleast_1d(axes), tasks, strict=True):
         plan = record.find(plan=task)[0]
@@ -269,9 +269,10 @@ def _real_figure(record: Record) -> Any:
             error = 100 * np.array([[max(mean - low, 0)], [max(high - mean, 0)]])
             ax.errorbar(100 * mean, place, xerr=error, fmt="o", color="#2a6f97", ms=5, capsize=3)
             ax.plot(100 * difference.mean(1), np.full(len(seeds), place - 0.22), ".", color="#9fb8c8", ms=5)
-        ax.set(title=task, xlabel="accuracy − uniform, points", ylim=(-0.6, len(methods) - 0.4))
+        ax.set(title=task, ylim=(-0.6, len(methods) - 0.4))
         ax.set_yticks(range(len(methods)), methods)
         ax.spines[["top", "right"]].set_visible(False)
+    fig.supxlabel("accuracy − uniform, points", fontsize="medium")
     return fig
 
 
