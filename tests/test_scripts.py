@@ -100,3 +100,29 @@ def test_the_demonstration_asks_pip_for_hashes_and_checks_them_again(fetch_demo,
     ((command, requirement),) = asked
     assert {"--require-hashes", "--no-deps", "--only-binary"} <= set(command)
     assert requirement == f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n"
+
+
+@pytest.fixture
+def check_site():
+    yield from script("check_site")
+
+
+def test_links_of_the_site_lead_somewhere(check_site, tmp_path):
+    """Without a browser; `make site` looks at everything else, and first whether it would see each fault."""
+    pages = {
+        "index.html": '<a href="a/#here">a</a> <a href="a/#gone">b</a> <a href="b/">c</a> <a href="https://x.org/">d</a>',
+        "a/index.html": '<h2 id="here">A</h2> <a href="..">up</a> <a href="/">out</a>',
+    }
+    for name, text in pages.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert check_site.broken_links(tmp_path, [tmp_path / name for name in pages]) == {
+        "/bilevel/": ["a link to no anchor of /bilevel/a/: a/#gone", "a link to no page: b/"],
+        "/bilevel/a/": ["a link out of the site: /"],
+    }
+
+
+def test_the_site_is_not_looked_at_without_a_browser(check_site, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path), "--browser", "no-such-browser"])
+    assert check_site.main() == 2
+    assert "apt-get install chromium" in capsys.readouterr().err
