@@ -333,9 +333,8 @@ def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Res
     if len(found) > 1:
         selection["agreement"] = agreement(setup, alone, given.sites, given.num_layers)
     config, mask = budget.adapter(bench.lora, ranks)
-    kind = "CAUSAL_LM" if bench.head is None else "SEQ_CLS"
-    names = bench.pretrained.hf_names
-    selection["peft"], selection["modules"] = peft_settings(config, bench.shapes, names, given.num_layers, mask, kind)
+    told = peft_settings(config, bench.shapes, bench.hf_names, given.num_layers, mask, bench.peft_task)
+    selection["peft"], selection["modules"] = told
     if setup.search_only:
         return Chosen(selection, [])
     rng = np.random.default_rng(setup.seed)
@@ -404,7 +403,8 @@ def page(run: Run) -> Page:
     run.folder.write_text("peft/adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     unit = {"rank": "parameters", "module": "modules", "layer": "layers"}[setup.per]
     lines = [f"- {site}: {_ranks(each)}" for site, each in selection["ranks"].items()]
-    paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent; the rest pays for no other."
+    rest = "" if selection["spent"] == setup.budget else "; the rest pays for no other"
+    paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent{rest}."
     found = f"{paid}\n\n" + "\n".join(lines)
     taken = {
         "hypergradient": f"sums of {setup.outer_steps} hypergradients through {setup.inner_steps} training steps",

@@ -288,7 +288,7 @@ def texts_of(bench: Bench) -> list[str]:
     if isinstance(task, tasks.LanguageModelling):
         tokenizer = bench.pretrained.tokenizer
         return ["".join(span.text for span in task.spans(row, tokenizer)) for row in rows]
-    if not isinstance(task, tasks.Classification):
+    if not isinstance(task, tasks.Classification):  # of a question the right choice alone
         return [pair.prompt + pair.answer for pair in tasks.training_pairs(task, rows, stopped=False)]
     label = lambda value: task.classes[value] if task.classes else f"{value:g}"  # noqa: E731
     return [" / ".join(str(row[field]) for field in task.fields) + f" -> {label(row['label'])}" for row in rows]

@@ -23,7 +23,7 @@ import bilevel
 from methods import fingerprint, mesh, processes, ranges, runfolder, tasks
 from methods.adapters.lora import LoRAConfig
 from methods.causes import reading
-from methods.models.loading import Pretrained, load, locate
+from methods.models.loading import HFNames, Pretrained, load, locate
 from methods.objective import Given, mean_loss, mean_of_row_means, prediction, room
 from methods.runfolder import RunFolder
 from methods.settings import Settings
@@ -42,7 +42,8 @@ class Bench(NamedTuple):
       lora: the adapter's fixed part.
       source: the task and all its rows, and where they are from.
       splits: the rows that are used.
-      train, outer: encoded rows, arrays `[N, T]` (of a `LabelledBatch` where the task is a classification).
+      train, outer: encoded rows, arrays `[N, T]` (of a `LabelledBatch` where the task is a classification, of a
+        `ChoiceBatch`, `[N, C, T]`, where an encoder chooses).
       width: most answer tokens in a row of `train` or `outer`; 0 where rows have a label instead.
       left_out: published training rows that are longer than T.
       head: the `Classifier` that answers; None where the model's own head does.
@@ -84,12 +85,28 @@ class Bench(NamedTuple):
         """The linears that LoRA adapts."""
         return self.lora.sites(self.shapes)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a head scores each choice of a question, as that of an encoder does."""
+        return self.head is not None and isinstance(self.task, tasks.MultipleChoice)
+
+    @property
+    def peft_task(self) -> str | None:
+        """PEFT's name of the kind of model; it has none for multiple choice."""
+        return "CAUSAL_LM" if self.head is None else None if self.chooses else "SEQ_CLS"
+
+    @property
+    def hf_names(self) -> HFNames:
+        """What the modules of the model with its head are called in transformers."""
+        names = self.pretrained.hf_names
+        return names.multiple_choice() if self.chooses else names
+
     def given(self) -> Given:
         """What a method's losses are made of."""
         model, head, width = self.pretrained.model, self.head, self.width
         loss = partial(mean_of_row_means if self.row_means else mean_loss, model, head, width)
         # A regression has no classes to predict.
-        classes = head is None or bool(self.task.classes)  # pyright: ignore[reportAttributeAccessIssue]
+        classes = not isinstance(self.task, tasks.Classification) or bool(self.task.classes)
         predict = partial(prediction, model, head, width) if classes else None
         return Given(self.pretrained.weights, self.lora, self.pretrained.config, loss, predict, partial(start, self))
 
@@ -193,7 +210,7 @@ def prepare(
             raise ValueError(f"--length {settings.length} is more than the {positions} positions of {settings.model}.")
         shapes = config.site_shapes()
         check_rank("--rank", settings.rank, shapes, lora.sites(shapes))
-        if not labelled and not hasattr(model, "head"):
+        if not isinstance(task, (tasks.Classification, tasks.MultipleChoice)) and not hasattr(model, "head"):
             raise ValueError(f"The task {task.name} needs a model that writes text, which {settings.model} does not.")
         if check_model is not None:
             check_model(config, lora)
@@ -207,7 +224,6 @@ def prepare(
             test=settings.test_rows or None,
         )
     task: Any = source.task
-    labelled = isinstance(task, tasks.Classification)
     if isinstance(task, tasks.Generation):
         tasks.check_metrics(task)
     with reading(f"The model {settings.model}", "is it whole, and of a family that is known? Fetch it again"):
@@ -224,35 +240,28 @@ def prepare(
         room(pretrained, WRITTEN)  # or an error, before anything is trained
     tokenizer: Any = pretrained.tokenizer
     mark = tokenizer.eos_token_id
-    if end_of_text and not labelled and mark is None:
+    # A model that writes tells how likely each choice is; an encoder gets a head that scores them.
+    chooses = isinstance(task, tasks.MultipleChoice) and not hasattr(pretrained.model, "head")
+    outputs = 1 if chooses else task.outputs if isinstance(task, tasks.Classification) else 0
+    if end_of_text and not outputs and mark is None:
         raise ValueError(f"The tokenizer of {settings.model} has no mark of a text's end, which is to be trained on.")
-    end: list[int] = [mark] if end_of_text and not labelled else []
+    end: list[int] = [mark] if end_of_text and not outputs else []
+    as_read = _Reading(task, tokenizer, settings.length, end, chooses)
     sizes = _sizes(settings)
     processes.tell(f"encoding {task.name}: {len(source.train):,} rows to train on, {len(source.test):,} to test on")
-    fitting, looked_at = _fitting(task, source.train, pretrained.tokenizer, settings, sizes, end)
+    fitting, looked_at = _fitting(as_read, source.train, settings, sizes)
     if not fitting:
         raise ValueError(
             f"None of the rows of {task.name} that were looked at fits into --length {settings.length}: raise it."
         )
     splits = _split(task, fitting, looked_at, source.test, settings, sizes)
 
-    with reading("The text of a test row", "look at the rows, and at the model's tokenizer"):
-        tasks.check_test(task, splits.test, pretrained.tokenizer, pretrained.config.max_positions)
-
-    @reading(*ROWS)
-    def encoded(rows):
-        if isinstance(task, tasks.Classification):
-            batch = tasks.encode_labelled(task, rows, pretrained.tokenizer, settings.length)
-        elif isinstance(task, tasks.LanguageModelling):
-            batch = tasks.encode_spans(task, rows, pretrained.tokenizer, settings.length).batch
-        else:
-            pairs = tasks.training_pairs(task, rows, stopped=not end)
-            batch = tasks.encode(pairs, pretrained.tokenizer, settings.length, end).batch
-        return jax.tree.map(jnp.asarray, batch)
-
-    train, outer = encoded(splits.train), encoded(splits.outer)
-    width = 0 if labelled else max(answer_width(train), answer_width(outer))
-    head = pretrained.classifier(task.outputs) if isinstance(task, tasks.Classification) else None
+    if not outputs:  # what a head reads may be cut, and is counted
+        with reading("The text of a test row", "look at the rows, and at the model's tokenizer"):
+            tasks.check_test(task, splits.test, tokenizer, pretrained.config.max_positions)
+    train, outer = (jax.tree.map(jnp.asarray, as_read.arrays(rows)) for rows in (splits.train, splits.outer))
+    width = 0 if outputs else max(answer_width(train), answer_width(outer))
+    head = pretrained.classifier(outputs) if outputs else None
     inputs = {
         f"{task.name} training rows": fingerprint.rows(source.train),
         f"{task.name} test rows": fingerprint.rows(source.test),
@@ -368,27 +377,60 @@ def start(bench: Bench, key: jax.Array) -> dict[str, Any]:
     return {"lora": lora, "head": bench.head.init(jax.random.fold_in(key, 1), features)["params"]}
 
 
+class _Reading(NamedTuple):
+    """How a model reads the rows of a task.
+
+    Attributes:
+      task, tokenizer: of the run.
+      length: most tokens of a row.
+      end: tokens that end an answer in place of the text that the task ends it with.
+      chooses: whether it scores each choice with a head.
+    """
+
+    task: Any
+    tokenizer: Any
+    length: int
+    end: list[int]
+    chooses: bool
+
+    def fits(self, rows: list[Any]) -> list[bool]:
+        """Whether each row, with its right answer, has no more tokens than `length`."""
+        if isinstance(self.task, tasks.Classification):
+            return tasks.fits(self.task, rows, self.tokenizer, self.length)
+        if self.chooses:
+            return tasks.choices_fit(self.task, rows, self.tokenizer, self.length)
+        if isinstance(self.task, tasks.LanguageModelling):
+            return [count <= self.length for count in tasks.span_lengths(self.task, rows, self.tokenizer)]
+        texts = [pair.prompt + pair.answer for pair in self._pairs(rows)]
+        most = self.length - len(self.end)
+        return [len(ids) <= most for ids in tasks.tokenized(self.tokenizer, texts)["input_ids"]]
+
+    @reading(*ROWS)
+    def arrays(self, rows: list[Any]) -> Any:
+        """The rows as a batch."""
+        if isinstance(self.task, tasks.Classification):
+            return tasks.encode_labelled(self.task, rows, self.tokenizer, self.length)
+        if self.chooses:
+            return tasks.encode_choices(self.task, rows, self.tokenizer, self.length)
+        if isinstance(self.task, tasks.LanguageModelling):
+            return tasks.encode_spans(self.task, rows, self.tokenizer, self.length).batch
+        return tasks.encode(self._pairs(rows), self.tokenizer, self.length, self.end).batch
+
+    def _pairs(self, rows: list[Any]) -> list[tasks.Pair]:
+        return tasks.training_pairs(self.task, rows, stopped=not self.end)
+
+
 @reading(*ROWS)
-def _fitting(
-    task: Any, rows: list[Any], tokenizer: Any, settings: Settings, sizes: Sizes, end: list[int]
-) -> tuple[list[Any], int]:
-    """The units whose texts, with the right answers and `end`, fit into `length` tokens, looked for in a seeded order
-    until enough: a prompt comes with all its references, or not at all. And how many rows were looked at."""
+def _fitting(as_read: _Reading, rows: list[Any], settings: Settings, sizes: Sizes) -> tuple[list[Any], int]:
+    """The units whose texts fit, looked for in a seeded order until enough: a prompt comes with all its references, or
+    not at all. And how many rows were looked at."""
     # Of one's own rows all are looked at, however many are asked for: what a run says of itself repeats it. Of a task's
     # many thousands so many are enough, some of which share a subject with the test.
     wanted = None if _is_own(settings) else 4 * ((sizes.train or 0) + (sizes.outer or 0)) + 64
-    units = tasks.units(task, rows)
+    units = tasks.units(as_read.task, rows)
     units = [units[i] for i in np.random.default_rng(settings.seed).permutation(len(units))[:wanted]]
     chosen = [row for unit in units for row in unit]
-    if isinstance(task, tasks.Classification):
-        kept = tasks.fits(task, chosen, tokenizer, settings.length)
-    elif isinstance(task, tasks.LanguageModelling):
-        kept = [length <= settings.length for length in tasks.span_lengths(task, chosen, tokenizer)]
-    else:
-        texts = [pair.prompt + pair.answer for pair in tasks.training_pairs(task, chosen, stopped=not end)]
-        most = settings.length - len(end)
-        kept = [len(ids) <= most for ids in tasks.tokenized(tokenizer, texts)["input_ids"]]
-    fit = iter(kept)
+    fit = iter(as_read.fits(chosen))
     return [row for unit in units if all([next(fit) for _ in unit]) for row in unit], len(chosen)
 
 

@@ -14,7 +14,7 @@ from methods import processes, tasks
 from methods.bench import WRITTEN, Bench
 from methods.objective import Bound, jitted_answer_scores, jitted_outputs, jitted_row_losses, write
 from methods.tasks import Accuracy, Classified, Evaluation, Modelled, Written
-from methods.tasks.batches import by_length, cut
+from methods.tasks.batches import by_length, cut, row_lengths
 from methods.tasks.loss import answer_width
 
 
@@ -26,7 +26,7 @@ def validation_loss(bench: Bench, bound: Bound, batch_size: int = 16) -> float:
     """
     weights, rows = bench.pretrained.weights, jax.tree.map(np.asarray, bench.outer)
     total, count = 0.0, 0
-    for index, length in by_length(rows.mask.sum(axis=1), batch_size, 32, rows.mask.shape[1]):
+    for index, length in by_length(row_lengths(rows.mask), batch_size, 32, rows.mask.shape[-1]):
         batch = cut(rows, np.resize(index, batch_size), length)
         losses, counts = jitted_row_losses(bench.pretrained.model, bench.head, bench.width, weights, bound, batch)
         losses, counts = processes.whole(losses)[: len(index)], processes.whole(counts)[: len(index)]
@@ -48,7 +48,8 @@ def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written | 
         def answer(batch):
             return processes.whole(jitted_outputs(bench.pretrained.model, bench.head, weights, bound, batch))
 
-        found: Any = tasks.evaluate_labelled(answer, task, rows, tokenizer, max_length=longest)
+        answered: Any = tasks.evaluate_choices if bench.chooses else tasks.evaluate_labelled
+        found: Any = answered(answer, task, rows, tokenizer, max_length=longest)
     elif isinstance(task, tasks.Generation):
         shortened = 0
 

@@ -39,7 +39,7 @@ from methods.adapters.gates import Bias, Structure
 from methods.bench import Bench, recipe
 from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.models.hooks import Chain, Hook, identity
-from methods.objective import Bound, Given
+from methods.objective import Bound, Given, single_texts
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, one_of
 from methods.runfolder import RunFolder
@@ -302,6 +302,7 @@ def merged(bench: Bench, params: Any) -> dict[str, Any]:
 def difference(bench: Bench, bound: Bound, model: Any, weights: Any) -> float:
     """Largest difference between the outputs of the model with a hook and of another without, on eight outer rows."""
     rows = jax.tree.map(lambda leaf: leaf[:8], bench.outer)
+    rows = rows if bench.head is None else single_texts(rows)
 
     def outputs(model, weights, adapt):
         method = "hidden" if bench.head is None else "features"

@@ -33,7 +33,7 @@ Mask = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class LoRASettings(Settings):
-    """Plain LoRA on every layer, with a head where texts are labelled."""
+    """Plain LoRA on every layer, with a head where texts are labelled or an encoder chooses."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -173,9 +173,8 @@ def export_adapter(
     mask: PerLayer | None = None,
 ) -> None:
     """What was trained, `{"lora", "head"}`, as PEFT's folder; `config` in place of the bench's."""
-    task_type, names = "CAUSAL_LM" if bench.head is None else "SEQ_CLS", bench.pretrained.hf_names
     config, lora, head = config or bench.lora, params["lora"], params["head"]
-    save_peft(folder, config, lora, names, gate=gate, mask=mask, head=head, task_type=task_type)
+    save_peft(folder, config, lora, bench.hf_names, gate=gate, mask=mask, head=head, task_type=bench.peft_task)
 
 
 def page(run: Run) -> Page:

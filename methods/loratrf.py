@@ -182,6 +182,8 @@ def start_vectors(settings: LoRATRFSettings, bench: Bench) -> dict[str, jax.Arra
         keys = jax.random.split(jax.random.key(settings.seed), len(shapes))
         return {site: jax.random.normal(key, (layers, shapes[site])) for site, key in zip(shapes, keys, strict=True)}
     batch = jax.tree.map(lambda rows: rows[:64], bench.train)
+    if bench.head is not None:
+        batch = objective.single_texts(batch)
     marked, types = _share(batch.mask), {}
     if bench.head is not None:
         types = objective.token_types(bench.pretrained.model, batch)
@@ -256,7 +258,7 @@ def edited(settings: LoRATRFSettings, bench: Bench, problem: bilevel.Problem, hy
         return {"on": lora.on(lora.everywhere(given)), "parameters": numbers}
 
     def export(folder: RunFolder, params: Any) -> None:
-        plain, names = params["adapter"], bench.pretrained.hf_names
+        plain, names = params["adapter"], bench.hf_names
         save_edit(folder.path / "adapter", edit(params), bench.lora, plain["lora"], names, plain["head"])
 
     return Arm("loratrf", finetuning(settings, bench, problem, hyper, bound), bound, count, export)

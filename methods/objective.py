@@ -15,6 +15,7 @@ from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.models.hooks import Chain, Hook, identity
 from methods.models.loading import Pretrained
 from methods.tasks.batches import by_length
+from methods.tasks.classify import LabelledBatch
 from methods.tasks.encode import marks, opening, prefix
 from methods.tasks.loss import (
     Prediction,
@@ -37,8 +38,8 @@ class Given(NamedTuple):
     """What a method is given of a model and a task; the losses of every method are made of it.
 
     What is trained is `params`, `{"lora": adapter, "head": head}`: the head is a `Classifier`'s parameters where texts
-    are labelled, and {} where the model's own head answers; the adapter is {} where there is none. The frozen weights
-    are an argument of every loss: a program that closed over them would hold them as constants.
+    are labelled or an encoder chooses, and {} where the model's own head answers; the adapter is {} where there is
+    none. The frozen weights are an argument of every loss: a program that closed over them would hold them as constants.
 
     Attributes:
       weights: the frozen model's.
@@ -133,8 +134,8 @@ def row_losses(
 ) -> tuple[jax.Array, jax.Array]:
     """The loss of each row and what it is counted as, `[B]` both.
 
-    With a head the row's `label_losses`, and 1; without, the negative log-likelihood of its answer in nats, and the
-    answer's tokens.
+    With a head the row's `label_losses` (of choices the cross-entropy of the right one), and 1; without, the negative
+    log-likelihood of its answer in nats, and the answer's tokens.
 
     Args:
       model: a module of `methods.models`.
@@ -142,7 +143,7 @@ def row_losses(
       width: most answer tokens that a row has; not read with a head.
       weights: the model's.
       bound: hook and head parameters.
-      batch: a `LabelledBatch` with a head, a `TokenBatch` without.
+      batch: a `LabelledBatch` or a `ChoiceBatch` with a head, a `TokenBatch` without.
     """
     if head is not None:
         losses = label_losses(outputs(model, head, weights, bound, batch), batch.labels)
@@ -183,10 +184,27 @@ def prediction(model: Any, head: Any, width: int, weights: Any, bound: Bound, ba
 
 
 def outputs(model: Any, head: Any, weights: Any, bound: Bound, batch: Any) -> jax.Array:
-    """The head's answers to a `LabelledBatch`, `[B, outputs]`."""
+    """The head's answers: `[B, outputs]` of a `LabelledBatch`; of a `ChoiceBatch` the score of each choice, `[B, C]`.
+
+    A choice that is not there has a score so low that its softmax is exactly 0.
+    """
+    if batch.tokens.ndim == 3:
+        scores = outputs(model, head, weights, bound, single_texts(batch))[:, 0].reshape(batch.tokens.shape[:2])
+        return jnp.where(jnp.asarray(batch.mask).any(axis=-1), scores, jnp.finfo(scores.dtype).min / 2)
     types, variables = token_types(model, batch), {"params": weights}
     features = model.apply(variables, batch.tokens, batch.mask, bound.adapt, method="features", **types)
     return head.apply({"params": bound.head}, features)
+
+
+def single_texts(batch: Any) -> LabelledBatch:
+    """A `LabelledBatch` as it is; of a `ChoiceBatch` every choice as a text of its own, labelled 1 if it is right."""
+    if batch.tokens.ndim == 2:
+        return batch
+    rows, choices, length = batch.tokens.shape
+    right = jnp.asarray(batch.labels)[:, None] == jnp.arange(choices)
+    flat = [each.reshape(rows * choices, length) for each in (batch.tokens, batch.mask, batch.types)]
+    tokens, mask, types = flat
+    return LabelledBatch(tokens, mask, types, right.reshape(-1).astype(jnp.int32))
 
 
 def token_types(model: Any, batch: Any) -> dict[str, Any]:

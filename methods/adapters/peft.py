@@ -44,7 +44,7 @@ def save_peft(
     gate: PerLayer | None = None,
     mask: PerLayer | None = None,
     head: Mapping[str, Any] | None = None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
 ) -> Path:
     """Write the adapter `config.bind(params, gate, mask)` as a folder that PEFT loads.
 
@@ -60,7 +60,8 @@ def save_peft(
       gate: as for `config.bind`.
       mask: as for `config.bind`.
       head: parameters of the model's `Classifier`, trained with the adapter.
-      task_type: PEFT's name of the kind of model; "SEQ_CLS" with a head.
+      task_type: PEFT's name of the kind of model; "SEQ_CLS" with a head for labels, None with one for choices (and
+        `names.multiple_choice()`).
 
     Returns:
       The folder's path.
@@ -96,7 +97,7 @@ def peft_settings(
     names: HFNames,
     num_layers: int,
     mask: PerLayer | None = None,
-    task_type: str = "CAUSAL_LM",
+    task_type: str | None = "CAUSAL_LM",
 ) -> tuple[dict[str, Any], list[str]]:
     """What `adapter_config.json` says of an adapter that is yet to be trained, and the full names of its modules.
 
@@ -106,7 +107,7 @@ def peft_settings(
       names: what the base model's modules are called, `Pretrained.hf_names`.
       num_layers: L.
       mask: where the adapter is, as for `config.bind`.
-      task_type: PEFT's name of the kind of model.
+      task_type: PEFT's name of the kind of model; None where it has none.
 
     Raises:
       ValueError: if the adapter is nowhere.

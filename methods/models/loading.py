@@ -55,6 +55,14 @@ class HFNames:
             raise ValueError(f"{site!r} is no linear of this model: choose from {', '.join(self.modules)}.")
         return self.modules[site].format(layer=layer)
 
+    def multiple_choice(self) -> "HFNames":
+        """Those of an encoder's multiple-choice model: its pooler, and a linear to one score."""
+        base = next(iter(self.modules.values())).partition(".")[0]
+        places = {"dense": f"{base}.pooler.dense", "out": "classifier"}
+        kinds = {"kernel": "weight", "bias": "bias"}
+        head = {(module, leaf): f"{places[module]}.{kinds[leaf]}" for module, leaf in self.head}
+        return dataclasses.replace(self, head=head)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:

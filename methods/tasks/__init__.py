@@ -4,7 +4,17 @@ On the host all is numpy; `methods.tasks.loss` is what runs inside a model's los
 """
 
 from methods.tasks.batches import Buckets, Cycled
-from methods.tasks.classify import Classified, LabelledBatch, encode_labelled, evaluate_labelled, fits
+from methods.tasks.classify import (
+    ChoiceBatch,
+    Classified,
+    LabelledBatch,
+    choices_fit,
+    encode_choices,
+    encode_labelled,
+    evaluate_choices,
+    evaluate_labelled,
+    fits,
+)
 from methods.tasks.encode import Encoded, TokenBatch, encode
 from methods.tasks.generation import Written, check_metrics, evaluate_written
 from methods.tasks.language import Modelled, encode_spans, evaluate_spans, span_lengths
@@ -37,6 +47,7 @@ __all__ = [
     "TASKS",
     "Accuracy",
     "Buckets",
+    "ChoiceBatch",
     "Classification",
     "Classified",
     "Cycled",
@@ -60,10 +71,13 @@ __all__ = [
     "check_disjoint",
     "check_metrics",
     "check_test",
+    "choices_fit",
     "encode",
+    "encode_choices",
     "encode_labelled",
     "encode_spans",
     "evaluate",
+    "evaluate_choices",
     "evaluate_labelled",
     "evaluate_spans",
     "evaluate_written",

@@ -19,7 +19,8 @@ class Buckets:
     so that a run resumes exactly from its number.
 
     Args:
-      arrays: a batch of all rows (`TokenBatch`, `LabelledBatch`): `mask` `[N, T]`, other arrays `[N]` or `[N, T]`.
+      arrays: a batch of all rows (`TokenBatch`, `LabelledBatch`, `ChoiceBatch`): `mask` `[N, T]` or `[N, C, T]`, other
+        arrays likewise or `[N]`.
       size: rows a batch, `1 <= size <= N`.
       seed: of the order.
       multiple: of a batch's length.
@@ -31,7 +32,7 @@ class Buckets:
 
     def __init__(self, arrays: Any, size: int, *, seed: int = 0, multiple: int = 32, pool: int = POOL):
         self.arrays = type(arrays)(*(np.asarray(a) for a in arrays))
-        self.lengths = self.arrays.mask.sum(axis=1)
+        self.lengths = row_lengths(self.arrays.mask)
         if not 1 <= size <= len(self.lengths):
             raise ValueError(f"Buckets of {size} rows: a batch must have between 1 and the {len(self.lengths)} rows.")
         self.size, self.seed, self.multiple, self.pool, self.number = size, seed, multiple, pool, 0
@@ -43,7 +44,7 @@ class Buckets:
     def __next__(self) -> Any:
         rows, self.number = self.rows(self.number), self.number + 1
         longest = int(self.lengths[rows].max())
-        return cut(self.arrays, rows, min(-(-longest // self.multiple) * self.multiple, self.arrays.mask.shape[1]))
+        return cut(self.arrays, rows, min(-(-longest // self.multiple) * self.multiple, self.arrays.mask.shape[-1]))
 
     def rows(self, number: int) -> np.ndarray:
         """The rows of batch `number`, `[size]`."""
@@ -75,7 +76,7 @@ class Cycled:
     Batch b has the rows b size, ..., b size + size - 1, each modulo N, so that a run resumes exactly from its number.
 
     Args:
-      arrays: a batch of all rows (`TokenBatch`, `LabelledBatch`).
+      arrays: a batch of all rows (`TokenBatch`, `LabelledBatch`, `ChoiceBatch`).
       size: rows a batch.
 
     Raises:
@@ -124,5 +125,11 @@ def by_length(lengths: Any, size: int, multiple: int, most: int) -> list[tuple[n
 
 
 def cut(batch: Any, rows: np.ndarray, length: int) -> Any:
-    """Those rows of a batch, its arrays `[N, T]` cut to `[rows, length]`."""
-    return type(batch)(*(a[rows, :length] if a.ndim == 2 else a[rows] for a in batch))
+    """Those rows of a batch, its arrays `[N, T]` cut to `[rows, length]`, those `[N, C, T]` to `[rows, C, length]`."""
+    return type(batch)(*(a[rows, ..., :length] if a.ndim > 1 else a[rows] for a in batch))
+
+
+def row_lengths(mask: np.ndarray) -> np.ndarray:
+    """Tokens of each row `[N]`; of a row with choices, `[N, C, T]`, those of its longest."""
+    lengths = mask.sum(axis=-1)
+    return lengths if lengths.ndim == 1 else lengths.max(axis=1)

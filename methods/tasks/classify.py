@@ -1,4 +1,4 @@
-"""Labelled texts to arrays, and the metrics of a model that answers them."""
+"""Labelled texts, and choices, to arrays, and the metrics of a model that answers them with numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods.tasks.batches import by_length, cut
+from methods.tasks.batches import by_length, cut, row_lengths
 from methods.tasks.metrics import METRICS, checked
-from methods.tasks.task import Classification, Row
+from methods.tasks.task import Classification, MultipleChoice, Row
 from methods.tasks.tokens import tokenized
 
 
@@ -31,14 +31,33 @@ class LabelledBatch(NamedTuple):
     labels: Any
 
 
+class ChoiceBatch(NamedTuple):
+    """N questions with C choices each, every choice a pair of texts of T tokens: the prompt, and the choice.
+
+    A question with fewer choices is filled up with empty ones, where `mask` is False throughout.
+
+    Attributes:
+      tokens: int32 `[N, C, T]`.
+      mask: bool `[N, C, T]`.
+      types: int32 `[N, C, T]`, as in `LabelledBatch`.
+      labels: int32 `[N]`, the right choice.
+    """
+
+    tokens: Any
+    mask: Any
+    types: Any
+    labels: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Classified:
-    """What `evaluate_labelled` found.
+    """What `evaluate_labelled` or `evaluate_choices` found.
 
     Attributes:
       task: its name.
       metrics: `{name: value}`, the task's own, the first being the primary one.
-      outputs: `[rows, outputs]`, the logits or the one number of each row.
+      outputs: `[rows, outputs]`, the logits or the one number of each row, or the score of each choice, -inf where there
+        is none.
       predictions: `[rows]`, the largest logit's class, or the number.
       labels: `[rows]`.
       cut: how many rows were longer than the model takes and lost tokens from the end of their longer text.
@@ -71,22 +90,48 @@ def encode_labelled(task: Classification, rows: Sequence[Row], tokenizer: Any, l
     Raises:
       ValueError: for no rows, or a length that the special tokens alone fill.
     """
-    if not rows:
-        raise ValueError("There is nothing to encode: the list of rows is empty.")
-    if length <= (special := tokenizer.num_special_tokens_to_add(pair=len(task.fields) > 1)):
-        raise ValueError(f"A length of {length} tokens leaves no room for text beside {special} special tokens.")
-    encoded = _tokenize(task, rows, tokenizer, truncation="longest_first", max_length=length)
-    tokens = np.full((len(rows), length), tokenizer.pad_token_id or 0, np.int32)
-    types, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    for i, (ids, kinds) in enumerate(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)):
-        tokens[i, : len(ids)], types[i, : len(ids)], mask[i, : len(ids)] = ids, kinds, True
+    _check_length(rows, tokenizer, length, pair=len(task.fields) > 1)
+    encoded = _tokenize(_texts(task, rows), tokenizer, truncation="longest_first", max_length=length)
     labels = np.array([row["label"] for row in rows], np.int32 if task.classes else np.float32)
-    return LabelledBatch(tokens, mask, types, labels)
+    return LabelledBatch(*_padded(encoded, tokenizer, length), labels)
+
+
+def encode_choices(task: MultipleChoice, rows: Sequence[Row], tokenizer: Any, length: int) -> ChoiceBatch:
+    """Questions as arrays of `length` tokens a choice, special tokens included.
+
+    The prompt is the first text of the pair and the choice the second, its leading space left out. What is longer loses
+    tokens from the end of its longer text; `choices_fit` tells which rows do not.
+
+    Args:
+      task: whose rows these are.
+      rows: what to encode.
+      tokenizer: a `transformers.PreTrainedTokenizerFast`.
+      length: T.
+
+    Raises:
+      ValueError: for no rows, or a length that the special tokens alone fill.
+    """
+    _check_length(rows, tokenizer, length, pair=True)
+    encoded = _tokenize(_choices(task, rows), tokenizer, truncation="longest_first", max_length=length)
+    counts = [len(row["choices"]) for row in rows]
+    there = np.arange(max(counts)) < np.array(counts)[:, None]
+    arrays = []
+    for flat, fill in zip(_padded(encoded, tokenizer, length), (tokenizer.pad_token_id or 0, False, 0), strict=True):
+        each = np.full((*there.shape, length), fill, flat.dtype)
+        each[there] = flat  # in the order of rows, and of the choices of each
+        arrays.append(each)
+    tokens, mask, types = arrays
+    return ChoiceBatch(tokens, mask, types, np.array([row["label"] for row in rows], np.int32))
 
 
 def fits(task: Classification, rows: Sequence[Row], tokenizer: Any, length: int) -> list[bool]:
     """Whether each row has at most `length` tokens, special tokens included."""
-    return [count <= length for count in _lengths(task, rows, tokenizer)]
+    return [count <= length for count in _lengths(_texts(task, rows), tokenizer)]
+
+
+def choices_fit(task: MultipleChoice, rows: Sequence[Row], tokenizer: Any, length: int) -> list[bool]:
+    """Whether every choice of a row, with its prompt, has at most `length` tokens, special tokens included."""
+    return [longest <= length for longest in _longest(task, rows, tokenizer)]
 
 
 def evaluate_labelled(
@@ -116,34 +161,112 @@ def evaluate_labelled(
     Raises:
       ValueError: for no rows, or an answer that has another shape or is not finite, or a metric that is not.
     """
-    lengths = _lengths(task, rows, tokenizer)
+    lengths = _lengths(_texts(task, rows), tokenizer)
+    length = _array_length(lengths, max_length, multiple)
+    whole = encode_labelled(task, rows, tokenizer, length)
+    outputs = _answers(answer, task, whole, task.outputs, batch_size, multiple)
+    predictions = outputs.argmax(axis=1) if task.classes else outputs[:, 0]
+    values = checked(task.name, {name: METRICS[name](predictions, whole.labels) for name in task.metrics})
+    shortened = sum(each > length for each in lengths)
+    return Classified(task.name, values, outputs, predictions, whole.labels, shortened)
+
+
+def evaluate_choices(
+    answer: Callable[[ChoiceBatch], Any],
+    task: MultipleChoice,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    multiple: int = 32,
+) -> Classified:
+    """The share of `rows` whose right choice has the highest score.
+
+    Args:
+      answer: from a batch of `batch_size` rows to the score of each choice, `[batch_size, C]`; jit it.
+      task: whose rows these are.
+      rows: what to answer.
+      tokenizer, batch_size, max_length, multiple: as of `evaluate_labelled`.
+
+    Raises:
+      ValueError: as `evaluate_labelled`.
+    """
+    lengths = _longest(task, rows, tokenizer)
+    length = _array_length(lengths, max_length, multiple)
+    whole = encode_choices(task, rows, tokenizer, length)
+    outputs = _answers(answer, task, whole, whole.mask.shape[1], batch_size, multiple)
+    outputs = np.where(whole.mask.any(axis=2), outputs, -np.inf)
+    predictions = outputs.argmax(axis=1)
+    values = {"accuracy": float((predictions == whole.labels).mean())}
+    shortened = sum(each > length for each in lengths)
+    return Classified(task.name, values, outputs, predictions, whole.labels, shortened)
+
+
+def _array_length(lengths: Sequence[int], most: int | None, multiple: int) -> int:
+    """T of an array of texts of these lengths, of which no more than `most` tokens are kept."""
     longest = -(-max(lengths, default=1) // multiple) * multiple
-    max_length = longest if max_length is None else min(max_length, longest)  # no array is longer than its texts
-    whole = encode_labelled(task, rows, tokenizer, max_length)
-    outputs = np.zeros((len(rows), task.outputs))
-    for index, length in by_length(whole.mask.sum(axis=1), batch_size, multiple, max_length):
+    return longest if most is None else min(most, longest)
+
+
+def _answers(
+    answer: Callable[[Any], Any], task: Any, whole: Any, count: int, batch_size: int, multiple: int
+) -> np.ndarray:
+    """The `count` numbers by which the model answers each row of a batch of all rows."""
+    outputs = np.zeros((len(whole.labels), count))
+    for index, length in by_length(row_lengths(whole.mask), batch_size, multiple, whole.mask.shape[-1]):
         full = np.resize(index, batch_size)
         values = np.asarray(answer(cut(whole, full, length)))
-        if values.shape != (batch_size, task.outputs):
+        if values.shape != (batch_size, count):
             raise ValueError(
-                f"The model answers {task.name} with shape {values.shape}, not {(batch_size, task.outputs)}: "
+                f"The model answers {task.name} with shape {values.shape}, not {(batch_size, count)}: "
                 "its head is of another task."
             )
         outputs[index] = values[: len(index)]
     if not np.isfinite(outputs).all():
         worst = int(np.argmin(np.isfinite(outputs).all(axis=1)))
         raise ValueError(f"The model's answer to {task.name} row {worst} is {outputs[worst].tolist()}.")
-    predictions = outputs.argmax(axis=1) if task.classes else outputs[:, 0]
-    values = checked(task.name, {name: METRICS[name](predictions, whole.labels) for name in task.metrics})
-    shortened = sum(length > max_length for length in lengths)
-    return Classified(task.name, values, outputs, predictions, whole.labels, shortened)
+    return outputs
 
 
-def _lengths(task: Classification, rows: Sequence[Row], tokenizer: Any) -> list[int]:
-    """Tokens of each row, special tokens included."""
-    return [len(ids) for ids in _tokenize(task, rows, tokenizer, verbose=False)["input_ids"]] if rows else []
+def _check_length(rows: Sequence[Row], tokenizer: Any, length: int, *, pair: bool) -> None:
+    if not rows:
+        raise ValueError("There is nothing to encode: the list of rows is empty.")
+    if length <= (special := tokenizer.num_special_tokens_to_add(pair=pair)):
+        raise ValueError(f"A length of {length} tokens leaves no room for text beside {special} special tokens.")
 
 
-def _tokenize(task: Classification, rows: Sequence[Row], tokenizer: Any, **options: Any) -> Any:
-    texts = [[row[field] for row in rows] for field in task.fields]
+def _texts(task: Classification, rows: Sequence[Row]) -> list[list[str]]:
+    """The texts of rows, a column a field."""
+    return [[row[field] for row in rows] for field in task.fields]
+
+
+def _choices(task: MultipleChoice, rows: Sequence[Row]) -> list[list[str]]:
+    """The texts of the choices of rows, one after another: a column of prompts, and one of choices."""
+    pairs = [pair for row in rows for pair in task.pairs(row)]
+    return [[pair.prompt for pair in pairs], [pair.answer.removeprefix(" ") for pair in pairs]]
+
+
+def _lengths(texts: list[list[str]], tokenizer: Any) -> list[int]:
+    """Tokens of each row of columns of texts, special tokens included."""
+    return [len(ids) for ids in _tokenize(texts, tokenizer, verbose=False)["input_ids"]] if texts[0] else []
+
+
+def _longest(task: MultipleChoice, rows: Sequence[Row], tokenizer: Any) -> list[int]:
+    """Tokens of the longest choice of each row, with its prompt and special tokens."""
+    lengths = iter(_lengths(_choices(task, rows), tokenizer))
+    return [max(next(lengths) for _ in row["choices"]) for row in rows]
+
+
+def _tokenize(texts: list[list[str]], tokenizer: Any, **options: Any) -> Any:
     return tokenized(tokenizer, *texts, return_token_type_ids=True, **options)
+
+
+def _padded(encoded: Any, tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, mask and types, `[N, length]` each."""
+    count = len(encoded["input_ids"])
+    tokens = np.full((count, length), tokenizer.pad_token_id or 0, np.int32)
+    types, mask = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
+    for i, (ids, kinds) in enumerate(zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)):
+        tokens[i, : len(ids)], types[i, : len(ids)], mask[i, : len(ids)] = ids, kinds, True
+    return tokens, mask, types
