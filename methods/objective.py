@@ -39,7 +39,8 @@ class Given(NamedTuple):
 
     What is trained is `params`, `{"lora": adapter, "head": head}`: the head is a `Classifier`'s parameters where texts
     are labelled or an encoder chooses, and {} where the model's own head answers; the adapter is {} where there is
-    none. The frozen weights are an argument of every loss: a program that closed over them would hold them as constants.
+    none. The frozen weights are an argument of every loss: a program that closed over them would hold them as
+    constants.
 
     Attributes:
       weights: the frozen model's.
@@ -201,7 +202,8 @@ def single_texts(batch: Any) -> LabelledBatch:
     if batch.tokens.ndim == 2:
         return batch
     rows, choices, length = batch.tokens.shape
-    right = jnp.asarray(batch.labels)[:, None] == jnp.arange(choices)
+    labels = jnp.asarray(batch.labels)[:, None]
+    right = labels == jnp.arange(choices, dtype=labels.dtype)[None, :]
     flat = [each.reshape(rows * choices, length) for each in (batch.tokens, batch.mask, batch.types)]
     tokens, mask, types = flat
     return LabelledBatch(tokens, mask, types, right.reshape(-1).astype(jnp.int32))

@@ -56,8 +56,8 @@ class Classified:
     Attributes:
       task: its name.
       metrics: `{name: value}`, the task's own, the first being the primary one.
-      outputs: `[rows, outputs]`, the logits or the one number of each row, or the score of each choice, -inf where there
-        is none.
+      outputs: `[rows, outputs]`, the logits or the one number of each row, or the score of each choice, -inf where
+        there is none.
       predictions: `[rows]`, the largest logit's class, or the number.
       labels: `[rows]`.
       cut: how many rows were longer than the model takes and lost tokens from the end of their longer text.
