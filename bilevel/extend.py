@@ -8,7 +8,8 @@ The guide "Extending" of the documentation builds one of each, in about thirty l
 - A linear solver: any object with `solve`, as `LinearSolver` says.
 - `register` makes a dataclass a pytree; `setting` and `child` put the rule of a field beside it.
 - For benchmarks and loops of one's own: `chunk`, the compiled steps that `run` takes at once, at most `CAPACITY`;
-  `Checkpoints`, its files; `flops` and `gradient_flops`, operations of a traced function; `resolve`, rows of `Indexed`.
+  `Checkpoints`, its files; `Progress`, its bar; `flops` and `gradient_flops`, operations of a traced function;
+  `resolve`, rows of `Indexed`.
 - For models whose weights are split over a mesh: `gathered`, `across`, `split_rows`, `on_a_mesh`.
 - A tracker of metrics: a class under `Tracker` with three methods, `begin`, `write` and `end`.
 - For a `jax.custom_vjp` with `symbolic_zeros`: `is_marked`, whether a leaf is what its forward rule is given.
@@ -23,6 +24,7 @@ from bilevel.differentiation.tracing import is_marked as is_marked
 from bilevel.hypergradients.base import INSIDE_TRAINING as INSIDE_TRAINING
 from bilevel.hypergradients.base import Estimator as Estimator
 from bilevel.hypergradients.base import Trained as Trained
+from bilevel.hypergradients.progress import Progress as Progress
 from bilevel.hypergradients.query import Answer as Answer
 from bilevel.hypergradients.query import Keys as Keys
 from bilevel.hypergradients.query import Query as Query

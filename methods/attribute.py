@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 import bilevel
 from methods import figures, lora, processes, tasks
@@ -195,7 +194,7 @@ def influence(settings: AttributeSettings, judged: Training, folder: RunFolder) 
         return
     kept = subsets(settings.subsets, len(judged.data.arrays.number), settings.subset_share, settings.seed)
     losses = []
-    for number in track(range(len(kept)), "training on subsets", disable=not processes.is_first()):
+    for number in processes.watched("training on subsets", range(len(kept))):
         if not folder.has(name := f"subsets/{number}"):
             answers = judged.answers_without(~kept[number])
             if not np.isfinite(answers).all():

@@ -164,6 +164,8 @@ class Method:
     def main(self, settings: Any, command: str = "") -> Finished:
         """Search, choice, training, test, page: all in `settings.out`, and returned.
 
+        Of a run that is finished there only the page is made again.
+
         Args:
           settings: an object of `self.settings`.
           command: its name, under which `config.yaml` repeats the run; "" where it has none, and there is no such file.
@@ -185,6 +187,21 @@ class Method:
         folder = open_run(setup, bench)
         if command and not (folder.path / configuration.FILE).exists():
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
+        arms, selected = folder.finished() or self._carry_out(setup, bench, searches, folder)
+        results = {name: folder.read(f"results/{name}") for name in arms}
+        run = Run(setup, bench, folder, folder.read("selection") if selected else {}, results)
+        page = self.page(run)
+        pages.write(run, page)
+        with processes.attempt():
+            folder.finish(arms, selected)
+        if not setup.keep_checkpoints:
+            folder.forget_checkpoints()
+        return Finished(run, page)
+
+    def _carry_out(
+        self, setup: Any, bench: Bench, searches: Sequence[Search | Later], folder: RunFolder
+    ) -> tuple[list[str], bool]:
+        """Searches, chooses, trains and tests what is not in the folder yet: as `RunFolder.finished`."""
         found: list[Any] = []
         for each in searches:
             made = each if isinstance(each, Search) else each(found, folder)
@@ -197,13 +214,9 @@ class Method:
         if chosen.selection:
             with processes.attempt():
                 folder.write("selection", chosen.selection)
-        once = {arm.name: partial(row, arm, bench, folder) for arm in chosen.arms}
-        results = {name: folder.once(f"results/{name}", make) for name, make in once.items()}
-        selection = folder.read("selection") if chosen.selection else {}
-        run = Run(setup, bench, folder, selection, results)
-        page = self.page(run)
-        pages.write(run, page)
-        return Finished(run, page)
+        for arm in chosen.arms:
+            folder.once(f"results/{arm.name}", partial(row, arm, bench, folder))
+        return [arm.name for arm in chosen.arms], bool(chosen.selection)
 
 
 def _start(problem: bilevel.Problem, key: jax.Array) -> Any:

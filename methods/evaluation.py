@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -43,19 +44,20 @@ def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written | 
     weights, rows, tokenizer = bench.pretrained.weights, bench.splits.test, bench.pretrained.tokenizer
     task: Any = bench.task
     longest = bench.pretrained.config.max_positions
+    watch: Any = partial(processes.watched, "testing", program=itemgetter(1))  # a program for each length
     if bench.head is not None:
 
         def answer(batch):
             return processes.whole(jitted_outputs(bench.pretrained.model, bench.head, weights, bound, batch))
 
         answered: Any = tasks.evaluate_choices if bench.chooses else tasks.evaluate_labelled
-        found: Any = answered(answer, task, rows, tokenizer, max_length=longest)
+        found: Any = answered(answer, task, rows, tokenizer, max_length=longest, watch=watch)
     elif isinstance(task, tasks.Generation):
         shortened = 0
 
         def written(prompts):
             nonlocal shortened
-            texts, shortened = write(bench.pretrained, bound.adapt, prompts, tokens=WRITTEN)
+            texts, shortened = write(bench.pretrained, bound.adapt, prompts, tokens=WRITTEN, watch=watch)
             return texts
 
         found = tasks.evaluate_written(written, task, rows)
@@ -68,11 +70,12 @@ def evaluate(bench: Bench, bound: Bound) -> Evaluation | Classified | Written | 
             log_p, hits = jitted_answer_scores(bench.pretrained.model, width, weights, bound, batch)
             return processes.whole(log_p), processes.whole(hits)
 
-        found = tasks.evaluate_spans(scored, task, rows, tokenizer, max_length=longest)
+        found = tasks.evaluate_spans(scored, task, rows, tokenizer, max_length=longest, watch=watch)
     else:
         score = partial(_score, bench.pretrained.model, weights, bound.adapt)
         size = min(8, 2 * len(rows))
-        found = tasks.evaluate(score, task, rows, tokenizer, batch_size=size, max_length=longest)
+        options = {"batch_size": size, "max_length": longest, "watch": watch}
+        found = tasks.evaluate(score, task, rows, tokenizer, **options)
     if found.cut:
         warnings.warn(cut_sentence(task.name, found.cut, longest), stacklevel=2)
     return found

@@ -14,7 +14,7 @@ from methods.adapters.hook import InputDropout
 from methods.adapters.lora import LoRAConfig, PerLayer
 from methods.models.hooks import Chain, Hook, identity
 from methods.models.loading import Pretrained
-from methods.tasks.batches import by_length
+from methods.tasks.batches import Watch, by_length
 from methods.tasks.classify import LabelledBatch
 from methods.tasks.encode import marks, opening, prefix
 from methods.tasks.loss import (
@@ -236,7 +236,15 @@ def room(pretrained: Pretrained, tokens: int) -> int:
     return positions - tokens
 
 
-def write(pretrained: Pretrained, adapt: Hook, prompts: Sequence[str], *, tokens: int, batch_size: int = 8) -> Texts:
+def write(
+    pretrained: Pretrained,
+    adapt: Hook,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    batch_size: int = 8,
+    watch: Watch = iter,
+) -> Texts:
     """What the model writes after each prompt, greedily, at most `tokens` tokens, up to its mark of the end.
 
     A prompt begins with the tokenizer's own first-token mark. One that leaves no room for `tokens` tokens behind it
@@ -261,7 +269,7 @@ def write(pretrained: Pretrained, adapt: Hook, prompts: Sequence[str], *, tokens
         sequences.append(ids)
     texts = [""] * len(sequences)
     lengths = [len(ids) for ids in sequences]
-    for index, length in by_length(lengths, batch_size, 32, max(lengths)):
+    for index, length in watch(by_length(lengths, batch_size, 32, max(lengths))):
         rows = np.resize(index, batch_size)
         array, mask = np.full((batch_size, length), fill, np.int32), np.zeros((batch_size, length), bool)
         for row, i in enumerate(rows):

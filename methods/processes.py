@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from bilevel.extend import Progress
 from methods.causes import sentence
 from methods.logs import LOGGER
 
@@ -33,10 +35,27 @@ _GONE = r"gloo|connection (reset|closed|refused)|socket closed|heartbeat|coordin
 """What a collective operation says, in any case of letters, of a process that does not answer."""
 
 
+T = TypeVar("T")
+
+
 def tell(text: str) -> None:
     """A line of news, said by the first process alone: what begins and takes a while without a bar of its own."""
     if is_first():
         LOGGER.info(text)
+
+
+def watched(title: str, batches: Sequence[T], program: Callable[[T], Hashable] = lambda batch: None) -> Iterator[T]:
+    """The batches, one after another, with a bar of how far it is where news are shown; `tell` says what it is.
+
+    Args:
+      title: of the bar.
+      batches: to go through.
+      program: what computes a batch; the first batch of each is no measure of the time, since it was compiled before.
+    """
+    with Progress(title, len(batches), show=is_first() and LOGGER.isEnabledFor(logging.INFO)) as bar:
+        for done, batch in enumerate(batches, 1):
+            yield batch
+            bar.advance(done, {}, program(batch))
 
 
 def start(settings: Any) -> None:

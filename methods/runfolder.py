@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from methods.causes import reading
 from methods.logs import LOGGER
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
-FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track")
+FINISHED = "finished"
+FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_checkpoints")
 """Settings that change no result, to rounding: a run goes on with others."""
 FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
 
@@ -173,6 +175,28 @@ class RunFolder:
         elif processes.is_first():
             LOGGER.info("%s: already finished, in %s", name, self.path)
         return self.read(name)
+
+    def finish(self, arms: Sequence[str], selection: bool) -> None:
+        """Writes down that all is there: the rows of the results, in their order, and whether there is a selection."""
+        self.write(FINISHED, {"arms": list(arms), "selection": selection})
+
+    def finished(self) -> tuple[list[str], bool] | None:
+        """What `finish` was given; None where a run is not finished, or something of it has been deleted since."""
+        if not self.has(FINISHED):
+            return None
+        with reading(str(self.path / f"{FINISHED}.json"), "delete it to have it made again"):
+            told = self.read(FINISHED)
+            arms, selection = [str(name) for name in told["arms"]], bool(told["selection"])
+        there = [self.has(f"results/{name}") for name in arms] + [self.has("selection")] * selection
+        if not all(there):
+            return None
+        if processes.is_first():
+            LOGGER.info("%s: already finished; only its page is made again", self.path)
+        return arms, selection
+
+    def forget_checkpoints(self) -> None:
+        """Deletes the states of searches and trainings, which a finished run no longer needs."""
+        processes.decided(lambda: shutil.rmtree(self.path / "checkpoints", ignore_errors=True))
 
     def log(self, stage: str) -> Callable[[int, Any, Mapping[str, Any]], None]:
         """A callback of `bilevel.run` that adds its rows to `metrics.jsonl`; a repeated step replaces its row."""

@@ -113,6 +113,7 @@ class Running:
     Attributes:
       out: run folder; the same command continues what is in it.
       seed: of the data split, the start values and the batches.
+      keep_checkpoints: leave the states of searches and trainings in the folder; else they go once the page is written.
       quiet: show no progress; what is wrong, and where the page is, is said all the same.
       track: where metrics go besides metrics.jsonl: to the folder tensorboard in --out, or to the project or experiment
         "bilevel" of a service (`WANDB_PROJECT`, `MLFLOW_EXPERIMENT_NAME`). A service that fails ends no training.
@@ -126,6 +127,7 @@ class Running:
 
     out: Path = Path("runs/latest")
     seed: Seed = 0
+    keep_checkpoints: bool = False
     quiet: bool = False
     track: Annotated[str | None, one_of(TRACKERS, optional=True)] = None
     mesh: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,10 @@ class Cycled:
     def set_state(self, number: int) -> None:
         """Goes on with batch `number`."""
         self.number = int(number)
+
+
+Watch = Callable[[Sequence[tuple[np.ndarray, int]]], Iterable[tuple[np.ndarray, int]]]
+"""What batches of `by_length` are drawn through, such as a progress bar."""
 
 
 def by_length(lengths: Any, size: int, multiple: int, most: int) -> list[tuple[np.ndarray, int]]:

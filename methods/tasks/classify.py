@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods.tasks.batches import by_length, cut, row_lengths
+from methods.tasks.batches import Watch, by_length, cut, row_lengths
 from methods.tasks.metrics import METRICS, checked
 from methods.tasks.task import Classification, MultipleChoice, Row
 from methods.tasks.tokens import tokenized
@@ -143,6 +143,7 @@ def evaluate_labelled(
     batch_size: int = 32,
     max_length: int | None = None,
     multiple: int = 32,
+    watch: Watch = iter,
 ) -> Classified:
     """The task's metrics over `rows`.
 
@@ -157,6 +158,7 @@ def evaluate_labelled(
       batch_size: rows a batch.
       max_length: most tokens a row, what the model takes; longer ones lose their end and are counted. None: no limit.
       multiple: of the length of a batch.
+      watch: what the batches are drawn through, such as a progress bar.
 
     Raises:
       ValueError: for no rows, or an answer that has another shape or is not finite, or a metric that is not.
@@ -164,7 +166,7 @@ def evaluate_labelled(
     lengths = _lengths(_texts(task, rows), tokenizer)
     length = _array_length(lengths, max_length, multiple)
     whole = encode_labelled(task, rows, tokenizer, length)
-    outputs = _answers(answer, task, whole, task.outputs, batch_size, multiple)
+    outputs = _answers(answer, task, whole, task.outputs, batch_size, multiple, watch)
     predictions = outputs.argmax(axis=1) if task.classes else outputs[:, 0]
     values = checked(task.name, {name: METRICS[name](predictions, whole.labels) for name in task.metrics})
     shortened = sum(each > length for each in lengths)
@@ -180,6 +182,7 @@ def evaluate_choices(
     batch_size: int = 8,
     max_length: int | None = None,
     multiple: int = 32,
+    watch: Watch = iter,
 ) -> Classified:
     """The share of `rows` whose right choice has the highest score.
 
@@ -187,7 +190,7 @@ def evaluate_choices(
       answer: from a batch of `batch_size` rows to the score of each choice, `[batch_size, C]`; jit it.
       task: whose rows these are.
       rows: what to answer.
-      tokenizer, batch_size, max_length, multiple: as of `evaluate_labelled`.
+      tokenizer, batch_size, max_length, multiple, watch: as of `evaluate_labelled`.
 
     Raises:
       ValueError: as `evaluate_labelled`.
@@ -195,7 +198,7 @@ def evaluate_choices(
     lengths = _longest(task, rows, tokenizer)
     length = _array_length(lengths, max_length, multiple)
     whole = encode_choices(task, rows, tokenizer, length)
-    outputs = _answers(answer, task, whole, whole.mask.shape[1], batch_size, multiple)
+    outputs = _answers(answer, task, whole, whole.mask.shape[1], batch_size, multiple, watch)
     outputs = np.where(whole.mask.any(axis=2), outputs, -np.inf)
     predictions = outputs.argmax(axis=1)
     values = {"accuracy": float((predictions == whole.labels).mean())}
@@ -210,11 +213,11 @@ def _array_length(lengths: Sequence[int], most: int | None, multiple: int) -> in
 
 
 def _answers(
-    answer: Callable[[Any], Any], task: Any, whole: Any, count: int, batch_size: int, multiple: int
+    answer: Callable[[Any], Any], task: Any, whole: Any, count: int, batch_size: int, multiple: int, watch: Watch
 ) -> np.ndarray:
     """The `count` numbers by which the model answers each row of a batch of all rows."""
     outputs = np.zeros((len(whole.labels), count))
-    for index, length in by_length(row_lengths(whole.mask), batch_size, multiple, whole.mask.shape[-1]):
+    for index, length in watch(by_length(row_lengths(whole.mask), batch_size, multiple, whole.mask.shape[-1])):
         full = np.resize(index, batch_size)
         values = np.asarray(answer(cut(whole, full, length)))
         if values.shape != (batch_size, count):

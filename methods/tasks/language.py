@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods.tasks.batches import by_length
+from methods.tasks.batches import Watch, by_length
 from methods.tasks.encode import Encoded, TokenBatch, marks, opening, prefix
 from methods.tasks.task import UNREADABLE, LanguageModelling, Row, Span
 from methods.tasks.tokens import tokenized
@@ -152,6 +152,7 @@ def evaluate_spans(
     batch_size: int = 8,
     max_length: int | None = None,
     multiple: int = 32,
+    watch: Watch = iter,
 ) -> Modelled:
     """The loss and the exact matches of `rows`.
 
@@ -164,6 +165,7 @@ def evaluate_spans(
       batch_size: rows a batch; the last one is filled up with copies.
       max_length: most tokens a row, what the model takes; longer ones lose their left end. None: no limit.
       multiple: of the length of a batch.
+      watch: what the batches are drawn through, such as a progress bar.
 
     Raises:
       ValueError: for no rows, or a score that is not finite.
@@ -174,7 +176,7 @@ def evaluate_spans(
     longest = -(-max(lengths) // multiple) * multiple
     max_length = longest if max_length is None else min(max_length, longest)
     losses, hits, counts = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows), int)
-    for index, length in by_length(lengths, batch_size, multiple, max_length):
+    for index, length in watch(by_length(lengths, batch_size, multiple, max_length)):
         batch, _ = pad_spans([sequences[i] for i in np.resize(index, batch_size)], length, first, fill)
         log_p, most_likely = score(batch)
         losses[index], hits[index] = -np.asarray(log_p)[: len(index)], np.asarray(most_likely)[: len(index)]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods.tasks.batches import by_length
+from methods.tasks.batches import Watch, by_length
 from methods.tasks.encode import marks, pad, tokenize
 from methods.tasks.task import MultipleChoice, Row
 
@@ -65,6 +65,7 @@ def evaluate(
     batch_size: int = 16,
     max_length: int | None = None,
     multiple: int = 32,
+    watch: Watch = iter,
 ) -> Evaluation:
     """Score every choice of every row, and compare the best with the label.
 
@@ -82,6 +83,7 @@ def evaluate(
       max_length: T at most, what the model takes; what is longer loses the left end of its prompt and is counted.
         None: no limit.
       multiple: of T, where it is less.
+      watch: what the batches are drawn through, such as a progress bar.
 
     Raises:
       ValueError: for no rows, a batch larger than there are choices, a `max_length` below 1, an answer
@@ -98,7 +100,7 @@ def evaluate(
     lengths = [len(ids) for ids, _ in sequences]
     if max_length is None:
         max_length = -(-max(lengths) // multiple) * multiple
-    for index, length in by_length(lengths, batch_size, multiple, max_length):
+    for index, length in watch(by_length(lengths, batch_size, multiple, max_length)):
         full = np.resize(index, batch_size)
         batch, _ = pad([sequences[i] for i in full], length, first, fill)
         values = np.asarray(score_fn(batch.tokens, batch.mask, batch.answer_mask))

@@ -37,7 +37,7 @@ def test_every_command_has_a_row():
 @pytest.mark.parametrize("name", TABLE)
 def test_it_leaves_a_whole_run_folder_and_continues_it(name, finished, command_line, capsys):
     out, row = finished(name), TABLE[name]
-    common = "config.json", "fingerprint.json", "metrics.jsonl", "report.md"
+    common = "config.json", "fingerprint.json", "metrics.jsonl", "report.md", "finished.json"
     for file in (*common, *row.files, *(f"results/{arm}.json" for arm in row.arms)):
         assert (out / file).stat().st_size > 0, file
     assert {file.stem for file in (out / "results").iterdir()} == set(row.arms)
@@ -56,8 +56,31 @@ def test_it_leaves_a_whole_run_folder_and_continues_it(name, finished, command_l
     words, _ = command_line(name)
     capsys.readouterr()
     assert cli.run(words) == 0
-    assert capsys.readouterr().out.count("already finished") >= len(row.arms)
+    assert capsys.readouterr().out.count("already finished") == 1 and not (out / "checkpoints").exists()
     assert {file: file.read_bytes() for file in before} == before
+
+
+def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(command_line, tmp_path, capsys):
+    words, _ = command_line("flexora")
+    out = tmp_path / "run"
+    words = [str(out) if word == words[words.index("--out") + 1] else word for word in words]
+    assert cli.run([*words, "--keep-checkpoints"]) == 0
+    assert {each.name for each in (out / "checkpoints").iterdir()} >= {"search", "finetune-flexora"}
+    files = *out.glob("*.json"), *(out / "results").iterdir(), out / "report.md"
+    before = {file: file.read_bytes() for file in files}
+    assert cli.run(words) == 0  # which changes no result, so that the run goes on without
+    assert not (out / "checkpoints").exists()
+    (out / "results" / "random-0.json").unlink()
+    (out / "selection.json").unlink()
+    capsys.readouterr()
+    assert cli.run(words) == 0
+    assert "results/flexora: already finished" in capsys.readouterr().out
+    del before[out / "config.json"]  # tells whether checkpoints are kept
+    assert {file: file.read_bytes() for file in before} == before
+
+    (out / "finished.json").write_text('{"arms": 3}')
+    assert cli.run(words) == 2
+    assert f"{out / 'finished.json'} cannot be read" in capsys.readouterr().err
 
 
 def test_dynamic_heterolora_keeps_its_share_of_the_modules(finished):

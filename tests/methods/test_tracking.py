@@ -60,7 +60,7 @@ def test_a_tracker_of_ones_own_is_told_what_the_file_holds(tiny_model, tiny_data
     service, out = Service(), tmp_path / "run"
     monkeypatch.setitem(tracking.TRACKERS, "mine", service.make)
     words = flexora_words(tiny_model, tiny_data, out)
-    assert cli.run([*words, "--track", "mine"]) == 0
+    assert cli.run([*words, "--track", "mine", "--keep-checkpoints"]) == 0
     run = json.loads((out / "tracking.json").read_text())["id"]
     written = logged(out)
     assert {"search", "finetune flexora"} <= written.keys()
