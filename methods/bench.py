@@ -26,7 +26,7 @@ from methods.causes import reading
 from methods.models.loading import HFNames, Pretrained, load, locate
 from methods.objective import Given, mean_loss, mean_of_row_means, prediction, room
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import Settings, Training
 from methods.tasks.loss import answer_width
 from methods.training import Recipe
 
@@ -106,7 +106,8 @@ class Bench(NamedTuple):
         model, head, width = self.pretrained.model, self.head, self.width
         loss = partial(mean_of_row_means if self.row_means else mean_loss, model, head, width)
         # A regression has no classes to predict.
-        classes = not isinstance(self.task, tasks.Classification) or bool(self.task.classes)
+        task: Any = self.head and self.task
+        classes = not isinstance(task, tasks.Classification) or bool(task.classes)
         predict = partial(prediction, model, head, width) if classes else None
         return Given(self.pretrained.weights, self.lora, self.pretrained.config, loss, predict, partial(start, self))
 
@@ -353,15 +354,19 @@ def open_run(settings: Settings, bench: Bench) -> RunFolder:
 
 def recipe(settings: Settings) -> Recipe:
     """The recipe of the final training. Raises ValueError."""
-    warmup = math.floor(settings.finetune_steps * settings.warmup + 1e-9)
+    # A method may leave these open, until `used` has filled them in.
+    share, clip = (
+        getattr(Training if getattr(settings, name) is None else settings, name) for name in ("warmup", "clip")
+    )
+    warmup = math.floor(settings.finetune_steps * share + 1e-9)
     return Recipe(
         settings.finetune_steps,
         settings.finetune_lr,
         settings.accumulate,
         settings.validate_every,
         settings.patience,
-        warmup=max(warmup, 1 if settings.warmup else 0),
-        clip=settings.clip,
+        warmup=max(warmup, 1 if share else 0),
+        clip=clip,
         optimizer_name=settings.finetune_optimizer,
         schedule=settings.schedule,
         weight_decay=settings.weight_decay,

@@ -90,7 +90,8 @@ def text(command: str, settings: Any, options: type) -> str:
     """
     values = {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(options)}
     whole = {"command": command, "settings": values, "made": made()}
-    head = f"# bilevel {command} --config THIS_FILE --out ANOTHER_FOLDER makes this run again.\n"
+    head = f"# bilevel {command} --config THIS_FILE --out ANOTHER_FOLDER makes this run again;\n"
+    head += "# paths that are not absolute are seen from the folder below `made`.\n"
     return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
 
 

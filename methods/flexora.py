@@ -45,7 +45,7 @@ from methods.flexora_variants import (
 )
 from methods.objective import Given
 from methods.pages import Page, Run
-from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Repeats, RepeatsOrNone, one_of
+from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.settings import Settings
 from methods.tasks import METRICS, Cycled
 
@@ -153,6 +153,8 @@ class FlexoraSettings(Settings):
       searches: the search is repeated with as many seeds, the first of which selects; how much they agree is reported.
       top_k: select this many layers (or modules) instead of those above the threshold.
       random_baselines: random choices of as many layers, trained and evaluated beside the selected ones.
+      warmup: share of the steps of the final training in which its rate rises to its peak; by default 0.1.
+      clip: a gradient of the final training that is longer than this is shortened to it; 0: never, the default.
     """
 
     hypergradient: Literal["unrolled", "first-order"] | None = None
@@ -170,6 +172,8 @@ class FlexoraSettings(Settings):
     searches: Repeats = 1
     top_k: Count | None = None
     random_baselines: RepeatsOrNone = 1
+    warmup: Annotated[float | None, Range(0, 1, below=True)] = None
+    clip: NotNegative | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +193,7 @@ def used(settings: FlexoraSettings) -> Any:
         return settings
     given = {field.name: getattr(settings, field.name) for field in dataclasses.fields(FlexoraSettings)}
     variant = RELEASED if settings.released else PAPER
-    fixed: dict[str, Any] = {}
-    if variant.final_warmup is not None:
-        fixed = {"warmup": variant.final_warmup, "clip": variant.clip}
-    if settings.released:
-        final_recipe(settings, variant)  # refuses what contradicts it
-    found: Any = Used(**given | options(settings) | fixed, variant=variant)
+    found: Any = Used(**given | options(settings), variant=variant)
     ranges.check(found)
     most = found.search_rows if found.train_rows is None else found.train_rows
     if found.search_rows and not found.batch_size <= found.search_rows <= most:

@@ -92,6 +92,8 @@ PAPER_OPTIONS: dict[str, Any] = {
     "outer_lr": 10.0,
     "outer_decay": 0.0,
     "per": "layer",
+    "warmup": 0.1,
+    "clip": 0.0,
 }
 """What an option is that was not given."""
 
@@ -105,6 +107,8 @@ RELEASED_OPTIONS: dict[str, Any] = {
     "outer_lr": 1e-2,
     "outer_decay": 0.0,
     "per": "layer",
+    "warmup": 0.1,
+    "clip": 1.0,
 }
 """What an option is with `--released`."""
 
@@ -189,19 +193,9 @@ def outer_optimizer(settings: Any, variant: Variant) -> optax.GradientTransforma
 
 
 def final_recipe(settings: Any, variant: Variant) -> Recipe:
-    """How the final training trains. Raises ValueError."""
+    """How the final training trains: by the settings, and in the released code a warm-up that is rounded up."""
     plan = dataclasses.replace(recipe(settings), by_length=variant.final_batches == "by length")
     if variant.final_warmup is None:
         return plan
-    for name, value in (("warmup", variant.final_warmup), ("clip", variant.clip)):
-        if getattr(settings, name) not in (value, _default(settings, name)):
-            raise ValueError(
-                f"--released is --{name} {value:g}, and --{name} {getattr(settings, name):g} contradicts it: leave one "
-                "of them out."
-            )
     warmup = math.ceil(settings.finetune_steps * variant.final_warmup)
-    return dataclasses.replace(plan, warmup=warmup, clip=variant.clip)
-
-
-def _default(settings: Any, name: str) -> Any:
-    return next(field.default for field in dataclasses.fields(settings) if field.name == name)
+    return dataclasses.replace(plan, warmup=warmup)

@@ -33,7 +33,7 @@ Mask = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class LoRASettings(Settings):
-    """Plain LoRA on every layer, with a head where texts are labelled or an encoder chooses."""
+    """Plain LoRA on every layer, with a head where the model has none that answers."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -49,12 +49,20 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     named = any(word == "--model" or word.startswith("--model=") for word in words)
     needed = {"model": "" if named else tyro.MISSING} if "model" in {f.name for f in dataclasses.fields(cls)} else {}
     default = cls(**needed, **command.presets[preset])
+    before = default
+    if file is not None:  # by itself, so that a mistake in it is not taken for one of the words
+        try:
+            alone = dataclasses.replace(default, model="MODEL") if needed else default
+            before = _parsed(command, name, cls, alone, preset, words[: len(words) - len(rest)])
+            ranges.check(before)
+        except ValueError as error:
+            raise BadInput(f"{file}: {error}") from error
     settings = _parsed(command, name, cls, default, preset, words)
     if settings is None:
         return None
     ranges.check(settings)
     # What a run wrote are all of its options, those without effect too.
-    before = _parsed(command, name, cls, default, preset, words[: len(words) - len(rest)]) if whole else default
+    before = before if whole else default
     for field, reason in (command.unused(settings) | unused(settings)).items():
         if getattr(settings, field) != getattr(before, field):
             raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from methods import configuration
 from methods.bench import Bench
-from methods.runfolder import RunFolder
+from methods.runfolder import CONFIG, RunFolder
 from methods.tasks import units
 
 UNITS = {"loss": "the mean over all learned tokens, in nats", "perplexity": "its exponential"}
@@ -105,11 +106,15 @@ def _made(run: Run, page: Page) -> str:
     train, outer = len(bench.splits.train), len(bench.splits.outer)
     rank, alpha = settings.rank, settings.lora_alpha
     adapter = f"LoRA rank {rank}, alpha {alpha:g} on {', '.join(bench.sites)}; " if page.adapter else ""
-    return f"""Trained on {train} rows; what is outer, and every validation, on {outer} other rows of
+    kept = configuration.FILE if (run.folder.path / configuration.FILE).is_file() else CONFIG
+    steps = ""
+    if any(name != UNTRAINED for name in run.results):
+        steps = f"{settings.finetune_steps} training steps, peak learning rate {settings.finetune_lr:g}."
+    used = "Trained" if steps else "Searched"
+    return f"""{used} on {train} rows; what is outer, and every validation, on {outer} other rows of
 {bench.source.trained_on} ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or
 beyond what was asked for; {bench.splits.dropped} share a subject with the test).
-{adapter}{settings.finetune_steps} training steps, peak learning rate {settings.finetune_lr:g}. {page.made} All
-settings: `config.json`; every step: `metrics.jsonl`.{chosen}"""
+{adapter}{steps} {page.made} All settings: `{kept}`; every step: `metrics.jsonl`.{chosen}"""
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -117,7 +122,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = list(next(iter(results.values()))["metrics"])
     titles = ["model", "layers", "trainable parameters", *metrics]
     counted = all("accuracy" in row for row in results.values())
-    titles += ["95 % interval of accuracy", "right"] if counted else []
+    right = "exact" if "exact" in metrics else "accuracy"
+    titles += [f"95 % interval of {right}", "right"] if counted else []
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]

@@ -142,9 +142,9 @@ def hold_out(task: Task, rows: Sequence[Row], units_wanted: int | None = None) -
         count += len(units(task, groups[i]))
     rest = [row for i, group in enumerate(groups) if i not in test for row in group]
     if count < wanted or not rest:
+        on = f"{len(rows)} rows on {len(groups)} subject{'s' * (len(groups) != 1)}"
         raise TooFew(
-            f"{len(rows)} rows on {len(groups)} subjects cannot be cut into rows to train on and {wanted} to test on: "
-            "give more rows, or a file to test on.",
+            f"{on} cannot be cut into rows to train on and {wanted} to test on: give more rows, or a file to test on.",
             test=True,
         )
     return rest, [row for i in sorted(test) for row in groups[i]]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from methods import cli, configuration, flexora, ranges, settings
 from methods.adapters.hook import InputDropout
 from methods.adapters.lora import LoRAConfig
 from methods.flexora_variants import RELEASED, final_recipe
+from methods.logs import listening
 from methods.options import parse
 from methods.tasks import FORMATS, TASKS
 from methods.training import OPTIMIZERS, SCHEDULES, Recipe
@@ -146,6 +148,27 @@ def test_bad_configurations_are_one_sentence(text, message, tmp_path, capsys):
     assert re.search(message, said) and said.count("\n") == 1, said
 
 
+@pytest.mark.parametrize("line", ["rank: 0", "rank: many", "seed: -1"])
+def test_a_mistake_in_a_configuration_is_told_by_its_name_and_one_of_the_words_is_not(line, tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"{line}\nfinetune_lr: 0.1\n")
+    assert cli.run(["lora", "--model", "m", "--config", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"bilevel: {file}: ")
+    file.write_text("finetune_lr: 0.1\n")
+    assert cli.run(["lora", "--model", "m", "--config", str(file), "--rank", "0"]) == 2
+    assert str(file) not in capsys.readouterr().err
+    # What is missing in the file may be said beside it.
+    assert cli.run(["lora", "--config", str(file)]) == 2
+    assert re.search(r"--model", capsys.readouterr().err)
+
+
+def test_a_warning_for_the_user_is_a_sentence_and_others_are_not_touched():
+    with listening():
+        mine, other = (warnings.formatwarning("a b", kind, "x.py", 3) for kind in (UserWarning, RuntimeWarning))
+    assert mine == "warning: a b\n" and other.startswith("x.py:3: RuntimeWarning: a b")
+    assert warnings.formatwarning("a b", UserWarning, "x.py", 3).startswith("x.py:3: UserWarning: a b")
+
+
 def test_other_files_are_no_configurations(tmp_path, capsys):
     (tmp_path / "mine.ini").write_text("")
     assert cli.run(["lora", "--model", "m", "--config", str(tmp_path / "mine.ini")]) == 2
@@ -233,7 +256,7 @@ def test_options_reach_the_recipe():
     assert final_recipe(dataclasses.replace(found, warmup=0.1, finetune_steps=70), found.variant).warming == 7
 
 
-@pytest.mark.parametrize("words", ["--clip 2", "--warmup 0.5"])
+@pytest.mark.parametrize("words", ["--clip 2", "--clip 0", "--warmup 0.5"])
 def test_released_has_a_clip_and_a_warmup_of_its_own(words, capsys, tmp_path):
     assert cli.run(["flexora", "--model", "m", "--released", *words.split(), "--out", str(tmp_path / "run")]) == 2
     assert "--released is --" in capsys.readouterr().err
