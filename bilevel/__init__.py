@@ -1,7 +1,8 @@
 """Hyper-parameters found by differentiating through training.
 
-What is public is what this file exports, one line a name, and two modules: `bilevel.testing`, which checks a
-hypergradient, and `bilevel.extend`, which a new estimator, solver or linear solver is built from. The rest may change.
+What is public is what this file exports, one line a name, and three modules: `bilevel.testing`, which checks a
+hypergradient, `bilevel.extend`, which a new estimator, solver or linear solver is built from, and `bilevel.nnx`, which
+makes a problem of modules of flax. The rest may change.
 """
 
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError

@@ -11,6 +11,7 @@ import pytest
 
 import bilevel
 import bilevel.extend
+import bilevel.nnx
 import bilevel.testing
 import methods.adapters
 import methods.models
@@ -41,7 +42,7 @@ def test_code_blocks_of_a_page_run_one_after_the_other(page):
             exec(compile(block, page.name, "exec"), names)
 
 
-PUBLIC = {"bilevel": bilevel, "bilevel.extend": bilevel.extend, "bilevel.testing": bilevel.testing}
+PUBLIC = {module.__name__: module for module in (bilevel, bilevel.extend, bilevel.nnx, bilevel.testing)}
 REFERENCE = "\n".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "api").glob("*.md")))
 
 

@@ -8,9 +8,10 @@ import pytest
 
 import bilevel
 import bilevel.extend
+import bilevel.nnx
 import bilevel.testing
 
-MODULES = (bilevel, bilevel.extend, bilevel.testing)
+MODULES = (bilevel, bilevel.extend, bilevel.nnx, bilevel.testing)
 
 
 def documented() -> dict[str, object]:

@@ -9,10 +9,11 @@ import pytest
 
 import bilevel
 import bilevel.extend
+import bilevel.nnx
 import bilevel.testing
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = ("bilevel", "bilevel.extend", "bilevel.testing")
+PUBLIC = ("bilevel", "bilevel.extend", "bilevel.nnx", "bilevel.testing")
 
 
 def sources(folder: str) -> list[Path]:

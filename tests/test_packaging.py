@@ -128,7 +128,7 @@ def test_version(installed):
 
 
 def test_slow_imports_are_lazy(installed):
-    slow = {"datasets", "matplotlib", "torch", "transformers"}
+    slow = {"datasets", "flax", "matplotlib", "torch", "transformers"}
     code = "import sys, bilevel, methods; print(*sys.modules)"
     assert not slow & set(call(installed.bin / "python", "-c", code, cwd=installed.cwd).split())
 
@@ -217,7 +217,8 @@ def test_every_import_is_a_declared_dependency(wheel):
     assert not missing("methods", engine | names(required(wheel, "lora")))
     # The guards are looked at, and the engine asks for no more than it imports.
     found = imports("bilevel")
-    assert {each.name for each in found if each.guarded} == {"matplotlib", "mlflow", "optuna", "tensorboard", "wandb"}
+    guarded = {"flax", "matplotlib", "mlflow", "optuna", "tensorboard", "wandb"}
+    assert {each.name for each in found if each.guarded} == guarded
     assert engine <= {"orbax-checkpoint" if each.name == "orbax" else each.name for each in found}
 
 
@@ -226,6 +227,11 @@ def test_extras_that_need_the_methods_bring_them():
     for extra in ("check", "bench", "nlg"):
         assert "bilevel[lora]" in extras[extra], extra
     assert "bilevel[check]" in extras["test"]
+
+
+def test_an_extra_within_another_asks_for_the_same():
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras["nnx"]) <= set(extras["lora"])
 
 
 def test_the_engine_needs_no_more_than_its_requirements(light, tmp_path):
@@ -242,9 +248,17 @@ try:
     bilevel.Comparison((), "").plot()
 except ModuleNotFoundError as error:
     print(error)
+try:
+    import bilevel.nnx
+except ModuleNotFoundError as error:
+    print(error)
 """
     said = call(light.bin / "python", "-c", code, cwd=light.cwd).splitlines()
-    assert said == ["4", "matplotlib is not installed, which Comparison.plot needs: pip install 'bilevel[lora]'."]
+    assert said == [
+        "4",
+        "matplotlib is not installed, which Comparison.plot needs: pip install 'bilevel[lora]'.",
+        "flax is not installed, which bilevel.nnx needs: pip install 'bilevel[nnx]'.",
+    ]
 
 
 def test_the_command_without_the_extra_says_what_to_install(light):

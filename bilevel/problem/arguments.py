@@ -81,8 +81,9 @@ def telling(when: str, **given: PyTree) -> Iterator[None]:
 
 
 _SPLIT = (
-    "split it, graphdef, params, rest = nnx.split(model, nnx.Param, ...), train params, merge inside the loss, and "
-    "carry the rest as Problem(mutable=...) says"
+    "give the module to bilevel.nnx.problem, and use what its losses are given; or split it, graphdef, params, rest = "
+    "nnx.split(model, nnx.Param, ...), train params, merge inside the loss, and carry the rest as Problem(mutable=...) "
+    "says"
 )
 
 
