@@ -250,7 +250,11 @@ def prepare(
     as_read = _Reading(task, tokenizer, settings.length, end, chooses)
     sizes = _sizes(settings)
     processes.tell(f"encoding {task.name}: {len(source.train):,} rows to train on, {len(source.test):,} to test on")
-    fitting, looked_at = _fitting(as_read, source.train, settings, sizes)
+    rows = source.train
+    if isinstance(task, tasks.LanguageModelling):
+        with reading(*ROWS):
+            rows = tasks.in_pieces(task, rows, tokenizer, settings.length)
+    fitting, looked_at = _fitting(as_read, rows, settings, sizes)
     if not fitting:
         raise ValueError(
             f"None of the rows of {task.name} that were looked at fits into --length {settings.length}: raise it."
@@ -271,7 +275,7 @@ def prepare(
     }
     if (file := tasks.file_of(settings.task)) is not None:
         inputs[f"task file {file.name}"] = fingerprint.rows([{"text": file.read_text(encoding="utf-8")}])
-    left_out = len(source.train) - len(fitting)
+    left_out = len(rows) - len(fitting)
     bench = Bench(
         pretrained, lora, source, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
     )

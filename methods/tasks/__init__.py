@@ -17,7 +17,7 @@ from methods.tasks.classify import (
 )
 from methods.tasks.encode import Encoded, TokenBatch, encode
 from methods.tasks.generation import Written, check_metrics, evaluate_written
-from methods.tasks.language import Modelled, encode_spans, evaluate_spans, span_lengths
+from methods.tasks.language import Modelled, encode_spans, evaluate_spans, in_pieces, span_lengths
 from methods.tasks.metrics import METRICS
 from methods.tasks.own import FORMATS
 from methods.tasks.records import READERS
@@ -86,6 +86,7 @@ __all__ = [
     "fits",
     "get",
     "hold_out",
+    "in_pieces",
     "is_own",
     "load",
     "load_splits",

@@ -73,7 +73,8 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
         ends = list(itertools.accumulate(len(span.text) for span in row))
         learned = [row[min(bisect.bisect_left(ends, end), len(row) - 1)].learned for _, end in places]
         whole = list(whole)
-        if mark is not None and row[-1].learned and whole[-1:] != [mark]:
+        ends_here = rows[at].get("ends", True)
+        if mark is not None and ends_here and row[-1].learned and whole[-1:] != [mark]:
             whole, learned = [*whole, mark], [*learned, True]
         front = opening(first, whole)
         if learned[:1] == [True] and not front:
@@ -84,6 +85,55 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
             raise ValueError(f"{place_of(rows[at], texts[at])} has no token to learn that another comes before.")
         sequences.append(SpannedSequence(whole, learned))
     return sequences
+
+
+def in_pieces(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any, length: int) -> list[Row]:
+    """The rows, those of more than `length` tokens in pieces, where the task cuts its rows."""
+    if task.pieces is None:
+        return list(rows)
+    lengths = span_lengths(task, rows, tokenizer)
+    return [
+        piece
+        for row, count in zip(rows, lengths, strict=True)
+        for piece in ([row] if count <= length else task.pieces(row, tokenizer, length))
+    ]
+
+
+def text_pieces(row: Row, tokenizer: Any, length: int) -> list[Row]:
+    """A row with a `text` in rows of at most `length` tokens, each as long as it can be.
+
+    A piece ends in front of a space where there is one in its second half. Together the pieces are the text; each has
+    the whole under `"of"`, and all but the last have `"ends"`, False.
+    """
+    text = row["text"]
+    # Beside it there may be a mark of the beginning, one of the end, and the space that the piece before has left.
+    room = max(1, length - len(marks(tokenizer)[0]) - 3)
+    places = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    # A character of several tokens is in all of them, and may not be torn.
+    starts = [at for at, (begin, _) in enumerate(places) if at == 0 or begin >= places[at - 1][1]]
+    pieces, begin = [], 0
+    while begin < len(places):
+        fitting = [at for at in starts if begin < at <= begin + room]
+        if begin + room >= len(places):
+            fitting.append(len(places))
+        if not fitting:  # one character of more tokens than there is room for
+            return [row]
+        fitting = [at for at in fitting if len(places) - at != 1] or fitting  # one token alone may have none before it
+        border = {at: _border(text, places, at) for at in (begin, *fitting)}
+        at_space = [at for at in fitting if at - begin > room // 2 and text[border[at] :][:1] in (" ", "")]
+        end = len(places) if fitting[-1] == len(places) else (at_space or fitting)[-1]
+        whole = text[border[begin] : border[end]]
+        pieces.append(row | {"text": whole, "of": text} | ({"ends": False} if end < len(places) else {}))
+        begin = end
+    return pieces
+
+
+def _border(text: str, places: Sequence[tuple[int, int]], at: int) -> int:
+    """The character that a piece begins with whose first token this is: the space in front of it, if there is one."""
+    if at in (0, len(places)):
+        return 0 if at == 0 else len(text)
+    begin = places[at][0]
+    return begin - 1 if text[begin - 1] == " " and places[at - 1][0] < begin - 1 else begin
 
 
 def _spans(task: LanguageModelling, row: Row, tokenizer: Any) -> list[Span]:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from methods.tasks.language import text_pieces
 from methods.tasks.records import Record
 from methods.tasks.task import (
     Classification,
@@ -243,7 +244,9 @@ def _text_row(record: Record, where: str) -> Row:
 
 def _text_task(rows: Sequence[Row]) -> Task:
     del rows
-    return LanguageModelling(name="text", fields=("text",), spans=lambda row, tokenizer: [Span(row["text"], True)])
+    spans = lambda row, tokenizer: [Span(row["text"], True)]  # noqa: E731
+    whole = lambda row: row.get("of", row["text"])  # noqa: E731
+    return LanguageModelling(name="text", fields=("text",), group=whole, spans=spans, pieces=text_pieces)
 
 
 # Labels and choices --------------------------------------------------------------------------------------------------

@@ -176,11 +176,15 @@ class LanguageModelling(Task):
 
     Attributes:
       spans: `spans(row, tokenizer)`, the text in its parts, in order.
-      ended: whether the tokenizer's mark of the end follows each text and is learned.
+      ended: whether the tokenizer's mark of the end follows each text and is learned; not behind a row whose `"ends"`
+        is False, which goes on in another.
+      pieces: `pieces(row, tokenizer, length)`, rows for training of at most `length` tokens in place of one that has
+        more; None: such a row is left out.
     """
 
     spans: Callable[[Row, Any], Sequence[Span]]
     ended: bool = True
+    pieces: Callable[[Row, Any, int], Sequence[Row]] | None = None
 
 
 def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row], *, stopped: bool = True) -> list[Pair]:
