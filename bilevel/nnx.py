@@ -111,7 +111,8 @@ def problem(
       >>> def error(model, batch, key):
       ...     return 0.5 * jnp.mean((model(batch[0]) - batch[1]) ** 2)
       >>> def decayed(model, batch, key):
-      ...     return error(model, batch, key) + 0.5 * jnp.exp(model.log_decay[...]) * jnp.sum(model.weights[...] ** 2)
+      ...     penalty = jnp.exp(model.log_decay[...]) * jnp.sum(model.weights[...] ** 2)
+      ...     return error(model, batch, key) + 0.5 * penalty
       >>> problem = bilevel.nnx.problem(Line, decayed, error)
       >>> _, train, val = ridge()
       >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.5), steps=20), optax.sgd(2.0))

@@ -107,7 +107,8 @@ def run(arguments: list[str]) -> int:
                 from methods import closing
 
                 _say(f"\n{closing.text(run_.folder.path, run_.results)}\n", sys.stdout)
-            _say(f"Done: {settings.out / 'report.md'}", sys.stdout)
+            beside = " and report.html" * (settings.out / "report.html").is_file()
+            _say(f"Done: {settings.out / 'report.md'}{beside}", sys.stdout)
         left_out = getattr(found, "left_out", None)
         return _fail(left_out) if left_out else 0
     except KeyboardInterrupt:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from methods.logs import LOGGER
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
 FINISHED = "finished"
+SECONDS = "seconds.csv"
 FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_checkpoints")
 """Settings that change no result, to rounding: a run goes on with others."""
 FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
@@ -224,19 +227,20 @@ class RunFolder:
         return callback
 
     def callbacks(self, stage: str) -> list[Any]:
-        """Callbacks of `bilevel.run` for a stage: `log`, and what `--track` asks for."""
-        log = self.log(stage)
+        """Callbacks of `bilevel.run` for a stage: `log`, the seconds that it takes, and what `--track` asks for."""
+        log = [self.log(stage), _Clock(self, stage)]
         if self._track is None:
-            return [log]
+            return log
         if not self.has("tracking"):
             with processes.attempt():
                 self.write("tracking", {"id": uuid.uuid4().hex[:12]})
-        return [log, tracking.tracker(self._track, self.path, stage, self.read("tracking")["id"], self._options)]
+        return [*log, tracking.tracker(self._track, self.path, stage, self.read("tracking")["id"], self._options)]
 
     def tell(self, stage: str, metrics: Mapping[str, Any]) -> None:
         """What `callbacks` do with the rows of a stage that no `bilevel.run` has computed, all at once."""
         for callback in self.callbacks(stage):
-            if not processes.is_first():  # which a tracker knows by itself in a run alone
+            # Which process it is, a tracker knows by itself in a run alone; nobody has waited for these rows.
+            if not processes.is_first() or isinstance(callback, _Clock):
                 continue
             callback(len(next(iter(metrics.values()))), None, metrics)
             if isinstance(callback, Tracker):
@@ -261,6 +265,34 @@ class RunFolder:
             lines = data.decode("utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             return [((str(row["stage"]), int(row["step"])), line) for row, line in zip(rows, lines, strict=True)]
+
+
+class _Clock:
+    """A callback that adds up in `seconds.csv` how long a stage takes, from when it is made, compilation included."""
+
+    def __init__(self, folder: RunFolder, stage: str):
+        self.folder, self._stage, self._last = folder, stage, time.perf_counter()
+
+    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
+        before, self._last = self._last, time.perf_counter()
+        known = read_seconds(self.folder.path / SECONDS)
+        known[self._stage] = known.get(self._stage, 0.0) + self._last - before
+        quoted = {stage.replace('"', '""'): value for stage, value in known.items()}
+        lines = ["stage,seconds", *(f'"{stage}",{value:.3f}' for stage, value in quoted.items())]
+        self.folder.write_text(SECONDS, "".join(f"{line}\n" for line in lines))
+
+
+def read_seconds(file: Path) -> dict[str, float]:
+    """How long each stage took; lines that say nothing of it are passed over."""
+    known = {}
+    if file.is_file():
+        for row in csv.reader(file.read_text(encoding="utf-8", errors="replace").splitlines()):
+            try:
+                stage, seconds = row
+                known[stage] = float(seconds)
+            except ValueError:  # the titles, or damaged: nothing depends on it
+                continue
+    return {stage: seconds for stage, seconds in known.items() if 0 <= seconds < float("inf")}
 
 
 def read_json(file: Path) -> Any:

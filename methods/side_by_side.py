@@ -1,4 +1,4 @@
-"""Finished runs on one page: which modules, what budget, what accuracy."""
+"""Finished runs on one page, in Markdown and in HTML: which modules, what budget, what accuracy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from methods import files
+from methods import files, histories, side_by_side_page
 from methods.causes import sentence
 from methods.configuration import FILE
 from methods.figures import pyplot, save
@@ -22,11 +22,11 @@ from methods.runfolder import CONFIG, RunFolder, read_json
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
-    """Put finished runs side by side: a table and a figure.
+    """Put finished runs side by side, in report.md and in report.html.
 
     Attributes:
       runs: run folders of any method.
-      out: folder of the page.
+      out: folder of the pages.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -45,6 +45,7 @@ class Row(NamedTuple):
       config: the settings of the run.
       result: what it is worth.
       method: the command that made the run; "" where that is not known.
+      path: the folder; None where that does not matter.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Row(NamedTuple):
     config: dict[str, Any]
     result: dict[str, Any]
     method: str = ""
+    path: Path | None = None
 
     @property
     def worth(self) -> tuple[str, float]:
@@ -84,9 +86,7 @@ def read(runs: Sequence[Path]) -> Read:
     if not runs:
         raise ValueError("Nothing to put side by side: name one or more run folders.")
     found = Read([], [], [])
-    names = [run.absolute().name for run in runs]
-    for run, name in zip(runs, names, strict=True):
-        name = name if names.count(name) == 1 else str(run)
+    for run, name in zip(runs, _names(runs), strict=True):
         try:
             if not (run / CONFIG).is_file():
                 raise ValueError(f"{run} is no run: it has no {CONFIG}.")
@@ -98,7 +98,7 @@ def read(runs: Sequence[Path]) -> Read:
             found.unfinished.append(run)
         for file in results:
             try:
-                found.rows.append(Row(name, file.stem, config, _result(file), _method(run)))
+                found.rows.append(Row(name, file.stem, config, _result(file), _method(run), run))
             except (ValueError, OSError) as error:
                 found.left_out.append(sentence(error) or str(error))
     if not found.rows:
@@ -106,6 +106,12 @@ def read(runs: Sequence[Path]) -> Read:
     # Of one task and model together, the best first; rows that are equally good stay in the order of their runs.
     order = sorted(found.rows, key=lambda row: (row.config["task"], row.config["model"], _rank(row)))
     return found._replace(rows=order)
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The name of each folder; of folders with the same name, where they are."""
+    names = [run.absolute().name for run in runs]
+    return [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
 
 
 def _rank(row: Row) -> float:
@@ -181,24 +187,38 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def over_seeds(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each model that runs have which differ in their seed alone; "" where there are no two."""
+MEANS = ("method", "model", "task", "seeds", "metric", "mean", "standard deviation")
+"""Titles of `means`."""
+
+
+def groups_over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each model that runs have which differ in their seed alone."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         other = {name: value for name, value in row.config.items() if name != "seed"}
         groups.setdefault((row.method, row.arm, json.dumps(other, sort_keys=True, default=str)), []).append(row)
-    several = [group for group in groups.values() if len({row.config.get("seed") for row in group}) > 1]
-    if not several:
-        return ""
-    lines = ["| method | model | task | seeds | metric | mean | standard deviation |"]
-    lines += ["|---|---|---|---:|---|---:|---:|"]
+    return [group for group in groups.values() if len({row.config.get("seed") for row in group}) > 1]
+
+
+def means(several: Sequence[Sequence[Row]]) -> list[list[str]]:
+    """A line of cells for each model, as `MEANS` says."""
+    lines = []
     for group in several:
         name, values = group[0].worth[0], np.array([row.worth[1] for row in group])
         first, times = group[0], 1 if name in UNITS else 100
         unit = "" if name in UNITS else " %"
         told = [f"{times * value:.{3 if name in UNITS else 1}f}{unit}" for value in (values.mean(), values.std(ddof=1))]
-        cells = [first.method, first.arm, first.config["task"], str(len(group)), name, *told]
-        lines.append(f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |")
+        lines.append([first.method, first.arm, first.config["task"], str(len(group)), name, *told])
+    return lines
+
+
+def over_seeds(rows: Sequence[Row]) -> str:
+    """Markdown: `means`; "" where no two runs differ in their seed alone."""
+    several = groups_over_seeds(rows)
+    if not several:
+        return ""
+    lines = [f"| {' | '.join(MEANS)} |", "|---|---|---|---:|---|---:|---:|"]
+    lines += [f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |" for cells in means(several)]
     return "Means over seeds, of runs that differ in nothing else:\n\n" + "\n".join(lines) + "\n"
 
 
@@ -223,6 +243,11 @@ def modules(rows: list[Row]) -> tuple[list[str], np.ndarray]:
 
 def figure(file: Path, rows: list[Row]) -> None:
     """Modules in use, a line a model; beside it accuracy with its interval, and the parameters."""
+    with pyplot().rc_context({"text.parse_math": False}):  # names of folders may hold any letter
+        _draw(file, rows)
+
+
+def _draw(file: Path, rows: list[Row]) -> None:
     plt = pyplot()
     names, shares = modules(rows)
     height = 1.4 + 0.3 * len(rows)
@@ -268,7 +293,7 @@ class Reported(NamedTuple):
 
 
 def main(settings: ReportSettings) -> Reported:
-    """`report.md` and a figure of `settings.runs`, in `settings.out`.
+    """`report.md` with a figure, and `report.html`, of `settings.runs`, in `settings.out`.
 
     Raises:
       ValueError: one sentence on what is wrong; and as `read`.
@@ -292,6 +317,12 @@ Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--te
     if left_out:
         words += "\nLeft out:\n\n" + "".join(f"- {sentence}\n" for sentence in left_out)
     files.write_text(settings.out / "report.md", words)
+    named = zip(settings.runs, _names(settings.runs), strict=True)
+    told = [histories.read(run, name) for run, name in named if (run / CONFIG).is_file()]
+    several = groups_over_seeds(rows)
+    found = Read(rows, left_out, unfinished)
+    page = side_by_side_page.page(found, told, several, (MEANS, means(several)))
+    files.write_text(settings.out / "report.html", page)
     return Reported(rows, f"{settings.out / 'report.md'} leaves out: {' '.join(left_out)}" if left_out else None)
 
 

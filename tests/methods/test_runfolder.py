@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -314,3 +315,24 @@ def test_nothing_in_the_methods_writes_a_file_in_place():
         if path.name != "files.py" and (lines := writes(ast.parse(path.read_text(encoding="utf-8"))))
     }
     assert found == {}
+
+
+def test_seconds_of_a_stage_add_up_over_sessions(tmp_path, model):
+    for stages in (["search", 'a "stage", named'], ["search"]):
+        folder = opened(tmp_path, model)
+        for stage in stages:
+            before = runfolder.read_seconds(folder.path / "seconds.csv").get(stage, 0.0)
+            callbacks = folder.callbacks(stage)
+            time.sleep(0.02)
+            for step in (1, 2):
+                for callback in callbacks:
+                    callback(step, None, {"loss": np.ones(1)})
+            after = runfolder.read_seconds(folder.path / "seconds.csv")
+            assert 0.02 <= after[stage] - before + 1e-3 < 5
+    assert list(after) == ["search", 'a "stage", named']
+    folder.tell("told", {"loss": np.ones(2)})  # which has taken no time that is known
+    assert runfolder.read_seconds(folder.path / "seconds.csv") == after
+    (folder.path / "seconds.csv").write_bytes(b"\xff\nx,y,z\nsearch,1e999\n")
+    assert runfolder.read_seconds(folder.path / "seconds.csv") == {}
+    folder.callbacks("search")[1](3, None, {"loss": np.ones(1)})
+    assert list(runfolder.read_seconds(folder.path / "seconds.csv")) == ["search"]

@@ -1,0 +1,289 @@
+"""`report.html`: one file that asks for nothing, with what a run folder tells, and a sentence for what it does not."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from methods import cli, histories, side_by_side_page
+from methods.runfolder import read_seconds
+from tests.methods.commands import TABLE
+
+VOID = {"meta", "br", "link", "img", "input"}
+
+
+class Page(HTMLParser):
+    """A page in parts; what is not well formed, or asks for something outside, is an error.
+
+    Attributes:
+      figures: captions of figures that are drawn as SVG.
+      maps: captions of those that are tables of shares.
+      cells: the rows of all tables.
+      missing: sentences that are marked as such.
+      text: all that is shown.
+    """
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.figures, self.maps, self.cells, self.missing, self.text = [], [], [], [], [], [], ""
+        self.links, self.svg, self.titles = [], 0, []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+        assert len(self.ids) == len(set(self.ids))
+        assert all(link[1:] in self.ids for link in self.links), self.links
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs)))
+        self.svg += tag == "svg"
+        for name, value in attrs:
+            self.ids += [value] if name == "id" else []
+            if name in ("src", "href", "xlink:href", "srcset", "data", "action"):
+                assert value.startswith("#"), (tag, name, value)
+                self.links.append(value)
+            assert not name.startswith("on"), (tag, name)
+        assert tag not in ("script", "iframe", "link", "object", "img", "image")
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1][0] == tag, (self.open[-3:], tag)
+        self.open.pop()
+
+    def handle_data(self, data):
+        tags = [tag for tag, _ in self.open]
+        if "style" in tags:
+            assert "@import" not in data and "url(" not in data
+            return
+        self.text += data
+        if tags[-1:] in (["td"], ["th"]):
+            self.cells[-1][-1] += data
+        if tags[-1:] == ["figcaption"]:
+            (self.figures if self.svg else self.maps).append(data)
+            self.svg = 0
+        if tags[-1:] in (["h2"], ["h3"], ["h4"]):
+            self.titles.append(data)
+        if tags and self.open[-1][1].get("class") == "missing":
+            self.missing.append(data)
+
+
+def report(out, *runs, code=0):
+    assert cli.run(["report", *map(str, runs), "--out", str(out)]) == code
+    text = (out / "report.html").read_text()
+    assert "://" not in html.unescape(re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL))
+    return Page(text)
+
+
+def logged(run):
+    """`{stage: rows}` of a run."""
+    found = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row["stage"], []).append(row)
+    return found
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("name", TABLE)
+def test_every_command_has_its_figures(name, finished, tmp_path, capsys):
+    run = finished(name)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    page = report(tmp_path / "page", run)
+    assert capsys.readouterr().out.endswith(f"Done: {tmp_path / 'page' / 'report.md'} and report.html\n")
+    assert {file: file.read_bytes() for file in before} == before
+    stages = logged(run)
+    searches = {stage: rows for stage, rows in stages.items() if "outer_loss" in rows[0]}
+    assert len([f for f in page.figures if f.startswith("Norm of the hypergradient")]) == len(searches)
+    assert len([f for f in page.figures if f.startswith("Losses at each outer step")]) == len(searches)
+    for rows in searches.values():
+        for variable in rows[0]:
+            if variable not in ("stage", "step", *histories.TOLD):
+                assert any(figure.startswith(variable) for figure in page.figures), variable
+    assert len([f for f in page.figures if f.startswith("Final trainings")]) == bool(stages.keys() - searches.keys())
+    assert len([f for f in page.figures if "no smaller model is as good" in f]) == 1
+    for arm in TABLE[name].arms:
+        assert any(row[:3] == [name, name, arm] for row in page.cells), arm
+    config = json.loads((run / "config.json").read_text())
+    assert ["seed", str(config["seed"])] in page.cells and ["task", config["task"]] in page.cells
+    assert not page.missing
+    # The cost: steps times the inner steps of each, products as they were counted, seconds as they passed.
+    seconds = read_seconds(run / "seconds.csv")
+    assert seconds.keys() == (stages.keys() if name != "attribute" else set())  # whose training is its own
+    for stage, rows in stages.items():
+        (cells,) = [row for row in page.cells if row[:2] == [name, stage]]
+        inner = config.get("inner_steps", config.get("interval")) if stage in searches else 1
+        assert cells[2:4] == [str(len(rows)), str(inner * len(rows))], cells
+        products = str(sum(r["hvps"] for r in rows)) if "hvps" in rows[0] else "–"
+        assert cells[4] == (products if stage in searches else "0")
+        assert cells[5] == (f"{seconds[stage]:,.1f}" if seconds else "–") and seconds.get(stage, 1.0) > 0
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_runs_of_all_commands_share_a_page(finished, tmp_path):
+    runs = [finished(name) for name in ("flexora", "heterolora", "attribute")]
+    page = report(tmp_path / "page", *runs)
+    assert len([f for f in page.figures if "no smaller model is as good" in f]) == 2  # one for each task
+    (front,) = [f for f in page.figures if f.startswith("rte")]
+    assert "random-0 of heterolora" in front
+    assert any("largest of alpha (Jaccard)" in f for f in [page.text])
+    assert any(row[0] == "setting" and row[1:] == ["flexora", "heterolora", "attribute"] for row in page.cells)
+    assert any("Modules in use by heterolora" in title for title in page.maps)
+    assert "Every module is in use by all-layers." in page.text
+
+
+def make_run(folder, arms, rows=(), **config):
+    (folder / "results").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model": "models/tiny", "task": "piqa"} | config))
+    (folder / "report.md").write_text("# Its own page\n")
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for name, result in arms.items():
+        (folder / "results" / f"{name}.json").write_text(json.dumps(result))
+    return folder
+
+
+def result(correct, parameters, on=None):
+    accuracy = {"value": correct / 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1}
+    row = {"parameters": parameters, "accuracy": accuracy | {"correct": correct, "total": 10}}
+    return row if on is None else row | {"on": on}
+
+
+def steps(stage="search", count=4, **values):
+    return [
+        {"stage": stage, "step": i + 1, "outer_loss": 1.0, "hypergradient_norm": 0.5 / (i + 1)}
+        | {name: np.asarray(of(i), float).tolist() for name, of in values.items()}
+        for i in range(count)
+    ]
+
+
+NASTY = "<script>alert('x')</script> & \"$x_1$\" ünï"
+
+
+def test_names_are_text_and_nothing_else(tmp_path):
+    odd = "a<b>&\"c' $x_{$"
+    rows = steps(**{"<i>gate</i> $\\frac$": lambda i: [i, 1 - i, 0.5]}) + [
+        {"stage": "finetune <b>", "step": 1, "inner_loss": 1.0}
+    ]
+    arm = NASTY.replace("/", "|")
+    run = make_run(tmp_path / odd, {arm: result(7, 5, {"<q>": [1, 0]})}, rows, model="m<o>del", text=NASTY)
+    (run / "selection.json").write_text(json.dumps({"<u>": NASTY}))
+    (run / "config.yaml").write_text("command: <em>\n")
+    (run / "report.md").write_text(NASTY)
+    page = report(tmp_path / "page", run)
+    for word in (odd, arm, NASTY, "m<o>del", "<em>", "<i>gate</i> $\\frac$", "finetune <b>", "<q>", "<u>"):
+        assert word in page.text, word
+    assert {tag for tag in re.findall(r"<(\w+)", (tmp_path / "page" / "report.html").read_text())}.isdisjoint(
+        {"script", "b", "i", "em", "u", "q", "o"}
+    )
+
+
+def test_what_is_missing_or_damaged_is_said_and_the_rest_is_there(tmp_path):
+    good = steps(alpha=lambda i: [i, -i, 0.0])
+    run = make_run(tmp_path / "run", {"chosen": result(7, 12)}, good)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "search", "step"\n[1, 2]\n{"stage": "search", "step": 9, "alpha": "no"}\n')
+        file.write('{"stage": "finetune chosen", "step": 1, "inner_loss": 2.0}\n{"torn')
+    (run / "selection.json").write_text("{")
+    (run / "seconds.csv").write_text("stage,seconds\nsearch,nan\n")
+    bare = make_run(tmp_path / "bare", {"chosen": result(6, 12)})
+    (bare / "metrics.jsonl").unlink()
+    (bare / "report.md").unlink()
+    uneven = make_run(tmp_path / "uneven", {}, [*good, steps(count=5, alpha=lambda i: [i])[-1]], seed=3)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    page = report(tmp_path / "page", run, bare, uneven, tmp_path / "nowhere", code=2)
+    assert {file: file.read_bytes() for file in before} == before
+    said = "\n".join(page.missing)
+    for words in (
+        "4 of 9 lines of metrics.jsonl are damaged and left out.",
+        "selection.json is damaged",
+        "seconds.csv is damaged: it tells no seconds of any stage.",
+        "metrics.jsonl is not there, so that nothing is known of the steps.",
+        "no page of its own yet",
+        "Stage 'search' of metrics.jsonl has 'alpha' at some steps only, or of several shapes.",
+        "uneven has no finished model yet",
+        "nowhere is no run",
+        f"Not finished yet, so that models may be missing: {bare}.",
+    ):
+        assert words in said, words
+    assert len([f for f in page.figures if f.startswith("Norm of the hypergradient")]) == 2
+    assert [f for f in page.figures if f.startswith("alpha: 3 entries")]
+    assert ["run", "search", "4", "–", "–", "–"] in page.cells
+    assert ["seed", "–", "–", "3"] in page.cells
+
+
+def test_selections_over_seeds_are_compared(tmp_path):
+    on = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]
+    found = [{"chosen": result(5 + i, 8, {"q": each})} for i, each in enumerate(on)]
+    runs = [make_run(tmp_path / f"s{i}", each, seed=i) for i, each in enumerate(found)]
+    page = report(tmp_path / "page", *runs)
+    # Pairs: 1/3, 1 and 1/3; two of four drawn twice have one in common, of three.
+    assert ["", "chosen", "piqa", "3", "0.56", "0.33", "0.33"] in page.cells
+    assert ["", "chosen", "piqa", "3", "accuracy", "60.0 %", "10.0 %"] in page.cells
+    assert "No two runs differ" not in page.text
+    assert "What the runs differ in:" in page.text and ["seed", "0", "1", "2"] in page.cells
+
+
+def test_the_front_is_of_models_that_no_smaller_one_equals():
+    assert side_by_side_page.on_front([0, 5, 5, 9, 12], [0.5, 0.4, 0.7, 0.7, 0.9]) == [0, 2, 4]
+    assert side_by_side_page.on_front([3, 3], [1.0, 1.0]) == [0]
+    assert side_by_side_page.on_front([], []) == []
+
+
+def test_losses_are_better_the_smaller_they_are(tmp_path):
+    sizes = (("a", 10, 2.0), ("b", 900, 1.0), ("c", 20_000, 1.5))  # on a logarithmic axis, as is this norm
+    texts = {name: {"parameters": size, "metrics": {"loss": loss}} for name, size, loss in sizes}
+    page = report(tmp_path / "page", make_run(tmp_path / "run", texts, steps(count=60)))
+    assert [f for f in page.figures if f.endswith("(a of run, b of run).")]
+    assert "10" in page.text and "mathdefault" not in page.text
+    assert any(row[2] == "b" and row[6:8] == ["loss", "1.000"] for row in page.cells if len(row) > 7)
+
+
+def history(selection, rows):
+    return histories.History(None, "x", {}, selection, [], {}, "", []), histories._stage("search", rows, [])
+
+
+def test_steadiness_by_hand():
+    rows = {
+        1: {"alpha": np.array([3.0, 2.0, 1.0]), "gate": np.array([1.0, 0.0]), "one": np.array([1.0])},
+        2: {"alpha": np.array([1.0, 3.0, 2.0]), "gate": np.array([1.0, 1.0]), "one": np.array([2.0])},
+        3: {"alpha": np.array([1.0, 2.0, 3.0]), "gate": np.array([0.0, 1.0]), "one": np.array([3.0])},
+    }
+    rows = {step: row | {"outer_loss": np.array(1.0)} for step, row in rows.items()}
+    steady = histories.steadiness(*history({"layers": [2, 1]}, rows))
+    assert steady.keys() == {
+        "what is on (Jaccard)", "the 2 largest of alpha (Jaccard)", "the order of alpha (rank correlation)"
+    }  # fmt: skip
+    np.testing.assert_allclose(steady["what is on (Jaccard)"], [0, 0.5, 1])
+    np.testing.assert_allclose(steady["the 2 largest of alpha (Jaccard)"], [1 / 3, 1, 1])
+    np.testing.assert_allclose(steady["the order of alpha (rank correlation)"], [-1, 0.5, 1])
+    assert histories.by_chance(np.array([1, 1, 0, 0], bool), np.array([1, 1, 0, 0], bool)) == 1 / 3
+    assert histories.jaccard(np.zeros(2, bool), np.zeros(2, bool)) == 1
+    assert np.isnan(histories.rank_correlation(np.ones(3), np.arange(3.0)))
+
+
+def test_searches_of_one_run_are_compared(tmp_path):
+    rows = steps(alpha=lambda i: [1, 2, 3, 4]) + steps("search-1", alpha=lambda i: [1, 2, 4, 3])
+    page = report(tmp_path / "page", make_run(tmp_path / "run", {"a": result(1, 1)}, rows))
+    assert ["search", "search-1", "alpha", "0.80"] in page.cells
+    assert {"search", "search-1"} <= {*page.titles}
+
+
+def test_long_searches_of_many_variables_stay_small(tmp_path):
+    rng = np.random.default_rng(0)
+    many = {f"site{i}": lambda _: rng.normal(size=300) for i in range(30)}
+    run = make_run(tmp_path / "run", {"a": result(1, 1)}, steps(count=250, **many))
+    page = report(tmp_path / "page", run)
+    assert "6 further variables are in metrics.jsonl and not drawn." in page.text
+    words = "300 entries, from the first (violet) to the last (yellow); 40 of them are drawn"
+    assert len([figure for figure in page.figures if words in figure]) == 24
+    assert (tmp_path / "page" / "report.html").stat().st_size < 10e6
