@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -69,14 +70,16 @@ def clock(seconds: float) -> str:
 
 
 def machine() -> Row:
-    """Where it is measured, and with which versions."""
+    """When and where it is measured, and with which versions."""
     versions = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"section": "machine", "system": f"{platform.machine()}, {platform.system()}", "versions": versions}
+    system = f"{platform.machine()}, {platform.system()}"
+    today = datetime.date.today().isoformat()
+    return {"section": "machine", "date": today, "system": system, "versions": versions}
 
 
 def short(value: Any) -> Any:

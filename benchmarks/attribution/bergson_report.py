@@ -149,17 +149,32 @@ def _near_one(below: float) -> str:
 
 def _goals(rows: list[Row]) -> str:
     lines = ["| wanted | computed by | measured | |", "|---|---|---|---|"]
+    for each in judged(rows):
+        word = "met" if each.met == each.count else f"met in {each.met} of {each.count}" if each.met else "missed"
+        lines.append(f"| {each.wanted} | `{each.way}` | {each.measured} | {word} |")
+    return "\n".join(lines)
+
+
+class Judged(NamedTuple):
+    """A goal, what it was computed by, what was measured, and in how many of the runs it was met."""
+
+    wanted: str
+    way: str
+    measured: str
+    met: int
+    count: int
+
+
+def judged(rows: list[Row]) -> Iterator[Judged]:
+    """Every goal of which there is a measurement, for each way of ours."""
     for goal in GOALS:
         for way in OURS:
             numbers = list(_measured(goal, way, rows))
             if not numbers:
                 continue
-            met = sum(goal.is_met(number) for _, number in numbers)
-            word = "met" if met == len(numbers) else "missed" if not met else f"met in {met} of {len(numbers)}"
             wanted = f"{goal.text}: {'at least' if goal.is_least else 'at most'} {goal.limit:g}"
             each = "; ".join(f"{title} {goal.shown(number)}" for title, number in numbers)
-            lines.append(f"| {wanted} | `{way}` | {each} | {word} |")
-    return "\n".join(lines)
+            yield Judged(wanted, way, each, sum(goal.is_met(number) for _, number in numbers), len(numbers))
 
 
 def _measured(goal: Goal, way: str, rows: list[Row]) -> Iterator[tuple[str, float]]:

@@ -17,10 +17,11 @@ COLOURS = {"mnist": "#2a6f97", "text": "#c8553d"}
 TITLES = {"mnist": "A network on MNIST", "text": "A small language model on text"}
 
 
-def write(record: Record, docs: Path = DOCS) -> None:
-    """The page and its figure."""
+def write(record: Record, docs: Path = DOCS) -> list[Path]:
+    """The page and its figure; returns their paths."""
     draw(record, docs / "figures" / FIGURE)
     files.write_text(docs / PAGE, page(record))
+    return [docs / "figures" / FIGURE, docs / PAGE]
 
 
 def points(record: Record) -> list[tuple[str, str, float, float]]:
@@ -46,6 +47,7 @@ def draw(record: Record, file: Path) -> None:
     """Linear datamodeling score against smoothness, a dot a setting."""
     plt = figures.pyplot()
     fig, ax = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    named: list[tuple[float, float]] = []
     for case, colour in COLOURS.items():
         found = [(smooth, lds, name) for of, name, smooth, lds in points(record) if of == case]
         if not found:
@@ -53,8 +55,11 @@ def draw(record: Record, file: Path) -> None:
         ax.plot([p[0] for p in found], [p[1] for p in found], "o", color=colour, ms=6, label=TITLES[case])
         for smooth, lds, name in found:
             left = smooth > 0.6  # where there is no room on the right
+            if any(abs(lds - y) < 0.035 and abs(smooth - x) < 0.3 for x, y in named):
+                continue  # the table has all names
+            named.append((smooth, lds))
             place = {"xytext": (-6 if left else 6, -3), "ha": "right" if left else "left"}
-            ax.annotate(name, (smooth, lds), textcoords="offset points", fontsize=7, **place)
+            ax.annotate(name, (smooth, lds), textcoords="offset points", fontsize=8, **place)
     ax.set(xlabel="smoothness of the training", ylabel="linear datamodeling score", ylim=(-0.15, 1.05))
     ax.axhline(0.95, color="black", lw=0.8, ls=":")
     ax.legend(frameon=False, fontsize=8, loc="lower right")

@@ -15,9 +15,11 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.attribution.cases import images as drawn
+from benchmarks.record import Record
 
 ROWS, BATCH, WIDTH, CLASSES = 10_000, 32, 64, 10
 
@@ -81,12 +83,16 @@ def row(steps: int, segment: int | None = None) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> int:
-    """Prints a row as JSON."""
+    """Prints a row as JSON, and adds it to the record where one is named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--segment", type=int, default=None)
+    parser.add_argument("--record", type=Path, help="where the row is added: long.jsonl beside this file for the page")
     options = parser.parse_args(words)
-    print(json.dumps(row(options.steps, options.segment), indent=1))
+    found = row(options.steps, options.segment)
+    if options.record:
+        Record(options.record).add([found])
+    print(json.dumps(found, indent=1))
     return 0
 
 

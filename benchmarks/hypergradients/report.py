@@ -47,12 +47,13 @@ def write(record: Record, out: Path) -> list[Path]:
         "hypergradient-schedules.png": _schedules,
         "hypergradient-bias.png": _bias,
         "hypergradient-peers.png": _peers_figure,
+        "hypergradient-front.png": _front_figure,
     }
     written = []
     for name, draw in figures.items():
         figure = draw(record)
         if figure is not None:
-            figure.savefig(out / name, dpi=110)
+            figure.savefig(out / name, dpi=120)
             plt.close(figure)
             written.append(out / name)
     (out / PAGE).write_text(page(record, [path.name for path in written]), encoding="utf-8")
@@ -78,6 +79,7 @@ def page(record: Record, figures: Iterable[str]) -> str:
         figure("hypergradient-bias.png", "Bias of the others against K, and against their cost"),
         *_estimators(record),
         "## Beside other libraries\n",
+        figure("hypergradient-front.png", "Memory and time of several libraries"),
         figure("hypergradient-peers.png", "Time and resident memory of several libraries against K"),
         *_peers(record),
         "## Transformer\n",
@@ -91,7 +93,7 @@ def _machine(record: Record) -> str:
     if not found:
         return ""
     versions = ", ".join(f"{name} {version}" for name, version in found[0]["versions"].items())
-    return f"CPU, {found[0]['system']}; {versions}. Cores: {_cores(record)}.\n"
+    return f"{found[0].get('date', '')} CPU, {found[0]['system']}; {versions}. Cores: {_cores(record)}.\n".lstrip()
 
 
 def _cores(record: Record) -> str:
@@ -160,6 +162,47 @@ def _peers(record: Record) -> Iterable[str]:
     yield _table(("", *problems), body)
     limit = f"to {side_by_side.MISMATCH:g}"
     yield f"All agree {limit}.\n" if not wrong else f"All agree {limit}, but for: {', '.join(wrong)}.\n"
+
+
+def front(record: Record) -> list[Row]:
+    """What the front of the repository shows: the libraries at the largest K of data weighting, least memory first."""
+    rows = [r for r in record.find(section="peers", problem="data weighting") if r.get("resident") and "seconds" in r]
+    longest = max((row["steps"] for row in rows), default=0)
+    shown = [row for row in rows if row["steps"] == longest and not row["name"].startswith(_LEFT_OUT)]
+    return sorted(shown, key=lambda row: row["resident"])
+
+
+_LEFT_OUT = ("bilevel, mixed, none", "bilevel, mixed, step", "bilevel, reverse")
+"""Schedules of ours that the page alone has."""
+
+
+def front_table(record: Record) -> str:
+    """`front` as a table, with its date, machine and command."""
+    rows, (where,) = front(record), record.find(section="machine")
+    least, versions = rows[0]["resident"], where["versions"]
+
+    def name(row: Row) -> str:
+        library, _, how = row["name"].partition(", ")
+        if library == "bilevel":
+            return f'**bilevel**, "{how.rpartition(", ")[2]}"'
+        version = f" {versions[library]}" if library in versions else ""
+        return f"{library}{version}" + (f", {how}" if how else "")
+
+    body = [
+        (name(row), _megabytes(row["resident"]), f"{row['resident'] / least:.1f}", f"{row['seconds']:.2f}")
+        for row in rows
+    ]
+    head = ("library", "memory, MB", "of the least", "seconds")
+    cores = {row["cores"] for row in rows if "cores" in row}
+    return (
+        f"{_table(head, body)}\nAn MLP of 134,000 parameters, K = {rows[0]['steps']} steps of Adam, a weight for each "
+        f"of 64 rows, float32, {_counted(cores)} of a CPU ({where['system']}); memory is the peak of what is resident "
+        f"beyond the start. {where['date']}, by `python -m benchmarks.hypergradients`.\n"
+    )
+
+
+def _counted(cores: set[int]) -> str:
+    return " or ".join(f"{n} core{'s' if n > 1 else ''}" for n in sorted(cores))
 
 
 def _transformer(record: Record) -> str:
@@ -273,6 +316,28 @@ def _peers_figure(record: Record) -> Any:
     for axis, label in zip(axes[0], ("seconds", "peak resident memory, MB"), strict=True):
         axis.set(yscale="log", xlabel="K", ylabel=label)
     _finish(figure, axes)
+    return figure
+
+
+def _front_figure(record: Record) -> Any:
+    """Memory and time as bars, ours in colour."""
+    rows = front(record)[::-1]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(8, 0.6 + 0.34 * len(rows)), sharey=True, layout="constrained")
+    names = [row["name"].replace("bilevel, mixed, ", "bilevel, ") for row in rows]
+    colours = ["#c8553d" if name.startswith("bilevel") else "#9fb8c8" for name in names]
+    for axis, (field, unit, show, title) in zip(
+        axes,
+        (("resident", 1e-6, "{:,.0f}", "peak memory, MB"), ("seconds", 1.0, "{:.2f}", "time, seconds")),
+        strict=True,
+    ):
+        values = [unit * row[field] for row in rows]
+        bars = axis.barh(names, values, color=colours)
+        axis.bar_label(bars, [show.format(value) for value in values], padding=3, fontsize=9)
+        axis.set(title=title, xlim=(0, 1.18 * max(values)))
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.set_xticks([])
     return figure
 
 

@@ -6,12 +6,19 @@ One run prints, for block rematerialisation on and off: the time of a hypergradi
 steps, its temporary memory (`memory_analysis`) and its compile time; then the compile time at K = 16 and K = 1024; and,
 with `--model`, memory, compile time and time on a pretrained model with 8 x 64 tokens and K = 4. Goals and limits are
 printed beside what was measured. Everything is also written as JSON into `--out`.
+
+    python -m benchmarks.hypergradients.unrolled --record benchmarks/hypergradients/unrolled.jsonl
+
+writes the record of the page *Which hypergradient* instead: memory, and the operations of every mode and schedule at
+K = 16, counted in the traced program. Neither depends on what else the machine does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +27,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+import bilevel
 from benchmarks.hypergradients import transformer
 from benchmarks.hypergradients.problems import lora_transformer
+from benchmarks.record import Record
+from bilevel.extend import flops, gradient_flops
 
 LIMITS = {"mixed, none": 3.07, "mixed, step": 3.07, "mixed, sqrt": 4.07, "reverse, none": 2.07}
 """FLOP limits of time / time of training, where an HVP costs 2.07 gradients."""
@@ -31,7 +41,7 @@ LENGTHS = 16, 1024
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Attributes: steps: K. blocks, width, tokens, size: of the transformer and its batch. repeats: timing rounds.
-    model: a pretrained model to measure too. out: where the JSON goes."""
+    model: a pretrained model to measure too. out: where the JSON goes. record: see above."""
 
     steps: int = 8
     blocks: int = 6
@@ -41,6 +51,7 @@ class Options:
     repeats: int = 3
     model: str | None = None
     out: Path = Path("runs/unrolled")
+    record: Path | None = None
 
 
 def modes(options: Options, console: Console) -> list[dict[str, Any]]:
@@ -83,7 +94,47 @@ def compile_growth(blocks: int, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
+def operations(options: Options, steps: int = 16) -> list[dict[str, Any]]:
+    """Gradients a step, in operations, of every mode and schedule."""
+    shape = {"layers": options.blocks, "width": options.width, "tokens": options.tokens, "size": options.size}
+    rows, key = [], jax.random.key(0)
+    for kept in ("rematerialised", "stored"):
+        case = lora_transformer(remat=kept == "rematerialised", **shape)
+        outer, batch = case.problem.start_outer(key), case.batch(jax.random.key(2))
+        batches = bilevel.FullBatch(case.batch(jax.random.key(1)))
+        for mode, schedule in itertools.product(("mixed", "reverse"), transformer.SCHEDULES):
+            estimator = bilevel.Unrolled(case.optimizer, steps, mode=mode, checkpoint=schedule)
+            given = case.problem, estimator.init(case.problem, outer, key), outer, batches, batch, key
+            whole = flops(partial(_gradient, estimator), *given)
+            one = gradient_flops(case.problem, estimator, outer, batches, key)
+            name = f"{mode}, {schedule}"
+            rows.append({"section": "operations", "blocks": kept, "steps": steps, "name": name})
+            rows[-1]["gradients"] = whole / one / steps
+    return rows
+
+
+def _gradient(estimator: Any, *given: Any) -> Any:
+    return estimator.estimate(*given).grad
+
+
+def recorded(options: Options) -> list[dict[str, Any]]:
+    """The rows of the page's record."""
+    shape = {"width": options.width, "tokens": options.tokens, "size": options.size}
+    memory = transformer.measure(1, blocks=options.blocks, steps=options.steps, **shape)
+    gradient, state = transformer.step_memory(lora_transformer(layers=options.blocks, **shape))
+    rows: list[dict[str, Any]] = [{"section": "step", "gradient": gradient, "state": state}]
+    for row in memory:
+        if row["name"] != "training":
+            kept = {name: row[name] for name in ("blocks", "name", "temporary")}
+            rows.append({"section": "memory", "steps": options.steps} | kept)
+    return rows + operations(options)
+
+
 def main(options: Options) -> None:
+    if options.record:
+        options.record.unlink(missing_ok=True)
+        Record(options.record).add(recorded(options))
+        return
     console = Console()
     found: dict[str, Any] = {"modes": modes(options, console), "compile": compile_growth(options.blocks, console)}
     if options.model:

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 
 from benchmarks.lora.planted import mean_sd
-from benchmarks.lora.report import DOCS, table
+from benchmarks.lora.report import DOCS, MARGIN, NOT_LEARNED, commonest, table
 from benchmarks.record import short
 
 matplotlib.use("Agg")
@@ -42,21 +42,46 @@ def write(docs: Path = DOCS, records: Path = RECORDS) -> list[Path]:
         "benchmarks.lora.low_data_report` from the records in `benchmarks/lora/records/`; what is not said there is as "
         "the commands have it by default.\n",
     ]
-    written = []
+    written, appendix = [], []
     for pattern, section, figure in SECTIONS:
-        found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(records.glob(pattern))}
-        if not found:
-            continue
-        image = ""
-        if figure is not None:
-            image = f"figures/low-data-{pattern.partition('-*')[0].removesuffix('.json')}.png"
-            drawn = figure(list(found.values()))
-            drawn.savefig(docs / image, dpi=100)
-            plt.close(drawn)
-            written.append(docs / image)
-        parts += section(list(found.values()), image)
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(records.glob(pattern))]
+        for is_learned, where, suffix in ((True, parts, ""), (False, appendix, "-appendix")):
+            chosen = [record for record in found if _is_learned(record) == is_learned]
+            if not chosen:
+                continue
+            image = ""
+            if figure is not None:
+                image = f"figures/low-data-{pattern.partition('-*')[0].removesuffix('.json')}{suffix}.png"
+                drawn = figure(chosen)
+                drawn.savefig(docs / image, dpi=120)
+                plt.close(drawn)
+                written.append(docs / image)
+            where += [part.replace("## ", "### ") if suffix else part for part in section(chosen, image)]
+    if appendix:
+        parts += [f"## Appendix: tasks that are not learned\n\n{NOT_LEARNED}", *appendix]
     (docs / PAGE).write_text("\n".join(parts), encoding="utf-8")
     return [*written, docs / PAGE]
+
+
+def _is_learned(record: dict[str, Any]) -> bool:
+    """Whether an arm is right beyond the commonest label of its task; so are tasks of which nobody has counted it."""
+    task = record["setup"].get("task")
+    arms = [arm for run in record["runs"] for arm in _arms_of(run)]
+    if task not in (counted := commonest()):
+        return True
+    names = dict.fromkeys(name for name, _ in arms)
+    return max(np.mean([metric for name, metric in arms if name == each]) for each in names) > counted[task] + MARGIN
+
+
+def _arms_of(run: dict[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The arms of a run with their metric; those of some records are under a number of rows."""
+    for name, arm in run.items():
+        if "metric" in arm:
+            yield above + name, arm["metric"]
+        elif "metrics" in arm:
+            yield above + name, _first(arm["metrics"])
+        elif all(isinstance(each, dict) for each in arm.values()):
+            yield from _arms_of(arm, f"{name} rows, ")
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
@@ -134,7 +159,7 @@ def _grid(records: list[dict[str, Any]], image: str) -> Iterator[str]:
 
 
 def _grid_figure(records: list[dict[str, Any]]) -> Any:
-    fig, axes = plt.subplots(1, len(records), figsize=(4.4 * len(records), 2.2), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, len(records), figsize=(4 * len(records), 2.2), sharey=True, layout="constrained")
     for ax, record in zip(np.atleast_1d(axes), records, strict=True):
         arms = [arm for arm in record["runs"][0] if arm != "grid"][::-1]
         ax.axvline(0, color="0.6", lw=0.8)

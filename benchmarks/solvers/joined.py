@@ -23,6 +23,7 @@ import optuna
 from benchmark_utils.adapter import UNIT, result
 from benchmark_utils.loading import Modules
 from record import write
+from report import joined_table as table  # noqa: F401 (the table of the page)
 
 import bilevel
 from bilevel.extend import Calls
@@ -142,29 +143,6 @@ def summary(curves: list[list[dict]], target: float, calls: float) -> dict:
         "failed": sum(row["state"] == "fail" for curve in curves for row in curve),
         "curves": curves,
     }
-
-
-def table(record: dict) -> str:
-    """The table of the documentation's page."""
-    alone, reached, end = record["alone"], record["reached"], record["end"]
-
-    def row(*cells) -> str:
-        return f"| {' | '.join(cells)} |"
-
-    def most(name: str) -> str:
-        return f"{reached[name]['median']:,.0f} (at most {reached[name]['most']:,.0f})"
-
-    calls = f"{alone['gradient_calls']:,.0f}"
-    share = {name: alone["gradient_calls"] / reached[name]["most"] for name in reached}
-    return "\n".join([
-        row(f"ijcnn1, {record['seeds']} seeds", "outer loss", "gradient calls", "all oracle calls"),
-        "|---|---:|---:|---:|",
-        row("Optuna alone, at its end", f"{alone['value_func']:.3f}", calls, calls),
-        row("joined, until it is there", f"{alone['value_func']:.3f}", *map(most, reached)),
-        row("joined, fewer calls even at worst, by a factor of", "", *(f"{share[name]:.0f}" for name in reached)),
-        row("joined, at its end", *(f"{end['value_func']:.3f}", f"{end['gradient_calls']:,.0f}"),
-            f"{end['oracle_calls']:,.0f}"),
-    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -161,6 +161,57 @@ def ends(data, found):
     return table(("solver", f"{METRICS[data][1]}, at the end", "seconds", "oracle calls"), rows)
 
 
+SHOWN = {
+    "quadratic": ("quadratic, ‖∇h‖²", "{:.2g}"),
+    "ijcnn1": ("ijcnn1, h", "{:.3f}"),
+    "mnist": ("mnist .5", "{:.3f}"),
+    "mnist-0.7": ("mnist .7", "{:.3f}"),
+    "mnist-0.9": ("mnist .9", "{:.3f}"),
+    "covtype-subset": ("covtype-subset", "{:.3f}"),
+    "lora": ("lora, validation loss", "{:.2g}"),
+}
+"""Data set -> its column in the table of `Which solver`, and how its numbers are written."""
+CHOSEN = (
+    *("SABA", "SRBA", "SOBA", "AmIGO", "StocBiO", "F2SA", "UD 1", "UD 10", "UD 100"),
+    *("Implicit CG", "Implicit Nystrom", "Optuna"),
+)
+
+
+def chosen_table(records: Path) -> str:
+    """The medians of some solvers at the end of their budget, on all data sets: the table of `Which solver`."""
+    found = {data: runs(records / data) for data in SHOWN}
+
+    def cell(name, data):
+        if name not in found[data]:
+            return "–"
+        return SHOWN[data][1].format(levels(found[data][name], METRICS[data][0])[1, -1])
+
+    return table(("", *(head for head, _ in SHOWN.values())), [(n, *(cell(n, data) for data in SHOWN)) for n in CHOSEN])
+
+
+def joined_table(record: dict) -> str:
+    """The table of the page *With Optuna*, from joined.json."""
+    alone, reached, end = record["alone"], record["reached"], record["end"]
+
+    def row(*cells) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    def most(name: str) -> str:
+        return f"{reached[name]['median']:,.0f} (at most {reached[name]['most']:,.0f})"
+
+    calls = f"{alone['gradient_calls']:,.0f}"
+    share = {name: alone["gradient_calls"] / reached[name]["most"] for name in reached}
+    return "\n".join([
+        row(f"ijcnn1, {record['seeds']} seeds", "outer loss", "gradient calls", "all oracle calls"),
+        "|---|---:|---:|---:|",
+        row("Optuna alone, at its end", f"{alone['value_func']:.3f}", calls, calls),
+        row("joined, until it is there", f"{alone['value_func']:.3f}", *map(most, reached)),
+        row("joined, fewer calls even at worst, by a factor of", "", *(f"{share[name]:.0f}" for name in reached)),
+        row("joined, at its end", *(f"{end['value_func']:.3f}", f"{end['gradient_calls']:,.0f}"),
+            f"{end['oracle_calls']:,.0f}"),
+    ])  # fmt: skip
+
+
 def table(head, rows):
     """Markdown."""
     rule = ["---", *("---:" for _ in head[1:])]

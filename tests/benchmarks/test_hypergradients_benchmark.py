@@ -89,9 +89,22 @@ def test_page_shows_what_was_measured_and_dashes_for_what_was_not(tmp_path):
     )
     record.add([shared | {"name": "higher", "seconds": 3.0, "resident": 8e6, "temporary": None, "error": 1e-6}])
     record.add([{"section": "agreement", "problem": "quadratic", "steps": 16, "name": "higher", "error": 0.5}])
-    figure, page = report.write(record, tmp_path / "out")
-    assert figure.name == "hypergradient-peers.png"
+    *figures, page = report.write(record, tmp_path / "out")
+    assert [figure.name for figure in figures] == ["hypergradient-peers.png", "hypergradient-front.png"]
     text = page.read_text(encoding="utf-8")
     assert "| higher | 3 | 8 | – | – | 1e-06 |" in text
     assert "but for: higher on the quadratic problem (5e-01)" in text
-    assert [line.rpartition("(")[2] for line in text.splitlines() if line.startswith("![")] == [f"{figure.name})"]
+    shown = {line.rpartition("(")[2] for line in text.splitlines() if line.startswith("![")}
+    assert shown == {f"{figure.name})" for figure in figures}
+
+
+def test_the_front_shows_the_longest_training_with_the_least_memory_first(tmp_path):
+    record = Record(tmp_path / "record.jsonl")
+    record.add([{"section": "machine", "date": "2026-01-02", "system": "x", "versions": {"higher": "0.2"}}])
+    shared = {"section": "peers", "problem": "data weighting", "cores": 1, "seconds": 1.0}
+    record.add([shared | {"steps": 64, "name": "higher", "resident": 1e6}])
+    sizes = {"higher": 9e6, "bilevel, mixed, sqrt": 3e6, "bilevel, mixed, none": 2e6}
+    record.add([shared | {"steps": 256, "name": name, "resident": size} for name, size in sizes.items()])
+    text = report.front_table(record)
+    assert text.index('| **bilevel**, "sqrt" | 3 | 1.0 | 1.00 |') < text.index("| higher 0.2 | 9 | 3.0 | 1.00 |")
+    assert "none" not in text and "K = 256" in text and "2026-01-02, by `python -m" in text
