@@ -44,7 +44,7 @@ endif
 # One virtualenv, filled step by step: two installs at once would damage it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help test lint types unit devices test-newest test-oldest environments subset mutants built docs site flexora assets clean
+.PHONY: help test lint types unit devices test-newest test-oldest environments subset mutants built docs site results gallery flexora assets clean
 
 help:
 	@echo "make flexora   install, fetch SmolLM2-135M, run Flexora on 500 rows (PRESET=evidence: on PIQA; OUT=folder)"
@@ -57,6 +57,8 @@ help:
 	@echo "make mutants   change operators of bilevel/ one at a time: do the tests see it? (FOLDERS=bilevel/solvers, SAMPLE=20, MINUTES=60)"
 	@echo "make docs      build the documentation into site/"
 	@echo "make site      build it, and look at every page in a headless Chromium"
+	@echo "make results   write every table and figure of the documentation from the committed records"
+	@echo "make gallery   run examples/ and renew their pages (EXAMPLES='ijcnn1 schedule', all of them without it)"
 	@echo "make assets    fetch the demonstration's model and data into assets/"
 	@echo "make clean     remove what was built; keeps $(VENV), assets and runs"
 
@@ -155,6 +157,16 @@ docs:
 # As a reader sees it, in a headless Chromium: scripts/check_site.py says what is looked for.
 site: docs
 	.venv-docs/bin/python scripts/check_site.py site
+
+results: $(VENV)/test.stamp
+	"$(BIN)/python" -m benchmarks.results
+
+$(VENV)/gallery.stamp: pyproject.toml | $(VENV)/python.stamp
+	@$(PIP) install --quiet --editable '.[gallery]'
+	@touch "$@"
+
+gallery: $(VENV)/gallery.stamp
+	"$(BIN)/python" -m examples.publish $(or $(EXAMPLES),$(filter-out gallery publish,$(notdir $(basename $(wildcard examples/*.py)))))
 
 assets: $(VENV)/python.stamp
 	@"$(BIN)/python" scripts/fetch_demo.py --assets assets $(FETCHED)

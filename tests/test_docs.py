@@ -4,7 +4,9 @@ import contextlib
 import io
 import re
 import types
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import pytest
@@ -20,26 +22,54 @@ from methods.baselines import BASELINES
 from methods.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+DOCS = [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "gallery"]  # tests/examples has these
+PAGES = sorted([ROOT / "README.md", *DOCS])
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+class Block(NamedTuple):
+    """A block of Python and, where a block of text follows it at once, what the page says that it prints."""
+
+    code: str
+    said: str
+
+
+def blocks(page: Path) -> list[Block]:
+    pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    found = re.findall(pattern, page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [Block(*each) for each in found]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_code_blocks_of_a_page_run_one_after_the_other(page):
+def test_code_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    """In an empty folder. What a page says is printed, or warned of, is: `...` there stands for anything."""
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     # As a reader has it: float32, JAX's own promotion rules.
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
     ):
         for block in blocks(page):
-            exec(compile(block, page.name, "exec"), names)
+            printed, warned = io.StringIO(), []
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(contextlib.redirect_stdout(printed))
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                if block.said:
+                    warned = stack.enter_context(warnings.catch_warnings(record=True))
+                    warnings.simplefilter("always")
+                exec(compile(block.code, page.name, "exec"), names)
+            told = " ".join(f"{each.category.__name__}: {each.message}" for each in warned)
+            if block.said:
+                pattern = ".*?".join(re.escape(" ".join(part.split())) for part in block.said.split("..."))
+                assert re.search(pattern, " ".join(f"{printed.getvalue()} {told}".split())), block.said
+            assert not block.said or not warned or "Warning" in block.said, told
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_fits_its_column(page):
+    fenced = re.findall(r"^```\w+\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert [line for block in fenced for line in block.splitlines() if len(line) > 76] == []
 
 
 PUBLIC = {module.__name__: module for module in (bilevel, bilevel.extend, bilevel.nnx, bilevel.testing)}
