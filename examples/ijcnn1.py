@@ -101,8 +101,8 @@ gallery.show(figure)
 # %% [markdown]
 # Feature 10 is decayed away, six features keep a small weight decay, and the others none at all: below $\lambda =
 # -15$ a decay has no effect, so that its derivative vanishes and the seeds stop at different values. The problem is
-# not convex in $\lambda$: from $\lambda = -2$ the same descent ends in a worse stationary point, 0.2389, which is why
-# the starts lie around -8. Stochastic solvers reach 0.214 on the same problem within two million oracle calls
+# not convex in $\lambda$: from $\lambda = -2$ the same descent ends in a worse stationary point, which is why
+# the starts lie around -8. Stochastic solvers are measured on the same problem
 # ([Solvers measured](../solver-benchmark.md)); a problem this small rewards an exact inner solution.
 
 # %%

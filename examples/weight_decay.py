@@ -121,7 +121,7 @@ gallery.record(
                     curves["test"][min(49, size.meta - 1)],
                     better="lower", tolerance=0.003),
         gallery.Row("test loss at the start", 0.704, source, curves["test"][0], tolerance=0.003,
-                    why="their batches follow the file, ours are random: in its order ours is 0.698"),
+                    why="their batches follow the file, ours are random"),
     ],
     gradients=size.seeds * size.meta * 50,
 )
