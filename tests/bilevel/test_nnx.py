@@ -137,7 +137,12 @@ EQUAL = [
 
 
 @pytest.mark.filterwarnings("ignore::bilevel.StructuralZeroWarning")
-@pytest.mark.parametrize("hypergradient", EQUAL, ids=lambda h: f"{type(h).__name__}-{getattr(h, 'checkpoint', '')}")
+def named(hypergradient):
+    """The same in every process: a representation would tell where its functions lie."""
+    return f"{type(hypergradient).__name__}-{getattr(hypergradient, 'checkpoint', '')}"
+
+
+@pytest.mark.parametrize("hypergradient", EQUAL, ids=named)
 def test_a_module_is_the_same_problem_by_hand(hypergradient):
     found, expected = (estimate(problem, hypergradient, *ARGUMENTS) for problem in (MODULE, BY_HAND))
     assert_close(found.value, expected.value, 1e-12)
@@ -201,7 +206,7 @@ NOISY = bilevel.nnx.problem(Line, noisy, quiet, has_aux=True)
 REPEATED = [Unrolled(SGD, 3, checkpoint=c) for c in ("none", "step", "sqrt", Levels(2), Binomial(2))]
 
 
-@pytest.mark.parametrize("hypergradient", [*REPEATED, bilevel.Replay(SGD, 3, segment=1)], ids=str)
+@pytest.mark.parametrize("hypergradient", [*REPEATED, bilevel.Replay(SGD, 3, segment=1)], ids=named)
 def test_masks_differ_from_step_to_step_and_are_the_same_when_a_step_is_repeated(hypergradient):
     arguments = None, NOISY.start_outer(KEY), BATCHES, VALIDATION, KEY
     found, expected = (estimate(NOISY, h, *arguments) for h in (hypergradient, REPEATED[0]))
