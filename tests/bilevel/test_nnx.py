@@ -136,12 +136,12 @@ EQUAL = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::bilevel.StructuralZeroWarning")
 def named(hypergradient):
     """The same in every process: a representation would tell where its functions lie."""
     return f"{type(hypergradient).__name__}-{getattr(hypergradient, 'checkpoint', '')}"
 
 
+@pytest.mark.filterwarnings("ignore::bilevel.StructuralZeroWarning")
 @pytest.mark.parametrize("hypergradient", EQUAL, ids=named)
 def test_a_module_is_the_same_problem_by_hand(hypergradient):
     found, expected = (estimate(problem, hypergradient, *ARGUMENTS) for problem in (MODULE, BY_HAND))
