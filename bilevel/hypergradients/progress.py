@@ -19,7 +19,7 @@ _open: list[Progress] = []
 
 
 class Progress:
-    """A progress display over `total` steps; use as a context manager and call `advance`.
+    r"""A progress display over `total` steps; use as a context manager and call `advance`.
 
     On a terminal, and in a notebook that has ipywidgets, it is one line that is drawn anew. Bar, steps done and time
     left are always there. Where the line is too narrow for the rest, what stands on the right goes first: the time
@@ -32,6 +32,17 @@ class Progress:
       start: steps that were done before this run, which took none of its time.
       show: False shows nothing.
       console: where to show it; stderr if None.
+
+    Examples:
+      >>> import io
+      >>> from bilevel.extend import Progress
+      >>> from rich.console import Console
+      >>> file = io.StringIO()
+      >>> with Progress("steps", 3, console=Console(file=file)) as bar:
+      ...     for step in range(3):
+      ...         bar.advance(step + 1, {"loss": 0.5**step})
+      >>> file.getvalue()
+      'steps 3/3  loss 0.25  0:00 left\n'
     """
 
     def __init__(self, title: str, total: int, *, start: int = 0, show: bool = True, console: Console | None = None):
