@@ -17,6 +17,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import matplotlib
+
 from benchmarks import accelerator, headlines, scaling, search
 from benchmarks.attribution import report as attribution
 from benchmarks.hypergradients import report as hypergradients
@@ -70,6 +72,12 @@ def filled(text: str, parts: dict[str, Callable[[], str]]) -> str:
 
 def write(root: Path = ROOT) -> list[Path]:
     """Writes all of it below `root`, which holds README.md and docs/; returns the files."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever this process has drawn before
+        return _write(root)
+
+
+def _write(root: Path) -> list[Path]:
     docs = root / "docs"
     written = [
         *hypergradients.write(Record(hypergradients.RECORD), docs),
