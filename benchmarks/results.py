@@ -17,8 +17,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib
-
 from benchmarks import accelerator, headlines, scaling, search
 from benchmarks.attribution import report as attribution
 from benchmarks.hypergradients import report as hypergradients
