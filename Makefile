@@ -156,7 +156,7 @@ docs:
 
 # As a reader sees it, in a headless Chromium: scripts/check_site.py says what is looked for.
 site: docs
-	.venv-docs/bin/python scripts/check_site.py site
+	.venv-docs/bin/python scripts/check_site.py site docs
 
 results: $(VENV)/test.stamp
 	"$(BIN)/python" -m benchmarks.results

@@ -1,10 +1,11 @@
 """Loads every page of the built site in a headless Chromium, and says what a reader would stumble on.
 
-    python scripts/check_site.py site
+    python scripts/check_site.py site docs
 
 Faults are: a formula or markup that is shown as it was written, a formula that KaTeX does not know, an error on the
 console, a request to another host or one that fails, a link or anchor that leads nowhere, a picture that is missing or
-has no description, a page wider than the window at 1,280 or 390 pixels, and code wider than its column at 1,280.
+has no description, a page wider than the window at 1,280 or 390 pixels, code wider than its column at 1,280, and code
+that a reader would copy otherwise than it was written (what was written is run by the tests).
 
 Chromium is driven through two pipes in its own protocol, so that nothing has to be installed but the browser.
 """
@@ -19,6 +20,7 @@ import http.server
 import json
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +90,9 @@ MEASURE = r"""
   return faults;
 })
 """
+
+COPY = '[...document.querySelectorAll(".md-content pre > code")].map((block) => block.textContent)'
+FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 class Browser:
@@ -262,8 +267,17 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         """Says nothing."""
 
 
-def check(site: Path, program: str) -> tuple[int, dict[str, list[str]]]:
-    """How many pages the site has, and the faults of each."""
+def written(docs: Path, page: Path) -> list[str]:
+    """The blocks of Python of the Markdown that became the page `page`, a path within the site."""
+    name = page.parent if page.name == "index.html" else page.with_suffix("")
+    for source in (docs / f"{name}.md", docs / name / "index.md"):
+        if source.is_file():
+            return FENCED.findall(source.read_text(encoding="utf-8"))
+    return []
+
+
+def check(site: Path, docs: Path, program: str) -> tuple[int, dict[str, list[str]]]:
+    """How many pages the site has, and the faults of each; `docs` has the Markdown that it was made of."""
     pages = sorted(site.rglob("*.html"))
     faults = broken_links(site, [page for page in pages if page.name != "404.html"])
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
@@ -279,6 +293,10 @@ def check(site: Path, program: str) -> tuple[int, dict[str, list[str]]]:
                 browser.resize(WIDTHS[0])
                 browser.open(urljoin(origin, here))
                 faults[here] += browser.evaluate(LOOK)
+                copied = browser.evaluate(COPY)
+                for block in written(docs, file.relative_to(site)):
+                    if block not in copied:
+                        faults[here].append(f"code is copied otherwise than it was written: {block.splitlines()[0]}")
                 for width in WIDTHS:
                     browser.resize(width)
                     found = browser.evaluate(f"({MEASURE.strip()})({json.dumps(width == WIDTHS[0])})")
@@ -302,7 +320,7 @@ FOUND = (
     "a picture that is not there", "a link to no page", "a link to no anchor",
     "a link out of the site", "a request to another host", "a request that fails (404)", "on the console: said",
     "an error of a script: Error: thrown", "at 1280 pixels code is cut", "at 1280 pixels the page is 2",
-    "at 390 pixels the page is 2",
+    "at 390 pixels the page is 2", "code is copied otherwise than it was written: indented = 1",
 )  # fmt: skip
 
 
@@ -310,7 +328,8 @@ def overlooked(program: str) -> list[str]:
     """Which faults of a page that has one of each are not found."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "index.html").write_text(PLANTED, encoding="utf-8")
-        _, faults = check(Path(folder), program)
+        (Path(folder) / "index.md").write_text("```python\nindented = 1\n```\n", encoding="utf-8")
+        _, faults = check(Path(folder), Path(folder), program)
         found = [fault for page in faults.values() for fault in page]
         # Each of the seven paragraphs and the formula beside them, on its own.
         shown = ("markup of Sphinx", "a formula that is not drawn", "a directive", "a reference that")
@@ -322,6 +341,7 @@ def main() -> int:
     """The exit code: 0 where nothing is wrong, 1 where something is, 2 where there is no browser."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("site", type=Path, help="the folder that mkdocs has built")
+    parser.add_argument("docs", type=Path, help="the folder of the Markdown that it was built from")
     parser.add_argument("--browser", help=f"a Chromium; by default the first of {', '.join(NAMES)}")
     given = parser.parse_args()
     program = shutil.which(given.browser) if given.browser else next(filter(None, map(shutil.which, NAMES)), None)
@@ -335,7 +355,7 @@ def main() -> int:
     if missed := overlooked(program):
         print(f"This check would overlook: {', '.join(missed)}", file=sys.stderr)
         return 2
-    count, faults = check(given.site.resolve(), program)
+    count, faults = check(given.site.resolve(), given.docs, program)
     for page, found in sorted(faults.items()):
         print(page)
         for fault in found:

@@ -54,6 +54,7 @@ collect_ignore = [] if _ON_A_MESH else ["devices"]
 
 import jax  # noqa: E402
 
+from tests.installed import installed, wheel  # noqa: E402, F401
 from tests.tiny import float32_by_default, tiny_data, tiny_glue, tiny_model  # noqa: E402, F401
 
 jax.config.update("jax_enable_x64", True)

@@ -1,14 +1,13 @@
 """What the pages show is run, and what the package offers is on a page."""
 
-import contextlib
-import io
+import json
 import re
+import subprocess
 import types
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import pytest
 
 import bilevel
@@ -20,6 +19,7 @@ import methods.models
 import methods.tasks
 from methods.baselines import BASELINES
 from methods.cli import COMMANDS
+from tests.installed import Installed, outside
 
 ROOT = Path(__file__).parent.parent
 DOCS = [page for page in (ROOT / "docs").rglob("*.md") if page.parent.name != "gallery"]  # tests/examples has these
@@ -39,31 +39,57 @@ def blocks(page: Path) -> list[Block]:
     return [Block(*each) for each in found]
 
 
+class Reader:
+    """Runs pages where only the wheel is installed (`tests/reader.py`)."""
+
+    def __init__(self, wheel: Installed, tmp: Path):
+        (tmp / "reader.py").write_text(Path(__file__).with_name("reader.py").read_text(encoding="utf-8"))
+        self._errors = (tmp / "errors.txt").open("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [wheel.bin / "python", tmp / "reader.py"], cwd=tmp, env=outside(), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+        self.found = self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout
+        if not (line := self._process.stdout.readline()):
+            self._errors.seek(0)
+            raise AssertionError(f"the process ended with {self._process.wait()}: {self._errors.read()[-2000:]}")
+        return json.loads(line)
+
+    def read(self, page: Path, folder: Path) -> list[dict[str, str | None]]:
+        assert self._process.stdin
+        code = [block.code for block in blocks(page)]
+        self._process.stdin.write(json.dumps({"folder": str(folder), "blocks": code}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.communicate()
+        self._errors.close()
+
+
+@pytest.fixture(scope="module")
+def reader(installed, tmp_path_factory) -> Iterator[Reader]:
+    started = Reader(installed, tmp_path_factory.mktemp("reader"))
+    for package in ("bilevel", "methods"):
+        assert Path(started.found[package]).is_relative_to(installed.site)
+    assert started.found["benchmarks"] is started.found["tests"] is None
+    yield started
+    started.close()
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_code_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
-    """In an empty folder. What a page says is printed, or warned of, is: `...` there stands for anything."""
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    # As a reader has it: float32, JAX's own promotion rules.
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        for block in blocks(page):
-            printed, warned = io.StringIO(), []
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(contextlib.redirect_stdout(printed))
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-                if block.said:
-                    warned = stack.enter_context(warnings.catch_warnings(record=True))
-                    warnings.simplefilter("always")
-                exec(compile(block.code, page.name, "exec"), names)
-            told = " ".join(f"{each.category.__name__}: {each.message}" for each in warned)
-            if block.said:
-                pattern = ".*?".join(re.escape(" ".join(part.split())) for part in block.said.split("..."))
-                assert re.search(pattern, " ".join(f"{printed.getvalue()} {told}".split())), block.said
-            assert not block.said or not warned or "Warning" in block.said, told
+def test_code_blocks_of_a_page_run_one_after_the_other(page, reader, tmp_path):
+    """From the wheel, in an empty folder. What a page says is printed, or warned of, is: `...` stands for anything."""
+    for block, done in zip(blocks(page), reader.read(page, tmp_path), strict=False):
+        assert done["error"] is None, f"{block.code}\n{done['error']}"
+        if block.said:
+            pattern = ".*?".join(re.escape(" ".join(part.split())) for part in block.said.split("..."))
+            said = " ".join(f"{done['printed']} {done['warned']}".split())
+            assert re.search(pattern, said), f"the page says\n{block.said}\nand it is\n{said}"
+            assert not done["warned"] or "Warning" in block.said, done["warned"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

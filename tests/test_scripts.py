@@ -146,6 +146,6 @@ def test_links_of_the_site_lead_somewhere(check_site, tmp_path):
 
 
 def test_the_site_is_not_looked_at_without_a_browser(check_site, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path), "--browser", "no-such-browser"])
+    monkeypatch.setattr(sys, "argv", ["check_site.py", str(tmp_path), "docs", "--browser", "no-such-browser"])
     assert check_site.main() == 2
     assert "apt-get install chromium" in capsys.readouterr().err
