@@ -1,8 +1,8 @@
-"""A reader of the pages: a process that runs their blocks one after the other, page by page, and tells what they print.
+"""A reader of the pages: a process that runs their blocks, page by page, and tells what they print.
 
-It is started by the Python of an environment that has the wheel, and first says which packages it finds where. Each line of
-its input is a page, `{"folder": ..., "blocks": [...]}`; each line of its output a list with `{"printed", "warned",
-"error"}` of each block that was run, the last of them the one that failed, if one did.
+It is started by the Python of an environment that has the wheel, and first says which packages it finds where. Each
+line of its input is a page, `{"folder": ..., "blocks": [...]}`; each line of its output a list with `{"printed",
+"warned", "error"}` of each block that was run, the last of them the one that failed, if one did.
 """
 
 import contextlib
