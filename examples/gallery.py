@@ -11,7 +11,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +29,15 @@ if str(ROOT) not in sys.path:  # a script finds what lies beside it, and the loa
 plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (7.2, 3.0), "figure.constrained_layout.use": True})
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 
-_started = time.process_time()
 _folders: list[tempfile.TemporaryDirectory] = []
+
+
+def _spent() -> float:
+    """Processor seconds of this process, and of those that it has started and that have ended."""
+    return sum(os.times()[:4])
+
+
+_started = _spent()
 
 
 def form() -> str:
@@ -50,7 +56,7 @@ def form() -> str:
 def sizes(**forms: dict[str, Any]) -> SimpleNamespace:
     """The sizes of this form: those of `short`, and what `full` or `smoke` has in their place."""
     global _started
-    _started = time.process_time()
+    _started = _spent()
     return SimpleNamespace(**(forms["short"] | forms.get(form(), {})))
 
 
@@ -155,7 +161,7 @@ def record(name: str, title: str, rows: list[Row], *, gradients: int, notes: str
         "title": title,
         "form": now,
         "date": datetime.date.today().isoformat(),
-        "processor_seconds": round(time.process_time() - _started, 1),
+        "processor_seconds": round(_spent() - _started, 1),
         "gradient_evaluations": int(gradients),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "notes": notes,
