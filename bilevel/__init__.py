@@ -22,6 +22,7 @@ from bilevel.differentiation.custom_rules import CustomDerivativeWarning as Cust
 from bilevel.differentiation.influence import InexactHypergradientWarning as InexactHypergradientWarning
 from bilevel.differentiation.influence import SteepUpdateWarning as SteepUpdateWarning
 from bilevel.differentiation.influence import StructuralZeroWarning as StructuralZeroWarning
+from bilevel.differentiation.influence import ZeroHypergradientWarning as ZeroHypergradientWarning
 from bilevel.differentiation.influence import warn_if_inexact as warn_if_inexact
 from bilevel.differentiation.schedules import Auto as Auto
 from bilevel.differentiation.schedules import Binomial as Binomial

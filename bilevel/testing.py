@@ -59,6 +59,8 @@ UNDECIDED = 1e-2
 """Relative uncertainty from which central differences confirm nothing."""
 UNKNOWN = 0.5
 """Uncertainty of central differences from which they contradict no estimate."""
+MARGIN = 3.0
+"""How many times their uncertainty central differences must be off before they contradict an estimate."""
 
 
 def central_differences(
@@ -146,8 +148,9 @@ class Agreement:
 
     Attributes:
       name: of the estimator, or of the outer leaf.
-      verdict: `"exact"`; `"biased"`; `"wrong"`: not finite, or no direction of descent; or `"undecided"`: the central
-        differences are too uncertain, because a loss is not smooth or rounds to a low precision.
+      verdict: `"exact"`; `"biased"`; `"wrong"`: not finite, or no direction of descent; `"zero"`: exact, but both are
+        0; or `"undecided"`: the central differences are too uncertain, because a loss is not smooth or rounds to a low
+        precision, or an optimizer amplifies rounding.
       error: relative error, Euclidean.
       cosine: of the angle between the two.
       uncertainty: how far, relatively, the central differences themselves may be off.
@@ -166,12 +169,20 @@ class Agreement:
 
     def __str__(self) -> str:
         known = f"central differences are known to {self.uncertainty:.0e}"
+        if self.verdict == "zero":
+            return (
+                f"{self.name}: exactly 0, and the central differences are 0 as well: nothing on its way to the outer "
+                "loss has a slope here (a clip or a relu beyond its edge, a product with 0?), or it acts on nothing"
+            )
         if self.verdict == "exact":
             return f"{self.name}: exact, relative error {self.error:.0e} ({known})"
         if self.verdict == "biased":
             return f"{self.name}: biased by {100 * self.error:.3g} %, cosine {self.cosine:.3f} ({known})"
         if self.verdict == "undecided":
-            why = "is a loss not smooth, of low precision, or the training rough, as bilevel.smoothness tells?"
+            why = (
+                "is a loss not smooth, of low precision, or the training rough, as bilevel.smoothness tells? Or is an "
+                "inner gradient 0 but for rounding, as of a bias before a normalisation, which Adam makes a whole step?"
+            )
             return f"{self.name}: undecided ({known} only: {why})"
         if not np.isfinite(self.error):
             return f"{self.name}: wrong, not finite"
@@ -324,11 +335,13 @@ def _compare(columns, tolerance, floor):
         return "wrong", float("nan"), float("nan"), float("nan")
     length = np.linalg.norm(true)
     scale = max(length, floor) or 1.0
+    if estimated.size and not (estimated.any() or true.any()):
+        return "zero", 0.0, float("nan"), 0.0
     error = float(np.linalg.norm(estimated - true) / scale)
     known = float(np.linalg.norm(uncertainty) / scale)
     cosine = float(estimated @ true / ((length * np.linalg.norm(estimated)) or 1.0))
     if known > UNKNOWN:  # of a rough training no step is small enough: the differences say nothing of the estimate
         return "undecided", error, cosine, known
-    if error <= max(tolerance, known):
+    if error <= max(tolerance, MARGIN * known):
         return "exact" if known <= UNDECIDED else "undecided", error, cosine, known
     return "biased" if cosine > 0 else "wrong", error, cosine, known

@@ -13,7 +13,6 @@
 # quadratic near 0 and linear far out, so that absolute errors and squares are both within reach.
 
 # %%
-import bilevel.nnx
 import gallery
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ import optax
 from flax import nnx
 
 import bilevel
+import bilevel.nnx
 
 size = gallery.sizes(short={"rows": 200, "tasks": 2000, "batch": 32, "steps": 100, "meta": 150,
                             "seeds": 3},

@@ -116,6 +116,25 @@ def arrives(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[bool]:
     return [any(row) for row in dependence(pulled, leaves)]
 
 
+class ZeroHypergradientWarning(UserWarning):
+    """The hypergradient was exactly 0 in every step of a run, for the values that there were and not by construction.
+
+    Examples:
+      >>> import warnings, bilevel, jax, optax
+      >>> problem = bilevel.Problem(  # training sees outer by a clip, and it starts below what is let through
+      ...     lambda w, outer, batch, key: (w - jax.numpy.clip(outer, 0.2, 0.9)) ** 2,
+      ...     lambda w, outer, batch, key: (w - 0.5) ** 2,
+      ...     lambda key, outer: jax.numpy.zeros(()), lambda key: jax.numpy.asarray(0.1),
+      ... )
+      >>> solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.1), steps=5), optax.sgd(0.1))
+      >>> with warnings.catch_warnings(record=True) as caught:
+      ...     warnings.simplefilter("always")
+      ...     result = bilevel.run(solver, steps=3, progress=False)
+      >>> [warning.category.__name__ for warning in caught]
+      ['ZeroHypergradientWarning']
+    """
+
+
 class InexactHypergradientWarning(UserWarning):
     """A hypergradient rests on a point that is not trained, or on a linear system that is not solved.
 

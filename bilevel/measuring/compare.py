@@ -118,8 +118,14 @@ class Comparison:
         console = Console(width=120)
         with console.capture() as captured:
             console.print(self)
+        said = captured.get().rstrip()
+        if self[self.reference].norm == 0:
+            return said + (
+                f"\nThe gradient of {self.reference} is exactly 0 here, so that nothing can be measured against it: "
+                "check_hypergradient says whether that is right, and at which leaf."
+            )
         rough = self.smoothness is not None and not self.smoothness.is_smooth
-        return captured.get().rstrip() + (f"\n{self.smoothness}" if rough else "")
+        return said + (f"\n{self.smoothness}" if rough else "")
 
     def plot(self, axes: Any = None) -> Any:
         """Relative error against cost (inner gradients) and against temporary memory; returns the matplotlib axes."""

@@ -23,6 +23,8 @@ from bilevel.trees import Outer, PyTree, combine, partition
 
 SMOOTH, ROUGH = 0.9, 0.5
 """Scores from which a training is called smooth, and below which it is called rough."""
+NOISY = 0.05
+"""Share of a movement that rounding may have before the movement says nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Smoothness:
       step: h, the size of a step.
       foretold: for each direction, the change of the outer loss that the hypergradient foretells for a step.
       found: for each direction, the change that there is.
+      rounding: what a nudge of `outer` by a last digit moves of the trained variable, which is rounding and what
+        training makes of it, as a share of what a step moves; above 0.05 the scores say nothing.
+      loss_rounding: the same of the outer loss; above 0.05 `error` says nothing.
+      precision: the dtype in which the training was computed.
 
     Examples:
       >>> import bilevel, optax
@@ -49,6 +55,9 @@ class Smoothness:
     step: float
     foretold: np.ndarray
     found: np.ndarray
+    rounding: float = 0.0
+    loss_rounding: float = 0.0
+    precision: str = "float64"
 
     @property
     def score(self) -> float:
@@ -63,13 +72,25 @@ class Smoothness:
 
     @property
     def is_smooth(self) -> bool:
-        """Whether training answers a second step as it did the first."""
-        return self.score >= SMOOTH
+        """Whether training answers a second step as it did the first, as far as rounding lets that be seen."""
+        return self.score >= SMOOTH and not self.is_undecided
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether rounding moves so much of what a step moves that the scores say nothing."""
+        return self.rounding > NOISY
 
     def __str__(self) -> str:
         low, high, count = self.scores.min(), self.scores.max(), len(self.scores)
         where = f"{low:.2f} to {high:.2f} along {count} direction{'s' * (count > 1)}"
-        if self.score >= SMOOTH and self.error > 0.5:
+        if self.is_undecided:
+            return (
+                f"Smoothness undecided at steps of {self.step:g}: rounding in {self.precision} alone moves "
+                f"{100 * self.rounding:.2g} % of what such a step moves. Measure in double precision (with "
+                "jax.enable_x64(True)), where a rough training shows itself as rough, or at larger steps."
+            )
+        drowned = self.loss_rounding > NOISY
+        if self.score >= SMOOTH and self.error > 0.5 and not drowned:
             meaning = "training answers a step of this size evenly, but the outer loss bends: look at smaller steps"
         elif self.score >= SMOOTH:
             meaning = "training answers a step of this size evenly, and a hypergradient tells in which direction"
@@ -81,6 +102,8 @@ class Smoothness:
                 "rate, raise eps or eps_root of Adam, train fewer steps, or take smaller outer steps"
             )
         missed = f"it misses the change of the outer loss by {100 * self.error:.3g} %"
+        if drowned:
+            missed = f"the change of the outer loss is too small beside its rounding in {self.precision} to say more"
         return f"Smoothness {self.score:.2f} at steps of {self.step:g} ({where}): {meaning}; {missed}."
 
 
@@ -110,8 +133,12 @@ def smoothness(
     $$
 
     It is 1 for a training that depends on $\lambda$ linearly, and near 0 for one that is chaotic, as beyond the
-    largest stable learning rate, where the derivative is exact and of no use. Costs 1 + 2 `directions` trainings and
+    largest stable learning rate, where the derivative is exact and of no use. Costs 2 + 2 `directions` trainings and
     one estimate.
+
+    In single precision a short training with a weak influence moves by little more than it rounds. So one more
+    training starts from `outer` nudged by its last digit: what that moves is not `outer`'s influence, and where it is
+    more than a twentieth of what a step moves, the verdict is that there is none.
 
     Args:
       problem, hypergradient: what to look at.
@@ -171,7 +198,10 @@ def measured(
     moving, fixed = partition(outer)
     free, slope = bijectors.free_gradient(problem.domain, moving, grad)
     value, params = _look(trained(outer))
-    scores, foretold, found = [], [], []
+    nudged = combine(bijectors.natural(problem.domain, jax.tree.map(_nudge, free)), fixed)
+    precision = jnp.result_type(*jax.tree.leaves(free))
+    eps, noise = float(jnp.finfo(precision).eps), _moved(value, params, *_look(trained(nudged)))
+    scores, foretold, found, moves = [], [], [], []
     for number in range(directions):
         direction = _normal(jax.random.fold_in(jax.random.clone(key), number), free)
 
@@ -183,7 +213,26 @@ def measured(
         scores.append(_agreement(params, near, far))
         foretold.append(step * _look(jax.tree.reduce(jnp.add, jax.tree.map(_product, slope, direction), 0.0)))
         found.append(first - value)
-    return Smoothness(np.asarray(scores), float(step), np.asarray(foretold), np.asarray(found))
+        # No rounding is smaller than a unit in the last place, of those numbers that move.
+        last = eps * np.array([abs(value), np.abs(params[near != params]).sum()])
+        moves.append((_moved(value, params, first, near), np.maximum(noise, last)))
+    moved, noise = np.mean(moves, axis=0)
+    # Where the outer loss does not move at all, it was foretold to move by less than a last digit.
+    moved[0] = moved[0] or np.abs(foretold).mean()
+    of_loss, of_params = np.divide(noise, moved, out=np.zeros(2), where=moved > 0)
+    lists = np.asarray(scores), float(step), np.asarray(foretold), np.asarray(found)
+    return Smoothness(*lists, float(of_params), float(of_loss), str(precision))
+
+
+def _moved(value: float, params: np.ndarray, other: float, others: np.ndarray) -> np.ndarray:
+    """How far an outer loss and a trained variable are from others."""
+    return np.array([abs(other - value), np.abs(others - params).sum()])
+
+
+def _nudge(x: jax.Array) -> jax.Array:
+    """`x` moved by about a unit in its last place."""
+    eps = jnp.finfo(x.dtype).eps
+    return x + (eps * jnp.where(x == 0, 1.0, jnp.abs(x))).astype(x.dtype)
 
 
 def _normal(key: jax.Array, like: PyTree) -> PyTree:

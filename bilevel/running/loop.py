@@ -18,6 +18,7 @@ from bilevel.running.diagnosis import has_failed, refuse_failed, refuse_start
 from bilevel.running.feeds import Feed
 from bilevel.running.interrupts import end_by, noted, uninterrupted
 from bilevel.running.singular import undetermined
+from bilevel.running.standstill import stood_still, warn_of_zeros
 from bilevel.running.steep import may_be_steep, warn_if_steep
 from bilevel.running.unsteady import are_steady
 from bilevel.settings.fields import shown
@@ -231,9 +232,18 @@ class Loop:
             if store.checkpoints.save(self.done, self.state, rows, self.positions, **note):
                 store.written = self.done
 
-    def warn_if_inexact(self) -> None:
-        """Warns if an implicit estimator's last point was not trained, or its system not solved."""
+    def look_back(self) -> None:
+        """Warns if no hypergradient of the run was other than 0, or if the last one is not to be trusted.
+
+        That of an implicit estimator is not, where its point was not trained, or its system not solved.
+        """
         if len(self.history):
+            whole = self.history.rows()
+            for number in seeds.numbers(self.state):
+                if stood_still(seeds.rows_of(number, whole)):
+                    arguments = replayed((seeds.of(number, self.state), seeds.data_of(number, self.data)))
+                    with seeds.told_of(number):
+                        warn_of_zeros(self.solver, *arguments, len(self.history))
             last = self.history.rows(len(self.history) - 1)
             for number in seeds.numbers(self.state):
                 own = seeds.rows_of(number, last)

@@ -210,7 +210,7 @@ def run(
                 if isinstance(error, KeyboardInterrupt | Terminated) and is_first():
                     # Without handlers of the program's own Python writes a warning's words to stderr.
                     LOGGER.warning("%s", _farewell(title, loop.done, steps, loop.written, checkpoint_dir))
-        loop.warn_if_inexact()
+        loop.look_back()
         return Result(loop.state.outer, loop.state.inner, loop.history.rows(), loop.state)
 
 

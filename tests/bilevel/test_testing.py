@@ -8,7 +8,7 @@ import pytest
 
 import bilevel
 from bilevel import FirstOrder, Unrolled
-from bilevel.testing import central_differences, check_hypergradient, quadratic
+from bilevel.testing import _compare, central_differences, check_hypergradient, quadratic
 from tests.bilevel.helpers import KEY, NETWORK, ROWS, assert_close
 
 Q = quadratic()
@@ -169,3 +169,14 @@ def test_bad_arguments_are_refused():
         check_hypergradient(Q.problem, Unrolled(SGD, 2), outer=OUTER, directions=0)
     with pytest.raises(ValueError, match="nothing that can be learned"):
         check_hypergradient(Q.problem, Unrolled(optax.sgd(0.1), 2), outer={"n": jnp.asarray(1)})
+
+
+@pytest.mark.parametrize(
+    ("off", "known", "verdict"),
+    [(1e-8, 1e-9, "exact"), (1e-3, 1e-9, "biased"), (2e-4, 1e-4, "exact"), (4e-4, 1e-4, "biased")]
+    + [(0.4, 0.3, "undecided"), (0.4, 0.1, "biased"), (0.4, 0.6, "undecided"), (-2.0, 0.3, "wrong")],
+)
+def test_an_estimate_is_contradicted_by_differences_that_are_known_well_enough(off, known, verdict):
+    true = np.array([3.0, 4.0])
+    columns = true * (1 + off), true, np.array([0.0, 5.0 * known])
+    assert _compare(columns, 1e-6, 0.0)[0] == verdict

@@ -147,3 +147,23 @@ def test_refusals():
     problem, train, val = ridge()
     with pytest.raises(FloatingPointError, match="smoothness: a training, or its hypergradient, is not finite"):
         bilevel.smoothness(problem, Unrolled(optax.sgd(1e200), 9), inner_data=train, outer_data=val)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_movement_that_drowns_in_rounding_gives_no_verdict(precision):
+    """Adam makes little of a weak penalty: in single precision a step moves the weights by a few last digits."""
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype(precision)
+    weights = np.random.default_rng(1).normal(size=8).astype(precision)
+    with jax.numpy_dtype_promotion("standard"):
+        problem = bilevel.Problem(
+            lambda w, o, b, k: jnp.mean((x @ w - x @ weights) ** 2) + jnp.exp(o) * jnp.sum(w**2),
+            lambda w, o, b, k: jnp.mean((x @ w - x @ weights) ** 2),
+            lambda key, o: jnp.ones(8, precision),
+            lambda key: jnp.asarray(-8.0, precision),
+        )
+        found = bilevel.smoothness(problem, Unrolled(optax.adam(1e-2), 3))
+    if precision == "float64":
+        assert found.is_smooth and max(found.rounding, found.loss_rounding) < 1e-5 and found.error < 0.05
+    else:
+        assert found.is_undecided and not found.is_smooth
+        assert "undecided" in str(found) and "rounding in float32" in str(found) and "misses" not in str(found)
