@@ -37,7 +37,10 @@ ifeq ($(PRESET),demo)
 FETCHED := model
 ASKED := --data $(ORDERS) --length 40 --train-rows 240 --outer-rows 60 --test-rows 200 --top-k 15 \
   --outer-steps 8 --finetune-steps 60 --finetune-lr 1e-3
+# Then a search whose answer is known: an update is hidden in five of the model's layers.
+THEN := "$(BIN)/python" -m benchmarks.lora.hidden_layers --model "$(GGUF)" --out $(call quote,$(OUT))
 else
+THEN := @true
 ASKED := --data assets/data --task piqa
 endif
 
@@ -174,6 +177,7 @@ assets: $(VENV)/python.stamp
 
 flexora: $(VENV)/run.stamp assets
 	"$(BIN)/bilevel" flexora --model "$(GGUF)" $(ASKED) --preset $(call quote,$(PRESET)) --out $(call quote,$(OUT))
+	$(THEN)
 
 clean:
 	rm -rf build dist site .pytest_cache .ruff_cache

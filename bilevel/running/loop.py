@@ -241,9 +241,9 @@ class Loop:
             whole = self.history.rows()
             for number in seeds.numbers(self.state):
                 if stood_still(seeds.rows_of(number, whole)):
-                    arguments = replayed((seeds.of(number, self.state), seeds.data_of(number, self.data)))
+                    state, data = replayed((seeds.of(number, self.state), seeds.data_of(number, self.data)))
                     with seeds.told_of(number):
-                        warn_of_zeros(self.solver, *arguments, len(self.history))
+                        warn_of_zeros(self.solver, state, data, len(self.history))
             last = self.history.rows(len(self.history) - 1)
             for number in seeds.numbers(self.state):
                 own = seeds.rows_of(number, last)
