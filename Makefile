@@ -40,7 +40,6 @@ ASKED := --data $(ORDERS) --length 40 --train-rows 240 --outer-rows 60 --test-ro
 # Then a search whose answer is known: an update is hidden in five of the model's layers.
 THEN := "$(BIN)/python" -m benchmarks.lora.hidden_layers --model "$(GGUF)" --out $(call quote,$(OUT))
 else
-THEN := @true
 ASKED := --data assets/data --task piqa
 endif
 

@@ -32,6 +32,13 @@ def test_a_variable_of_the_makefile_is_one_word_of_the_shell(out):
     ).stdout.split("\0")[:-1]
     assert program == "flexora"
     assert words[words.index("--out") + 1] == words[words.index("--preset") + 1] == out
+    # The demonstration ends with a second program.
+    search, last = make(f"OUT={out}").strip().splitlines()[-2:]
+    assert "--preset 'demo'" in search and "benchmarks.lora.hidden_layers" in last
+    words = subprocess.run(
+        ["sh", "-c", last.replace('".venv/bin/python"', "printf '%s\\0'")], capture_output=True, text=True
+    ).stdout.split("\0")[:-1]
+    assert words[-2:] == ["--out", out]
 
 
 def test_a_virtual_environment_with_a_space_in_its_name_is_refused():
