@@ -225,7 +225,7 @@ def table(rows: list[Row]) -> Table:
     return shown
 
 
-def figure(file: Path, rows: list[Row]) -> None:
+def figure(rows: list[Row]) -> Any:
     """The scores of one draw, a panel for each way; layers with a hidden update are orange."""
     plt = figures.pyplot()
     fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 0.6 + 1.3 * len(rows)), sharex=True, layout="constrained")
@@ -237,7 +237,7 @@ def figure(file: Path, rows: list[Row]) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(ylabel="score", yticks=[0, 1])
     axes[-1].set_xlabel("layer (orange: has a hidden update)")
-    figures.save(fig, file)
+    return fig
 
 
 def main(hidden: Hidden) -> None:
@@ -245,7 +245,7 @@ def main(hidden: Hidden) -> None:
     hidden.out.mkdir(parents=True, exist_ok=True)
     record = Record(hidden.out / "hidden_layers.jsonl")
     measure(hidden, record)
-    figure(hidden.out / "hidden_layers.png", record.find(seed=0))
+    figures.save(figure(record.find(seed=0)), hidden.out / "hidden_layers.png")
     console = Console()
     console.print()
     console.print(table(record.find()))

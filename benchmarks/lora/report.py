@@ -13,14 +13,16 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
+from benchmarks.lora import hidden_layers
 from benchmarks.lora.planted import auroc, mean_sd, precision
-from benchmarks.record import Record
+from benchmarks.record import Record, Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SCORES = Path(__file__).with_name("planted_scores.jsonl")
 RANKS = Path(__file__).with_name("planted_ranks.jsonl")
+HIDDEN = Path(__file__).with_name("hidden_layers.jsonl")
 REAL = Path(__file__).with_name("allocation.jsonl")
 DOCS = Path("docs")
 PAGE = "allocation-benchmark.md"
@@ -29,7 +31,9 @@ MEASURES = ("auroc", "precision", "rank")
 NAIVE = ("first order", "grad-norm")
 
 
-def write(out: Path = DOCS, scores: Path = SCORES, real: Path = REAL, ranks: Path = RANKS) -> list[Path]:
+def write(
+    out: Path = DOCS, scores: Path = SCORES, real: Path = REAL, ranks: Path = RANKS, hidden: Path = HIDDEN
+) -> list[Path]:
     """Writes page and figures into `out`, of what the records hold; returns their paths."""
     (out / "figures").mkdir(parents=True, exist_ok=True)
     parts = [
@@ -50,6 +54,9 @@ def write(out: Path = DOCS, scores: Path = SCORES, real: Path = REAL, ranks: Pat
     if any("seed" in row for row in planted.rows):
         parts += _planted(planted, draw(_planted_figure(planted), "planted_scores.png"))
         parts += _planted_ranks(Record(ranks))
+    if rows := Record(hidden).find():
+        first = hidden_layers.figure([row for row in rows if row["seed"] == 0])
+        parts += _hidden(rows, draw(first, "hidden_layers.png"))
     learned, left = by_learning(tasks)
     for chosen, name, section in (
         (learned, "allocation.png", _real),
@@ -158,6 +165,32 @@ def _planted_ranks(record: Record) -> Iterable[str]:
         told = [[row[name] for row in found] for name in ("auroc", "rank correlation")]
         body.append((_WAYS.get(way, way), *(mean_sd(values) for values in told)))
     yield table(head, body)
+
+
+def _hidden(rows: list[Row], figure: str) -> Iterable[str]:
+    """The section on an update that is hidden in a pretrained model."""
+    first, seeds = rows[0], len({row["seed"] for row in rows})
+    used, there = first["settings"], first["there"]
+    yield "## Hidden layers\n"
+    yield (
+        f"The same in a pretrained model, {first['model']}: q and v of {sum(there)} of its {len(there)} layers get an "
+        f"update of rank {used['rank']} and {100 * used['size']:.0f} % of their norm. LoRA on all layers "
+        "learns the last hidden states of random tokens that this makes, and scores say where it is "
+        "(`python -m benchmarks.lora.hidden_layers`, the second part of `make flexora`). The gradient is taken over as "
+        f"many rows as the {used['warmup']} steps of training see; the hypergradient sees {used['outer']} times "
+        f"{used['unroll']} steps more. Mean ± standard deviation over {seeds} draws.\n"
+    )
+    yield f"![The scores of every layer, of the first draw]({figure})\n"
+    body = []
+    for way, what in hidden_layers.WAYS.items():
+        if own := [row for row in rows if row["way"] == way]:
+            body.append((what, *(mean_sd([float(row[name]) for row in own]) for name in ("auroc", "found"))))
+    yield table(("layers ranked by", "AUROC", f"found of {sum(there)}"), body)
+    if used["flexora"]:
+        yield (
+            f"\nFlexora's search begins at a fresh LoRA, and after {used['flexora']} outer steps its logits say which "
+            "layers a training of a few steps gains most from, and not yet which it needs.\n"
+        )
 
 
 _WAYS = {

@@ -51,7 +51,8 @@ def test_what_is_in_the_record_is_not_run_again_and_is_on_the_page(tmp_path):
     assert {"task": "rte", "seed": 0, "method": "uniform"} not in todo
     assert len(todo) == 2 * 2 + 5 + 2 * 5  # static and dynamic of two seeds, all of seed 4 of rte, two seeds of piqa
     assert seconds_left(record, todo, "task", "method") == pytest.approx(30 * len(todo))
-    figure, page = report.write(tmp_path / "docs", tmp_path / "none.jsonl", file)
+    none = tmp_path / "none.jsonl"
+    figure, page = report.write(tmp_path / "docs", none, file, hidden=none)
     text = page.read_text(encoding="utf-8")
     assert figure.stat().st_size > 0 and "| flexora | 2 | 96 | 100.0 ± 0.0 | +37.5 [" in text and "| 38% |" in text
 

@@ -4,11 +4,10 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.lora import hidden_layers
+from benchmarks.lora import hidden_layers, report
 from benchmarks.lora.hidden_layers import Hidden, draw, judged, main
 from methods import models
 from methods.models.hooks import identity
@@ -52,7 +51,7 @@ def test_layers_are_judged_by_their_scores():
     assert judged(hidden, there, np.array([3.0, 2.5, 2.0, 0.0])) == {"auroc": 0.75, "found": 1}
 
 
-def test_it_runs_goes_on_where_it_was_and_says_what_was_found(small, capsys):
+def test_it_runs_goes_on_where_it_was_and_says_what_was_found(small, capsys, tmp_path):
     main(small)
     said, rows = capsys.readouterr().out, small.out / "hidden_layers.jsonl"
     assert "1 of 2 layers has a hidden update (1 draw)" in said and "hidden_layers.png" in said
@@ -64,4 +63,10 @@ def test_it_runs_goes_on_where_it_was_and_says_what_was_found(small, capsys):
     again = [json.loads(line) for line in rows.read_text().splitlines()]
     assert again[: len(kept)] == kept and len(again) == 2 * len(kept)
     assert "(2 draws)" in capsys.readouterr().out
-    assert jnp.asarray(0.0).dtype == jnp.float32
+    none = tmp_path / "none.jsonl"
+    figure, page = report.write(tmp_path / "docs", none, none, none, rows)
+    text = page.read_text()
+    assert "1 of its 2 layers" in text and "over 2 draws" in text and f"figures/{figure.name}" in text
+    for name, what in hidden_layers.WAYS.items():
+        told = [row["auroc"] for row in again if row["way"] == name]
+        assert f"| {what} | {np.mean(told):.3f} ± {np.std(told, ddof=1):.3f} |" in text

@@ -71,7 +71,8 @@ def test_every_score_spends_what_it_may_and_is_compared_with_leaving_one_out(tmp
     assert all(of["seeds"] == [0, 1] and 0 <= of["auroc"][0] <= 1 for of in found.values())
     assert 0 < max(of["cost"] for name, of in found.items() if "K" in name) <= 12
     assert np.isclose(found["leave one out"]["rank"], 1.0).all()
-    figure, page = report.write(tmp_path / "docs", file, tmp_path / "none.jsonl")
+    none = tmp_path / "none.jsonl"
+    figure, page = report.write(tmp_path / "docs", file, none, hidden=none)
     assert figure.stat().st_size > 0
     assert "| UD, K = 2 | 10 |" in page.read_text(encoding="utf-8")
 
