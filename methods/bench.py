@@ -34,6 +34,33 @@ WRITTEN = 256
 """Most tokens of a written answer."""
 
 
+class LeftOut(NamedTuple):
+    """Training rows that are in no split, by why that is; those on a subject of the test aside (`Splits.dropped`).
+
+    Attributes:
+      long: they are longer than T, or share their prompt with one that is.
+      torn: other rows on their subject are outer.
+      unasked: no more were asked for.
+    """
+
+    long: int = 0
+    torn: int = 0
+    unasked: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.long + self.torn + self.unasked
+
+    def told(self, length: int) -> str:
+        """How many for which reason, in words; "" for none."""
+        reasons = {
+            f"longer than {length} tokens": self.long,
+            "on the subject of an outer row": self.torn,
+            "beyond what was asked for": self.unasked,
+        }
+        return ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+
+
 class Bench(NamedTuple):
     """A model, a task and its rows, ready for losses.
 
@@ -45,7 +72,7 @@ class Bench(NamedTuple):
       train, outer: encoded rows, arrays `[N, T]` (of a `LabelledBatch` where the task is a classification, of a
         `ChoiceBatch`, `[N, C, T]`, where an encoder chooses).
       width: most answer tokens in a row of `train` or `outer`; 0 where rows have a label instead.
-      left_out: published training rows that are longer than T.
+      left_out: training rows that are in no split.
       head: the `Classifier` that answers; None where the model's own head does.
       row_means: whether a loss is the mean of the rows' own means, not that over all their answer tokens.
       inputs: what was read, as `RunFolder` compares it.
@@ -60,7 +87,7 @@ class Bench(NamedTuple):
     train: Any
     outer: Any
     width: int
-    left_out: int
+    left_out: LeftOut
     head: Any = None
     row_means: bool = False
     inputs: Mapping[str, Any] = MappingProxyType({})
@@ -275,7 +302,13 @@ def prepare(
     }
     if (file := tasks.file_of(settings.task)) is not None:
         inputs[f"task file {file.name}"] = fingerprint.rows([{"text": file.read_text(encoding="utf-8")}])
-    left_out = len(rows) - len(fitting)
+    unasked = len(rows) - looked_at + splits.unasked
+    left_out = LeftOut(looked_at - len(fitting), splits.torn, unasked)
+    if reasons := left_out.told(settings.length):
+        pieces = " (texts in pieces)" if len(rows) != len(source.train) else ""
+        processes.tell(f"{left_out.total:,} of {len(rows):,} training rows{pieces} are not used: {reasons}")
+    if splits.cut:
+        processes.tell(f"one text is longer than all outer rows: its last {splits.cut:,} pieces are among these")
     bench = Bench(
         pretrained, lora, source, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
     )
@@ -339,7 +372,14 @@ def _split(
     outer = max(1, len(tasks.units(task, fitting)) // 4) if sizes.outer is None else sizes.outer
     try:
         return tasks.split(
-            task, fitting, test_rows, outer=outer, train=sizes.train, test=sizes.test, seed=settings.seed
+            task,
+            fitting,
+            test_rows,
+            outer=outer,
+            train=sizes.train,
+            test=sizes.test,
+            seed=settings.seed,
+            about=sizes.outer is None,
         )
     except tasks.TooFew as error:
         said = re.sub(r"\b(train|outer|test)=(\d+) (rows|prompts)", r"--\1-rows \2", str(error).rstrip("."))

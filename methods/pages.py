@@ -89,7 +89,8 @@ def _joined(text: str) -> str:
 def _worth(bench: Bench, results: Mapping[str, Mapping[str, Any]]) -> str:
     text = f"""{table(results)}
 
-Test: {tested(bench)} of {bench.source.tested_on} which no search or training saw. {_meaning(results)}"""
+Test: {tested(bench)} of {bench.source.tested_on} which no search or training saw. {_untested(bench)}
+{_meaning(results)}"""
     if all("losses" in row for row in results.values()):
         text += f" {_compared_by_loss(results)}"
     elif all(row["right"] is not None for row in results.values()):
@@ -98,6 +99,12 @@ Test: {tested(bench)} of {bench.source.tested_on} which no search or training sa
 Intervals are Wilson's 95 % binomial intervals; the widest is {100 * width:.0f} points across, and smaller differences
 between two rows say nothing by themselves. {_compared(results)}"""
     return text.rstrip()
+
+
+def _untested(bench: Bench) -> str:
+    """A sentence on test rows that are not used; "" for none."""
+    more = len(bench.source.test) - len(bench.splits.test)
+    return f"{more:,} more rows of it are in no split: no more were asked for." if more else ""
 
 
 def _made(run: Run, page: Page) -> str:
@@ -111,9 +118,16 @@ def _made(run: Run, page: Page) -> str:
     if any(name != UNTRAINED for name in run.results):
         steps = f"{settings.finetune_steps} training steps, peak learning rate {settings.finetune_lr:g}."
     used = "Trained" if steps else "Searched"
+    reasons, cut = bench.left_out.told(settings.length), bench.splits.cut
+    reasons = f": {reasons}" if reasons else ""
+    total = train + outer + bench.left_out.total + bench.splits.dropped
+    if total != len(bench.source.train):
+        reasons += f"; its {len(bench.source.train):,} texts are {total:,} pieces, which are the rows here"
+    if cut:
+        reasons += f"; one text is longer than all outer rows, and its last {cut:,} pieces are among these"
     return f"""{used} on {train} rows; what is outer, and every validation, on {outer} other rows of
-{bench.source.trained_on} ({bench.left_out:,} of its rows were not considered: longer than {settings.length} tokens, or
-beyond what was asked for; {bench.splits.dropped} share a subject with the test).
+{bench.source.trained_on} ({bench.left_out.total:,} of its rows were not considered{reasons};
+{bench.splits.dropped} share a subject with the test).
 {adapter}{steps} {page.made} All settings: `{kept}`; every step: `metrics.jsonl`.{chosen}"""
 
 

@@ -51,10 +51,10 @@ class Data:
       test_data: rows of your own to test on; by default test.jsonl or validation.jsonl beside train.jsonl, or else a
         part of --data that nothing else sees.
       columns: what the columns of your own rows are, such as prompt=question,answer=response.
-      length: tokens a training sequence; rows that need more are left out.
+      length: tokens a training sequence; rows that need more are left out, and plain texts are cut into pieces.
       train_rows: rows the inner loss sees; by default 256 of a task, and of your own rows all that are left.
       outer_rows: validation rows the outer loss sees; where texts are written, prompts, each with all its references;
-        by default 128 of a task, and a quarter of your own training rows.
+        by default 128 of a task, and about a quarter of your own training rows.
       test_rows: rows of the last evaluation, or prompts with all their references; 0 takes all; by default 100 of a
         task, all of your own test rows, or a fifth of --data.
     """

@@ -88,15 +88,18 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
 
 
 def in_pieces(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any, length: int) -> list[Row]:
-    """The rows, those of more than `length` tokens in pieces, where the task cuts its rows."""
+    """The rows, those of more than `length` tokens in pieces, where the task cuts its rows.
+
+    Each of several pieces has its number under `"piece"`, from 0 in the order of the text.
+    """
     if task.pieces is None:
         return list(rows)
     lengths = span_lengths(task, rows, tokenizer)
-    return [
-        piece
-        for row, count in zip(rows, lengths, strict=True)
-        for piece in ([row] if count <= length else task.pieces(row, tokenizer, length))
-    ]
+    found: list[Row] = []
+    for row, count in zip(rows, lengths, strict=True):
+        pieces = [row] if count <= length else task.pieces(row, tokenizer, length)
+        found += pieces if len(pieces) == 1 else [piece | {"piece": at} for at, piece in enumerate(pieces)]
+    return found
 
 
 def text_pieces(row: Row, tokenizer: Any, length: int) -> list[Row]:

@@ -326,13 +326,19 @@ def _choice_row(record: Record, where: str) -> Row:
         texts = [i for i, choice in enumerate(choices or ()) if choice == given]
         letter = LETTERS.find(given) if len(given) == 1 else -1
         found = texts or ([letter] if 0 <= letter < len(choices or ()) else [])
-        if len(found) != 1:
+        if not found:
             raise ValueError(f"{where} has the answer {given[:60]!r}, which is no choice of its, and no letter of one.")
         given = found[0]
     if not isinstance(given, int) or isinstance(given, bool):
         raise ValueError(f"{where} has the answer {given!r}, which is the number of no choice, from 0, nor its text.")
     row["label"] = given
     check_choices(row, where)
+    right = row["choices"][given]
+    if row["choices"].count(right) > 1:
+        raise ValueError(
+            f"{where} has the right answer {right[:60]!r} among its choices more than once, so that saying it "
+            "would be right and wrong: leave one out."
+        )
     return row
 
 

@@ -1,5 +1,7 @@
 """Texts that are longer than a training row: cut into pieces, nothing of them lost and nothing twice."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -28,6 +30,8 @@ def test_pieces_are_the_text_and_fit(seed, reader):
     assert [sequence.ids[-1] == reader.eos_token_id for sequence in whole] == [False] * (len(pieces) - 1) + [True]
     if len(pieces) == 1:
         assert pieces == [row]
+    else:
+        assert [piece["piece"] for piece in pieces] == list(range(len(pieces)))
 
 
 def test_a_piece_ends_in_front_of_a_space_where_it_can():
@@ -61,5 +65,34 @@ def test_a_command_trains_on_all_of_long_texts(tiny_model, tmp_path):
     write(tmp_path / "data", [{"text": text} for text in texts])
     words = arguments(tiny_model, tmp_path / "data" / "train.jsonl", tmp_path / "run", "--quiet")
     assert cli.run(["lora", *words]) == 0
-    assert "(0 of its rows were not considered" in (tmp_path / "run" / "report.md").read_text()
+    page = " ".join((tmp_path / "run" / "report.md").read_text().split())
+    told = r"\((\d+) of its rows were not considered: (\d+) beyond what was asked for; its 24 texts are (\d+)"
+    found = re.search(told, page)
+    left, unasked, pieces = map(int, found.groups())
+    assert left == unasked == pieces - 16 - 8  # the sizes that `arguments` asks for
     assert read_json(tmp_path / "run" / "results" / "lora.json")["cut"] == 0
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("sizes", ["", "--outer-rows 12 --train-rows 15"])
+def test_of_short_texts_and_a_book_the_page_tells_of_every_piece(sizes, tiny_model, tmp_path, capsys):
+    texts = [f"text {i}" for i in range(9)] + ["book " + "word " * 1500]
+    write(tmp_path, [{"text": text} for text in texts])
+    write(tmp_path, [{"text": "a text to test"}], "test.jsonl")
+    fixed = ["--model", str(tiny_model), "--data", str(tmp_path / "train.jsonl"), "--out", str(tmp_path / "run")]
+    words = "--batch-size 4 --outer-batch-size 4 --length 24 --finetune-steps 2 --rank 2"
+    assert cli.run(["lora", *fixed, *words.split(), *sizes.split()]) == 0
+    page = " ".join((tmp_path / "run" / "report.md").read_text().split())
+    found = re.search(r"Trained on (\d+) rows; .* on (\d+) other rows of .* \(([\d,]+) of its rows were not", page)
+    train, outer, left = (int(number.replace(",", "")) for number in found.groups())
+    said = capsys.readouterr().out
+    pieces = int(re.search(r"its 10 texts are (\d+) pieces, which are the rows here", page)[1])
+    assert train + outer + left == pieces and "; 0 share a subject with the test" in page
+    cut = outer - 9
+    assert f"one text is longer than all outer rows, and its last {cut} pieces are among these" in page
+    assert f"its last {cut} pieces are among these" in said
+    if sizes:
+        assert (train, outer) == (15, 12) and f"not considered: {left} beyond what was asked for;" in page
+        assert f"{left} of {pieces} training rows (texts in pieces) are not used: {left} beyond what" in said
+    else:
+        assert left == 0 and outer == pieces // 4 and "are not used" not in said

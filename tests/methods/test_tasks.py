@@ -6,6 +6,7 @@ import sys
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import constants
 
@@ -304,6 +305,140 @@ def test_a_sample_is_drawn_of_prompts_with_all_their_references():
         tasks.split(task, train, test, outer=2, test=8)
     with pytest.raises(ValueError, match=r"e2e_nlg cannot give 9 outer prompts and any training rows: 36 are left"):
         tasks.split(task, train, test, outer=9)
+
+
+def test_rows_of_their_own_subjects_are_cut_as_they_always_were():
+    """Runs are resumed on the rows that they began with."""
+    train, test = [question(f"Goal {i}") for i in range(50)], [question(f"test {i}") for i in range(6)]
+    for seed in range(20):
+        shuffled = [train[i] for i in np.random.default_rng(seed).permutation(50)]
+        for about in (False, True):
+            splits = tasks.split(PIQA, train, test, outer=12, train=30, seed=seed, about=about)
+            assert (splits.outer, splits.train, splits.unasked) == (shuffled[:12], shuffled[12:42], 8)
+
+
+def sizes_drawn(rng):
+    """How many rows each subject has: mostly a few, now and then one with most of them."""
+    return [int(rng.choice([1, 1, 2, 3, 7, 40, 300], p=[0.3, 0.3, 0.1, 0.1, 0.1, 0.05, 0.05])) for _ in range(12)]
+
+
+TEXTS = tasks.FORMATS["text"].task([])
+
+
+def rows_drawn(kind, rng):
+    sizes = [1] * 3 + sizes_drawn(rng)
+    if kind == "pieces":
+        of = lambda i, j: {"text": f"{i} {j}", "of": f"text {i}", "piece": j}  # noqa: E731
+        rows = [of(i, j) if n > 1 else {"text": f"text {i}"} for i, n in enumerate(sizes) for j in range(n)]
+        test = [{"text": "text 0"}, {"text": "test"}]
+    elif kind == "prompts":
+        rows = [{"mr": f"[{i}]", "ref": f"{j}"} for i, n in enumerate(sizes) for j in range(n)]
+        test = [{"mr": "[0]", "ref": "a"}, {"mr": "test", "ref": "b"}]
+    else:
+        rows = [question(f"goal {i}", (f"{j}", "no")) for i, n in enumerate(sizes) for j in range(n)]
+        test = [question("GOAL 0"), question("test")]
+    return [rows[i] for i in rng.permutation(len(rows))], test
+
+
+KINDS = {"pieces": TEXTS, "subjects": PIQA, "prompts": tasks.get("e2e_nlg")}
+
+
+@pytest.mark.parametrize("about", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_row_vanishes_untold(kind, about):
+    task, cut, refused = KINDS[kind], 0, 0
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        rows, test = rows_drawn(kind, rng)
+        most = len(tasks.units(task, rows))
+        outer, train = int(rng.integers(1, max(2, most // 3))), int(rng.integers(1, 6)) if seed % 3 == 0 else None
+        given = {"outer": outer, "train": train, "seed": seed, "about": about}
+        try:
+            splits = tasks.split(task, rows, test, **given)
+        except tasks.TooFew:
+            refused += 1
+            continue
+        assert splits == tasks.split(task, rows, test, **given)
+        used = [json.dumps(row) for part in (splits.train, splits.outer) for row in part]
+        assert len(set(used)) == len(used)
+        assert len(used) + splits.dropped + splits.torn + splits.unasked == len(rows)
+        assert splits.dropped == 1 and (train is not None or splits.unasked == 0)
+        found = len(tasks.units(task, splits.outer))
+        if about:
+            assert splits.torn == 0
+            assert outer / 2 <= found or not splits.cut
+            # `config.yaml` has the number that was used, and repeats the run.
+            assert splits == tasks.split(task, rows, test, **given | {"outer": found, "about": False})
+        else:
+            assert found == outer
+        shared = {task.subject(row) for row in splits.train} & {task.subject(row) for row in splits.outer}
+        assert bool(shared) <= bool(splits.cut) and len(shared) <= 1
+        for subject in shared:
+            before, last = (
+                [row["piece"] for row in part if task.subject(row) == subject] for part in (splits.train, splits.outer)
+            )
+            assert max(before) < min(last) and len(last) == splits.cut
+        cut += bool(splits.cut)
+    assert (cut > 5) == (kind == "pieces") and refused < 15
+
+
+def book(short, pieces):
+    """Texts of one piece, and one of many."""
+    return [{"text": f"short {i}"} for i in range(short)] + [
+        {"text": f"{i}", "of": "book", "piece": i} for i in range(pieces)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_text_larger_than_the_outer_rows_is_cut_at_one_border(seed):
+    rows = book(9, 469)
+    splits = tasks.split(TEXTS, rows, [{"text": "test"}], outer=119, seed=seed, about=True)
+    assert splits[3:] == (0, 0, 0, 110) and len(splits.outer) == 119 and len(splits.train) == 359
+    assert [row["piece"] for row in splits.outer if "of" in row] == list(range(359, 469))
+    assert sorted(row["piece"] for row in splits.train) == list(range(359))
+    with pytest.raises(ValueError, match=r"text leaks: train and outer share the subject 'book'"):
+        tasks.check_disjoint(TEXTS, splits._replace(train=rows[9:]))
+    with pytest.raises(ValueError, match=r"text leaks: train and outer share the subject 'book'"):
+        tasks.check_disjoint(TEXTS, splits._replace(cut=0))
+
+
+def test_a_text_that_is_there_twice_is_cut_between_its_pieces():
+    rows = book(0, 20) * 2
+    splits = tasks.split(TEXTS, rows, [{"text": "test"}], outer=5)
+    assert [row["piece"] for row in splits.outer] == [17, 18, 18, 19, 19]
+    assert (len(splits.train), splits.torn, splits.cut) == (34, 1, 5)
+
+
+def test_other_rows_on_one_large_subject_are_not_cut():
+    rows = [question("goal", (f"{i}", "no")) for i in range(300)] + [question(f"other {i}") for i in range(9)]
+    splits = tasks.split(PIQA, rows, [question("test")], outer=80)
+    assert (len(splits.outer), len(splits.train), splits.torn, splits.cut) == (80, 9, 220, 0)
+    splits = tasks.split(PIQA, rows, [question("test")], outer=80, about=True)
+    assert (len(splits.outer), len(splits.train), splits.torn) == (9, 300, 0)
+
+
+@pytest.mark.parametrize("wanted", [None, 1, 5, 20])
+@pytest.mark.parametrize("kind", ["subjects", "prompts"])
+def test_held_out_rows_are_as_few_as_subjects_allow(kind, wanted):
+    task = KINDS[kind]
+    for seed in range(60):
+        rows, _ = rows_drawn(kind, np.random.default_rng(seed))
+        groups = {}
+        for row in rows:
+            groups.setdefault(task.subject(row), []).append(row)
+        sizes = sorted(len(tasks.units(task, group)) for group in groups.values())
+        if wanted and wanted >= sum(sizes):
+            with pytest.raises(tasks.TooFew):
+                tasks.hold_out(task, rows, wanted)
+            continue
+        kept, held = tasks.hold_out(task, rows, wanted)
+        assert sorted(map(json.dumps, kept + held)) == sorted(map(json.dumps, rows))
+        assert not {task.subject(row) for row in kept} & {task.subject(row) for row in held}
+        found = len(tasks.units(task, held))
+        if wanted:
+            assert wanted <= found <= max(2 * wanted, *sizes) and (found == 1 or wanted > 1)
+        if set(sizes) == {1}:
+            assert found == (wanted or max(1, sum(sizes) // 5))
 
 
 @pytest.mark.parametrize("name", ["piqa", "rte"])
