@@ -103,26 +103,39 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 @cache
-def described(docs: str) -> dict[str, str]:
-    """By how a text names it, what the reference describes: `Unrolled`, `bilevel.Unrolled`, `bilevel.run`."""
-    names: dict[str, str] = {}
+def described(docs: str) -> dict[str, tuple[str, ...]]:
+    """By how a text names it, what the reference describes: `Unrolled`, `bilevel.Unrolled`, `bilevel.run`.
+
+    A short name may be that of several things, of `bilevel` and of `methods`.
+    """
+    names: dict[str, tuple[str, ...]] = {}
     for file in sorted((Path(docs) / "api").glob("*.md")):
         for path in entries(file.read_text(encoding="utf-8")):
             short = path.rpartition(".")[2]
-            names[path] = path
+            names[path] = (path,)
             # A word such as `run` or `load` may mean anything; a class is called like nothing else.
             if re.match(r"[A-Z]\w*[a-z]", short) or (short.isupper() and path.startswith("bilevel.")):
-                names.setdefault(short, path)
+                others = names.get(short, ())
+                if all(found(path) is not found(other) for other in others):
+                    names[short] = (*others, path)
     return names
+
+
+def meant(paths: tuple[str, ...], packages: set[str]) -> str | None:
+    """The one that a page means whose entries are of these packages; None where that cannot be told."""
+    of_page = [path for path in paths if path.partition(".")[0] in packages]
+    chosen = of_page if len(packages) == 1 and of_page else paths
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     """A name in the text that the reference describes leads there; search shows no formula as it was written."""
     html = html.replace('class="arithmatex"', 'class="arithmatex" data-search-exclude')
     names = described(config.docs_dir)
+    packages = {path.partition(".")[0] for path in entries(page.markdown or "")}
 
     def link(match: re.Match[str]) -> str:
-        path = names.get(unescape(match[1]))
+        path = meant(names.get(unescape(match[1]), ()), packages)
         return f'<autoref identifier="{path}" optional>{match[0]}</autoref>' if path else match[0]
 
     parts, last = [], 0

@@ -148,6 +148,20 @@ def copied(tmp: Path) -> Path:
     return tmp
 
 
+def test_a_method_beside_the_package_is_a_command(tmp_path):
+    """By the page's own script, with nothing of the package edited."""
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```py\n(# run\.py.*?)^```", page, re.M | re.S)
+    (tmp_path / "run.py").write_text(script, encoding="utf-8")
+    (tmp_path / "best_linear.py").write_text(METHOD.head + block(METHOD.name), encoding="utf-8")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "run.py", "best-linear", "--help"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--inner-steps" in done.stdout and "learn which deserves LoRA" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", [ESTIMATOR, SOLVER, METHOD], ids=lambda example: example.name)
 def test_one_file_one_line_and_one_row(example, tmp_path):
