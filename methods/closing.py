@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from methods.pages import UNITS, shown
+from methods import units
 
 NARROWEST = 60
 LEFT = {
@@ -46,16 +46,15 @@ def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | No
 def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     metrics = list(next(iter(results.values()))["metrics"])
     metrics = metrics[: 1 if any(len(name) > 12 for name in metrics) else 2]  # the page has them all
-    counted = all(row.get("accuracy") for row in results.values()) and metrics[0] not in UNITS
+    # An interval stands beside the number that it is of, and nowhere else.
+    counted = all(units.share_of(row) == metrics[0] for row in results.values())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold", min_width=10)
-    for title in ("layers", "parameters", *metrics, *(["95 % interval"] if counted else [])):
+    titles = [*metrics[:1], *(["95 % interval"] if counted else []), *metrics[1:]]
+    for title in ("layers", "parameters", *titles):
         table.add_column(title, justify="right", no_wrap=True)
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
-        cells += [shown(metric, row["metrics"][metric]) for metric in metrics]
-        if counted:
-            score = row["accuracy"]
-            cells.append(f"{100 * score['low']:.1f} to {100 * score['high']:.1f}")
-        table.add_row(*cells)
+        told = [units.shown(metric, row["metrics"][metric]) for metric in metrics]
+        table.add_row(*cells, *told[:1], *([units.interval(row)] if counted else []), *told[1:])
     return table

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods import configuration
+from methods import configuration, units
 from methods.bench import Bench
 from methods.runfolder import CONFIG, RunFolder
-from methods.tasks import units
+from methods.tasks import units as units_of
 
-UNITS = {"loss": "the mean over all learned tokens, in nats", "perplexity": "its exponential"}
-"""Metrics that are no shares, of which less is better, and what they are."""
 UNTRAINED = "pretrained"
 """The row of the model as it came."""
 
@@ -87,10 +85,11 @@ def _joined(text: str) -> str:
 
 
 def _worth(bench: Bench, results: Mapping[str, Mapping[str, Any]]) -> str:
+    meaning = units.told(next(iter(results.values()))["metrics"])
     text = f"""{table(results)}
 
 Test: {tested(bench)} of {bench.source.tested_on} which no search or training saw. {_untested(bench)}
-{_meaning(results)}"""
+{meaning}"""
     if all("losses" in row for row in results.values()):
         text += f" {_compared_by_loss(results)}"
     elif all(row["right"] is not None for row in results.values()):
@@ -133,41 +132,25 @@ def _made(run: Run, page: Page) -> str:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table: parameters, the task's metrics, and for classes the share that is right and its interval."""
-    metrics = list(next(iter(results.values()))["metrics"])
+    first = next(iter(results.values()))
+    metrics = list(first["metrics"])
     titles = ["model", "layers", "trainable parameters", *metrics]
-    counted = all("accuracy" in row for row in results.values())
-    right = "exact" if "exact" in metrics else "accuracy"
-    titles += [f"95 % interval of {right}", "right"] if counted else []
+    share = units.share_of(first) if all(row.get("accuracy") for row in results.values()) else None
+    titles += [f"95 % interval of {share}", "right"] if share else []
     lines = [f"| {' | '.join(titles)} |", "|---" + "|---:" * (len(titles) - 1) + "|"]
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
-        cells += [shown(metric, row["metrics"][metric]) for metric in metrics]
-        if counted:
-            score = row["accuracy"]
-            cells += [f"{100 * score['low']:.1f} to {100 * score['high']:.1f}", f"{score['correct']}/{score['total']}"]
+        cells += [units.shown(metric, row["metrics"][metric]) for metric in metrics]
+        cells += [units.interval(row), "{correct}/{total}".format(**row["accuracy"])] if share else []
         lines.append(f"| {' | '.join(cells)} |")
     if cut := max(row.get("cut", 0) for row in results.values()):
         lines.append(f"\n**{cut} test texts were longer than the model takes and were cut.**")
     return "\n".join(lines)
 
 
-def shown(metric: str, value: float) -> str:
-    """A metric as a cell: a share in per cent, a loss as it is."""
-    return f"{value:.3f}" if metric in UNITS else f"{100 * value:.1f}"
-
-
-def _meaning(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What the numbers in the columns of the metrics are."""
-    metrics = list(next(iter(results.values()))["metrics"])
-    said = [f"{name}: {UNITS[name]}" for name in metrics if name in UNITS]
-    if "exact" in metrics and said:
-        return f"{'; '.join(said)}; exact: answers whose every token is the model's first choice, in per cent."
-    return "Metrics in per cent."
-
-
 def tested(bench: Bench) -> str:
     """How much was tested, in words: rows, and where texts are written the prompts whose references they are."""
-    rows, prompts = len(bench.splits.test), len(units(bench.task, bench.splits.test))
+    rows, prompts = len(bench.splits.test), len(units_of(bench.task, bench.splits.test))
     return f"{prompts} prompts with {rows} references" if prompts < rows else f"{rows} rows"
 
 

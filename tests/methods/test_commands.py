@@ -250,3 +250,30 @@ def test_the_table_at_the_end_fits_the_window(tmp_path):
     assert "1.234" in said or "1.235" in said
     assert "perplexity" in said and "interval" not in said
     assert closing.text(tmp_path, {}, 80).startswith(str(tmp_path / "report.md"))
+    # An interval stands right of the metric that it is of: CoLA's is of accuracy, and not of Matthews' correlation.
+    said = closing.text(tmp_path, {"x": plain | {"metrics": {"matthews": 0.05}}}, 80)
+    assert "matthews" in said and "5.0" in said and "interval" not in said and "40.0" not in said
+    said = closing.text(tmp_path, {"x": plain | {"metrics": {"accuracy": 0.5, "f1": 0.7}}}, 80).split("\n")
+    assert said[1].split("accuracy")[1].split() == ["95", "%", "interval", "f1"]
+    assert said[3].split()[3:] == ["50.0", "40.0", "to", "60.0", "70.0"]
+
+
+def test_a_metric_has_one_unit_wherever_it_is_told():
+    from methods import pages, units
+
+    values = {"accuracy": 0.5, "matthews": -0.2, "loss": 1.25, "cider": 2.5, "nist": 8.5, "perplexity": float("inf")}
+    assert [units.shown(*each) for each in values.items()] == ["50.0", "-20.0", "1.250", "2.500", "8.500", "inf"]
+    assert [units.of(name).alone(0.5) for name in ("accuracy", "pearson", "loss")] == ["50.0 %", "50.0", "0.500"]
+    assert [units.axis(name) for name in ("accuracy", "spearman", "loss", "cider")] == [
+        "accuracy, %", "spearman, times 100", "loss (less is better)", "cider"
+    ]  # fmt: skip
+    assert units.of("loss").better(2.0) < units.of("loss").better(1.0)
+    assert units.of("bleu").better(float("nan")) < units.of("bleu").better(0.0)
+    assert units.told(["accuracy"]) == "Metrics in per cent."
+    assert units.told(["matthews"]) == "matthews: a correlation, times 100."
+    assert units.told(["bleu", "cider"]) == "cider: from 0 to 10; bleu: in per cent."
+    accuracy = {"value": 0.5, "low": 0.4, "high": 0.6, "correct": 5, "total": 10}
+    row = {"layers": [0], "parameters": 5, "metrics": {"matthews": 0.05}, "accuracy": accuracy}
+    page = pages.table({"x": row}).splitlines()
+    assert page[0] == "| model | layers | trainable parameters | matthews | 95 % interval of accuracy | right |"
+    assert page[2] == "| x | 1 | 5 | 5.0 | 40.0 to 60.0 | 5/10 |"
