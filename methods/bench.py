@@ -169,10 +169,10 @@ def check(settings: Settings) -> None:
         axes = mesh.sizes(settings.mesh)
         mesh.rows_divide("--batch-size", settings.batch_size, axes)
         mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)
-    runfolder.check(settings.out, settings, _unsettled(settings))
+    runfolder.check(settings.out, settings, unsettled(settings))
 
 
-def _unsettled(settings: Settings) -> list[str]:
+def unsettled(settings: Settings) -> list[str]:
     """The settings whose values only the rows tell."""
     by_epochs = ["finetune_steps"] if settings.finetune_epochs is not None else []
     return [name for name in SETTLED if getattr(settings, name) is None] + by_epochs
@@ -297,8 +297,7 @@ def prepare(
     inputs = {
         f"{task.name} training rows": fingerprint.rows(source.train),
         f"{task.name} test rows": fingerprint.rows(source.test),
-        "encoded training rows": fingerprint.arrays(train),
-        "encoded outer rows": fingerprint.arrays(outer),
+        **dict(zip(fingerprint.SEEDED, map(fingerprint.arrays, (train, outer)), strict=True)),
     }
     if (file := tasks.file_of(settings.task)) is not None:
         inputs[f"task file {file.name}"] = fingerprint.rows([{"text": file.read_text(encoding="utf-8")}])
@@ -391,9 +390,9 @@ def _split(
         ) from error
 
 
-def open_run(settings: Settings, bench: Bench) -> RunFolder:
-    """The run folder of `settings` on what `bench` has read. Raises ValueError."""
-    return RunFolder(settings.out, settings, bench.inputs, bench.files)
+def open_run(settings: Settings, bench: Bench, found: Sequence[str] = ()) -> RunFolder:
+    """The run folder of `settings` on what `bench` has read; `found` as of `RunFolder`. Raises ValueError."""
+    return RunFolder(settings.out, settings, bench.inputs, bench.files, found)
 
 
 def recipe(settings: Settings) -> Recipe:

@@ -18,7 +18,7 @@ import optax
 
 import bilevel
 from methods import configuration, evaluation, mesh, pages, processes
-from methods.bench import Bench, open_run, prepare, recipe, settled
+from methods.bench import Bench, open_run, prepare, recipe, settled, unsettled
 from methods.objective import Bound
 from methods.pages import Page, Run
 from methods.runfolder import RunFolder
@@ -175,7 +175,7 @@ class Method:
           FloatingPointError: if a training diverges; names step and leaf.
         """
         setup = self.used(settings)
-        bench = self.prepare(setup)
+        bench, found = self.prepare(setup), unsettled(setup)
         setup = settled(setup, bench)
         searches = [
             accumulated(each, setup, bench) if isinstance(each, Search) else each
@@ -184,7 +184,7 @@ class Method:
         for each in searches:  # what does not fit is refused before anything is written
             if isinstance(each, Search):
                 jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
-        folder = open_run(setup, bench)
+        folder = open_run(setup, bench, found)
         if command and not (folder.path / configuration.FILE).exists():
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
         arms, selected = folder.finished() or self._carry_out(setup, bench, searches, folder)

@@ -17,6 +17,8 @@ PACKAGES = ("bilevel", "jax", "jaxlib", "flax", "optax", "numpy", "transformers"
 """Those whose code the numbers of a run come from."""
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.gguf")
 """The files of a model's folder that are read."""
+SEEDED = ("encoded training rows", "encoded outer rows")
+"""Inputs that the seed decides, by how it splits the rows that were read."""
 
 
 def versions() -> dict[str, str]:
@@ -88,3 +90,18 @@ def _shown(value: Any) -> str:
         count = f"{value['rows']} rows, " if "rows" in value else ""
         return f"{count}sha256 {str(value.get('sha256'))[:16]}"
     return "not there" if value is None else str(value)
+
+
+def but_for_the_seed(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `fingerprint.json` tells, all that runs share which differ in their seed alone."""
+
+    def part(name: str) -> Mapping[str, Any]:
+        found = told.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    return {
+        "versions": part("versions"),
+        "inputs": {name: value for name, value in part("inputs").items() if name not in SEEDED},
+        # Not when each file was last touched.
+        "model files": {name: _shown(value) for name, value in part("model files").items()},
+    }

@@ -92,18 +92,24 @@ class RunFolder:
       settings: a dataclass; what `config.json` holds, the folder's own path left out.
       inputs: what the run reads, `{name: fingerprint.rows(...) or fingerprint.arrays(...)}`.
       model: the folder or file of the model.
+      found: settings whose values were not asked for, but found in the rows.
 
     Raises:
       ValueError: as `check`; and if the folder holds a run of other inputs, or of another model.
     """
 
     def __init__(
-        self, path: Path, settings: Any, inputs: Mapping[str, Any] | None = None, model: Path | None = None
+        self,
+        path: Path,
+        settings: Any,
+        inputs: Mapping[str, Any] | None = None,
+        model: Path | None = None,
+        found: Sequence[str] = (),
     ):
         check(path, settings)
         self.path, self._known = path, {}
         self._options, self._track = _config(settings), getattr(settings, "track", None)
-        now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {})}
+        now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {}), "found": sorted(found)}
         processes.agree("Versions", now["versions"])
         processes.agree("Rows, of --data or the hub,", now["inputs"])
         processes.decided(lambda: self._open(settings, now, model))
@@ -112,6 +118,8 @@ class RunFolder:
         path = self.path
         before = _read_object(path / FINGERPRINT) if (path / CONFIG).is_file() else {}
         known = before.get("model files") or {}
+        if isinstance(before.get("found"), list):  # a run that goes on may be given what it has found
+            now["found"] = before["found"]
         now = now | {"model files": {} if model is None else fingerprint.model_files(model, known)}
         for part, title in (("inputs", "rows"), ("model files", "model files")):
             if before and (changed := fingerprint.difference(before.get(part) or {}, now[part])):
