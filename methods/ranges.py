@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import sys
 import typing
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -199,5 +200,7 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def finite(value: Any) -> bool:
-    """Whether something read from a file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether something read from a file is a finite number, and no integer that is more than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= sys.float_info.max

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import tyro
 
-from methods import files, histories, side_by_side_page
+from methods import files, fingerprint, histories, results, side_by_side_page, units
 from methods.causes import sentence
 from methods.configuration import FILE
 from methods.figures import pyplot, save
-from methods.pages import UNITS
-from methods.ranges import finite
-from methods.runfolder import CONFIG, RunFolder, read_json
+from methods.results import Row
+from methods.runfolder import CONFIG, FINGERPRINT, FINISHED, FREE, RunFolder, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class ReportSettings:
     """Put finished runs side by side, in report.md and in report.html.
 
     Attributes:
-      runs: run folders of any method.
+      runs: run folders of any method; one that is named twice counts once.
       out: folder of the pages.
     """
 
@@ -34,33 +33,8 @@ class ReportSettings:
 
 
 FIGURE = "side_by_side.png"
-
-
-class Row(NamedTuple):
-    """One trained model of one run: what `results/<arm>.json` holds, and where it comes from.
-
-    Attributes:
-      run: the name of its folder.
-      arm: its own name.
-      config: the settings of the run.
-      result: what it is worth.
-      method: the command that made the run; "" where that is not known.
-      path: the folder; None where that does not matter.
-    """
-
-    run: str
-    arm: str
-    config: dict[str, Any]
-    result: dict[str, Any]
-    method: str = ""
-    path: Path | None = None
-
-    @property
-    def worth(self) -> tuple[str, float]:
-        """The first metric and its value; accuracy where a result names no metrics."""
-        for name, value in (self.result.get("metrics") or {}).items():
-            return name, float(value)
-        return "accuracy", float((self.result.get("accuracy") or {"value": float("nan")})["value"])
+PLACES = ("model", "data", "test_data")
+"""Settings that say where something lies that the fingerprint of a run tells by what it holds."""
 
 
 class Read(NamedTuple):
@@ -86,25 +60,27 @@ def read(runs: Sequence[Path]) -> Read:
     if not runs:
         raise ValueError("Nothing to put side by side: name one or more run folders.")
     found = Read([], [], [])
-    for run, name in zip(runs, _names(runs), strict=True):
+    for number, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
         try:
             if not (run / CONFIG).is_file():
                 raise ValueError(f"{run} is no run: it has no {CONFIG}.")
-            config, results = _config(run / CONFIG), _results(run)
+            config, made = _config(run / CONFIG), _results(run)
         except (ValueError, OSError) as error:
             found.left_out.append(sentence(error) or str(error))
             continue
         if not (run / "report.md").is_file():
             found.unfinished.append(run)
-        for file in results:
+        method, made_of = _method(run), _made_of(run, config)
+        for at, file in enumerate(made):
             try:
-                found.rows.append(Row(name, file.stem, config, _result(file), _method(run), run))
+                result = results.read(file)
+                found.rows.append(Row(name, file.stem, config, result, method, run, (number, at), made_of))
             except (ValueError, OSError) as error:
                 found.left_out.append(sentence(error) or str(error))
     if not found.rows:
         raise ValueError("; ".join(found.left_out))
     # Of one task and model together, the best first; rows that are equally good stay in the order of their runs.
-    order = sorted(found.rows, key=lambda row: (row.config["task"], row.config["model"], _rank(row)))
+    order = sorted(found.rows, key=lambda row: (row.config["task"], row.config["model"], -_better(row)))
     return found._replace(rows=order)
 
 
@@ -114,12 +90,17 @@ def _names(runs: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
 
 
-def _rank(row: Row) -> float:
-    """Less is better."""
+def _better(row: Row) -> float:
     name, value = row.worth
-    if not np.isfinite(value):
-        return np.inf
-    return value if name in UNITS else -value
+    return units.of(name).better(value)
+
+
+def distinct(runs: Sequence[Path]) -> list[Path]:
+    """The folders, each once, however often and in whatever words it is named."""
+    found: dict[Path, Path] = {}
+    for run in runs:
+        found.setdefault(run.resolve(), run)
+    return list(found.values())
 
 
 def _method(run: Path) -> str:
@@ -134,10 +115,36 @@ def _method(run: Path) -> str:
 
 
 def _results(run: Path) -> list[Path]:
-    results = sorted(file for file in (run / "results").glob("*.json") if not file.name.startswith("."))
-    if not results:
+    """The files of a run's models, in the order in which it trained them where that is known."""
+    made = sorted(file for file in (run / "results").glob("*.json") if not file.name.startswith("."))
+    if not made:
         raise ValueError(f"{run} has no finished model yet: continue it with the command that began it.")
-    return results
+    told = _told(run / f"{FINISHED}.json").get("arms")
+    order = [str(name) for name in told] if isinstance(told, list) else []
+    return sorted(made, key=lambda file: order.index(file.stem) if file.stem in order else len(order))
+
+
+def _told(file: Path) -> dict[str, Any]:
+    """What a file holds; {} where it is not there, or damaged."""
+    try:
+        told = read_json(file)
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _made_of(run: Path, config: Mapping[str, Any]) -> str | None:
+    """What decides the results of a run but for its seed: what was read, versions, and settings as they were asked for.
+
+    None where the run does not tell.
+    """
+    told = _told(run / FINGERPRINT)
+    if not told:
+        return None
+    found = told.get("found")
+    aside = {"seed", *FREE, *PLACES, *(found if isinstance(found, list) else ())}
+    asked = {name: value for name, value in config.items() if name not in aside}
+    return json.dumps([asked, fingerprint.but_for_the_seed(told)], sort_keys=True, default=str)
 
 
 def _config(file: Path) -> dict[str, Any]:
@@ -147,44 +154,14 @@ def _config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _result(file: Path) -> dict[str, Any]:
-    """A result, all of which that the page shows is what it should be."""
-    result = read_json(file)
-    if not isinstance(result, dict) or not isinstance(result.get("parameters"), int):
-        raise ValueError(f"{file} is no result of this program: it counts no parameters.")
-    score, metrics, on = (result.get(name) for name in ("accuracy", "metrics", "on"))
-    parts = ("value", "low", "high", "correct", "total")
-    if score is not None and not (isinstance(score, Mapping) and all(finite(score.get(name)) for name in parts)):
-        raise ValueError(f"{file} is no result of this program: its accuracy lacks one of {', '.join(parts)}.")
-    if metrics is not None and not (
-        isinstance(metrics, Mapping) and all(isinstance(value, (int, float)) for value in metrics.values())
-    ):
-        raise ValueError(f"{file} is no result of this program: its metrics are no numbers.")
-    if on is not None and not (
-        isinstance(on, Mapping) and all(isinstance(each, list) and all(map(finite, each)) for each in on.values())
-    ):
-        raise ValueError(f"{file} is no result of this program: its modules are no lists of numbers.")
-    return result
+def markdown(shown: results.Table) -> str:
+    """A table in Markdown, with its notes."""
+    rule = "|".join("---:" if i in shown.numbers else "---" for i in range(len(shown.titles)))
+    return "\n".join([_line(shown.titles), f"|{rule}|", *map(_line, shown.rows)])
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: a line a model."""
-    lines = [
-        "| run | method | model | base | task | adapter parameters | accuracy | 95 % interval | right |",
-        "|---|---|---|---|---|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        score = row.result.get("accuracy")
-        names = row.run, row.method, row.arm, Path(row.config["model"]).name, row.config["task"]
-        cells = [" ".join(name.replace("|", r"\|").split()) for name in names] + [f"{row.result['parameters']:,}"]
-        if score is None or row.worth[0] in UNITS:  # a regression has no accuracy, and texts are rarely exact
-            metrics = "; ".join(f"{name} {value:.3f}" for name, value in row.result.get("metrics", {}).items())
-            cells += [metrics, "", ""]
-        else:
-            cells += [f"{100 * score['value']:.1f} %", f"{100 * score['low']:.1f} to {100 * score['high']:.1f} %"]
-            cells += [f"{score['correct']}/{score['total']}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(' '.join(cell.replace('|', chr(92) + '|').split()) for cell in cells)} |"
 
 
 MEANS = ("method", "model", "task", "seeds", "metric", "mean", "standard deviation")
@@ -192,24 +169,33 @@ MEANS = ("method", "model", "task", "seeds", "metric", "mean", "standard deviati
 
 
 def groups_over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each model that runs have which differ in their seed alone."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        other = {name: value for name, value in row.config.items() if name != "seed"}
-        groups.setdefault((row.method, row.arm, json.dumps(other, sort_keys=True, default=str)), []).append(row)
-    return [group for group in groups.values() if len({row.config.get("seed") for row in group}) > 1]
+    """The rows of each model that runs have which differ in their seed alone; a seed counts once, by the first run.
+
+    What a run was made of decides, `Row.made_of`; a run that does not tell is in no group.
+    """
+    groups: dict[Any, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row.place):  # not the best of a seed, but the one that was named first
+        if row.made_of is not None:
+            group = groups.setdefault((row.method, row.arm, row.made_of), {})
+            group.setdefault(json.dumps(row.config.get("seed"), default=str), row)
+    kept = [list(group.values()) for group in groups.values() if len(group) > 1]
+    return sorted(kept, key=lambda group: min(rows.index(row) for row in group))
 
 
 def means(several: Sequence[Sequence[Row]]) -> list[list[str]]:
     """A line of cells for each model, as `MEANS` says."""
     lines = []
     for group in several:
-        name, values = group[0].worth[0], np.array([row.worth[1] for row in group])
-        first, times = group[0], 1 if name in UNITS else 100
-        unit = "" if name in UNITS else " %"
-        told = [f"{times * value:.{3 if name in UNITS else 1}f}{unit}" for value in (values.mean(), values.std(ddof=1))]
+        first, name, values = group[0], group[0].worth[0], np.array([row.worth[1] for row in group])
+        told = [units.of(name).alone(float(value)) for value in (values.mean(), values.std(ddof=1))]
         lines.append([first.method, first.arm, first.config["task"], str(len(group)), name, *told])
     return lines
+
+
+OVER_SEEDS = (
+    "Over runs whose rows, model files, versions and settings are the same but for the seed. Of several runs with one "
+    "seed the first counts."
+)
 
 
 def over_seeds(rows: Sequence[Row]) -> str:
@@ -217,9 +203,8 @@ def over_seeds(rows: Sequence[Row]) -> str:
     several = groups_over_seeds(rows)
     if not several:
         return ""
-    lines = [f"| {' | '.join(MEANS)} |", "|---|---|---|---:|---|---:|---:|"]
-    lines += [f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |" for cells in means(several)]
-    return "Means over seeds, of runs that differ in nothing else:\n\n" + "\n".join(lines) + "\n"
+    shown = results.Table(list(MEANS), means(several), [3, 5, 6], [])
+    return f"## Means over seeds\n\n{markdown(shown)}\n\n{OVER_SEEDS}\n"
 
 
 def modules(rows: list[Row]) -> tuple[list[str], np.ndarray]:
@@ -241,48 +226,66 @@ def modules(rows: list[Row]) -> tuple[list[str], np.ndarray]:
     return names, shares
 
 
-def figure(file: Path, rows: list[Row]) -> None:
-    """Modules in use, a line a model; beside it accuracy with its interval, and the parameters."""
+def figure(file: Path, rows: list[Row]) -> list[str]:
+    """A line a model: modules in use, the metrics that rank, with their intervals, and parameters. What was drawn."""
     with pyplot().rc_context({"text.parse_math": False}):  # names of folders may hold any letter
-        _draw(file, rows)
+        return _draw(file, rows)
 
 
-def _draw(file: Path, rows: list[Row]) -> None:
+def _draw(file: Path, rows: list[Row]) -> list[str]:
     plt = pyplot()
     names, shares = modules(rows)
-    height = 1.4 + 0.3 * len(rows)
-    fig, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, height), width_ratios=[3, 1.6, 1], sharey=True, layout="constrained"
+    ranking = list(dict.fromkeys(row.worth[0] for row in rows if np.isfinite(row.worth[1])))
+    drawn = ["modules in use"] * bool(names) + ranking + ["parameters"]
+    widths = [3.0] * bool(names) + [1.6] * len(ranking) + [1.0]
+    size = 3.0 + 1.4 * sum(widths), 1.4 + 0.3 * len(rows)
+    fig, axes = plt.subplots(
+        1, len(drawn), figsize=size, width_ratios=widths, sharey=True, layout="constrained", squeeze=False
     )
-    places = np.arange(len(rows))
+    axes, places = list(axes[0]), np.arange(len(rows))
+    axes[0].set_yticks(places, [f"{row.run}: {row.arm}" for row in rows], fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)  # from the first down
     if names:
-        left.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-        sites = list(dict.fromkeys(name.split(".", 1)[1] for name in names))
-        starts = [next(i for i, name in enumerate(names) if name.endswith(f".{site}")) for site in sites]
-        for start in starts[1:]:
-            left.axvline(start - 0.5, color="0.3", lw=0.8)
-        ends = [*starts[1:], len(names)]
-        left.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)], sites, fontsize=8)
-    left.set(title="modules in use, by depth")
-    left.set_yticks(places, [f"{row.run}: {row.arm}" for row in rows], fontsize=8)
-    for place, row in enumerate(rows):
-        if (score := row.result.get("accuracy")) is not None:
-            low, high = score["value"] - score["low"], score["high"] - score["value"]
-            error = 100 * np.array([[low], [high]])
-            middle.errorbar(100 * score["value"], place, xerr=error, fmt="o", color="#2a6f97", ms=4, capsize=2)
-    middle.set(title="accuracy, %")
+        _draw_modules(axes.pop(0), names, shares)
+    for metric, ax in zip(ranking, axes, strict=False):
+        _draw_worth(ax, metric, rows)
+    right = axes[-1]
     right.barh(places, [row.result["parameters"] for row in rows], color="#d0d5da")
     right.set(title="adapter parameters")
     right.ticklabel_format(axis="x", style="sci", scilimits=(0, 3))
-    for ax in (middle, right):
+    for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
     save(fig, file, dpi=130)
+    return drawn
 
 
-def of_run(folder: RunFolder, results: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+def _draw_modules(ax: Any, names: list[str], shares: np.ndarray) -> None:
+    ax.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    sites = list(dict.fromkeys(name.split(".", 1)[1] for name in names))
+    starts = [next(i for i, name in enumerate(names) if name.endswith(f".{site}")) for site in sites]
+    for start in starts[1:]:
+        ax.axvline(start - 0.5, color="0.3", lw=0.8)
+    ends = [*starts[1:], len(names)]
+    ax.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)], sites, fontsize=8)
+    ax.set(title="modules in use, by depth")
+
+
+def _draw_worth(ax: Any, metric: str, rows: list[Row]) -> None:
+    """The models that a metric ranks, with the interval where it is of that metric."""
+    times = units.of(metric).times
+    for place, row in enumerate(rows):
+        name, value = row.worth
+        if name != metric or not np.isfinite(value):
+            continue
+        error = units.ends(row.result) if units.share_of(row.result) == metric else None
+        ax.errorbar(times * value, place, xerr=error, fmt="o", color="#2a6f97", ms=4, capsize=2)
+    ax.set(title=units.axis(metric))
+
+
+def of_run(folder: RunFolder, made: Mapping[str, dict[str, Any]]) -> dict[str, str]:
     """`figure` of one run, whose results are read already; its file's name and a caption."""
-    figure(folder.path / "figures" / FIGURE, [Row(folder.path.name, arm, {}, row) for arm, row in results.items()])
-    return {FIGURE: "modules in use, accuracy, parameters"}
+    rows = [Row(folder.path.name, arm, {}, row) for arm, row in made.items()]
+    return {FIGURE: ", ".join(figure(folder.path / "figures" / FIGURE, rows))}
 
 
 class Reported(NamedTuple):
@@ -301,27 +304,20 @@ def main(settings: ReportSettings) -> Reported:
     files.check_writable(settings.out)
     if (settings.out / CONFIG).exists():
         raise ValueError(f"{settings.out} is a run, whose own report.md this would replace: name another --out.")
-    rows, left_out, unfinished = read(settings.runs)
-    figure(settings.out / "figures" / FIGURE, rows)
-    words = f"""# Side by side
-
-{table(rows)}
-
-{over_seeds(rows)}
-![modules, accuracy, parameters](figures/{FIGURE})
-
-Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and `--test-rows` share test rows.
-"""
+    runs = distinct(settings.runs)
+    rows, left_out, unfinished = found = read(runs)
+    drawn, shown = figure(settings.out / "figures" / FIGURE, rows), results.table(rows)
+    parts = ["# Side by side", markdown(shown), *shown.notes, over_seeds(rows).rstrip()]
+    parts.append(f"![{', '.join(drawn)}](figures/{FIGURE})")
     if unfinished:
-        words += f"\nNot finished yet, so that models may be missing: {', '.join(map(str, unfinished))}.\n"
+        parts.append(f"Not finished yet, so that models may be missing: {', '.join(map(str, unfinished))}.")
     if left_out:
-        words += "\nLeft out:\n\n" + "".join(f"- {sentence}\n" for sentence in left_out)
-    files.write_text(settings.out / "report.md", words)
-    named = zip(settings.runs, _names(settings.runs), strict=True)
+        parts.append("Left out:\n\n" + "\n".join(f"- {sentence}" for sentence in left_out))
+    files.write_text(settings.out / "report.md", "\n\n".join(part for part in parts if part) + "\n")
+    named = zip(runs, _names(runs), strict=True)
     told = [histories.read(run, name) for run, name in named if (run / CONFIG).is_file()]
     several = groups_over_seeds(rows)
-    found = Read(rows, left_out, unfinished)
-    page = side_by_side_page.page(found, told, several, (MEANS, means(several)))
+    page = side_by_side_page.page(found, told, several, (MEANS, means(several), OVER_SEEDS))
     files.write_text(settings.out / "report.html", page)
     return Reported(rows, f"{settings.out / 'report.md'} leaves out: {' '.join(left_out)}" if left_out else None)
 

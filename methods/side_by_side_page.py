@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from methods import histories, webpage
+from methods import histories, markdown, results, units, webpage
 from methods.histories import History, Stage
-from methods.pages import UNITS
+from methods.results import Row
 from methods.webpage import LINE, NAMED, ORDERED, axes, colour, figure, figures, heading, paragraph, table
 
 if TYPE_CHECKING:
-    from methods.side_by_side import Read, Row
+    from methods.side_by_side import Read
 
 POINTS, LINES, PANELS = 200, 40, 24
 """Most points of a line, lines of a panel and panels of a search that are drawn."""
@@ -26,7 +25,7 @@ def page(
     found: Read,
     runs: Sequence[History],
     several: Sequence[Sequence[Row]],
-    means: tuple[Sequence[str], Sequence[Sequence[str]]],
+    means: tuple[Sequence[str], Sequence[Sequence[str]], str],
 ) -> str:
     """The page, whole: what cannot be shown is said where it would be.
 
@@ -34,7 +33,7 @@ def page(
       found: the models.
       runs: what their folders tell.
       several: the models of runs that differ in their seed alone.
-      means: titles and cells of a table of these.
+      means: titles and cells of a table of these, and a note on it.
     """
     named = [(f"r{number}", run) for number, run in enumerate(runs)]
     links = [("models", "Models"), *((name, run.name) for name, run in named)]
@@ -70,34 +69,16 @@ def _arms(found: Read, run: History) -> list[Row]:
 
 
 def _models(found: Read) -> str:
-    titles = ["run", "method", "model", "base", "task", "parameters", "metric", "value", "95 % interval", "right"]
-    rows = []
-    for row in found.rows:
-        name, value = row.worth
-        score = row.result.get("accuracy") if name not in UNITS else None
-        interval, right = ("", "")
-        if score:
-            interval = f"{100 * score['low']:.1f} to {100 * score['high']:.1f} %"
-            right = f"{score['correct']}/{score['total']}"
-        base = Path(row.config["model"]).name
-        parameters = f"{row.result['parameters']:,}"
-        rows.append(
-            [row.run, row.method, row.arm, base, row.config["task"], parameters, name, _worth(name, value)]
-            + [interval, right]
-        )
-    note = "Intervals are Wilson's 95 % binomial intervals. Runs of one task, seed and test rows share test rows."
-    return table(titles, rows, (5, 7, 8, 9)) + paragraph(note, "note")
+    shown = results.table(found.rows)
+    return table(shown.titles, shown.rows, shown.numbers) + "".join(paragraph(note, "note") for note in shown.notes)
 
 
-def _worth(name: str, value: float) -> str:
-    return f"{value:.3f}" if name in UNITS else f"{100 * value:.1f} %"
-
-
-def _seeds(several: Sequence[Sequence[Row]], means: tuple[Sequence[str], Sequence[Sequence[str]]]) -> list[str]:
+def _seeds(several: Sequence[Sequence[Row]], means: tuple[Sequence[str], Sequence[Sequence[str]], str]) -> list[str]:
     if not several:
         words = "No two runs differ in their seed alone: nothing is said of how much a result depends on it."
         return [paragraph(words, "note")]
-    parts = [table(*means, (3, 5, 6))]
+    titles, cells, note = means
+    parts = [table(titles, cells, (3, 5, 6)), paragraph(note, "note")]
     rows = []
     for group in several:
         chosen = [on for row in group if (on := _on(row)) is not None]
@@ -127,7 +108,7 @@ def _fronts(found: Read) -> str:
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in found.rows:
         if np.isfinite(row.worth[1]):
-            groups.setdefault((row.config["task"], Path(row.config["model"]).name, row.worth[0]), []).append(row)
+            groups.setdefault((row.config["task"], row.base, row.worth[0]), []).append(row)
     drawn = [_front(f"f{i}", names, rows) for i, (names, rows) in enumerate(groups.items())]
     return figures(drawn) or paragraph("No model has a number that could be drawn.", "missing")
 
@@ -143,18 +124,17 @@ def on_front(sizes: Sequence[float], worths: Sequence[float]) -> list[int]:
 
 def _front(name: str, names: tuple[str, str, str], rows: list[Row]) -> str:
     task, base, metric = names
-    sign, times = (-1, 1) if metric in UNITS else (1, 100)
+    unit = units.of(metric)
     sizes = [float(row.result["parameters"]) for row in rows]
-    worths = [times * row.worth[1] for row in rows]
-    front = on_front(sizes, [sign * value for value in worths])
+    worths = [unit.times * row.worth[1] for row in rows]
+    front = on_front(sizes, [unit.better(row.worth[1]) for row in rows])
     with axes(5.2, 3.2) as (fig, ax):
         for i, row in enumerate(rows):
             shade = colour(NAMED, list(dict.fromkeys(r.run for r in rows)).index(row.run))
-            score = row.result.get("accuracy") if metric not in UNITS else None
-            if score and abs(times * score["value"] - worths[i]) < 1e-9:
-                ends = [[worths[i] - 100 * score["low"]], [100 * score["high"] - worths[i]]]
+            if units.share_of(row.result) == metric:
+                ends = units.ends(row.result)
                 ax.errorbar(sizes[i], worths[i], yerr=ends, fmt="none", ecolor=shade, elinewidth=0.8, alpha=0.6)
-            ax.plot(sizes[i], worths[i], "o", color=shade, ms=6, mfc=shade if i in front else "none")
+            ax.plot(sizes[i], worths[i], "o", color=shade, ms=6, mfc=shade if i in front else "none", clip_on=False)
         ax.plot(*zip(*[(sizes[i], worths[i]) for i in front], strict=True), color=LINE, lw=1, zorder=0)
         for place in dict.fromkeys(zip(sizes, worths, strict=True)):
             arms = [row.arm for i, row in enumerate(rows) if (sizes[i], worths[i]) == place]
@@ -166,7 +146,8 @@ def _front(name: str, names: tuple[str, str, str], rows: list[Row]) -> str:
             ax.set_xscale("symlog", linthresh=min(positive))
             ax.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
         ax.margins(x=0.18)
-        ax.set(xlabel="trained parameters", ylabel=metric if metric in UNITS else f"{metric}, %")
+        ax.set_xlim(left=0)  # nothing has less
+        ax.set(xlabel="trained parameters", ylabel=units.axis(metric))
         best = ", ".join(f"{rows[i].arm} of {rows[i].run}" for i in front)
         words = f"{task}, {base}. Filled, on the line: no smaller model is as good ({best})."
         return figure(fig, name, words, list(dict.fromkeys(row.run for row in rows)))
@@ -192,7 +173,7 @@ def _run(run: History, name: str, rows: list[Row]) -> list[str]:
     if trainings:
         parts.append(figures([_trainings(trainings, f"{name}t")]))
     if run.page:
-        parts.append(webpage.details("The page of the run itself, report.md", webpage.verbatim(run.page)))
+        parts.append(webpage.details("The page of the run itself, report.md", markdown.html(run.page)))
     return parts
 
 
@@ -322,26 +303,30 @@ def _cost(runs: Sequence[History]) -> str:
     rows = []
     for run in runs:
         for stage in run.stages:
-            rows.append([run.name, stage.name, len(stage.steps), *_calls(run, stage), _seconds(run, stage)])
+            rows.append([run.name, stage.name, *_counted(run, stage), _seconds(run, stage)])
     if not rows:
         return paragraph("No run has logged a step.", "missing")
-    titles = ["run", "stage", "steps", "inner gradients", "Hessian-vector products", "seconds"]
+    titles = ["run", "stage", "steps", "gradients of a batch", "Hessian-vector products of a batch", "seconds"]
     note = (
-        "Inner gradients: of a training, its batches; of a search, outer steps times the inner steps of each, as set. "
-        "Hessian-vector products as the estimator counted them. Seconds: on the clock, compilation included. A dash: "
-        "not recorded."
+        "Steps: of a training, of its optimizer; of a search, outer ones. Gradients of a batch: of a training, its "
+        "batches; of a search, outer steps times the inner steps of each, as set, times --accumulate. Hessian-vector "
+        "products: as the estimator counted them, times --accumulate. Seconds: of these steps, on the clock, "
+        "compilation included. A dash: not recorded."
     )
     return table(titles, rows, (2, 3, 4, 5)) + paragraph(note, "note")
 
 
-def _calls(run: History, stage: Stage) -> list[str]:
-    batches = int(run.config["accumulate"]) if isinstance(run.config.get("accumulate"), int) else 1
-    if not stage.is_search:
-        return [f"{len(stage.steps) * batches:,}", "0"]
+def _counted(run: History, stage: Stage) -> list[str]:
+    """Steps, and what they took in batches: one of `--accumulate` that make a step."""
+    accumulate = run.config.get("accumulate")
+    batches = accumulate if isinstance(accumulate, int) and accumulate > 0 else 1
+    logged = len(stage.steps)
+    if not stage.is_search:  # whose every batch is logged
+        return [f"{-(-logged // batches):,}", f"{logged:,}", "0"]
     inner = run.config.get("inner_steps", run.config.get("interval"))
-    gradients = f"{len(stage.steps) * inner * batches:,}" if isinstance(inner, int) else "–"
+    gradients = f"{logged * inner * batches:,}" if isinstance(inner, int) else "–"
     hvps = stage.series.get("hvps")
-    return [gradients, "–" if hvps is None else f"{int(hvps.sum()):,}"]
+    return [f"{logged:,}", gradients, "–" if hvps is None else f"{int(hvps.sum()) * batches:,}"]
 
 
 def _seconds(run: History, stage: Stage) -> str:

@@ -50,7 +50,7 @@ table { border-collapse: collapse; font-size: .92rem; }
 th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
   white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-th { background: var(--band); }
+th { background: var(--band); } thead th { white-space: normal; overflow-wrap: normal; vertical-align: bottom; }
 td.value { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; max-width: 32rem; }
 .figures { display: grid; gap: .5rem 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 320px), 1fr)); }
 .key { font-size: .88rem; margin-right: .8rem; } .key::before { content: "\\25cf\\a0"; }
@@ -59,8 +59,11 @@ nav { margin: .5rem 0; } nav a { margin-right: 1rem; color: var(--accent); }
 pre { white-space: pre-wrap; font-size: .88rem; background: var(--band); padding: .7rem; }
 .maps { display: flex; flex-wrap: wrap; gap: .3rem 2rem; } .maps > figure { max-width: 100%; }
 svg { display: block; width: 100%; max-width: 640px; height: auto; color: var(--ink); }
-.map { border-spacing: 2px; border-collapse: separate; } .map th { background: none; font-weight: normal; border: 0; }
-.map td { padding: 0; border: 0; width: 1.15rem; min-width: .7rem; height: 1.15rem;
+.map { border-spacing: 2px; border-collapse: separate; table-layout: fixed; width: 100%; }
+.map th { background: none; font-weight: normal; border: 0; padding: 0 .4rem 0 0; white-space: normal; }
+.map th:first-child { width: 10rem; } .map th.number { padding: 0; text-align: center; font-size: .75rem;
+  white-space: nowrap; overflow: visible; }
+.map td { padding: 0; border: 0; height: 1.15rem;
   background: color-mix(in srgb, var(--accent) calc(var(--on) * 100%), var(--band)); }
 summary { cursor: pointer; }
 """
@@ -129,8 +132,13 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def share_map(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]], caption: str) -> str:
-    """Shares between 0 and 1 as a map: a line for each name, a cell for each title, darker the larger the share."""
-    head = "".join(f'<th class="number">{escaped(title)}</th>' for title in titles)
+    """Shares between 0 and 1 as a map: a line for each name, a cell for each title, darker the larger the share.
+
+    It is no wider than the page, however many titles there are; of many only some are written.
+    """
+    every = next(step for step in (1, 5, 10, 50, len(titles)) if len(titles) <= 36 * step)
+    written = [title if i % every == 0 else "" for i, title in enumerate(titles)]
+    head = "".join(f'<th class="number">{escaped(title)}</th>' for title in written)
     lines = []
     for name, shares in rows:
         cells = "".join(
@@ -140,7 +148,8 @@ def share_map(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]
         lines.append(f"<tr><th>{escaped(name)}</th>{cells}</tr>")
     body = "\n".join(lines)
     drawn = f'<div class="scroll" tabindex="0"><table class="map"><tr><th></th>{head}</tr>\n{body}</table></div>'
-    return f"<figure><figcaption>{escaped(caption)}</figcaption>{drawn}</figure>"
+    width = f"width: calc(10rem + {len(titles)} * 1.3rem)"
+    return f'<figure style="{width}"><figcaption>{escaped(caption)}</figcaption>{drawn}</figure>'
 
 
 def details(summary: str, body: str) -> str:

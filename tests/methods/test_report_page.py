@@ -11,6 +11,7 @@ import pytest
 from methods import cli, histories, side_by_side_page
 from methods.runfolder import read_seconds
 from tests.methods.commands import TABLE
+from tests.methods.run_folders import make_run, result
 
 VOID = {"meta", "br", "link", "img", "input"}
 
@@ -142,22 +143,6 @@ def test_runs_of_all_commands_share_a_page(finished, tmp_path):
     assert "Every module is in use by all-layers." in page.text
 
 
-def make_run(folder, arms, rows=(), **config):
-    (folder / "results").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model": "models/tiny", "task": "piqa"} | config))
-    (folder / "report.md").write_text("# Its own page\n")
-    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    for name, result in arms.items():
-        (folder / "results" / f"{name}.json").write_text(json.dumps(result))
-    return folder
-
-
-def result(correct, parameters, on=None):
-    accuracy = {"value": correct / 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1}
-    row = {"parameters": parameters, "accuracy": accuracy | {"correct": correct, "total": 10}}
-    return row if on is None else row | {"on": on}
-
-
 def steps(stage="search", count=4, **values):
     return [
         {"stage": stage, "step": i + 1, "outer_loss": 1.0, "hypergradient_norm": 0.5 / (i + 1)}
@@ -195,7 +180,7 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_there(tmp_path):
         file.write('{"stage": "finetune chosen", "step": 1, "inner_loss": 2.0}\n{"torn')
     (run / "selection.json").write_text("{")
     (run / "seconds.csv").write_text("stage,seconds\nsearch,nan\n")
-    bare = make_run(tmp_path / "bare", {"chosen": result(6, 12)})
+    bare = make_run(tmp_path / "bare", {"chosen": result(6, 12)}, ())
     (bare / "metrics.jsonl").unlink()
     (bare / "report.md").unlink()
     uneven = make_run(tmp_path / "uneven", {}, [*good, steps(count=5, alpha=lambda i: [i])[-1]], seed=3)
@@ -224,7 +209,7 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_there(tmp_path):
 def test_selections_over_seeds_are_compared(tmp_path):
     on = [[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]
     found = [{"chosen": result(5 + i, 8, {"q": each})} for i, each in enumerate(on)]
-    runs = [make_run(tmp_path / f"s{i}", each, seed=i) for i, each in enumerate(found)]
+    runs = [make_run(tmp_path / f"s{i}", each, (), seed=i) for i, each in enumerate(found)]
     page = report(tmp_path / "page", *runs)
     # Pairs: 1/3, 1 and 1/3; two of four drawn twice have one in common, of three.
     assert ["", "chosen", "piqa", "3", "0.56", "0.33", "0.33"] in page.cells
@@ -245,7 +230,7 @@ def test_losses_are_better_the_smaller_they_are(tmp_path):
     page = report(tmp_path / "page", make_run(tmp_path / "run", texts, steps(count=60)))
     assert [f for f in page.figures if f.endswith("(a of run, b of run).")]
     assert "10" in page.text and "mathdefault" not in page.text
-    assert any(row[2] == "b" and row[6:8] == ["loss", "1.000"] for row in page.cells if len(row) > 7)
+    assert ["run", "", "b", "tiny", "piqa", "900", "1.000"] in page.cells
 
 
 def history(selection, rows):
@@ -287,3 +272,79 @@ def test_long_searches_of_many_variables_stay_small(tmp_path):
     words = "300 entries, from the first (violet) to the last (yellow); 40 of them are drawn"
     assert len([figure for figure in page.figures if words in figure]) == 24
     assert (tmp_path / "page" / "report.html").stat().st_size < 10e6
+
+
+def test_what_stages_took_is_counted_in_batches(tmp_path):
+    search = [row | {"hvps": 3} for row in steps(count=4)]
+    training = [{"stage": "finetune a", "step": i + 1, "inner_loss": 1.0} for i in range(10)]  # a row for each batch
+    run = make_run(tmp_path / "run", {"a": result(1, 1)}, [*search, *training], inner_steps=5, accumulate=2)
+    page = report(tmp_path / "page", run)
+    titles = ["run", "stage", "steps", "gradients of a batch", "Hessian-vector products of a batch", "seconds"]
+    assert titles in page.cells
+    assert ["run", "search", "4", "40", "24", "–"] in page.cells
+    assert ["run", "finetune a", "5", "10", "0", "–"] in page.cells
+
+
+def test_a_metric_and_its_interval_on_the_page(tmp_path):
+    cola = result(7, 5) | {"metrics": {"matthews": 0.05}}
+    page = report(tmp_path / "page", make_run(tmp_path / "cola", {"x": cola, "y": result(7, 9)}, ()))
+    (titles,) = [row for row in page.cells if row[:2] == ["run", "method"]]
+    rows = {row[2]: dict(zip(titles, row, strict=True)) for row in page.cells if row[0] == "cola"}
+    assert rows["x"]["matthews"] == "5.0" and rows["x"]["95 % interval of accuracy"] == "60.0 to 80.0 %"
+    assert rows["x"]["accuracy"] == "" and rows["y"]["accuracy"] == "70.0 %" and rows["y"]["matthews"] == ""
+    assert "metric" not in titles and "95 % interval" not in titles
+
+
+def test_the_axis_of_parameters_begins_at_0(tmp_path, monkeypatch):
+    seen = []
+    drawn = side_by_side_page.figure
+    kept = lambda fig, *more: (seen.append(fig.axes[0].get_xlim() if fig else None), drawn(fig, *more))[1]  # noqa: E731
+    monkeypatch.setattr(side_by_side_page, "figure", kept)
+    for name, sizes in (("near", (0, 90_000)), ("far", (0, 10, 90_000))):  # the second on a logarithmic axis
+        arms = {f"m{size}": result(5, size) for size in sizes}
+        seen.clear()
+        report(tmp_path / f"page-{name}", make_run(tmp_path / name, arms, ()))
+        assert [low for low, _ in seen] == [0], name
+
+
+def test_the_page_of_the_run_is_shown_as_a_page(tmp_path):
+    own = """# A method on rte, tiny
+
+What was found with `alpha`,
+and **how**: 2 < 3.
+
+![layer logits](figures/alpha.png)
+
+| model | loss |
+|---|---:|
+| a \\| b | 1.0 |
+| short |
+
+- against b: +1
+- against c: `x`
+
+```
+| not | a table |
+```
+"""
+    run = make_run(tmp_path / "run", {"a": result(1, 1)}, ())
+    (run / "report.md").write_text(own)
+    page = report(tmp_path / "page", run)
+    assert "A method on rte, tiny" in page.titles
+    assert ["a | b", "1.0"] in page.cells and ["short", ""] in page.cells
+    assert "What was found with alpha, and how: 2 < 3." in page.text
+    assert "Figure in the run's folder: layer logits (figures/alpha.png)" in page.text
+    assert "against c: x" in page.text and "| not | a table |" in page.text
+    for raw in ("![", "|---", "**", "# A method"):
+        assert raw not in page.text, raw
+    text = (tmp_path / "page" / "report.html").read_text()
+    assert "<strong>how</strong>" in text and "<li>against b: +1</li>" in text
+
+
+def test_a_map_of_many_layers_is_no_wider_than_the_page(tmp_path):
+    many = result(1, 1, {"q_proj": [i % 2 for i in range(80)]})
+    page = report(tmp_path / "page", make_run(tmp_path / "run", {"a": many}, ()))
+    (numbers,) = [row for row in page.cells if row[1:2] == ["0"] and len(row) == 81]
+    assert [each for each in numbers if each] == [str(i) for i in range(0, 80, 5)]
+    text = (tmp_path / "page" / "report.html").read_text()
+    assert "table-layout: fixed; width: 100%" in text and 'style="width: calc(10rem + 80 * 1.3rem)"' in text

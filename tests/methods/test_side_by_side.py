@@ -4,21 +4,8 @@ import json
 
 import pytest
 
-from methods import cli, side_by_side
-
-
-def make_run(folder, arms, **config):
-    (folder / "results").mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model": "models/tiny", "task": "piqa"} | config))
-    for name, result in arms.items():
-        (folder / "results" / f"{name}.json").write_text(json.dumps(result))
-    return folder
-
-
-def result(correct, parameters, on=None):
-    accuracy = {"value": correct / 10, "low": correct / 10 - 0.1, "high": correct / 10 + 0.1}
-    row = {"parameters": parameters, "accuracy": accuracy | {"correct": correct, "total": 10}}
-    return row if on is None else row | {"on": on}
+from methods import cli, results, side_by_side
+from tests.methods.run_folders import FINGERPRINT, make_run, result
 
 
 @pytest.fixture
@@ -35,8 +22,11 @@ def test_runs_are_put_side_by_side(runs, tmp_path):
     out = tmp_path / "page"
     assert cli.run(["report", *map(str, runs), "--out", str(out)]) == 0
     page = (out / "report.md").read_text()
-    assert "| one |  | chosen | tiny | piqa | 1,200 | 70.0 % | 60.0 to 80.0 % | 7/10 |" in page
-    assert "| other |  | allocated | tiny | rte | 2,400 | 80.0 %" in page and "pearson 0.500" in page
+    assert "| task | adapter parameters | accuracy | pearson | 95 % interval of accuracy | right |" in page
+    assert "| one |  | chosen | tiny | piqa | 1,200 | 70.0 % |  | 60.0 to 80.0 % | 7/10 |" in page
+    assert "| other |  | allocated | tiny | rte | 2,400 | 80.0 % |" in page
+    assert "| third |  | scored | tiny | piqa | 10 |  | 50.0 |  |  |" in page
+    assert "pearson: a correlation, times 100; accuracy: in per cent." in page
     assert "Means over seeds" not in page
     assert (out / "figures" / "side_by_side.png").stat().st_size > 0
 
@@ -113,4 +103,94 @@ def test_the_method_the_order_and_the_means_over_seeds(tmp_path):
     page = side_by_side.over_seeds(rows)
     assert "| flexora | better | piqa | 2 | accuracy | 80.0 % | 14.1 % |" in page
     assert "| flexora | worse | piqa | 2 | accuracy | 50.0 % | 14.1 % |" in page and "chat" not in page
-    assert "| texts |  | b | tiny | chat | 3 | loss 0.500; exact 0.000 |  |  |" in side_by_side.table(rows)
+    assert "| texts |  | b | tiny | chat | 3 | 0.500 | 0.0 % |" in side_by_side.markdown(results.table(rows))
+
+
+def losses(first, parameters):
+    """A model by its losses of three rows of two tokens."""
+    mean = sum(first) / 6
+    return {"parameters": parameters, "metrics": {"loss": mean}, "losses": first, "tokens": [2, 2, 2]}
+
+
+def test_models_that_are_measured_by_loss_are_told_by_loss_and_its_paired_intervals(tmp_path):
+    made = {"pretrained": losses([3, 6, 3], 0), "b": losses([2, 4, 2], 10), "a": losses([3, 4, 4], 10)}
+    run = make_run(tmp_path / "run", made, task="chat")
+    (run / "finished.json").write_text(json.dumps({"arms": ["pretrained", "b", "a"], "selection": True}))
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "| adapter parameters | loss | difference in loss |" in page
+    for absent in ("accuracy", "Wilson", "right", "share test rows"):
+        assert absent not in page
+    # a - b: 1, 0, 2 over 6 tokens; the gaps from 0.5 a token are 0, -1, 1: 1.96 sqrt(3/2 * 2) / 6 = 0.5658.
+    assert "| run |  | a | tiny | chat | 10 | 1.833 | +0.5000 (-0.0658 to +1.0658) |" in page
+    assert "| run |  | b | tiny | chat | 10 | 1.333 |  |" in page
+    assert "| run |  | pretrained | tiny | chat | 0 | 2.000 | +0.6667 (" in page
+    assert "below 0 the model is better than that one." in page
+    assert "![loss, parameters](figures/side_by_side.png)" in page
+
+
+def test_an_interval_stands_beside_what_it_is_of(tmp_path):
+    """CoLA is measured by Matthews' correlation, and counts right answers all the same."""
+    cola = result(7, 5) | {"metrics": {"matthews": 0.05}}
+    negative = {"parameters": 5, "metrics": {"pearson": -0.2}}
+    runs = [make_run(tmp_path / "cola", {"x": cola}, task="cola"), make_run(tmp_path / "s", {"x": negative}, task="s")]
+    rows = side_by_side.read(runs).rows
+    shown = results.table(rows)
+    first, second = (dict(zip(shown.titles, row, strict=True)) for row in shown.rows)
+    assert first["matthews"] == "5.0" and first["95 % interval of accuracy"] == "60.0 to 80.0 %"
+    assert first["right"] == "7/10" and first["pearson"] == "" and "95 % interval" not in first
+    assert second["pearson"] == "-20.0" and second["95 % interval of accuracy"] == ""
+
+
+def test_means_are_over_what_is_the_same_but_for_the_seed(tmp_path):
+    def made(name, correct, fingerprint=FINGERPRINT, **config):
+        return make_run(tmp_path / name, {"x": result(correct, 5)}, fingerprint=fingerprint, **config)
+
+    def told(*runs):
+        return [row[3:] for row in side_by_side.means(side_by_side.groups_over_seeds(side_by_side.read(runs).rows))]
+
+    first, second = made("first", 3, seed=0), made("second", 9, seed=1)
+    assert told(first, second) == [["2", "accuracy", "60.0 %", "42.4 %"]]
+    # A seed counts once, by the run that was named first, not by the best.
+    again = made("again", 9, seed=0)
+    assert told(first, again, second) == told(first, second) and told(first, again) == []
+    # Rows, model files, versions and settings that decide a result part runs; what decides none does not.
+    others = {
+        "rows": FINGERPRINT | {"inputs": {"piqa training rows": {"rows": 9, "sha256": "other"}}},
+        "files": FINGERPRINT | {"model files": {"config.json": {"sha256": "other"}}},
+        "versions": FINGERPRINT | {"versions": {"bilevel": "2", "float": "32"}},
+        "unknown": None,
+        "damaged": [],
+    }
+    for name, fingerprint in others.items():
+        assert told(first, made(name, 9, fingerprint, seed=1)) == [], name
+    assert told(first, made("lr", 9, seed=1, finetune_lr=0.1)) == []
+    touched = {"config.json": {"sha256": "c", "size": 2, "times": [7, 7], "inode": 8}}
+    inputs = FINGERPRINT["inputs"] | {"encoded training rows": {"shapes": [[1]], "sha256": "of this seed"}}
+    same = FINGERPRINT | {"model files": touched, "inputs": inputs, "found": ["train_rows"]}
+    free = made("free", 9, same, seed=1, quiet=True, mesh="data=2", track="wandb", train_rows=72)
+    assert told(made("found", 3, same, seed=0, train_rows=66), free) == [["2", "accuracy", "60.0 %", "42.4 %"]]
+    assert told(made("asked", 3, seed=0, train_rows=66), made("other", 9, seed=1, train_rows=72)) == []
+
+
+def test_a_folder_that_is_named_twice_is_one_run(tmp_path, capsys, monkeypatch):
+    run = make_run(tmp_path / "run", {"x": result(3, 5)}, seed=0)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["report", str(run), "run", f"{run}/../run", "--out", "page"]) == 0
+    assert (tmp_path / "page" / "report.md").read_text().count("| run |") == 2  # a title and a line
+
+
+def test_numbers_that_no_page_can_show_are_one_sentence(tmp_path, capsys):
+    odd = {
+        "it counts no parameters": {"parameters": 10**30},
+        "it counts no parameters.": {"parameters": -4},
+        "counts no parameters": {"parameters": True},
+        "its metrics are no numbers": result(1, 1) | {"metrics": {"loss": 10**400}},
+        "metrics are no numbers": result(1, 1) | {"metrics": {"loss": True}},
+        "its modules are no lists of numbers": result(1, 1, {"q": [10**400]}),
+    }
+    run = make_run(tmp_path / "run", dict(zip("abcdef", odd.values(), strict=True)) | {"good": result(1, 1)})
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "page")]) == 2
+    said = capsys.readouterr().err
+    for name, words in zip("abcdef", odd, strict=True):
+        assert f"{name}.json is no result of this program: " in said and words in said
