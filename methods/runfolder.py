@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.extend import Tracker
-from methods import files, fingerprint, processes, tracking
+from methods import files, fingerprint, locks, processes, tracking
 from methods.causes import reading
+from methods.locks import Lock
 from methods.logs import LOGGER
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
@@ -39,8 +40,8 @@ def check(path: Path, settings: Any, unsettled: Sequence[str] = ()) -> None:
       unsettled: settings whose values are not known yet, and are not compared.
 
     Raises:
-      ValueError: if it cannot be written, holds a run with other settings or of other versions, or something that is
-        not a run; and where the processes of a command have different settings.
+      ValueError: if it cannot be written, is being written by another process, holds a run with other settings or of
+        other versions, or something that is not a run; and where the processes of a command have different settings.
       ModuleNotFoundError: if what `--track` needs is not installed.
     """
     shared = {name: value for name, value in _config(settings).items() if name not in FREE or name in ("mesh", "track")}
@@ -51,10 +52,12 @@ def check(path: Path, settings: Any, unsettled: Sequence[str] = ()) -> None:
 
 def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
     files.check_writable(path)
+    locks.check(path)
     if not (path / CONFIG).is_file():
         # What a run leaves that was killed while it made its folder is no run, and no stranger's file.
         strangers = path.is_dir() and any(
-            entry.name != FINGERPRINT and not entry.name.startswith(files.PART) for entry in path.iterdir()
+            entry.name not in (FINGERPRINT, locks.FILE) and not entry.name.startswith(files.PART)
+            for entry in path.iterdir()
         )
         if strangers:
             raise ValueError(f"{path} exists and holds no run: name another folder with --out.")
@@ -112,10 +115,12 @@ class RunFolder:
         now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {}), "found": sorted(found)}
         processes.agree("Versions", now["versions"])
         processes.agree("Rows, of --data or the hub,", now["inputs"])
+        self._lock: Lock | None = None
         processes.decided(lambda: self._open(settings, now, model))
 
     def _open(self, settings: Any, now: dict[str, Any], model: Path | None) -> None:
         path = self.path
+        self._lock = Lock(path)  # as long as this object is there; the process that writes has it
         before = _read_object(path / FINGERPRINT) if (path / CONFIG).is_file() else {}
         known = before.get("model files") or {}
         if isinstance(before.get("found"), list):  # a run that goes on may be given what it has found
@@ -130,6 +135,7 @@ class RunFolder:
         self.write("fingerprint", now)
         self.write("config", _config(settings))  # last: with it the folder is a run
         self._known = {of: _mark(line) for of, line in self._lines()}
+        _whole_lines(path / SECONDS)
 
     def write(self, name: str, value: Any) -> None:
         """Writes `value` as `name.json`."""
@@ -263,44 +269,67 @@ class RunFolder:
     def _lines(self) -> list[tuple[tuple[str, int], str]]:
         """`((stage, step), line)` of `metrics.jsonl`, from which a last line that was not written whole is cut off."""
         file = self.path / METRICS
-        if not file.is_file():
-            return []
-        data = file.read_bytes()
-        if torn := len(data) - (data.rfind(b"\n") + 1):
-            data = data[:-torn]
-            os.truncate(file, len(data))
+        data = _whole_lines(file)
         with reading(str(file), "delete it to have it made again"):
             lines = data.decode("utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             return [((str(row["stage"]), int(row["step"])), line) for row, line in zip(rows, lines, strict=True)]
 
 
+def _whole_lines(file: Path) -> bytes:
+    """What a file holds that lines are added to, from which a last one that was not written whole is cut off."""
+    if not file.is_file():
+        return b""
+    data = file.read_bytes()
+    if torn := len(data) - (data.rfind(b"\n") + 1):
+        data = data[:-torn]
+        os.truncate(file, len(data))
+    return data
+
+
 class _Clock:
-    """A callback that adds up in `seconds.csv` how long a stage takes, from when it is made, compilation included."""
+    """A callback that notes in `seconds.csv` how long the steps of a stage took, compilation included.
+
+    A line for each call: the stage, its first and its last step that the call is of, and the seconds since the call
+    before, or since the clock was made. A run that goes on from before some steps comes by them again: what is written
+    later of a step counts, as `read_seconds` adds up.
+    """
 
     def __init__(self, folder: RunFolder, stage: str):
         self.folder, self._stage, self._last = folder, stage, time.perf_counter()
 
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         before, self._last = self._last, time.perf_counter()
-        known = read_seconds(self.folder.path / SECONDS)
-        known[self._stage] = known.get(self._stage, 0.0) + self._last - before
-        quoted = {stage.replace('"', '""'): value for stage, value in known.items()}
-        lines = ["stage,seconds", *(f'"{stage}",{value:.3f}' for stage, value in quoted.items())]
-        self.folder.write_text(SECONDS, "".join(f"{line}\n" for line in lines))
+        file, count = self.folder.path / SECONDS, len(next(iter(metrics.values())))
+        stage = self._stage.replace('"', '""')
+        line = f'"{stage}",{step - count + 1},{step},{self._last - before:.3f}\n'
+        head = "" if file.exists() else "stage,first,last,seconds\n"
+        files.append(file, (head + line).encode())
 
 
 def read_seconds(file: Path) -> dict[str, float]:
-    """How long each stage took; lines that say nothing of it are passed over."""
-    known = {}
+    """How long the steps of each stage took, each step once; lines that say nothing of it are passed over."""
+    known: dict[str, list[tuple[int, int, float]]] = {}
     if file.is_file():
         for row in csv.reader(file.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
-                stage, seconds = row
-                known[stage] = float(seconds)
-            except ValueError:  # the titles, or damaged: nothing depends on it
+                stage, first, last, seconds = row[0], int(row[1]), int(row[2]), float(row[3])
+            except (ValueError, IndexError):  # the titles, or damaged: nothing depends on it
                 continue
-    return {stage: seconds for stage, seconds in known.items() if 0 <= seconds < float("inf")}
+            if 0 < first <= last and 0 <= seconds < float("inf"):
+                known[stage] = [*_before(first, known.get(stage, [])), (first, last, seconds)]
+    return {stage: sum(seconds for *_, seconds in spans) for stage, spans in known.items()}
+
+
+def _before(step: int, spans: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """Of spans of steps, in their order, those before a step; of one that it lies in, the share of the steps."""
+    kept = [span for span in spans if span[1] < step]
+    kept += [
+        (first, step - 1, seconds * (step - first) / (last - first + 1))
+        for first, last, seconds in spans
+        if first < step <= last
+    ]
+    return kept
 
 
 def read_json(file: Path) -> Any:

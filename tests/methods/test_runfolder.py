@@ -2,17 +2,20 @@
 
 import ast
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
 import shutil
-import time
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from methods import cli, driver, files, fingerprint, runfolder
+from methods import cli, driver, files, fingerprint, locks, runfolder
 from methods.runfolder import RunFolder
 from tests.methods.small import arguments
 
@@ -317,22 +320,89 @@ def test_nothing_in_the_methods_writes_a_file_in_place():
     assert found == {}
 
 
-def test_seconds_of_a_stage_add_up_over_sessions(tmp_path, model):
-    for stages in (["search", 'a "stage", named'], ["search"]):
-        folder = opened(tmp_path, model)
-        for stage in stages:
-            before = runfolder.read_seconds(folder.path / "seconds.csv").get(stage, 0.0)
-            callbacks = folder.callbacks(stage)
-            time.sleep(0.02)
-            for step in (1, 2):
-                for callback in callbacks:
-                    callback(step, None, {"loss": np.ones(1)})
-            after = runfolder.read_seconds(folder.path / "seconds.csv")
-            assert 0.02 <= after[stage] - before + 1e-3 < 5
-    assert list(after) == ["search", 'a "stage", named']
-    folder.tell("told", {"loss": np.ones(2)})  # which has taken no time that is known
-    assert runfolder.read_seconds(folder.path / "seconds.csv") == after
-    (folder.path / "seconds.csv").write_bytes(b"\xff\nx,y,z\nsearch,1e999\n")
-    assert runfolder.read_seconds(folder.path / "seconds.csv") == {}
-    folder.callbacks("search")[1](3, None, {"loss": np.ones(1)})
-    assert list(runfolder.read_seconds(folder.path / "seconds.csv")) == ["search"]
+def test_seconds_are_those_of_the_steps_however_often_they_were_computed(tmp_path, model, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(runfolder.time, "perf_counter", lambda: now[0])
+    file = tmp_path / "run" / "seconds.csv"
+
+    def session(stage, *calls):
+        """Of `(last step, steps, seconds)` each."""
+        clock = opened(tmp_path, model).callbacks(stage)[1]
+        for step, count, seconds in calls:
+            now[0] += seconds
+            clock(step, None, {"loss": np.ones(count)})
+        return runfolder.read_seconds(file)
+
+    assert session("search", (1, 1, 5.0), (3, 2, 2.0), (7, 4, 4.0)) == {"search": 11.0}
+    # Killed, and gone on with from after step 3: steps 4 to 7 are told once, with the seconds that they took now.
+    assert session("search", (6, 3, 8.0), (8, 2, 1.0)) == {"search": 5.0 + 2.0 + 8.0 + 1.0}
+    assert session('a "stage", named', (2, 2, 3.0)) == {"search": 16.0, 'a "stage", named': 3.0}
+    # Within what one call told of: the steps that stay keep their share.
+    assert session("search", (8, 3, 2.5))["search"] == pytest.approx(5.0 + 2.0 + 8.0 * 2 / 3 + 2.5)
+    assert session("search", (8, 8, 1.5))["search"] == 1.5  # all of it anew, as of a finished run
+    whole = file.read_bytes()
+    session("search", (9, 1, 1.0))
+    assert file.read_bytes().startswith(whole)  # added to, not written anew
+    file.write_bytes(whole[:-3])  # torn in the last line
+    assert session("search", (8, 8, 1.0)) == {"search": 1.0, 'a "stage", named': 3.0}
+    opened(tmp_path, model).tell("told", {"loss": np.ones(2)})  # which has taken no time that is known
+    assert "told" not in runfolder.read_seconds(file)
+    file.write_bytes(b"\xff\nx,y,z\nsearch,1,2,1e999\nsearch,3,2,1\nsearch,2.5\n")
+    assert runfolder.read_seconds(file) == {}
+    assert session("search", (3, 3, 2.0)) == {"search": 2.0}
+
+
+# --- two processes ------------------------------------------------------------------------------------------------
+
+HOLDS = """
+import sys
+from pathlib import Path
+from methods.locks import Lock
+lock = Lock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_process_in_a_run_folder_is_refused_and_a_dead_one_holds_nothing(tmp_path, model):
+    folder = opened(tmp_path, model)
+    again = opened(tmp_path, model)  # the same process
+    refused, here = [sys.executable, "-c", HOLDS, str(folder.path)], os.environ | {"PYTHONPATH": str(ROOT)}
+    for _ in range(2):
+        done = subprocess.run(refused, capture_output=True, text=True, input="", env=here)
+        assert done.returncode and done.stderr.splitlines()[-1].startswith(f"ValueError: {folder.path} is in use by")
+        del again
+        gc.collect()
+        again = folder
+    del folder, again
+    gc.collect()
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(refused, env=here, **pipes) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            before = sorted(tmp_path.rglob("*"))
+            for open_it in (lambda: runfolder.check(tmp_path / "run", Made()), lambda: opened(tmp_path, model)):
+                with pytest.raises(ValueError, match=r"run is in use by another process.*another folder with --out\.$"):
+                    open_it()
+            assert sorted(tmp_path.rglob("*")) == before
+        finally:
+            other.kill()
+            other.wait()
+    opened(tmp_path, model)
+
+
+def test_a_folder_with_a_lock_and_nothing_else_is_begun_anew(tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".lock").write_bytes(b"")
+    runfolder.check(tmp_path / "new", Made())
+
+
+def test_a_system_without_locks_goes_without(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(95, "Operation not supported")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.fcntl, "flock", refused)
+        assert RunFolder(tmp_path / "a", Made()).rows("x") == []
+    monkeypatch.setattr(locks, "fcntl", None)
+    assert RunFolder(tmp_path / "b", Made()).rows("x") == []
