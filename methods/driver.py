@@ -21,6 +21,8 @@ from methods import configuration, evaluation, mesh, pages, processes
 from methods.bench import Bench, open_run, prepare, recipe, settled, unsettled
 from methods.objective import Bound
 from methods.pages import Page, Run
+from methods.ranges import finite
+from methods.results import checked
 from methods.runfolder import RunFolder
 from methods.settings import Settings
 from methods.tasks import Buckets
@@ -187,13 +189,15 @@ class Method:
         folder = open_run(setup, bench, found)
         if command and not (folder.path / configuration.FILE).exists():
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
-        arms, selected = folder.finished() or self._carry_out(setup, bench, searches, folder)
-        results = {name: folder.read(f"results/{name}") for name in arms}
+        told = folder.finished()
+        arms, selected = told or self._carry_out(setup, bench, searches, folder)
+        results = {name: _result(folder, name) for name in arms}
         run = Run(setup, bench, folder, folder.read("selection") if selected else {}, results)
         page = self.page(run)
         pages.write(run, page)
-        with processes.attempt():
-            folder.finish(arms, selected)
+        if told is None:
+            with processes.attempt():
+                folder.finish(arms, selected)
         if not setup.keep_checkpoints:
             folder.forget_checkpoints()
         return Finished(run, page)
@@ -331,12 +335,35 @@ def finetuning(
 
 def row(arm: Arm, bench: Bench, folder: RunFolder) -> dict[str, Any]:
     """Trains, exports and tests an arm: its row of the results."""
-    trained = arm.train(folder, arm.name)
-    arm.export(folder, trained)
+    trained: Any = None
+
+    def make() -> None:
+        nonlocal trained
+        trained = arm.train(folder, arm.name)
+        arm.export(folder, trained)
+
+    left = folder.made_by(make)
     processes.tell(f"testing {arm.name} on {pages.tested(bench)}")
     test = evaluation.evaluate(_with_weights(arm, bench, trained), arm.bind(trained))
     counted = arm.count(trained)
-    return {"layers": _layers(counted["on"])} | counted | evaluation.row(test)
+    made = {"layers": _layers(counted["on"])} | counted | evaluation.row(test)
+    return made | ({"files": left} if left else {})
+
+
+def _result(folder: RunFolder, name: str) -> dict[str, Any]:
+    """A row of the results as the page of the run needs it.
+
+    Raises:
+      ValueError: if it is not.
+    """
+    found, file = folder.read(f"results/{name}"), folder.path / "results" / f"{name}.json"
+    try:
+        made = checked(file, found)
+        if not made.get("metrics") or not isinstance(made.get("layers"), list):
+            raise ValueError(f"{file} is no result of this program: it lacks its layers or its metrics.")
+    except ValueError as error:
+        raise ValueError(f"{str(error).rstrip('.')}; delete it to have it made again.") from None
+    return made
 
 
 def _with_weights(arm: Arm, bench: Bench, trained: Any) -> Bench:
@@ -358,6 +385,10 @@ def trying(bench: Bench, folder: RunFolder) -> Tried:
             bound = arm.bind(arm.train(folder, arm.name))
             return {**words, "validation_loss": evaluation.validation_loss(bench, bound)}
 
-        return folder.once(f"tried/{arm.name}", make)
+        found = folder.once(f"tried/{arm.name}", make)
+        if not isinstance(found, dict) or not finite(found.get("validation_loss")):
+            file = folder.path / "tried" / f"{arm.name}.json"
+            raise ValueError(f"{file} tells no validation loss: delete it to have it made again.")
+        return found
 
     return tried

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods.runfolder import CONFIG, METRICS, SECONDS, read_json, read_seconds
+from methods.runfolder import CONFIG, FINGERPRINT, METRICS, SECONDS, read_json, read_seconds
 
 TOLD = ("outer_loss", "inner_loss", "hypergradient_norm", "hvps")
 """Metrics that are no outer variables."""
+LARGEST = 2**53
+"""Most steps: integers up to here are floats too, which figures are drawn of."""
 
 
 class Stage(NamedTuple):
@@ -71,6 +73,8 @@ def read(path: Path, name: str) -> History:
     missing: list[str] = []
     config = _object(path / CONFIG, missing, needed=True)
     selection = _object(path / "selection.json", missing)
+    if not (path / FINGERPRINT).is_file():
+        missing.append(f"{FINGERPRINT} is not there, so that the run is in no mean over seeds.")
     seconds = read_seconds(path / SECONDS)
     if not seconds and (path / SECONDS).is_file():
         missing.append(f"{SECONDS} is damaged: it tells no seconds of any stage.")
@@ -126,8 +130,9 @@ def _row(line: str) -> tuple[str, int, dict[str, np.ndarray]] | None:
     try:
         row = json.loads(line)
         values = {name: np.asarray(value, float) for name, value in row.items() if name not in ("stage", "step")}
-        return str(row["stage"]), int(row["step"]), values
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        step = int(row["step"])
+        return (str(row["stage"]), step, values) if 0 < step <= LARGEST else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
 
 

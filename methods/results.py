@@ -57,12 +57,16 @@ class Row(NamedTuple):
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A result, all of which that pages show is what it should be.
+    """What a file holds, `checked`. Raises ValueError."""
+    return checked(file, read_json(file))
+
+
+def checked(file: Path, result: Any) -> dict[str, Any]:
+    """A result out of a file, all of which that pages show is what it should be.
 
     Raises:
       ValueError: if it is not, by the file and what is wrong in it.
     """
-    result = read_json(file)
     if not isinstance(result, dict) or not _is_count(result.get("parameters")):
         raise ValueError(f"{file} is no result of this program: it counts no parameters.")
     score, metrics, on = (result.get(name) for name in ("accuracy", "metrics", "on"))

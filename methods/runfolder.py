@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import numpy as np
 
 from bilevel.extend import Tracker
 from methods import files, fingerprint, locks, processes, tracking
-from methods.causes import reading
+from methods.causes import BadInput, reading
 from methods.locks import Lock
 from methods.logs import LOGGER
 
@@ -28,6 +29,8 @@ FINISHED = "finished"
 SECONDS = "seconds.csv"
 FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_checkpoints")
 """Settings that change no result, to rounding: a run goes on with others."""
+OF_STEPS = (METRICS, SECONDS, "checkpoints", "tensorboard", "tracking.json")
+"""Files and folders that are written at every step, or tell of the run alone."""
 FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
 
 
@@ -111,6 +114,7 @@ class RunFolder:
     ):
         check(path, settings)
         self.path, self._known = path, {}
+        self._used: set[str] = set()
         self._options, self._track = _config(settings), getattr(settings, "track", None)
         now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {}), "found": sorted(found)}
         processes.agree("Versions", now["versions"])
@@ -132,13 +136,17 @@ class RunFolder:
                     f"{path} holds a run of other {title}: {changed}; put the old ones back to continue it, or name "
                     "another folder with --out."
                 )
-        self.write("fingerprint", now)
-        self.write("config", _config(settings))  # last: with it the folder is a run
+        for name, value in (("fingerprint", now), ("config", _config(settings))):  # with the last the folder is a run
+            self._write(name, value)
         self._known = {of: _mark(line) for of, line in self._lines()}
         _whole_lines(path / SECONDS)
 
     def write(self, name: str, value: Any) -> None:
         """Writes `value` as `name.json`."""
+        self._used.add(name)
+        self._write(name, value)
+
+    def _write(self, name: str, value: Any) -> None:
         self.write_text(f"{name}.json", json.dumps(value, indent=2, default=_plain) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
@@ -182,34 +190,94 @@ class RunFolder:
         Raises:
           ValueError: if it is damaged.
         """
+        self._used.add(name)
         return processes.decided(lambda: read_json(self.path / f"{name}.json"))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """`name.json`, made by `make()` if it is not there yet."""
-        if not self.has(name):
+        """`name.json`, made by `make()` if it is not there yet, or a file that it names under "files" is not."""
+        if not self.has_all(name):
             with processes.attempt():
                 self.write(name, make())
         elif processes.is_first():
             LOGGER.info("%s: already finished, in %s", name, self.path)
         return self.read(name)
 
+    def has_all(self, name: str) -> bool:
+        """Whether there is a `name.json`, and every file of the run that it names under "files"."""
+
+        def is_there() -> bool:
+            file = self.path / f"{name}.json"
+            told = read_json(file) if file.is_file() else None
+            made = told.get("files") if isinstance(told, dict) else None
+            names = made if isinstance(made, list) else []
+            return file.is_file() and all((self.path / str(each)).is_file() for each in names)
+
+        return processes.decided(is_there)
+
+    def made_by(self, make: Callable[[], Any]) -> list[str]:
+        """Calls `make()`; the files of the run that it wrote, without those of every step."""
+        before = self._files()
+        make()
+        return sorted(name for name, mark in self._files().items() if before.get(name) != mark)
+
+    def _files(self) -> dict[str, list[int]]:
+        """Each file of the folder, by what tells that it was written anew."""
+
+        def found() -> dict[str, list[int]]:
+            every = (file for file in self.path.rglob("*") if file.is_file())
+            named = {file.relative_to(self.path).as_posix(): file.stat() for file in every}
+            return {
+                name: [status.st_ino, status.st_mtime_ns, status.st_size]
+                for name, status in named.items()
+                if name.split("/")[0] not in OF_STEPS and not Path(name).name.startswith(files.PART)
+            }
+
+        return processes.decided(found)
+
     def finish(self, arms: Sequence[str], selection: bool) -> None:
-        """Writes down that all is there: the rows of the results, in their order, and whether there is a selection."""
-        self.write(FINISHED, {"arms": list(arms), "selection": selection})
+        """Writes down that all is there: the rows of the results, in their order, and whether there is a selection.
+
+        With the sha256 of these files and of all others that were read or written on the way.
+        """
+        used = sorted(name for name in self._used if name not in (FINISHED, "tracking"))
+        digests = processes.decided(lambda: {name: self._digest(name) for name in used})
+        self.write(FINISHED, {"arms": list(arms), "selection": selection, "sha256": digests})
 
     def finished(self) -> tuple[list[str], bool] | None:
-        """What `finish` was given; None where a run is not finished, or something of it has been deleted since."""
+        """What `finish` was given; None where a run is not finished, or something of it has been deleted since.
+
+        Raises:
+          ValueError: if something of it is not what it was.
+        """
         if not self.has(FINISHED):
             return None
-        with reading(str(self.path / f"{FINISHED}.json"), "delete it to have it made again"):
+        file = self.path / f"{FINISHED}.json"
+        with reading(str(file), "delete it to have it made again"):
             told = self.read(FINISHED)
-            arms, selection = [str(name) for name in told["arms"]], bool(told["selection"])
-        there = [self.has(f"results/{name}") for name in arms] + [self.has("selection")] * selection
-        if not all(there):
+            arms, selection, digests = told["arms"], told["selection"], dict(told["sha256"])
+            parts = {*(f"results/{name}" for name in arms), *(["selection"] if selection else [])}
+            named = {name for name in digests if name.startswith("results/") or name == "selection"}
+            if not arms or parts != named:
+                raise BadInput(f"{file} does not name the models of this run: delete it to have it made again.")
+
+        def changed() -> list[str]:
+            return [name for name, digest in digests.items() if self._digest(name) not in (digest, None)]
+
+        if other := processes.decided(changed):
+            raise ValueError(
+                f"{self.path / other[0]}.json is not what it was when the run was finished: put the old one back, or "
+                "delete it to have it made again."
+            )
+        if not all([self.has_all(name) for name in sorted(named)]):
             return None
         if processes.is_first():
             LOGGER.info("%s: already finished; only its page is made again", self.path)
         return arms, selection
+
+    def _digest(self, name: str) -> str | None:
+        """Of what `name.json` holds; None where it is not there."""
+        file = self.path / f"{name}.json"
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
     def forget_checkpoints(self) -> None:
         """Deletes the states of searches and trainings, which a finished run no longer needs."""

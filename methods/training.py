@@ -19,6 +19,7 @@ import optax
 import bilevel
 from bilevel.extend import Checkpoints
 from methods import mesh
+from methods.causes import reading
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets
 
@@ -193,7 +194,8 @@ class Validation:
     def __init__(self, validate: Callable[[Any], float], recipe: Recipe, folder: RunFolder, name: str):
         self._validate, self._recipe, self._folder, self._name = validate, recipe, folder, f"validation/{name}"
         rows = folder.read(self._name) if folder.has(self._name) else []
-        self.losses: dict[int, float] = {row["step"]: row["loss"] for row in rows}
+        with reading(f"{folder.path / self._name}.json", "delete it to have it made again"):
+            self.losses: dict[int, float] = {int(row["step"]): float(row["loss"]) for row in rows}
 
     def __call__(self, step: int, state: Any, metrics: Any) -> bool:
         recipe = self._recipe

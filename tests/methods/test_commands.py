@@ -1,6 +1,7 @@
 """Every command: its run folder, which it continues, its page, and what is particular to it."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,10 +78,53 @@ def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(comman
     assert "results/flexora: already finished" in capsys.readouterr().out
     del before[out / "config.json"]  # tells whether checkpoints are kept
     assert {file: file.read_bytes() for file in before} == before
+    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(out / "adapter")
+    assert cli.run(words) == 0
+    assert "results/all-layers: already finished" in capsys.readouterr().out
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+    assert {file: file.read_bytes() for file in before} == before
 
-    (out / "finished.json").write_text('{"arms": 3}')
+    # What was changed, and not deleted, is one sentence, and nothing is written.
+    told = read(out / "finished.json")
+    once = "is not what it was when the run was finished: put the old one back, or delete it to have it made again."
+    odd = "does not name the models of this run: delete it to have it made again."
+    cases = {
+        "selection.json": {"{}": once, "[1]": once, "{": once},
+        "results/pretrained.json": {"{}": once, "{": once},
+        "finished.json": {
+            "{": "is damaged",
+            "[]": "cannot be read",
+            "{}": "cannot be read",
+            '{"arms": 3}': "cannot be read",
+            '{"arms": [], "selection": false}': "cannot be read",
+            json.dumps(told | {"arms": [], "selection": False}): odd,
+            json.dumps(told | {"arms": told["arms"][:1]}): odd,
+            json.dumps(told | {"arms": ["../results/pretrained"]}): odd,
+            json.dumps(told | {"arms": "flexora"}): odd,
+            json.dumps({"arms": [], "selection": False, "sha256": {}}): odd,
+        },
+    }
+    page = (out / "report.md").read_bytes()
+    for name, damages in cases.items():
+        whole = (out / name).read_bytes()
+        for text, sentence in damages.items():
+            (out / name).write_text(text)
+            capsys.readouterr()
+            assert cli.run(words) == 2, (name, text)
+            said = capsys.readouterr().err.strip()
+            assert said.startswith(f"bilevel: {out / name} ") and sentence in said and "\n" not in said, (text, said)
+            assert (out / name).read_text() == text and (out / "report.md").read_bytes() == page
+        (out / name).write_bytes(whole)
+    assert cli.run(words) == 0
+
+    # Of a run that is not finished likewise, as far as its page needs it.
+    (out / "finished.json").unlink()
+    (out / "results" / "random-0.json").write_text('{"parameters": 3}')
     assert cli.run(words) == 2
-    assert f"{out / 'finished.json'} cannot be read" in capsys.readouterr().err
+    assert "random-0.json is no result of this program: it lacks its layers or its metrics; delete it" in (
+        capsys.readouterr().err
+    )
 
 
 def test_dynamic_heterolora_keeps_its_share_of_the_modules(finished):

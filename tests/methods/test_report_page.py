@@ -177,23 +177,27 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_there(tmp_path):
     run = make_run(tmp_path / "run", {"chosen": result(7, 12)}, good)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "search", "step"\n[1, 2]\n{"stage": "search", "step": 9, "alpha": "no"}\n')
+        file.write('{"stage": "search", "step": 1e400, "alpha": 1}\n{"stage": "search", "step": 0}\n')
+        file.write(f'{{"stage": "a", "step": {10**30}}}\n{{"stage": "a", "step": 1, "alpha": {10**400}}}\n')
         file.write('{"stage": "finetune chosen", "step": 1, "inner_loss": 2.0}\n{"torn')
     (run / "selection.json").write_text("{")
     (run / "seconds.csv").write_text("stage,seconds\nsearch,nan\n")
     bare = make_run(tmp_path / "bare", {"chosen": result(6, 12)}, ())
     (bare / "metrics.jsonl").unlink()
     (bare / "report.md").unlink()
+    (bare / "fingerprint.json").unlink()
     uneven = make_run(tmp_path / "uneven", {}, [*good, steps(count=5, alpha=lambda i: [i])[-1]], seed=3)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     page = report(tmp_path / "page", run, bare, uneven, tmp_path / "nowhere", code=2)
     assert {file: file.read_bytes() for file in before} == before
     said = "\n".join(page.missing)
     for words in (
-        "4 of 9 lines of metrics.jsonl are damaged and left out.",
+        "8 of 13 lines of metrics.jsonl are damaged and left out.",
         "selection.json is damaged",
         "seconds.csv is damaged: it tells no seconds of any stage.",
         "metrics.jsonl is not there, so that nothing is known of the steps.",
         "no page of its own yet",
+        "fingerprint.json is not there, so that the run is in no mean over seeds.",
         "Stage 'search' of metrics.jsonl has 'alpha' at some steps only, or of several shapes.",
         "uneven has no finished model yet",
         "nowhere is no run",
