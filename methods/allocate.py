@@ -49,7 +49,7 @@ from methods.adapters.peft import peft_settings
 from methods.bench import Bench, check_rank
 from methods.driver import Arm, Chosen, Later, Method, Search, Tried, searching
 from methods.objective import Given
-from methods.pages import Page, Run
+from methods.pages import Page, Run, number
 from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.runfolder import RunFolder
 from methods.settings import Settings
@@ -406,8 +406,9 @@ def page(run: Run) -> Page:
     rest = "" if selection["spent"] == setup.budget else "; the rest pays for no other"
     paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent{rest}."
     found = f"{paid}\n\n" + "\n".join(lines)
+    steps = number(setup.inner_steps, "training step")
     taken = {
-        "hypergradient": f"sums of {setup.outer_steps} hypergradients through {setup.inner_steps} training steps",
+        "hypergradient": f"sums of {number(setup.outer_steps, 'hypergradient')} through {steps}",
         "singular-values": f"squared singular values of what {setup.warmup_steps} training steps learned",
     }[setup.score]
     times = "those of one search" if setup.searches == 1 else f"the mean of {setup.searches} that differ in their seed"

@@ -44,7 +44,7 @@ from methods.flexora_variants import (
     outer_optimizer,
 )
 from methods.objective import Given
-from methods.pages import Page, Run
+from methods.pages import Page, Run, number
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.settings import Settings
 from methods.tasks import METRICS, Cycled
@@ -137,8 +137,8 @@ class FlexoraSettings(Settings):
     Attributes:
       hypergradient: "unrolled" differentiates through the inner steps; "first-order" holds LoRA's weights fixed; by
         default unrolled.
-      released: compute what the authors' released code does (see `methods.flexora_variants`): it sets the options that
-        are None here, and an option that contradicts it is an error; sizes and step counts stay as given.
+      released: compute what the authors' released code does, in place of the defaults of the options that are not
+        given; one that is given and contradicts it is an error. Sizes and step counts stay as they are.
       inner_steps: K, training steps between two outer steps; by default 4.
       outer_steps: T, updates of alpha.
       inner_optimizer: of LoRA in the search; "sgd" is the paper's inner loop, "adam" what is used by default,
@@ -343,7 +343,8 @@ def page(run: Run) -> Page:
     else:
         kind = {"unrolled": "through the unrolled training", "first-order": "first order"}[setup.hypergradient]
     steps, count = alpha.shape
-    trust = f"""The search took {steps} outer steps of {setup.inner_steps} inner steps each, batches of
+    took = f"{number(steps, 'outer step')} of {number(setup.inner_steps, 'inner step')}{' each' * (steps > 1)}"
+    trust = f"""The search took {took}, batches of
 {setup.batch_size} training and {setup.outer_batch_size} validation rows, the hypergradient taken {kind}.
 {_halves(alpha)}{_repetitions(run.selection)}{_warning(steps, count)}"""
     return Page(

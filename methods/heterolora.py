@@ -33,7 +33,7 @@ from methods.adapters.lora import LoRAConfig
 from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Search, Tried, finetuning, searching
 from methods.objective import Bound, Given
-from methods.pages import Page, Run
+from methods.pages import Page, Run, number
 from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
@@ -270,8 +270,9 @@ def page(run: Run) -> Page:
     found = [f"- {site}: layers {', '.join(map(str, layers)) or 'none'}" for site, layers in chosen.items()]
     times = settings.reallocations if settings.allocation == "dynamic" else 1
     going = "goes on from there" if settings.allocation == "dynamic" else "starts anew"
+    steps = number(settings.interval, "training step")
     made = (
-        f"Scored by {settings.proxy}, {times} times, each after {settings.interval} training steps, on "
+        f"Scored by {settings.proxy}, {number(times, 'time')}, each after {steps}, on "
         f"{settings.outer_batch_size} of the {settings.score_on} rows; {settings.share:.0%} of the modules stay on, in "
         f"a {settings.ranking} ranking. The last training of the chosen ones {going}. The random allocations have as "
         "many modules. LoRA is in `adapter/`, in PEFT's format; shortcuts, for which that has no place, in "

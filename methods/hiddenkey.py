@@ -40,7 +40,7 @@ from methods.evaluation import validation_loss
 from methods.held import held
 from methods.models.hooks import identity
 from methods.objective import Given
-from methods.pages import Page, Run
+from methods.pages import Page, Run, number
 from methods.ranges import LARGEST_FLOAT, Count, Kept, Positive, Range, one_of
 from methods.runfolder import RunFolder
 from methods.settings import Settings
@@ -150,7 +150,7 @@ class HiddenKeySettings(Settings):
     """HiddenKey: learn dropout rates and the KL weight through training.
 
     Attributes:
-      rules: three words each: position, pattern, compensation (see `methods.adapters.dropout`).
+      rules: three words each: position, pattern, compensation.
       hypergradient: "first-order" is the control: its gradient is exactly 0.
       backward: passes that are back-propagated; "implicit" needs both.
       temperature: of the relaxed masks of the search, above 0.
@@ -322,7 +322,7 @@ def page(run: Run) -> Page:
         lines.append(f"- the best of {len(points)} points of the grid: {there}")
     made = (
         f"Rules: {'; '.join(settings.rules)}. Rates started at {settings.rate:g} and beta at {settings.beta:g}; "
-        f"{settings.outer_steps} outer steps of {settings.inner_steps} inner steps, hypergradient "
+        f"{number(settings.outer_steps, 'outer step')} of {number(settings.inner_steps, 'inner step')}, hypergradient "
         f"{HYPERGRADIENTS[settings.hypergradient].told}, masks of temperature {settings.temperature:g}; hard masks "
         "afterwards."
     )

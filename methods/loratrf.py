@@ -103,7 +103,7 @@ class LoRATRFSettings(Settings):
     """LoRATRF, reconstructed: train LoRA and an edit, of which a part is outer.
 
     Attributes:
-      filter: how the edited features are chosen (see `methods.adapters.filters`).
+      filter: how the edited features are chosen.
       place: "linears" edits what the adapted linears give, "stream" the residual stream after each block.
       vectors: where task vectors start: "data" is the difference of class means (the mean, without classes).
       outer: what is chosen on the outer rows; "none" trains all on the training rows.

@@ -132,9 +132,9 @@ def _about_all(presets: Mapping[str, Mapping[str, Any]], preset: str) -> dict[st
 
 
 def _unshown(hint: Any, default: Any) -> Any:
-    """A type whose default the help does not show where it is None: the words of help say what that means."""
+    """A type whose default the help does not show where it is none: the words of help say what that means."""
     told = any(hasattr(leaf, "constructor_factory") for leaf in typing.get_args(hint))
-    if default is not None or told:
+    if default not in (None, ()) or told:
         return hint
     return Annotated[hint, tyro.conf.arg(help_behavior_hint="")]
 

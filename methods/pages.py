@@ -148,6 +148,11 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def number(count: int, what: str) -> str:
+    """So many of something, in words: "1 step", "3 steps"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def tested(bench: Bench) -> str:
     """How much was tested, in words: rows, and where texts are written the prompts whose references they are."""
     rows, prompts = len(bench.splits.test), len(units_of(bench.task, bench.splits.test))

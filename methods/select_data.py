@@ -27,7 +27,7 @@ from methods.attribution import WEIGHTS, numbered, problem
 from methods.bench import Bench
 from methods.driver import Chosen, Method, Search, Tried, searching
 from methods.objective import row_losses
-from methods.pages import Page, Run
+from methods.pages import Page, Run, number
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, RepeatsOrNone
 from methods.settings import Settings
 
@@ -158,11 +158,12 @@ def page(run: Run) -> Page:
     layers = ""
     if settings.layers:
         layers = f" Layers chosen in the same descent: {', '.join(map(str, selection['layers']))}."
+    steps = number(settings.inner_steps, "training step")
     found = f"""{len(chosen)} of {len(selection["weights"])} training rows are kept, those of the largest weights, which
-are {min(selection["weights"]):.2f} to {max(selection["weights"]):.2f} after {settings.outer_steps} outer steps of
-{settings.inner_steps} training steps each.{layers} Their numbers, and all weights: `selection.json`."""
+are {min(selection["weights"]):.2f} to {max(selection["weights"]):.2f} after
+{number(settings.outer_steps, "outer step")} of {steps}.{layers} Their numbers, and all weights: `selection.json`."""
     made = (
-        f"The weights are learned by Adam through {settings.inner_steps} steps of training from scratch; the final "
+        f"The weights are learned by Adam through {steps} from scratch; the final "
         "training is AdamW from scratch, the same for every row of the table. The adapter of the kept rows is in "
         "`adapter/`, in PEFT's format."
     )

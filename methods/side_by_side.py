@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -18,6 +18,8 @@ from methods.figures import pyplot, save
 from methods.results import Row
 from methods.runfolder import CONFIG, FINGERPRINT, FINISHED, FREE, RunFolder, read_json
 
+_RUNS = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
@@ -28,7 +30,7 @@ class ReportSettings:
       out: folder of the pages.
     """
 
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], _RUNS]] = ()
     out: Path = Path("runs/report")
 
 

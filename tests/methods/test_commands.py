@@ -302,6 +302,13 @@ def test_the_table_at_the_end_fits_the_window(tmp_path):
     assert said[3].split()[3:] == ["50.0", "40.0", "to", "60.0", "70.0"]
 
 
+def test_one_step_is_no_steps():
+    from methods import pages
+
+    said = [pages.number(count, "outer step") for count in (0, 1, 2, 1200)]
+    assert said == ["0 outer steps", "1 outer step", "2 outer steps", "1,200 outer steps"]
+
+
 def test_a_metric_has_one_unit_wherever_it_is_told():
     from methods import pages, units
 

@@ -36,7 +36,11 @@ def test_the_help_fits_80_columns_and_names_everything(name, monkeypatch, capsys
     for field in dataclasses.fields(command.settings):
         option = f"--{field.name.replace('_', '-')}"
         assert option in shown or field.name in ("name", "runs"), option
+    flat = re.sub(r"[│╭╮╰╯─\s]+", " ", shown)
+    for inside in ("(default: )", "[[", "`methods.", "that are None"):  # words of the code, not of a user
+        assert inside not in flat, inside
     if name == "report":
+        assert flat.startswith("usage: bilevel report [-h] RUN [RUN ...] [--out PATH]")
         return
     flat = re.sub(r"[│╭╮╰╯─\s]+", " ", shown)
     for group in (*settings.GROUPS, command.settings.__name__.removesuffix("Settings").lower()):
