@@ -95,14 +95,18 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def append(path: Path, data: bytes) -> None:
-    """Adds to the end of a file, and syncs it. What is killed in between leaves a last line that is torn."""
+def append(path: Path, data: bytes, *, synced: bool = True) -> None:
+    """Adds to the end of a file. What is killed in between leaves a last line that is torn.
+
+    Not `synced`, it costs microseconds, survives the end of the process, and may be lost with the machine's power.
+    """
     if not processes.is_first():
         return
     with path.open("ab") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        if synced:
+            os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

@@ -372,7 +372,7 @@ class _Clock:
         stage = self._stage.replace('"', '""')
         line = f'"{stage}",{step - count + 1},{step},{self._last - before:.3f}\n'
         head = "" if file.exists() else "stage,first,last,seconds\n"
-        files.append(file, (head + line).encode())
+        files.append(file, (head + line).encode(), synced=False)  # at every step, and nothing depends on it
 
 
 def read_seconds(file: Path) -> dict[str, float]:
