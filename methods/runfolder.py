@@ -20,7 +20,7 @@ import numpy as np
 
 from bilevel.extend import Tracker
 from methods import files, fingerprint, locks, processes, tracking
-from methods.causes import BadInput, reading
+from methods.causes import reading
 from methods.locks import Lock
 from methods.logs import LOGGER
 
@@ -251,14 +251,19 @@ class RunFolder:
         """
         if not self.has(FINISHED):
             return None
-        file = self.path / f"{FINISHED}.json"
-        with reading(str(file), "delete it to have it made again"):
-            told = self.read(FINISHED)
-            arms, selection, digests = told["arms"], told["selection"], dict(told["sha256"])
+        told, file = self.read(FINISHED), self.path / f"{FINISHED}.json"
+        kinds = {"arms": list, "selection": bool, "sha256": dict}
+        if isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items()):
+            arms, selection, digests = (told[name] for name in kinds)
             parts = {*(f"results/{name}" for name in arms), *(["selection"] if selection else [])}
             named = {name for name in digests if name.startswith("results/") or name == "selection"}
-            if not arms or parts != named:
-                raise BadInput(f"{file} does not name the models of this run: delete it to have it made again.")
+        else:
+            arms, selection, digests, parts, named = [], False, {}, set(), set()
+        if not arms or parts != named:
+            raise ValueError(
+                f"{file} does not tell which models the run has, and what their files hold: delete it to have it made "
+                "again."
+            )
 
         def changed() -> list[str]:
             return [name for name, digest in digests.items() if self._digest(name) not in (digest, None)]

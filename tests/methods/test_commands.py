@@ -88,16 +88,16 @@ def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(comman
     # What was changed, and not deleted, is one sentence, and nothing is written.
     told = read(out / "finished.json")
     once = "is not what it was when the run was finished: put the old one back, or delete it to have it made again."
-    odd = "does not name the models of this run: delete it to have it made again."
+    odd = "does not tell which models the run has, and what their files hold: delete it to have it made again."
     cases = {
         "selection.json": {"{}": once, "[1]": once, "{": once},
         "results/pretrained.json": {"{}": once, "{": once},
         "finished.json": {
             "{": "is damaged",
-            "[]": "cannot be read",
-            "{}": "cannot be read",
-            '{"arms": 3}': "cannot be read",
-            '{"arms": [], "selection": false}': "cannot be read",
+            "[]": odd,
+            "{}": odd,
+            '{"arms": 3}': odd,
+            '{"arms": [], "selection": false}': odd,
             json.dumps(told | {"arms": [], "selection": False}): odd,
             json.dumps(told | {"arms": told["arms"][:1]}): odd,
             json.dumps(told | {"arms": ["../results/pretrained"]}): odd,
