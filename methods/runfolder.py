@@ -241,6 +241,9 @@ class RunFolder:
         """
         used = sorted(name for name in self._used if name not in (FINISHED, "tracking"))
         digests = processes.decided(lambda: {name: self._digest(name) for name in used})
+        if spans := _spans(self.path / SECONDS):  # a line a stage, in place of one a step
+            whole = [_seconds_line(stage, each[0][0], each[-1][1], _sum(each)) for stage, each in spans.items()]
+            self.write_text(SECONDS, "".join([SECONDS_TITLES, *whole]))
         self.write(FINISHED, {"arms": list(arms), "selection": selection, "sha256": digests})
 
     def finished(self) -> tuple[list[str], bool] | None:
@@ -365,7 +368,7 @@ class _Clock:
 
     A line for each call: the stage, its first and its last step that the call is of, and the seconds since the call
     before, or since the clock was made. A run that goes on from before some steps comes by them again: what is written
-    later of a step counts, as `read_seconds` adds up.
+    later of a step counts, as `read_seconds` adds up. A finished run has a line a stage.
     """
 
     def __init__(self, folder: RunFolder, stage: str):
@@ -374,14 +377,30 @@ class _Clock:
     def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
         before, self._last = self._last, time.perf_counter()
         file, count = self.folder.path / SECONDS, len(next(iter(metrics.values())))
-        stage = self._stage.replace('"', '""')
-        line = f'"{stage}",{step - count + 1},{step},{self._last - before:.3f}\n'
-        head = "" if file.exists() else "stage,first,last,seconds\n"
+        line = _seconds_line(self._stage, step - count + 1, step, self._last - before)
+        head = "" if file.exists() else SECONDS_TITLES
         files.append(file, (head + line).encode(), synced=False)  # at every step, and nothing depends on it
+
+
+SECONDS_TITLES = "stage,first,last,seconds\n"
+
+
+def _seconds_line(stage: str, first: int, last: int, seconds: float) -> str:
+    quoted = stage.replace('"', '""')
+    return f'"{quoted}",{first},{last},{seconds:.3f}\n'
 
 
 def read_seconds(file: Path) -> dict[str, float]:
     """How long the steps of each stage took, each step once; lines that say nothing of it are passed over."""
+    return {stage: _sum(spans) for stage, spans in _spans(file).items()}
+
+
+def _sum(spans: Sequence[tuple[int, int, float]]) -> float:
+    return sum(seconds for *_, seconds in spans)
+
+
+def _spans(file: Path) -> dict[str, list[tuple[int, int, float]]]:
+    """By stage, first steps, last steps and the seconds between, no step twice."""
     known: dict[str, list[tuple[int, int, float]]] = {}
     if file.is_file():
         for row in csv.reader(file.read_text(encoding="utf-8", errors="replace").splitlines()):
@@ -391,7 +410,7 @@ def read_seconds(file: Path) -> dict[str, float]:
                 continue
             if 0 < first <= last and 0 <= seconds < float("inf"):
                 known[stage] = [*_before(first, known.get(stage, [])), (first, last, seconds)]
-    return {stage: sum(seconds for *_, seconds in spans) for stage, spans in known.items()}
+    return known
 
 
 def _before(step: int, spans: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:

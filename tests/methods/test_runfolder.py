@@ -347,6 +347,9 @@ def test_seconds_are_those_of_the_steps_however_often_they_were_computed(tmp_pat
     assert session("search", (8, 8, 1.0)) == {"search": 1.0, 'a "stage", named': 3.0}
     opened(tmp_path, model).tell("told", {"loss": np.ones(2)})  # which has taken no time that is known
     assert "told" not in runfolder.read_seconds(file)
+    opened(tmp_path, model).finish(["x"], False)
+    assert file.read_text() == 'stage,first,last,seconds\n"search",1,8,1.000\n"a ""stage"", named",1,2,3.000\n'
+    assert session("search", (2, 2, 0.5)) == {"search": 0.5, 'a "stage", named': 3.0}  # a part of it begun anew
     file.write_bytes(b"\xff\nx,y,z\nsearch,1,2,1e999\nsearch,3,2,1\nsearch,2.5\n")
     assert runfolder.read_seconds(file) == {}
     assert session("search", (3, 3, 2.0)) == {"search": 2.0}
