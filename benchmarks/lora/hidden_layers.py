@@ -6,14 +6,13 @@ states h of random tokens,
 
 $$ L = \mathrm{mean}\, (h_{student} - h_{teacher})^2 \,/\, \mathrm{var}\, h_{teacher}, $$
 
-whose minimum 0 is reached by the hidden update. Three scores of a layer are told beside each other by their AUROC, how
+whose minimum 0 is reached by the hidden update. Four scores of a layer are told beside each other by their AUROC, how
 often a layer with an update has a larger score than one without:
 
     hypergradient  `bilevel allocate`: the components of a trained LoRA at half of their size, through K steps
     size           squared singular values of that LoRA (`--score singular-values`)
     first gradient squared norm of the gradient of a fresh LoRA's B, over as many rows as the training sees
-
-and, where `flexora` outer steps are asked for, Flexora's logits after them, from a fresh LoRA.
+    flexora        the logits after some outer steps of `bilevel flexora`, from a fresh LoRA
 
     python -m benchmarks.lora.hidden_layers --model FILE --out FOLDER   # table, figure and record of one draw
     python -m benchmarks.lora.hidden_layers --model FILE --out FOLDER --seeds 5
@@ -83,7 +82,7 @@ class Hidden:
     rate: float = 3e-3
     unroll: int = 2
     outer: int = 6
-    flexora: int = 0
+    flexora: int = 8
 
 
 @dataclasses.dataclass(frozen=True)

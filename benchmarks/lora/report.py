@@ -188,8 +188,8 @@ def _hidden(rows: list[Row], figure: str) -> Iterable[str]:
     yield table(("layers ranked by", "AUROC", f"found of {sum(there)}"), body)
     if used["flexora"]:
         yield (
-            f"\nFlexora's search begins at a fresh LoRA, and after {used['flexora']} outer steps its logits say which "
-            "layers a training of a few steps gains most from, and not yet which it needs.\n"
+            f"\nFlexora's search begins at a fresh LoRA, and took {used['flexora']} outer steps: its logits say which "
+            "layers the first steps of a training gain most from.\n"
         )
 
 
