@@ -26,7 +26,8 @@ class Row(NamedTuple):
       method: the command that made the run; "" where that is not known.
       path: the folder; None where that does not matter.
       place: which of the runs it is of, as they were given, and which of that run's models it is.
-      made_of: what decides the result but for the seed; None where that is not known.
+      made_of: what decides the result but for the seed, with the settings as they were asked for and with those that
+        were used; None where that is not known.
     """
 
     run: str
@@ -36,7 +37,7 @@ class Row(NamedTuple):
     method: str = ""
     path: Path | None = None
     place: tuple[int, int] = (0, 0)
-    made_of: str | None = None
+    made_of: tuple[str, str] | None = None
 
     @property
     def metrics(self) -> dict[str, float]:

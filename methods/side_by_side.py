@@ -135,18 +135,17 @@ def _told(file: Path) -> dict[str, Any]:
     return told if isinstance(told, dict) else {}
 
 
-def _made_of(run: Path, config: Mapping[str, Any]) -> str | None:
-    """What decides the results of a run but for its seed: what was read, versions, and settings as they were asked for.
-
-    None where the run does not tell.
-    """
+def _made_of(run: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """As `Row.made_of`: what was read, versions, and settings."""
     told = _told(run / FINGERPRINT)
     if not told:
         return None
     found = told.get("found")
-    aside = {"seed", *FREE, *PLACES, *(found if isinstance(found, list) else ())}
-    asked = {name: value for name, value in config.items() if name not in aside}
-    return json.dumps([asked, fingerprint.but_for_the_seed(told)], sort_keys=True, default=str)
+    read_ = fingerprint.but_for_the_seed(told)
+    used = {name: value for name, value in config.items() if name not in ("seed", *FREE, *PLACES)}
+    asked = {name: value for name, value in used.items() if not isinstance(found, list) or name not in found}
+    one, other = (json.dumps([each, read_], sort_keys=True, default=str) for each in (asked, used))
+    return one, other
 
 
 def _config(file: Path) -> dict[str, Any]:
@@ -173,15 +172,25 @@ MEANS = ("method", "model", "task", "seeds", "metric", "mean", "standard deviati
 def groups_over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each model that runs have which differ in their seed alone; a seed counts once, by the first run.
 
-    What a run was made of decides, `Row.made_of`; a run that does not tell is in no group.
+    What a run was made of decides, `Row.made_of`: the same was asked for, or the same was used, as when a run repeats
+    the `config.yaml` of another. A run that does not tell is in no group.
     """
-    groups: dict[Any, dict[str, Row]] = {}
+    groups: list[dict[str, Row]] = []
     for row in sorted(rows, key=lambda row: row.place):  # not the best of a seed, but the one that was named first
-        if row.made_of is not None:
-            group = groups.setdefault((row.method, row.arm, row.made_of), {})
-            group.setdefault(json.dumps(row.config.get("seed"), default=str), row)
-    kept = [list(group.values()) for group in groups.values() if len(group) > 1]
+        if row.made_of is None:
+            continue
+        group = next((group for group in groups if _is_alike(row, next(iter(group.values())))), None)
+        if group is None:
+            groups.append(group := {})
+        group.setdefault(json.dumps(row.config.get("seed"), default=str), row)
+    kept = [list(group.values()) for group in groups if len(group) > 1]
     return sorted(kept, key=lambda group: min(rows.index(row) for row in group))
+
+
+def _is_alike(one: Row, other: Row) -> bool:
+    if one.made_of is None or other.made_of is None or (one.method, one.arm) != (other.method, other.arm):
+        return False
+    return any(a == b for a, b in zip(one.made_of, other.made_of, strict=True))
 
 
 def means(several: Sequence[Sequence[Row]]) -> list[list[str]]:

@@ -170,6 +170,8 @@ def test_means_are_over_what_is_the_same_but_for_the_seed(tmp_path):
     same = FINGERPRINT | {"model files": touched, "inputs": inputs, "found": ["train_rows"]}
     free = made("free", 9, same, seed=1, quiet=True, mesh="data=2", track="wandb", train_rows=72)
     assert told(made("found", 3, same, seed=0, train_rows=66), free) == [["2", "accuracy", "60.0 %", "42.4 %"]]
+    repeated = made("repeated", 3, seed=0, train_rows=72)  # as with the config.yaml of the other
+    assert told(free, repeated) == told(repeated, free) == [["2", "accuracy", "60.0 %", "42.4 %"]]
     assert told(made("asked", 3, seed=0, train_rows=66), made("other", 9, seed=1, train_rows=72)) == []
 
 
