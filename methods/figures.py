@@ -160,6 +160,16 @@ def datamodeling(file: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
     save(fig, file)
 
 
+DRAWN = 1e100
+"""Numbers beyond are not drawn: the arithmetic of axes overflows with them."""
+
+
+def drawable(values: Any) -> np.ndarray:
+    """Numbers, those that no axis can show as NaN, of which nothing is drawn."""
+    values = np.asarray(values, float)
+    return np.where(np.abs(values) < DRAWN, values, np.nan)
+
+
 def save(fig: Any, file: Path, dpi: int = 150) -> None:
     """Writes a figure, whole or not at all, and lets go of it."""
     with files.replacing(file) as part:

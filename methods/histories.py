@@ -143,7 +143,8 @@ def _stage(name: str, rows: Mapping[int, Mapping[str, np.ndarray]], missing: lis
         values = [rows[step].get(key) for step in steps]
         whole = [value for value in values if value is not None]
         if len(whole) == len(values) and len({value.shape for value in whole}) == 1:
-            series[key] = np.stack(whole)
+            if whole[0].size:
+                series[key] = np.stack(whole)
         else:
             missing.append(f"Stage {name!r} of {METRICS} has {key!r} at some steps only, or of several shapes.")
     return Stage(name, np.array(steps), series)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from methods import units
+from methods.figures import DRAWN
 from methods.pages import UNTRAINED, loss_difference
 from methods.ranges import finite
 from methods.runfolder import read_json
@@ -72,11 +73,15 @@ def checked(file: Path, result: Any) -> dict[str, Any]:
         raise ValueError(f"{file} is no result of this program: it counts no parameters.")
     score, metrics, on = (result.get(name) for name in ("accuracy", "metrics", "on"))
     parts = ("value", "low", "high", "correct", "total")
-    if score is not None and not (isinstance(score, Mapping) and all(finite(score.get(name)) for name in parts)):
+    if score is not None and not (
+        isinstance(score, Mapping)
+        and all(_is_share(score.get(name)) for name in parts[:3])
+        and all(_is_count(score.get(name)) for name in parts[3:])
+    ):
         raise ValueError(f"{file} is no result of this program: its accuracy lacks one of {', '.join(parts)}.")
     if metrics is not None and not (isinstance(metrics, Mapping) and all(map(_is_number, metrics.values()))):
         raise ValueError(f"{file} is no result of this program: its metrics are no numbers.")
-    if on is not None and not (isinstance(on, Mapping) and all(map(_are_numbers, on.values()))):
+    if on is not None and not (isinstance(on, Mapping) and all(map(_are_shares, on.values()))):
         raise ValueError(f"{file} is no result of this program: its modules are no lists of numbers.")
     return result
 
@@ -85,13 +90,22 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
+def _is_share(value: Any) -> bool:
+    """Whether it is near a share: what is asked for is that it can be drawn."""
+    return finite(value) and -1 <= value <= 2
+
+
+def _are_shares(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_share, values))
+
+
 def _is_number(value: Any) -> bool:
     """Whether it is a number that a float can be; one that is not finite is told as such."""
     return finite(value) or isinstance(value, float)
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(map(finite, values))
+    return isinstance(values, list) and all(finite(value) and abs(value) < DRAWN for value in values)
 
 
 class Table(NamedTuple):

@@ -14,7 +14,7 @@ import tyro
 from methods import files, fingerprint, histories, results, side_by_side_page, units
 from methods.causes import sentence
 from methods.configuration import FILE
-from methods.figures import pyplot, save
+from methods.figures import drawable, pyplot, save
 from methods.results import Row
 from methods.runfolder import CONFIG, FINGERPRINT, FINISHED, FREE, RunFolder, read_json
 
@@ -246,7 +246,7 @@ def figure(file: Path, rows: list[Row]) -> list[str]:
 def _draw(file: Path, rows: list[Row]) -> list[str]:
     plt = pyplot()
     names, shares = modules(rows)
-    ranking = list(dict.fromkeys(row.worth[0] for row in rows if np.isfinite(row.worth[1])))
+    ranking = list(dict.fromkeys(row.worth[0] for row in rows if np.isfinite(drawable(row.worth[1]))))
     drawn = ["modules in use"] * bool(names) + ranking + ["parameters"]
     widths = [3.0] * bool(names) + [1.6] * len(ranking) + [1.0]
     size = 3.0 + 1.4 * sum(widths), 1.4 + 0.3 * len(rows)
@@ -286,7 +286,7 @@ def _draw_worth(ax: Any, metric: str, rows: list[Row]) -> None:
     times = units.of(metric).times
     for place, row in enumerate(rows):
         name, value = row.worth
-        if name != metric or not np.isfinite(value):
+        if name != metric or not np.isfinite(drawable(value)):
             continue
         error = units.ends(row.result) if units.share_of(row.result) == metric else None
         ax.errorbar(times * value, place, xerr=error, fmt="o", color="#2a6f97", ms=4, capsize=2)

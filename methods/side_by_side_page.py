@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from methods import histories, markdown, results, units, webpage
+from methods.figures import drawable
 from methods.histories import History, Stage
 from methods.results import Row
 from methods.webpage import LINE, NAMED, ORDERED, axes, colour, figure, figures, heading, paragraph, table
@@ -107,7 +108,7 @@ def _fronts(found: Read) -> str:
     """A figure of the models against their parameters for each task, model and metric."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in found.rows:
-        if np.isfinite(row.worth[1]):
+        if np.isfinite(drawable(row.worth[1])):
             groups.setdefault((row.config["task"], row.base, row.worth[0]), []).append(row)
     drawn = [_front(f"f{i}", names, rows) for i, (names, rows) in enumerate(groups.items())]
     return figures(drawn) or paragraph("No model has a number that could be drawn.", "missing")
@@ -239,7 +240,7 @@ def _short(value: Any) -> Any:
 def _trainings(stages: list[Stage], name: str) -> str:
     with axes(6.0, 2.9) as (fig, ax):
         for i, stage in enumerate(stages[:LINES]):
-            loss = stage.series["inner_loss"].reshape(len(stage.steps), -1).mean(1)
+            loss = drawable(stage.series["inner_loss"]).reshape(len(stage.steps), -1).mean(1)
             window = max(1, len(loss) // 20)
             smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
             keep = _thinned(len(smooth))
@@ -257,6 +258,7 @@ def _lines(
     if len(series) > LINES:
         caption += f" (the first {LINES} of {len(series)})"
         series = dict(list(series.items())[:LINES])
+    series = {key: drawable(values) for key, values in series.items()}
     with axes() as (fig, ax):
         for i, values in enumerate(series.values()):
             keep = _thinned(len(values))
@@ -276,7 +278,7 @@ def _lines(
 
 def _stack(name: str, stage: Stage, key: str, values: np.ndarray) -> str:
     """The entries of a variable over the steps, coloured in their order."""
-    count = values.shape[1]
+    values, count = drawable(values), values.shape[1]
     drawn = np.unique(np.linspace(0, count - 1, min(count, LINES)).astype(int))
     keep = _thinned(len(values))
     with axes() as (fig, ax):
@@ -326,7 +328,9 @@ def _counted(run: History, stage: Stage) -> list[str]:
     inner = run.config.get("inner_steps", run.config.get("interval"))
     gradients = f"{logged * inner * batches:,}" if isinstance(inner, int) else "–"
     hvps = stage.series.get("hvps")
-    return [f"{logged:,}", gradients, "–" if hvps is None else f"{int(hvps.sum()) * batches:,}"]
+    if hvps is None or not np.isfinite(drawable(hvps)).all():
+        return [f"{logged:,}", gradients, "–"]
+    return [f"{logged:,}", gradients, f"{int(hvps.sum()) * batches:,}"]
 
 
 def _seconds(run: History, stage: Stage) -> str:

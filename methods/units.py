@@ -28,8 +28,9 @@ class Unit(NamedTuple):
     words: str = ""
 
     def shown(self, value: float) -> str:
-        """The number in a column of that metric."""
-        return f"{self.times * value:.{self.digits}f}"
+        """The number in a column of that metric; the perplexity of a model that knows nothing has many digits."""
+        number = self.times * value
+        return f"{number:.{self.digits}f}" if abs(number) < 1e7 else f"{number:.3g}"
 
     def alone(self, value: float) -> str:
         """The number with its sign."""

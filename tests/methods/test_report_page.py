@@ -352,3 +352,15 @@ def test_a_map_of_many_layers_is_no_wider_than_the_page(tmp_path):
     assert [each for each in numbers if each] == [str(i) for i in range(0, 80, 5)]
     text = (tmp_path / "page" / "report.html").read_text()
     assert "table-layout: fixed; width: 100%" in text and 'style="width: calc(10rem + 80 * 1.3rem)"' in text
+
+
+def test_numbers_that_no_axis_can_show_are_told_and_not_drawn(tmp_path):
+    rows = [row | {"hvps": 1e300, "outer_loss": 1e200, "hypergradient_norm": 1e-320} for row in steps(count=3)]
+    rows += [{"stage": "a", "step": 2**53, "inner_loss": 1e200}, {"stage": "b", "step": 1, "inner_loss": []}]
+    arms = {"huge": {"parameters": 2**53, "metrics": {"loss": 1e308}}, "no": {"parameters": 1, "metrics": {}}}
+    run = make_run(tmp_path / "run", arms, rows, accumulate=10**40, inner_steps=1, seed=[1])
+    page = report(tmp_path / "page", run)
+    (cells,) = [row for row in page.cells if row[:2] == ["run", "search"]]
+    assert cells[2:] == ["3", f"{3 * 10**40:,}", "–", "–"]
+    assert "No model has a number that could be drawn." in page.missing
+    assert next(row for row in page.cells if row[2:3] == ["huge"])[6] == "1e+308"
