@@ -382,7 +382,8 @@ def test_a_second_process_in_a_run_folder_is_refused_and_a_dead_one_holds_nothin
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(refused, env=here, **pipes) as other:
         try:
-            assert other.stdout.readline() == "held\n"
+            told: Any = other.stdout
+            assert told.readline() == "held\n"
             before = sorted(tmp_path.rglob("*"))
             for open_it in (lambda: runfolder.check(tmp_path / "run", Made()), lambda: opened(tmp_path, model)):
                 with pytest.raises(ValueError, match=r"run is in use by another process.*another folder with --out\.$"):
