@@ -102,9 +102,9 @@ _OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LIBRARIES = tuple(os.path.join(os.path.dirname(str(module.__file__)), "") for module in (jax, optax))
 """Their own rules by `jax.custom_jvp` (relu, softmax, projections) are derivatives; not all by `jax.custom_vjp` are."""
 
-_GIVEN = ("_custom_root",)
+_GIVEN = ("_custom_root", "stop_gradient_once")
 """But not those that call what a user gives: with a `tangent_solve` that only comes near, `jax.lax.custom_root` has a
-derivative that is not the one of its root."""
+derivative that is not the one of its root. Nor the one of `carried`, which cuts a loss off from its derivative."""
 
 
 _ORDERS = 3
@@ -145,9 +145,11 @@ def has_slope(eqn: Any) -> bool:
 
 def _is_trusted(eqn: Any) -> bool:
     name, file = source(eqn)
+    if name in _GIVEN:
+        return False
     if file.startswith(_OURS):
         return True
-    if operation(eqn) != "custom_jvp_call" or not file.startswith(_LIBRARIES) or name in _GIVEN:
+    if operation(eqn) != "custom_jvp_call" or not file.startswith(_LIBRARIES):
         return False
     # A user may have given a function of the library a rule: only what carries one there is the library's.
     modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) == file]

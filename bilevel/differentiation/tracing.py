@@ -25,6 +25,16 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
 
+def is_dropped(var: Any) -> bool:
+    """Whether `var` is an output of an operation that nothing reads."""
+    return isinstance(var, jex.DropVar)
+
+
+def fresh(var: Any) -> Any:
+    """A new variable for what `var` stands for."""
+    return jex.Var(var.aval)
+
+
 _OTHER_NAMES = {"pjit": "jit", "remat2": "checkpoint", "copy_p": "copy"}
 
 
@@ -90,6 +100,11 @@ _DEBUGGING = ("debug_callback", "debug_print")
 _DEBUG_EFFECTS = ("DebugEffect", "OrderedDebugEffect")
 
 
+def is_loud(eqn: Any) -> bool:
+    """Whether an operation only tells somebody what is computed (`jax.debug.print`)."""
+    return operation(eqn) in _DEBUGGING
+
+
 def silent(closed: Any) -> Any:
     """A closed jaxpr without the operations that only tell somebody what is computed (`jax.debug.print`).
 
@@ -112,7 +127,7 @@ def _silent(jaxpr: Any) -> Any:
     eqns = [
         eqn.replace(params={name: inside(value) for name, value in eqn.params.items()}, effects=heard(eqn.effects))
         for eqn in jaxpr.eqns
-        if operation(eqn) not in _DEBUGGING
+        if not is_loud(eqn)
     ]
     return jaxpr.replace(eqns=eqns, effects=heard(jaxpr.effects))
 
@@ -203,6 +218,11 @@ def reading(jaxpr: Any, outputs: Sequence[int]) -> list[list[bool]]:
 def without_unused(jaxpr: Any) -> Any:
     """`jaxpr` without the operations from which no output is computed."""
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def kept_for(jaxpr: Any, outputs: Sequence[bool]) -> Any:
+    """`jaxpr` with all of its inputs, only the `outputs` that are wanted, and what these are computed from."""
+    return partial_eval.dce_jaxpr(jaxpr, outputs, True)[0]
 
 
 class Unlike(Exception):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.differentiation.carried import computed, undetached
+from bilevel.differentiation.carried import handed_on, hidden_in, undetached
 from bilevel.differentiation.tracing import evaluate_closed
 from bilevel.problem.arguments import telling
 from bilevel.settings.fields import register, setting, shown
@@ -179,7 +179,7 @@ class ModuleLoss:
             result, after = self._called(values, batch, key)
             if others := self._not_as_given(values, after):
                 follow = lambda values: [self._called(values, batch, key)[1][path] for path in others]  # noqa: E731
-                self._refuse_writing(others, computed(jax.make_jaxpr(follow)(values)))
+                self._refuse_writing(values, others, handed_on(jax.make_jaxpr(follow)(values)))
             return result
         others: list[Path] = []
 
@@ -191,9 +191,10 @@ class ModuleLoss:
 
         # flax cuts the statistics of a batch off from their derivative, which is a part of that of the training.
         closed, shapes = jax.make_jaxpr(whole, return_shape=True)(values)
-        counts = [len(jax.tree.leaves(part)) for part in shapes]
-        self._refuse_writing(others, computed(closed)[sum(counts[:2]) :])
-        closed = undetached(closed, [True] * counts[0] + [False] * sum(counts[1:]))
+        of_result, of_updates, of_others = (len(jax.tree.leaves(part)) for part in shapes)
+        self._refuse_writing(values, others, handed_on(closed)[of_result + of_updates :])
+        closed = undetached(closed, [True] + [False] * (of_result - 1 + of_updates + of_others))
+        self._refuse_hidden(shapes[1], [hidden_in(closed, of_result + i) for i in range(of_updates)])
         found = evaluate_closed(closed, *jax.tree.leaves(values))
         (value, aux), updates, _ = jax.tree.unflatten(jax.tree.structure(shapes), found)
         updates = {"mutable": nested(dict(zip(self._mutable, updates, strict=True)))}
@@ -226,16 +227,38 @@ class ModuleLoss:
         paths = [path for kind in ("outer", "inner", "frozen") for path in self.structure.paths[kind]]
         return [path for path in paths if _leaves(before[path]) != _leaves(after[path])]
 
-    def _refuse_writing(self, paths: list[Path], is_computed: list[bool]) -> None:
-        """Raises ValueError if the loss has computed what variables hold that are not mutable: it would be lost.
+    def _refuse_writing(self, values: Arrays, paths: list[Path], origins: list[int | None]) -> None:
+        """Raises ValueError unless variables that are not mutable hold what they were given: else it would be lost.
 
         Transformations of nnx (`remat`, `scan`, `jit`) hand on all variables as arrays of theirs, most as they were.
         """
-        if written := [path for path, is_new in zip(paths, is_computed, strict=True) if is_new]:
+        own = jax.tree.unflatten(jax.tree.structure(values), range(len(jax.tree.leaves(values))))
+        rest = iter(origins)
+        after = {path: [next(rest) for _ in jax.tree.leaves(own[path])] for path in paths}
+        if written := [path for path in paths if after[path] != jax.tree.leaves(own[path])]:
+            is_trained = not {*written}.isdisjoint(self.structure.paths["inner"])
+            remedy = (
+                "or put the value that was trained back before the loss returns, as nnx.SpectralNorm and "
+                "nnx.WeightNorm need it, which write the kernel of their layer: only the optimizer moves it"
+                if is_trained
+                else "or give their type as problem(mutable=...)"
+            )
             raise ValueError(
                 f"inner_loss wrote into variables that are not mutable, which would be lost: "
-                f"{listed(written, self.structure.variables)}; compute with a new value, or give their type as "
-                "problem(mutable=...)."
+                f"{listed(written, self.structure.variables)}; compute with a new value, {remedy}."
+            )
+
+    def _refuse_hidden(self, updates: list[Any], operations: list[str | None]) -> None:
+        """Raises ValueError if what is carried on is cut off from its derivative where the cut cannot be undone."""
+        names = iter(operations)
+        held = [[next(names) for _ in jax.tree.leaves(update)] for update in updates]
+        first = (next(filter(None, found), None) for found in held)
+        found = dict(zip(self._mutable, first, strict=True))
+        if hidden := [path for path, name in found.items() if name]:
+            raise ValueError(
+                f"inner_loss computes mutable variables inside a {found[hidden[0]]} that has a stop_gradient: "
+                f"{listed(hidden, self.structure.variables)} would be carried on without a part of their derivative; "
+                "compute them outside of it, or without the stop_gradient."
             )
 
     def module(self, inner: Inner, outer: PyTree, key: Key) -> Any:

@@ -537,6 +537,145 @@ def test_transformations_of_nnx_inside_a_module(how):
         assert_close(found.grad, expected.grad, 1e-11)
 
 
+# Statistics that the loss itself reads, against differences of trainings by a loop of flax.
+
+
+class Average(nnx.Variable):
+    """A running mean of what is trained."""
+
+
+class Averaged(nnx.Module):
+    """Two weights a row, batch normalisation, and an average of the weights."""
+
+    @under(rules_of_flax)
+    def __init__(self, rngs):
+        self.w = nnx.Param(jnp.array([[0.3, -0.5], [0.8, 0.2], [-0.4, 0.6]]))
+        self.norm = nnx.BatchNorm(2, momentum=0.6, param_dtype=float, rngs=rngs)
+        self.norm.mean, self.norm.var = nnx.BatchStat(jnp.zeros(2)), nnx.BatchStat(jnp.ones(2))
+        self.mean, self.decay = Average(jnp.zeros((3, 2))), Outer(jnp.asarray(-1.0))
+
+    @under(rules_of_flax)
+    def __call__(self, x):
+        return jnp.sum(jnp.tanh(self.norm(x @ self.w[...])), 1)
+
+    def average(self):
+        self.mean[...] = 0.5 * self.mean[...] + 0.5 * jax.lax.stop_gradient(self.w[...])
+
+
+def decayed(model, batch, key):
+    return squares(model, batch, key) + jnp.exp(model.decay[...]) * jnp.sum(model.w[...] ** 2)
+
+
+def of_mean(model, batch, key):
+    return decayed(model, batch, key) + 0.3 * jnp.sum(model.norm.mean[...] ** 2)
+
+
+def evaluated_too(model, batch, key):
+    value = decayed(model, batch, key)
+    model.eval()
+    return value + 0.5 * squares(model, batch, key)
+
+
+def drawn_to_its_average(model, batch, key):
+    model.average()
+    return decayed(model, batch, key) + jnp.sum((model.w[...] - model.mean[...]) ** 2)
+
+
+def in_a_branch(model, batch, key):
+    choice = jnp.sum(batch[0]) > -1e9
+    return nnx.cond(choice, lambda m: decayed(m, batch, key), lambda m: 2.0 * decayed(m, batch, key), model)
+
+
+def in_a_switch(model, batch, key):
+    number = jnp.sum(batch[0] > -1e9) // 1000
+    parts = [lambda m: decayed(m, batch, key), lambda m: 2.0 * decayed(m, batch, key)]
+    return nnx.switch(number, parts, model)
+
+
+def averaged_in_a_branch(model, batch, key):
+    value = decayed(model, batch, key)
+    nnx.cond(jnp.sum(batch[0]) > -1e9, lambda m: m.average(), lambda m: None, model)
+    return value
+
+
+def rematerialised(model, batch, key):
+    return nnx.remat(lambda m: of_mean(m, batch, key))(model)
+
+
+def tested(model, batch, key):
+    model.eval()
+    return squares(model, batch, key) + jnp.mean((jnp.sum(batch[0] @ model.mean[...], 1) - batch[1]) ** 2)
+
+
+def trained_by_flax(loss, decay):
+    """What `tested` is after three steps, as flax trains."""
+    model = Averaged(nnx.Rngs(0))
+    model.decay[...] = jnp.asarray(decay)
+    filters = nnx.Param, (nnx.BatchStat, Average), ...
+    for t in range(3):
+        batch = BATCHES[0][t], BATCHES[1][t]
+        graphdef, params, stats, rest = nnx.split(model, *filters)
+
+        def value(params, stats, graphdef=graphdef, rest=rest, batch=batch):
+            model = nnx.merge(graphdef, params, stats, rest, copy=True)
+            return loss(model, batch, None), nnx.split(model, *filters)[2]
+
+        grads, stats = jax.grad(value, has_aux=True)(params, stats)
+        params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
+        model = nnx.merge(graphdef, params, stats, rest, copy=True)
+        model.train()
+    return tested(model, VALIDATION, None)
+
+
+READING = [
+    decayed,
+    of_mean,
+    evaluated_too,
+    drawn_to_its_average,
+    in_a_branch,
+    in_a_switch,
+    averaged_in_a_branch,
+    rematerialised,
+]
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.CustomDerivativeWarning")  # a cut of what is carried is one
+@pytest.mark.parametrize("mode", ["mixed", "forward"])
+@pytest.mark.parametrize("loss", READING)
+def test_statistics_that_a_loss_reads_have_their_whole_derivative(loss, mode):
+    problem = bilevel.nnx.problem(Averaged, loss, tested, mutable=(nnx.BatchStat, Average))
+    found = estimate(
+        problem, Unrolled(optax.sgd(0.1), 3, mode=mode), None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY
+    )
+    h = 1e-4
+    ahead, behind = (trained_by_flax(loss, -1.0 + step) for step in (h, -h))
+    assert_close(found.value, trained_by_flax(loss, -1.0), 1e-12)
+    assert_close(found.grad, {"decay": (ahead - behind) / (2 * h)}, 1e-6)
+
+
+@pytest.mark.parametrize("hypergradient", [Unrolled(SGD, 3), bilevel.Replay(SGD, 3), Unrolled(SGD, 3, truncate=2)])
+def test_what_is_logged_changes_no_derivative(hypergradient):
+    def logged(model, batch, key):
+        value = decayed(model, batch, key)
+        return value, (model.norm.mean[...], jnp.sum(model.norm.var[...]), value)
+
+    kinds = {"mutable": (nnx.BatchStat, Average)}
+    plain = bilevel.nnx.problem(Averaged, decayed, tested, **kinds)
+    noting = bilevel.nnx.problem(Averaged, logged, lambda *a: (tested(*a), None), has_aux=True, **kinds)
+    arguments = None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY
+    found, expected = (estimate(problem, hypergradient, *arguments) for problem in (noting, plain))
+    assert_close(found.grad, expected.grad, 1e-13)
+    assert abs(found.grad["decay"]) > 1e-3
+
+
+def cut_by_a_rule(model, batch, key):
+    value = decayed(model, batch, key)
+    held = jax.custom_jvp(jax.lax.stop_gradient)
+    held.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+    model.mean[...] = held(model.w[...])
+    return value
+
+
 class Counter(nnx.Variable):
     pass
 
@@ -611,6 +750,12 @@ def outside(model, batch, key):
     return counted(model, batch, key)
 
 
+def halved(model, batch, key):
+    value = model()
+    model.w[...] = jax.lax.cond(value > 0, lambda w: 0.5 * w, lambda w: w, model.w[...])
+    return value
+
+
 WRONG = {
     "an unknown kind": (lambda: counting(frozen=None), r"no kind takes count \(Counter\): give the type"),
     "no outer variable": (
@@ -641,6 +786,25 @@ WRONG = {
         lambda: trained(counting(loss=lambda m, b, k: (m.w.set_value(m.w[...] * 0.5), m())[1])),
         r"wrote into .* w \(Param\)",
     ),
+    "a copy of another": (
+        lambda: trained(counting(loss=lambda m, b, k: (m(), m.w.set_value(m.goal[...]))[0])),
+        r"wrote into .* w \(Param\).*put the value that was trained back before the loss returns",
+    ),
+    "an outer variable": (
+        lambda: trained(counting(loss=lambda m, b, k: (m(), m.goal.set_value(jnp.zeros(2)))[0])),
+        r"wrote into .* goal \(Outer\); compute with a new value, or give their type as problem\(mutable",
+    ),
+    "in a branch": (
+        lambda: trained(counting(loss=halved)),
+        r"wrote into .* w \(Param\)",
+    ),
+    "statistics behind a rule of its own": (
+        lambda: Unrolled(SGD, 3).estimate(
+            bilevel.nnx.problem(Averaged, cut_by_a_rule, tested, mutable=(nnx.BatchStat, Average)),
+            None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY,
+        ),
+        r"inside a custom_jvp_call that has a stop_gradient: mean \(Average\) would be carried on without a part",
+    ),
     "a module outside": (
         lambda: trained(counting(loss=outside)),
         "nnx object captured from outside.*give the module to bilevel.nnx.problem",
@@ -662,6 +826,57 @@ WRONG = {
     "nothing found": (lambda: bilevel.nnx.merge(counting(), {"outer": 1}), r"merge\(found=.*what run or fit returned"),
     "no key": (lambda: NOISY.inner_value(NOISY.start_inner(KEY, None), {"shift": 0.0}, None, None), "one, not None"),
 }
+
+
+def swapped(model, batch, key):
+    weights = model.w[...]
+    model.w.set_value(0.5 * weights)
+    value = model()
+    model.w.set_value(jax.lax.cond(value > 0, lambda w: w, lambda w: w, weights))
+    return value
+
+
+def test_what_is_put_back_was_not_written():
+    found = trained(counting(loss=swapped)).inner_state.params["params"]["w"]
+    by_hand = counting(loss=lambda m, b, k: jnp.sum((0.5 * m.w[...] - m.goal[...]) ** 2))
+    assert_close(found, trained(by_hand).inner_state.params["params"]["w"], 1e-13)
+
+
+class Bounded(nnx.Module):
+    """A matrix that is trained, of norm 1 where it is used."""
+
+    @under(rules_of_flax)
+    def __init__(self, rngs):
+        self.norm = nnx.SpectralNorm(nnx.Linear(3, 2, param_dtype=float, rngs=rngs), param_dtype=float, rngs=rngs)
+        self.decay = Outer(jnp.asarray(-1.0))
+
+    @under(rules_of_flax)
+    def __call__(self, x):
+        return jnp.sum(self.norm(x, update_stats=True), 1)
+
+
+def put_back(model, batch, key):
+    kernel = model.norm.layer_instance.kernel
+    weights = kernel[...]
+    value = squares(model, batch, key) + jnp.exp(model.decay[...]) * jnp.sum(weights**2)
+    kernel[...] = weights
+    return value
+
+
+def of_weights(model, batch, key):
+    weights = model.norm.layer_instance.kernel[...]
+    return jnp.mean((jnp.sum(batch[0] @ weights, 1) - batch[1]) ** 2)
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.CustomDerivativeWarning")
+def test_a_layer_that_writes_its_own_kernel_needs_it_put_back():
+    refused = bilevel.nnx.problem(Bounded, squares, squares)
+    message = r"layer_instance.kernel \(Param\).*back .* as nnx.SpectralNorm and nnx.WeightNorm need"
+    with pytest.raises(ValueError, match=message):
+        Unrolled(SGD, 3).estimate(refused, None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY)
+    problem = bilevel.nnx.problem(Bounded, put_back, of_weights)
+    checked = check_hypergradient(problem, Unrolled(SGD, 3), inner_data=ROWS, outer_data=VALIDATION, key=KEY)
+    assert checked.verdict == "exact", str(checked)
 
 
 @pytest.mark.parametrize("name", WRONG)
