@@ -85,17 +85,19 @@ def problem(
 
     Args:
       model: a module: training starts at its values. Or a function `rngs -> module`, which makes a new one from the key
-        of each start; its frozen variables are those of `model(nnx.Rngs(0))`. Either may be a dict, list or tuple of
-        modules and variables.
+        of each start; its frozen variables are those of `model(nnx.Rngs(0))`. It does not know the values of `outer`:
+        what it computes from outer variables that it makes does not follow them, as a start would that `init_inner` of
+        a `Problem` makes. Either may be a dict, list or tuple of modules and variables.
       inner_loss: `inner_loss(model, batch, key) -> scalar`, or `(scalar, aux)` with `has_aux`.
       outer_loss: likewise; None where there is nothing to find, for `bilevel.fit` alone.
       inner, outer, mutable, frozen: filters of nnx, as above; None takes nothing.
       has_aux, project, domain: as for `bilevel.Problem`, the outer variable being the dict of arrays.
 
     Raises:
-      ValueError: in one sentence: for a variable that no kind takes, a filter that takes none, a function that does not
-        make the same structure each time; when a loss is traced, if the inner loss has changed the module's structure
-        or has written into a variable that is not mutable.
+      ValueError: in one sentence: for a variable that no kind takes, or that is of two kinds by two paths that lead to
+        it, a filter that takes none, a function that does not make the same structure each time; when a loss is
+        traced, if the inner loss has changed the module's structure, has written into a variable that is not mutable,
+        or computes a mutable one behind a `stop_gradient` that cannot be undone, in a function with a rule of its own.
 
     Examples:
       >>> import bilevel, bilevel.nnx, jax, optax
@@ -161,7 +163,8 @@ def merge(problem: Problem, found: Any, *, key: Key | None = None) -> Any:
       A new module, in the mode (`train()`, `eval()`) of the one that the problem was made of.
 
     Raises:
-      ValueError: for a problem that is not of modules, or values that are not of this module.
+      ValueError: for a problem that is not of modules, or values that are not of this module: of other variables,
+        shapes or dtypes. What was found in float64 is taken for a module of float32.
 
     Examples:
       >>> import bilevel, bilevel.nnx, optax

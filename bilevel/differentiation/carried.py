@@ -70,7 +70,9 @@ def _layout(eqn: Any, name: str, at: int) -> tuple[Any, ...] | None:
     """How an operation lays out its input; None for one that does anything else with it."""
     if name in _IDENTITIES:
         return ()
-    before, after = eqn.invars[at].aval if at < len(eqn.invars) else None, eqn.outvars[at].aval
+    if at >= len(eqn.invars):
+        return None
+    before, after = eqn.invars[at].aval, eqn.outvars[at].aval
     if name == "convert_element_type" and before.dtype == after.dtype:
         return ()
     if name == "transpose":

@@ -33,16 +33,38 @@ Arrays = dict[Path, Any]
 _LISTED = 5
 """Most variables that a sentence lists."""
 
+_IN_DOUBLE = {"float64": "float32", "complex128": "complex64", "int64": "int32", "uint64": "uint32"}
+
 
 class Variable:
-    """What a variable is, but for its numbers: its type, and the shapes and dtypes of its arrays."""
+    """What a variable is, but for its numbers: its type, and the shapes and dtypes of its arrays.
+
+    float32 and float64 count as one dtype, and so on: the same module has one or the other as `jax_enable_x64` says,
+    and what is checked in float64 was made in float32.
+    """
 
     def __init__(self, leaf: Any):
         self.type = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array"
-        self.arrays = jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), raw(leaf))
+        self.arrays = _described(raw(leaf))
+
+    def __str__(self) -> str:
+        return _said(self.arrays)
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Variable) and (self.type, self.arrays) == (other.type, other.arrays)
+
+
+def _described(value: Any) -> PyTree:
+    def one(x):
+        dtype = str(jnp.result_type(x))
+        return jnp.shape(x), _IN_DOUBLE.get(dtype, dtype)
+
+    return jax.tree.map(one, value)
+
+
+def _said(described: PyTree) -> str:
+    leaves = jax.tree.leaves(described, is_leaf=lambda x: isinstance(x, tuple))
+    return " and ".join(f"{dtype}[{','.join(map(str, shape))}]" for shape, dtype in leaves)
 
 
 class Structure:
@@ -262,8 +284,21 @@ class ModuleLoss:
             )
 
     def module(self, inner: Inner, outer: PyTree, key: Key) -> Any:
-        """The module with these values."""
-        return self.structure.merged(self._values(inner, outer, key)[1])
+        """The module with these values.
+
+        Raises:
+          ValueError: if they are of other shapes or dtypes.
+        """
+        values = self._values(inner, outer, key)[1]
+        found = {path: _described(value) for path, value in values.items()}
+        if others := [path for path, own in self.structure.variables.items() if found[path] != own.arrays]:
+            path = others[0]
+            raise ValueError(
+                f"merge(found=...): {listed([path])} is {_said(found[path])}, but {self.structure.variables[path]} in "
+                "the module of this problem: give what was found for it, and of a stack of runs one, as "
+                "jax.tree.map(lambda x: x[0], state)."
+            )
+        return self.structure.merged(values)
 
     @property
     def _mutable(self) -> tuple[Path, ...]:
@@ -304,7 +339,7 @@ class _Start:
         if others:
             raise ValueError(
                 f"problem(model={shown(getattr(self.make, 'func', self.make))}): made another module than before: "
-                f"{listed(others)} of another type or shape."
+                f"{listed(others)} of another type, shape or dtype."
             )
         return {kind: nested({path: raw(leaves[path]) for path in structure.paths[kind]}) for kind in kinds}
 
@@ -400,20 +435,38 @@ def predicate(name: str, kind: Any) -> Callable[[Path, Any], bool]:
 def divided(module: Any, filters: dict[str, Any]) -> tuple[Structure, dict[str, PyTree]]:
     """The structure of a module, and nested dicts of the arrays of each kind.
 
+    A variable that several paths lead to is of the kind that any of them gives it.
+
     Raises:
-      ValueError: for a variable that no filter takes.
+      ValueError: for a variable that no filter takes, or that is of two kinds by two paths.
     """
     takes = {name: predicate(name, kind) for name, kind in filters.items()}
     graphdef, state, leaves = flat_state(module)
     kinds: dict[str, dict[Path, Any]] = {name: {} for name in ("mutable", "streams", "outer", "inner", "frozen")}
     left: dict[Path, Variable] = {}
-    for path, leaf in leaves.items():
+    shared = nnx.find_duplicates(module)
+
+    def kind_at(path, leaf):
         if takes["mutable"](path, leaf):
-            kinds["mutable"][path] = leaf
-        elif isinstance(leaf, nnx.RngState):
-            kinds["streams"][path] = leaf
-        elif kind := next((name for name in ("outer", "inner", "frozen") if takes[name](path, leaf)), ""):
-            kinds[kind][path] = leaf
+            return "mutable"
+        if isinstance(leaf, nnx.RngState):
+            return "streams"
+        return next((name for name in ("outer", "inner", "frozen") if takes[name](path, leaf)), "")
+
+    for path, leaf in leaves.items():
+        found: dict[str, Path] = {}
+        for at in _paths(path, shared):
+            if kind := kind_at(at, leaf):
+                found.setdefault(kind, at)
+        if len(found) > 1 and not isinstance(leaf, nnx.RngState):
+            one, other = list(found)[:2]
+            raise ValueError(
+                f"problem(...): {listed([found[one]])} and {listed([found[other]])} are one variable, which is {one} "
+                f"by the first path and {other} by the second: give filters that take it alike, such as "
+                "nnx.All(..., nnx.Not(...))."
+            )
+        if found:
+            kinds[next(iter(found))][path] = leaf
         elif isinstance(leaf, nnx.Variable):
             left[path] = Variable(leaf)
         else:
@@ -424,6 +477,23 @@ def divided(module: Any, filters: dict[str, Any]) -> tuple[Structure, dict[str, 
             "outer=, mutable= and frozen= (frozen=... is all that is left)."
         )
     return Structure(graphdef, state, kinds), {name: nested(_raws(found)) for name, found in kinds.items()}
+
+
+def _paths(path: Path, shared: list[list[Path]]) -> list[Path]:
+    """All paths to what is at `path`, this one first; `shared` are those of each part that several paths lead to."""
+    found: dict[Path, None] = {}
+    ahead: list[tuple[Path, frozenset[int]]] = [(path, frozenset())]
+    while ahead:
+        at, through = ahead.pop(0)
+        if at in found:
+            continue
+        found[at] = None
+        for number, group in enumerate(shared):
+            if number not in through:  # a part may hold itself
+                begun = next((start for start in group if at[: len(start)] == start), None)
+                others = [] if begun is None else [start + at[len(begun) :] for start in group if start != begun]
+                ahead += [(other, through | {number}) for other in others]
+    return list(found)
 
 
 def flat_state(module: Any) -> tuple[Any, Any, dict[Path, Any]]:

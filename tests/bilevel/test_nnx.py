@@ -177,6 +177,10 @@ class Found(NamedTuple):
     inner: object
 
 
+class Start(NamedTuple):
+    params: object
+
+
 class Line(nnx.Module):
     """A linear function of rows of which dropout takes some."""
 
@@ -368,6 +372,57 @@ def test_a_variable_that_is_used_twice_is_one():
     )  # fmt: skip
     module = bilevel.nnx.merge(problem, result)
     assert module.first is module.second
+
+
+class Held(nnx.Module):
+    """A weight of a penalty on a network that it holds as well."""
+
+    def __init__(self, net):
+        self.net, self.weight = net, nnx.Param(jnp.asarray(-1.0))
+
+
+def holding(name):
+    def make(rngs):
+        net = Slope()
+        return {"net": net, name: Held(net)}
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["penalty", "loss"])  # before and after "net"
+def test_a_variable_is_found_by_all_of_its_paths(name):
+    def loss(parts, batch, key):
+        return unpenalised(parts, batch, key) + jnp.exp(parts[name].weight[...]) * jnp.sum(parts[name].net.w[...] ** 2)
+
+    both = sorted(["net.w", f"{name}.net.w"])
+    with pytest.raises(ValueError, match=rf"{both[0]} and {both[1]} are one variable, which is (inner|outer) by .*Not"):
+        bilevel.nnx.problem(holding(name), loss, unpenalised, outer=nnx.PathContains(name))
+    alone = nnx.All(nnx.PathContains(name), nnx.Not(nnx.PathContains("net")))
+    by_type = bilevel.nnx.problem(holding(name), loss, unpenalised, outer=alone)
+    # A path that no filter takes says nothing.
+    by_path = bilevel.nnx.problem(holding(name), loss, unpenalised, inner=nnx.PathContains("net"), outer=alone)
+    for problem in (by_type, by_path):
+        assert jax.tree.map(jnp.shape, problem.start_outer(KEY)) == {name: {"weight": ()}}
+        assert [x.shape for x in jax.tree.leaves(problem.start_inner(KEY, None))] == [(3,)]
+
+
+def test_a_module_that_holds_itself_has_paths_without_end_of_which_some_are_seen():
+    class Child(nnx.Module):
+        def __init__(self, parent):
+            self.parent, self.w = parent, nnx.Param(jnp.ones(3))
+
+    class Parent(nnx.Module):
+        def __init__(self, rngs):
+            self.child, self.scale = Child(self), Outer(jnp.asarray(1.0))
+
+        def __call__(self, x):
+            return x @ self.child.w[...] * self.child.parent.scale[...]
+
+    problem = bilevel.nnx.problem(Parent, squares, squares)
+    assert jax.tree.map(jnp.shape, problem.start_outer(KEY)) == {"scale": ()}
+    with pytest.raises(ValueError, match=r"scale and child\.parent\.scale are one variable"):
+        apart = nnx.PathContains("child")
+        bilevel.nnx.problem(Parent, squares, squares, outer=nnx.All(Outer, nnx.Not(apart)), inner=apart)
 
 
 def test_linen_says_the_same():
@@ -750,6 +805,12 @@ def outside(model, batch, key):
     return counted(model, batch, key)
 
 
+def of_counting():
+    problem = counting()
+    outer = problem.start_outer(KEY)
+    return Found(outer, Start(problem.start_inner(KEY, outer)))
+
+
 def halved(model, batch, key):
     value = model()
     model.w[...] = jax.lax.cond(value > 0, lambda w: 0.5 * w, lambda w: w, model.w[...])
@@ -822,6 +883,14 @@ WRONG = {
         lambda: Unrolled(SGD, 2).estimate(counting(), None, {"aim": jnp.ones(2)}, None, None, KEY),
         r"outer variables of the module are goal; given was a tree of \['aim'\]",
     ),
+    "a stack of modules": (
+        lambda: bilevel.nnx.merge(counting(), jax.tree.map(lambda x: jnp.stack([x, x]), of_counting())),
+        r"merge\(found=...\): goal is float32\[2,2\], but float32\[2\] in the module of this problem.*x\[0\]",
+    ),
+    "another dtype": (
+        lambda: bilevel.nnx.merge(counting(), jax.tree.map(lambda x: x.astype(jnp.bfloat16), of_counting())),
+        r"goal is bfloat16\[2\], but float32\[2\]",
+    ),
     "a problem of no module": (lambda: bilevel.nnx.merge(BY_HAND, None), "merge.problem=.*what bilevel.nnx.problem"),
     "nothing found": (lambda: bilevel.nnx.merge(counting(), {"outer": 1}), r"merge\(found=.*what run or fit returned"),
     "no key": (lambda: NOISY.inner_value(NOISY.start_inner(KEY, None), {"shift": 0.0}, None, None), "one, not None"),
@@ -885,6 +954,32 @@ def test_what_is_wrong_is_said_in_a_sentence(name):
     with pytest.raises(ValueError, match=message) as raised:
         build()
     assert "\n" not in str(raised.value)
+
+
+class Single(nnx.Module):
+    """A module as a newcomer writes it: of the dtypes that JAX has by itself."""
+
+    @under(rules_of_flax)
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(3, 1, rngs=rngs)
+        self.norm = nnx.BatchNorm(1, rngs=rngs)
+        self.decay, self.number = Outer(jnp.asarray(0.5)), nnx.BatchStat(jnp.asarray(3))
+
+    @under(rules_of_flax)
+    def __call__(self, x):
+        return self.norm(self.layer(x))[:, 0]
+
+
+def test_a_module_that_was_made_in_float32_is_checked_in_float64():
+    def loss(model, batch, key):
+        return squares(model, batch, key) + model.decay[...] * jnp.sum(model.layer.kernel[...] ** 2)
+
+    with jax.enable_x64(False), rules_of_flax():
+        problem = bilevel.nnx.problem(Single, loss, validation_loss)
+        assert problem.start_outer(KEY)["decay"].dtype == jnp.float32
+        batch = tuple(np.asarray(x, np.float32) for x in (X, Y))
+        checked = check_hypergradient(problem, Unrolled(SGD, 3), inner_data=batch, outer_data=batch)
+        assert checked.verdict == "exact", str(checked)
 
 
 def test_a_key_of_two_words_seeds_streams_too():
