@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from bilevel.problem.modules import InnerStart, ModuleLoss, OuterStart, divided, source
+from bilevel.problem.module_losses import InnerStart, ModuleLoss, OuterStart, source
+from bilevel.problem.modules import divided
 from bilevel.problem.problem import Problem
 from bilevel.settings.fields import checked, shown
 from bilevel.settings.rules import boolean, function, optional

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from bilevel.differentiation.tracing import (
     called,
     fresh,
+    is_cut,
     is_dropped,
     is_literal,
     is_loud,
@@ -154,7 +155,7 @@ def hidden_in(closed: Any, output: int) -> str | None:
 def _sealed(jaxpr: Any, around: str | None = None) -> str | None:
     for eqn in jaxpr.eqns:
         name = operation(eqn)
-        if name == "stop_gradient" and around:
+        if is_cut(eqn) and around:
             return around
         within = around or (None if name in _EDITED else name)
         if found := next(filter(None, (_sealed(inner, within) for inner in jaxprs(eqn.params))), None):
@@ -164,7 +165,7 @@ def _sealed(jaxpr: Any, around: str | None = None) -> str | None:
 
 def _holds_a_cut(jaxpr: Any) -> bool:
     within = (inner for eqn in jaxpr.eqns for inner in jaxprs(eqn.params))
-    return any(operation(eqn) == "stop_gradient" for eqn in jaxpr.eqns) or any(map(_holds_a_cut, within))
+    return any(map(is_cut, jaxpr.eqns)) or any(map(_holds_a_cut, within))
 
 
 def _copied(jaxpr: Any, own: Any, honoured: list[bool]) -> Any:
@@ -177,7 +178,7 @@ def _copied(jaxpr: Any, own: Any, honoured: list[bool]) -> Any:
     for eqn, of_own in zip(jaxpr.eqns, own.eqns, strict=True):
         eqns.append(of_own)
         name, atoms = operation(eqn), [_renamed(atom, same) for atom in eqn.invars]
-        if name == "stop_gradient":
+        if is_cut(eqn):
             same[eqn.outvars[0]] = atoms[0]
             continue
         bare = _bare(eqn) if name in _EDITED and any(map(_holds_a_cut, jaxprs(eqn.params))) else eqn
@@ -238,7 +239,7 @@ def _walked(jaxpr: Any, wanted: list[bool], if_read: Any, if_not: Any, *, is_cop
             outputs, inputs = _reading(eqn, outputs)
             change = functools.partial(_walked, if_read=if_read, if_not=if_not, is_copy=is_copy)
             new = _inside(eqn, lambda body, x=outputs, change=change: change(body, x[: len(body.outvars)]))
-        elif operation(eqn) == "stop_gradient":
+        elif is_cut(eqn):
             new = (if_read if any(outputs) else if_not)(eqn)
         eqns.append((eqn, new))
         inputs = inputs or [any(outputs)] * len(eqn.invars)

@@ -8,6 +8,7 @@ said before.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,25 @@ def operation(eqn: Any) -> str:
     """The name of an operation, the same for every release of JAX."""
     name: str = eqn.primitive.name
     return _OTHER_NAMES.get(name, name)
+
+
+_SRC = os.path.join(os.path.dirname(jax.__file__), "_src", "")
+_OF_FORMULAS = tuple(_SRC + part for part in ("nn/", "ops/", "numpy/", "scipy/", "lax/linalg.py"))
+
+
+def is_cut(eqn: Any) -> bool:
+    """Whether an operation is a `stop_gradient` that takes a part of a derivative away.
+
+    Those in JAX's own formulas do not: `logsumexp` stops the gradient of a maximum that cancels, and `solve` that of a
+    factorization whose derivative it knows otherwise. Which these are is told by where they were written.
+    """
+    if operation(eqn) != "stop_gradient":
+        return False
+    traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
+    frames = getattr(traceback, "frames", None) or []
+    names = [frame.function_name for frame in frames]
+    at = names.index("stop_gradient") + 1 if "stop_gradient" in names else len(frames)
+    return at >= len(frames) or not frames[at].file_name.startswith(_OF_FORMULAS)
 
 
 def is_on_host(aval: Any) -> bool:
@@ -116,7 +136,8 @@ def silent(closed: Any) -> Any:
 def _silent(jaxpr: Any) -> Any:
     def inside(value):
         if isinstance(value, tuple | list) and any(map(is_jaxpr, value)):
-            return type(value)(map(inside, value))
+            items = map(inside, value)
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, jex.ClosedJaxpr):
             return silent(value)
         return _silent(value) if isinstance(value, jex.Jaxpr) else value

@@ -657,13 +657,13 @@ def rematerialised(model, batch, key):
     return nnx.remat(lambda m: of_mean(m, batch, key))(model)
 
 
-def tested(model, batch, key):
+def after_training(model, batch, key):
     model.eval()
     return squares(model, batch, key) + jnp.mean((jnp.sum(batch[0] @ model.mean[...], 1) - batch[1]) ** 2)
 
 
 def trained_by_flax(loss, decay):
-    """What `tested` is after three steps, as flax trains."""
+    """What `after_training` is after three steps, as flax trains."""
     model = Averaged(nnx.Rngs(0))
     model.decay[...] = jnp.asarray(decay)
     filters = nnx.Param, (nnx.BatchStat, Average), ...
@@ -679,7 +679,7 @@ def trained_by_flax(loss, decay):
         params = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
         model = nnx.merge(graphdef, params, stats, rest, copy=True)
         model.train()
-    return tested(model, VALIDATION, None)
+    return after_training(model, VALIDATION, None)
 
 
 READING = [
@@ -698,7 +698,7 @@ READING = [
 @pytest.mark.parametrize("mode", ["mixed", "forward"])
 @pytest.mark.parametrize("loss", READING)
 def test_statistics_that_a_loss_reads_have_their_whole_derivative(loss, mode):
-    problem = bilevel.nnx.problem(Averaged, loss, tested, mutable=(nnx.BatchStat, Average))
+    problem = bilevel.nnx.problem(Averaged, loss, after_training, mutable=(nnx.BatchStat, Average))
     found = estimate(
         problem, Unrolled(optax.sgd(0.1), 3, mode=mode), None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY
     )
@@ -715,8 +715,8 @@ def test_what_is_logged_changes_no_derivative(hypergradient):
         return value, (model.norm.mean[...], jnp.sum(model.norm.var[...]), value)
 
     kinds = {"mutable": (nnx.BatchStat, Average)}
-    plain = bilevel.nnx.problem(Averaged, decayed, tested, **kinds)
-    noting = bilevel.nnx.problem(Averaged, logged, lambda *a: (tested(*a), None), has_aux=True, **kinds)
+    plain = bilevel.nnx.problem(Averaged, decayed, after_training, **kinds)
+    noting = bilevel.nnx.problem(Averaged, logged, lambda *a: (after_training(*a), None), has_aux=True, **kinds)
     arguments = None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY
     found, expected = (estimate(problem, hypergradient, *arguments) for problem in (noting, plain))
     assert_close(found.grad, expected.grad, 1e-13)
@@ -861,7 +861,7 @@ WRONG = {
     ),
     "statistics behind a rule of its own": (
         lambda: Unrolled(SGD, 3).estimate(
-            bilevel.nnx.problem(Averaged, cut_by_a_rule, tested, mutable=(nnx.BatchStat, Average)),
+            bilevel.nnx.problem(Averaged, cut_by_a_rule, after_training, mutable=(nnx.BatchStat, Average)),
             None, {"decay": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY,
         ),
         r"inside a custom_jvp_call that has a stop_gradient: mean \(Average\) would be carried on without a part",
@@ -885,11 +885,11 @@ WRONG = {
     ),
     "a stack of modules": (
         lambda: bilevel.nnx.merge(counting(), jax.tree.map(lambda x: jnp.stack([x, x]), of_counting())),
-        r"merge\(found=...\): goal is float32\[2,2\], but float32\[2\] in the module of this problem.*x\[0\]",
+        r"merge\(found=...\): goal is float64\[2,2\], but float64\[2\] in the module of this problem.*x\[0\]",
     ),
     "another dtype": (
         lambda: bilevel.nnx.merge(counting(), jax.tree.map(lambda x: x.astype(jnp.bfloat16), of_counting())),
-        r"goal is bfloat16\[2\], but float32\[2\]",
+        r"goal is bfloat16\[2\], but float64\[2\]",
     ),
     "a problem of no module": (lambda: bilevel.nnx.merge(BY_HAND, None), "merge.problem=.*what bilevel.nnx.problem"),
     "nothing found": (lambda: bilevel.nnx.merge(counting(), {"outer": 1}), r"merge\(found=.*what run or fit returned"),

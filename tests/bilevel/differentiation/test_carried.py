@@ -195,3 +195,24 @@ def test_a_cut_behind_a_rule_of_its_own_is_found(by):
     assert [hidden_in(closed, i) for i in range(3)] == [None, f"{by.__name__}_call", None]
     attended = jax.make_jaxpr(lambda w, s: (jnp.sum(w), jax.nn.softmax(w) + jax.nn.gelu(w)))(W, S)
     assert hidden_in(undetached(attended, [True, False]), 1) is None
+
+
+FORMULAS = {
+    "logsumexp": lambda w: jax.scipy.special.logsumexp(w),
+    "log_softmax": lambda w: jax.jit(jax.nn.log_softmax)(w)[0],
+    "solve": lambda w: jnp.sum(jnp.linalg.solve(jnp.diag(w) + 0.1, w)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_formula_of_jax_that_stops_a_gradient_is_no_cut(name):
+    def value(w, s):
+        result = FORMULAS[name](w)
+        return result, s + result
+
+    closed = jax.make_jaxpr(value)(W, S)
+    assert "stop_gradient" in str(closed) and str(undetached(closed, [True, False])) == str(closed)
+    # Nor is one handed to a function of JAX such a formula.
+    cut = lambda w, s: (jnp.sum(w), jax.tree.map(stop_gradient, [jax.vmap(stop_gradient)(w)]))  # noqa: E731
+    tree = jax.make_jaxpr(cut)(W, S)
+    assert "stop_gradient" not in str(undetached(tree, [True, False]))
