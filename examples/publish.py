@@ -67,6 +67,8 @@ def publish(name: str) -> None:
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
                 output.text = warnings_alone(output.text)
+            elif "text" in output:
+                output.text = within_the_column(output.text)
         cell.metadata = nbformat.NotebookNode()
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
@@ -83,7 +85,12 @@ def publish(name: str) -> None:
 def warnings_alone(text: str) -> str:
     """Warnings without the file and the line that they are from, in lines of the column's width."""
     said = re.sub(r"^\S+\.py:\d+: (?=\w+Warning: )(.*)\n(?:  .*\n?)?", r"\1\n", text, flags=re.MULTILINE)
-    return "\n".join(textwrap.fill(line, 100) for line in said.splitlines()) + "\n"
+    return within_the_column(said)
+
+
+def within_the_column(text: str) -> str:
+    """The same lines, none of them longer than the site's column is wide."""
+    return "".join(textwrap.fill(line, 100) + "\n" for line in text.splitlines())
 
 
 def keep_outputs(notebook: Any, path: Path) -> bool:

@@ -1,6 +1,7 @@
 """What the pages show is run, and what the package offers is on a page."""
 
 import json
+import pkgutil
 import re
 import subprocess
 import types
@@ -117,6 +118,14 @@ def test_every_public_name_is_in_the_reference_and_documented(module):
 def test_every_name_that_a_package_of_the_methods_exports_is_in_the_reference(module):
     found = re.findall(rf"^::: {re.escape(module.__name__)}\.(\w+)$", REFERENCE, re.MULTILINE)
     assert set(module.__all__) <= set(found)
+
+
+def test_the_reference_names_members_that_there_are():
+    """Of an entry with `members: [...]`; the site is not built without them."""
+    listed = re.findall(r"^::: ([\w.]+)\n(?:    .*\n)*?      members: \[([^\]]*)\]", REFERENCE, re.MULTILINE)
+    assert len(listed) > 10
+    members = [(path, name.strip()) for path, names in listed for name in names.split(",")]
+    assert not [f"{path}.{name}" for path, name in members if not hasattr(pkgutil.resolve_name(path), name)]
 
 
 def test_every_method_and_every_baseline_is_in_the_reference():
