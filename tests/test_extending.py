@@ -139,7 +139,7 @@ def copied(tmp: Path) -> Path:
     """The packages and their tests, under version control."""
     for folder in ("bilevel", "methods", "tests/bilevel", "tests/methods"):
         shutil.copytree(ROOT / folder, tmp / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/tiny.py"):
+    for file in ("pyproject.toml", "tests/__init__.py", "tests/conftest.py", "tests/installed.py", "tests/tiny.py"):
         shutil.copy(ROOT / file, tmp / file)
     call("git", "init", "--quiet", cwd=tmp)
     call("git", "add", ".", cwd=tmp)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from bilevel.differentiation.influence import StructuralZeroWarning, ZeroHypergradientWarning
+from bilevel.differentiation.loss_checks import traced_losses, warn_if_misplaced
 from bilevel.hypergradients.contract import traceable
 from bilevel.running.replay import asked_for
 
@@ -42,12 +43,15 @@ def warn_of_zeros(solver: Any, state: Any, data: Any, steps: int) -> None:
 
 
 def _by_construction(solver: Any, state: Any, data: Any) -> bool:
-    """Whether a trace of the estimate warns of a derivative that is 0 whatever the values are."""
+    """Whether a derivative is 0 whatever the values are: of the estimate, or of one of the losses."""
     hypergradient, asked = getattr(solver, "hypergradient", None), asked_for(solver, state, data)
     if hypergradient is None or not asked:
         return False
+    problem, inner_state, outer, inner_batches, outer_batch, key = asked
+    params, steps = None if inner_state is None else inner_state.params, hypergradient.steps
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warn_if_misplaced(traced_losses(problem, params, outer, inner_batches, outer_batch, key, steps))
         # A function of its own, so that it is traced, whatever has been traced before.
         jax.eval_shape(lambda *arguments: traceable(hypergradient).estimate(*arguments).grad, *asked)
     return any(issubclass(warning.category, StructuralZeroWarning) for warning in caught)

@@ -67,6 +67,16 @@ def test_what_is_zero_by_construction_is_said_once():
     assert {warning.category for warning in caught} == {bilevel.StructuralZeroWarning}
 
 
+def test_a_loss_that_reads_no_inner_variable_is_told_once():
+    constant = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - o) ** 2), lambda w, o, b, k: 0.0 * o + 1.0,
+        lambda key, o: jnp.zeros(3), lambda key: jnp.asarray(0.1),
+    )  # fmt: skip
+    with pytest.warns(bilevel.StructuralZeroWarning, match="outer_loss does not depend on inner") as caught:
+        bilevel.run(Nested(constant, Unrolled(*TRAINING), optax.sgd(0.1)), steps=3, progress=False)
+    assert {warning.category for warning in caught} == {bilevel.StructuralZeroWarning}
+
+
 @pytest.mark.parametrize("name", FLAT)
 def test_the_check_says_that_both_are_zero(name):
     check = check_hypergradient(alone(FLAT[name]), Unrolled(*TRAINING))
