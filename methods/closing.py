@@ -15,6 +15,8 @@ from rich.table import Table
 from methods import units
 
 NARROWEST = 60
+NAME = 10
+"""Columns that a model's name has at least."""
 LEFT = {
     "report.md": "the page, with figures",
     "adapter": "the adapter, in PEFT's format",
@@ -36,25 +38,35 @@ def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | No
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=None, highlight=False)
     if results:
-        console.print(_table(results))
+        tables = [_table(results, most) for most in (2, 1)]  # the page has all of the metrics
+        folded = max(max(map(len, results)) - NAME, 0)  # names are folded, all other columns stay whole
+        wide = Console(width=1000)
+        fitting = [table for table in tables if wide.measure(table).maximum - folded <= width]
+        console.print(fitting[0] if fitting else tables[-1])
     for name, what in LEFT.items():
         if (folder / name).exists():
             console.print(f"{folder / name}  ({what})", overflow="ignore", no_wrap=True, crop=False)
     return out.getvalue().rstrip()
 
 
-def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    metrics = list(next(iter(results.values()))["metrics"])
-    metrics = metrics[: 1 if any(len(name) > 12 for name in metrics) else 2]  # the page has them all
+def _table(results: Mapping[str, Mapping[str, Any]], most: int) -> Table:
+    """With so many metrics at most, and the interval of the one that has one."""
+    first, *others = map(str, next(iter(results.values()))["metrics"])
     # An interval stands beside the number that it is of, and nowhere else.
-    counted = all(units.share_of(row) == metrics[0] for row in results.values())
+    shares = {units.share_of(row) for row in results.values()}
+    share = shares.pop() if len(shares) == 1 else None
+    counted = share if share is not None and share in (first, *others) else None
+    shown = [first, counted, *others] if counted else [first, *others]
+    metrics = list(dict.fromkeys(shown))[:most]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold", min_width=10)
-    titles = [*metrics[:1], *(["95 % interval"] if counted else []), *metrics[1:]]
+    table.add_column("model", overflow="fold", min_width=NAME)
+    titles = [title for name in metrics for title in ([name, "95 % interval"] if name == counted else [name])]
     for title in ("layers", "parameters", *titles):
         table.add_column(title, justify="right", no_wrap=True)
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
-        told = [units.shown(metric, row["metrics"][metric]) for metric in metrics]
-        table.add_row(*cells, *told[:1], *([units.interval(row)] if counted else []), *told[1:])
+        for metric in metrics:
+            cells.append(units.shown(metric, row["metrics"][metric]))
+            cells += [units.interval(row)] if metric == counted else []
+        table.add_row(*cells)
     return table

@@ -290,9 +290,12 @@ def test_the_table_at_the_end_fits_the_window(tmp_path):
         assert max(map(len, said.splitlines()[:-2])) <= width
         assert "50.0" in said and "40.0 to 60.0" in said and "123,456" in said and str(tmp_path / "adapter") in said
         assert "config.yaml" not in said
-    said = closing.text(tmp_path, {"flexora": texts | {"accuracy": accuracy}}, 80)
-    assert "1.234" in said or "1.235" in said
-    assert "perplexity" in said and "interval" not in said
+    for width, columns in ((80, ["loss", "exact", "95", "%", "interval"]), (60, ["loss"])):
+        said = closing.text(tmp_path, {"flexora": texts | {"accuracy": accuracy}}, width)
+        assert said.split("\n")[1].split()[3:] == columns and ("40.0 to 60.0" in said) == ("exact" in said)
+        assert "1.234" in said or "1.235" in said
+    said = closing.text(tmp_path, {"flexora": texts}, 80)
+    assert said.split("\n")[1].split()[3:] == ["loss", "perplexity"]
     assert closing.text(tmp_path, {}, 80).startswith(str(tmp_path / "report.md"))
     # An interval stands right of the metric that it is of: CoLA's is of accuracy, and not of Matthews' correlation.
     said = closing.text(tmp_path, {"x": plain | {"metrics": {"matthews": 0.05}}}, 80)
