@@ -35,7 +35,7 @@ from rich.table import Table
 
 import bilevel
 from benchmarks.lora.planted import auroc
-from benchmarks.record import Record, Row
+from benchmarks.record import Record, Row, short
 from methods import allocate, figures, flexora, lora, models
 from methods.adapters.lora import LoRAConfig
 from methods.objective import Given, of_hook
@@ -191,12 +191,18 @@ def judged(hidden: Hidden, there: np.ndarray, score: np.ndarray) -> Row:
 
 
 def measure(hidden: Hidden, record: Record) -> None:
-    """Adds a row for each way and seed that the record lacks."""
+    """Adds a row for each way and seed that the record lacks.
+
+    Raises:
+      SystemExit: if the record holds another model or other settings, whose rows these would be mixed with.
+    """
+    asked = {name: value for name, value in dataclasses.asdict(hidden).items() if name not in ("model", "out", "seeds")}
+    if len(record.find(model=hidden.model.stem, settings=short(asked))) != len(record.rows):
+        raise SystemExit(f"{record.path} is of another model, or of other settings: name another folder with --out.")
     left = [seed for seed in range(hidden.seeds) if not record.find(seed=seed)]
     if not left:
         return
     pretrained = models.load(hidden.model)
-    asked = {name: value for name, value in dataclasses.asdict(hidden).items() if name not in ("model", "out", "seeds")}
     for seed in left:
         begun, key = time.perf_counter(), jax.random.key(seed)
         drawn = draw(hidden, pretrained, key)

@@ -39,7 +39,7 @@ class Smoothness:
       rounding: what a nudge of `outer` by a last digit moves of the trained variable, which is rounding and what
         training makes of it, as a share of what a step moves; above 0.05 the scores say nothing.
       loss_rounding: the same of the outer loss; above 0.05 `error` says nothing.
-      precision: the dtype in which the training was computed.
+      precision: the dtype of the trained variable, the coarsest where there are several.
 
     Examples:
       >>> import bilevel, optax
@@ -103,7 +103,7 @@ class Smoothness:
             )
         missed = f"it misses the change of the outer loss by {100 * self.error:.3g} %"
         if drowned:
-            missed = f"the change of the outer loss is too small beside its rounding in {self.precision} to say more"
+            missed = "the change of the outer loss is too small beside its rounding to say more"
         return f"Smoothness {self.score:.2f} at steps of {self.step:g} ({where}): {meaning}; {missed}."
 
 
@@ -197,10 +197,12 @@ def measured(
 
     moving, fixed = partition(outer)
     free, slope = bijectors.free_gradient(problem.domain, moving, grad)
-    value, params = _look(trained(outer))
+    start_loss, start_params = trained(outer)
+    value, params = _look((start_loss, start_params))
     nudged = combine(bijectors.natural(problem.domain, jax.tree.map(_nudge, free)), fixed)
-    precision = jnp.result_type(*jax.tree.leaves(free))
-    eps, noise = float(jnp.finfo(precision).eps), _moved(value, params, *_look(trained(nudged)))
+    # Leaves may be of several precisions: the coarsest rounds most.
+    precision, eps = _coarsest(start_params if jax.tree.leaves(start_params) else free)
+    noise, loss_eps = _moved(value, params, *_look(trained(nudged))), _coarsest(start_loss)[1]
     scores, foretold, found, moves = [], [], [], []
     for number in range(directions):
         direction = _normal(jax.random.fold_in(jax.random.clone(key), number), free)
@@ -211,17 +213,24 @@ def measured(
 
         (first, near), (_, far) = (_look(trained(at(times))) for times in (1.0, 2.0))
         scores.append(_agreement(params, near, far))
-        foretold.append(step * _look(jax.tree.reduce(jnp.add, jax.tree.map(_product, slope, direction), 0.0)))
+        foretold.append(step * sum(map(_look, jax.tree.leaves(jax.tree.map(_product, slope, direction)))))
         found.append(first - value)
         # No rounding is smaller than a unit in the last place, of those numbers that move.
-        last = eps * np.array([abs(value), np.abs(params[near != params]).sum()])
+        last = np.array([loss_eps * abs(value), eps * np.abs(params[near != params]).sum()])
         moves.append((_moved(value, params, first, near), np.maximum(noise, last)))
     moved, noise = np.mean(moves, axis=0)
     # Where the outer loss does not move at all, it was foretold to move by less than a last digit.
     moved[0] = moved[0] or np.abs(foretold).mean()
     of_loss, of_params = np.divide(noise, moved, out=np.zeros(2), where=moved > 0)
     lists = np.asarray(scores), float(step), np.asarray(foretold), np.asarray(found)
-    return Smoothness(*lists, float(of_params), float(of_loss), str(precision))
+    return Smoothness(*lists, float(of_params), float(of_loss), precision)
+
+
+def _coarsest(tree: PyTree) -> tuple[str, float]:
+    """The dtype of the leaves of a tree that rounds most, and its unit in the last place of 1."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(tree)]
+    coarsest = max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
+    return str(coarsest), float(jnp.finfo(coarsest).eps)
 
 
 def _moved(value: float, params: np.ndarray, other: float, others: np.ndarray) -> np.ndarray:

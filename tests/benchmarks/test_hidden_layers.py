@@ -63,6 +63,8 @@ def test_it_runs_goes_on_where_it_was_and_says_what_was_found(small, capsys, tmp
     again = [json.loads(line) for line in rows.read_text().splitlines()]
     assert again[: len(kept)] == kept and len(again) == 2 * len(kept)
     assert "(2 draws)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is of another model, or of other settings: name another folder"):
+        main(dataclasses.replace(small, size=0.2))
     none = tmp_path / "none.jsonl"
     figure, page = report.write(tmp_path / "docs", none, none, none, rows)
     text = page.read_text()

@@ -167,3 +167,14 @@ def test_a_movement_that_drowns_in_rounding_gives_no_verdict(precision):
     else:
         assert found.is_undecided and not found.is_smooth
         assert "undecided" in str(found) and "rounding in float32" in str(found) and "misses" not in str(found)
+
+
+def test_leaves_of_several_precisions_are_as_good_as_the_coarsest():
+    problem = bilevel.Problem(
+        lambda w, o, b, k: sum(jnp.sum((w[n] - o[n]) ** 2).astype(jnp.float32) for n in o),
+        lambda w, o, b, k: sum(jnp.sum((w[n] - 1) ** 2).astype(jnp.float32) for n in o),
+        lambda key, o: jax.tree.map(jnp.zeros_like, o),
+        lambda key: {"wide": jnp.full(3, 0.3), "narrow": jnp.full(3, 0.3, jnp.bfloat16)},
+    )
+    found = bilevel.smoothness(problem, Unrolled(optax.sgd(0.25), 3), step=1.0)
+    assert found.precision == "bfloat16" and found.rounding > 1e-3
