@@ -76,7 +76,7 @@ def _parsed(command: Any, name: str, cls: type, default: Any, preset: str, words
         outside = reading("The command line", f"bilevel {name} --help lists what it takes")
         with outside, contextlib.redirect_stderr(said):
             found = tyro.cli(
-                _grouped(cls, default, command.presets, preset),
+                _grouped(cls, default, command.presets, preset, name),
                 args=words,
                 prog=f"bilevel {name}",
                 description=(cls.__doc__ or "").split("\n")[0],
@@ -93,12 +93,15 @@ def _parsed(command: Any, name: str, cls: type, default: Any, preset: str, words
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
-def _grouped(cls: type, default: Any, presets: Mapping[str, Mapping[str, Any]], preset: str) -> type:
-    """A dataclass of one dataclass a group, each with the fields, defaults and words of help of its group."""
+def _grouped(cls: type, default: Any, presets: Mapping[str, Mapping[str, Any]], preset: str, command: str) -> type:
+    """A dataclass of one dataclass a group, each with the fields, defaults and words of help of its group.
+
+    What stands in no group is the command's own, and its group is called like the command.
+    """
     hints, helped = ranges.hints(cls), _helps(cls)
     titles = {title: [name for name in hints if name in _names(group)] for title, group in GROUPS.items()}
     shared = [name for names in titles.values() for name in names]
-    own = {cls.__name__.removesuffix("Settings").lower(): [name for name in hints if name not in shared]}
+    own = {command.replace("-", "_"): [name for name in hints if name not in shared]}
     order = [*list(titles.items())[:2], *own.items(), *list(titles.items())[2:]]
     parts, filled = [], [(title, names) for title, names in order if names]
     for title, names in filled:
@@ -106,7 +109,7 @@ def _grouped(cls: type, default: Any, presets: Mapping[str, Mapping[str, Any]], 
             (name, _unshown(hints[name], getattr(default, name)), dataclasses.field(default=getattr(default, name)))
             for name in names
         ]
-        about = {name: helped[name] for name in names}
+        about = {name: _agreeing(helped[name], getattr(default, name)) for name in names}
         if title == filled[-1][0] and issubclass(cls, Settings):
             named = Annotated[str, ranges.one_of(presets)]
             fields += [("config", _unshown(str | None, None), None), ("preset", named, preset)]
@@ -129,6 +132,12 @@ def _about_all(presets: Mapping[str, Mapping[str, Any]], preset: str) -> dict[st
         "beside it count more.",
         "preset": f"other defaults for what is not given; shown here are those of {preset}. {changes}.",
     }
+
+
+def _agreeing(text: str, default: Any) -> str:
+    """Words of help that agree with the default shown behind them: "by default" tells what None means, and where a
+    preset gives another default, the two would contradict each other."""
+    return text if default in (None, ()) else text.replace("by default", "with None")
 
 
 def _unshown(hint: Any, default: Any) -> Any:

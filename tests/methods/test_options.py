@@ -43,13 +43,24 @@ def test_the_help_fits_80_columns_and_names_everything(name, monkeypatch, capsys
         assert flat.startswith("usage: bilevel report [-h] RUN [RUN ...] [--out PATH]")
         return
     flat = re.sub(r"[│╭╮╰╯─\s]+", " ", shown)
-    for group in (*settings.GROUPS, command.settings.__name__.removesuffix("Settings").lower()):
+    for group in (*settings.GROUPS, name):
         assert f"{group} options" in flat or name == "lora", group
     assert all(task in flat for task in (*TASKS, *FORMATS))
     for preset, values in command.presets.items():
         shown_of = flat.partition(f" {preset}: ")[2]
         assert all(f"{option.replace('_', '-')} " in shown_of for option in values), preset
     assert "(default: None)" not in flat, flat[flat.find("(default: None)") - 200 :][:220]
+
+
+@pytest.mark.parametrize("name", sorted(set(cli.COMMANDS) - {"report"}))
+def test_the_help_of_an_option_tells_one_default(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    for preset in cli.import_module(cli.COMMANDS[name].module).COMMAND.presets:
+        assert cli.run([name, "--preset", preset, "--help"]) == 0
+        flat = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out)
+        options = re.split(r" (?=--[a-z])", flat)
+        both = [told for told in options if "by default" in told and "(default: " in told]
+        assert not both, both
 
 
 def test_every_option_has_words_of_help():
