@@ -120,7 +120,7 @@ def _allocation(scores: Record, ranks: Record, real: Record) -> Iterator[Headlin
     parts = []
     for variant in dict.fromkeys(row["variant"] for row in scores.rows):
         found = allocation.measures(scores, variant)
-        shown = ("UD, K = 20", "first order, K = 20", "LoRA-drop, K = 20", "grad-norm, K = 0")
+        shown = ("UD, K = 20", "halved, K = 4", "first order, K = 20", "LoRA-drop, K = 20", "grad-norm, K = 0")
         parts.append(f"{variant}: " + ", ".join(f"{name} {np.mean(found[name]['auroc']):.2f}" for name in shown))
     yield Headline(
         "Which modules: planted answers",

@@ -4,9 +4,9 @@ A unit is a layer, a module (a linear of a layer) or a group of rank-one compone
 score, and the budget goes to those with the largest score for their cost (`bilevel.allocate`), exactly: what is left
 of it pays for no other unit. There are two scores.
 
-*hypergradient*. Outer variable: s, a number a unit, at 0 in the beginning; the unit's part of LoRA's update is
-multiplied by 1 + s. The inner loss trains LoRA for K steps from the same start, and plain gradient descent on the
-validation loss through these steps moves the scores,
+*hypergradient*. LoRA is first trained on all modules. Outer variable: s, a number a unit, at 0 in the beginning; the
+unit's part of LoRA's update is multiplied by 1/2 + s. The inner loss trains LoRA for K more steps, from that same start
+in every outer step, and plain gradient descent on the validation loss through these steps moves the scores,
 
 $$ s \leftarrow s - \eta\, \frac{d}{ds} L_{val}(\theta_K(s), s), $$
 
@@ -16,13 +16,16 @@ so that for a small rate eta they are the sum of the hypergradients of all outer
 singular value of its module's update, what of the update would be lost without it, and that of a module or layer the
 sum over its components.
 
-Ranks need components that mean something. A fresh LoRA's do not: what a module learns is spread over all of them. So
-they are taken in the basis of singular vectors of a trained update, A = U S^(1/2) and B = S^(1/2) V^T, which is the
-same update, for the hypergradient too. There a component is multiplied by 1/2 + s: where it is whole, the training has
-left nothing to gain by more of it, and the derivative says nothing; at half of it the derivative is what is lost
-without it, by the midpoint rule: L(0) - L(1) is minus the integral of dL/dg over the gate g. The K steps through which
-it is taken have a tenth of the rate, since a fresh Adam's first steps are of full length and would make up for the half
-that is missing. What both find where the answer is known is in `benchmarks/lora/planted_ranks`.
+Why half? Where a unit is whole, the training has left nothing to gain by more of it, and the derivative says nothing;
+at half of it the derivative is what is lost without it, by the midpoint rule: L(0) - L(1) is minus the integral of
+dL/dg over the gate g. A fresh LoRA, B = 0, says less: what a layer is worth after its first steps. The K steps through
+which the derivative is taken have a tenth of the rate, since a fresh Adam's first steps are of full length and would
+make up for the half that is missing.
+
+Ranks need components that mean something. What a module learns is spread over all of those that it was trained with.
+So they are taken in the basis of singular vectors of the update, A = U S^(1/2) and B = S^(1/2) V^T, which is the same
+update. What both scores find where the answer is known is in `benchmarks/lora/planted_ranks`, for layers and modules in
+`benchmarks/lora/planted_scores` and `benchmarks/lora/hidden_layers`.
 
 The rule that a budget of rank-one parts is spent by their importance is AdaLoRA's (Zhang et al. 2023, arXiv
 2303.10512), which measures the importance in the training loss, during the training.
@@ -47,7 +50,7 @@ from methods import budget, figures, flexora, lora, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.adapters.peft import peft_settings
 from methods.bench import Bench, check_rank
-from methods.driver import Arm, Chosen, Later, Method, Search, Tried, searching
+from methods.driver import BATCH, Arm, Chosen, Later, Method, Tried, larger, over_batches, searching
 from methods.objective import Given
 from methods.pages import Page, Run, number
 from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone, one_of
@@ -58,9 +61,9 @@ from methods.tasks import METRICS
 SCORES = ("hypergradient", "singular-values")
 """What a unit may be ranked by."""
 HALF, SLOWER = 0.5, 0.1
-"""What a rank-one component is multiplied by where its score is 0, and the rate through which it is scored."""
+"""What a unit is multiplied by where its score is 0, and the share of the rate through which it is scored."""
 START = "start"
-"""The file of the parameters from which ranks are scored."""
+"""How the file of the parameters from which units are scored begins."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class AllocateSettings(Settings):
       score: what a unit is worth: the sum of hypergradients, or the singular values of what a training learned.
       max_rank: most that a module can get where ranks are searched; by default twice --rank.
       group: ranks that are given or not together.
-      warmup_steps: training steps whose update is taken apart into singular vectors.
+      warmup_steps: training steps whose update is taken apart into units.
       inner_steps: K, training steps that the validation loss is differentiated through.
       outer_steps: hypergradients that are summed.
       inner_lr: learning rate of LoRA in the search (Adam).
@@ -150,8 +153,6 @@ def unused(settings: AllocateSettings) -> dict[str, str]:
     by_values = settings.score == "singular-values"
     if settings.budget_params is None:
         found |= dict.fromkeys(("max_rank", "group"), "without --budget-params no ranks are searched")
-        if not by_values:
-            found["warmup_steps"] = "hypergradients of modules and layers begin at a fresh LoRA"
     if by_values:
         search = ("inner_steps", "outer_steps", "outer_lr")
         found |= dict.fromkeys(search, "--score singular-values takes no hypergradient")
@@ -183,19 +184,19 @@ def check_model(settings: Any, config: Any, lora_config: LoRAConfig) -> None:
 def gates(settings: Any, scores: budget.Units) -> Any:
     """LoRA's gates of some scores: `[L]`, `{site: [L]}`, or `{site: [L, r]}`."""
     if settings.per == "layer":
-        return 1.0 + scores[budget.LAYERS]
+        return HALF + scores[budget.LAYERS]
     if settings.per == "module":
-        return {site: 1.0 + score for site, score in scores.items()}
+        return {site: HALF + score for site, score in scores.items()}
     return {site: HALF + jnp.repeat(score, settings.group, axis=1) for site, score in scores.items()}
 
 
-def problem(settings: Any, given: Given, start: Any = None) -> bilevel.Problem:
+def problem(settings: Any, given: Given, start: Any) -> bilevel.Problem:
     """The bilevel problem whose outer variable are the scores.
 
     Args:
       settings: as from `used`.
       given: the model and its loss, with LoRA at the rank of the search.
-      start: parameters that every outer step trains from; None draws fresh ones.
+      start: trained parameters, from which every outer step goes on.
     """
 
     def loss(weights, params, scores, batch, key):
@@ -203,8 +204,8 @@ def problem(settings: Any, given: Given, start: Any = None) -> bilevel.Problem:
 
     prices = budget.costs(settings, given.config.site_shapes(), given.sites, given.num_layers)
     both = jax.tree_util.Partial(loss, given.weights)
-    begin = lambda key, scores: given.start(key) if start is None else start  # noqa: E731
-    return bilevel.Problem(both, both, begin, lambda key: {name: jnp.zeros(p.shape) for name, p in prices.items()})
+    none = lambda key: {name: jnp.zeros(price.shape) for name, price in prices.items()}  # noqa: E731
+    return bilevel.Problem(both, both, lambda key, scores: start, none)
 
 
 def rotated(params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str, jax.Array]]:
@@ -232,10 +233,9 @@ def rotated(params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str
     return found
 
 
-def solver(settings: Any, given: Given, start: Any = None) -> bilevel.Nested:
+def solver(settings: Any, given: Given, start: Any) -> bilevel.Nested:
     """The search as a solver."""
-    rate = settings.inner_lr * (SLOWER if settings.per == "rank" else 1.0)
-    estimator = bilevel.Unrolled(optax.adam(rate), settings.inner_steps, checkpoint="step")
+    estimator = bilevel.Unrolled(optax.adam(SLOWER * settings.inner_lr), settings.inner_steps, checkpoint="step")
     return bilevel.Nested(
         problem(settings, given, start), estimator, optax.sgd(settings.outer_lr), inner_start="cold"
     )
@@ -247,24 +247,22 @@ class Scored(NamedTuple):
     outer: budget.Units
 
 
-def searches(settings: AllocateSettings, bench: Bench) -> list[Search | Later]:
+def searches(settings: AllocateSettings, bench: Bench) -> list[Later]:
     """One for each seed; the history has the scores after every outer step."""
     setup = used(settings)
     wide = widened(setup, bench) if setup.per == "rank" else bench
 
-    def later(number: int) -> Search | Later:
+    def later(number: int) -> Later:
         name, key = f"search-{number}" if number else "search", jax.random.fold_in(jax.random.key(setup.seed), number)
 
-        def made(start: Any) -> Search:
+        def made(found: Any, folder: RunFolder) -> Any:
+            start = _start(setup, wide, folder, name, key)
+            if setup.score == "singular-values":
+                return Scored(energies(setup, start["lora"]))
             each = solver(setup, wide.given(), start)
             return searching(setup, wide, each, name=name, key=key, record=lambda state: state.outer)
 
-        def begun(folder: RunFolder) -> Any:
-            return _start(setup, wide, folder, f"{START}-{number}", key)
-
-        if setup.score == "singular-values":
-            return lambda found, folder: Scored(energies(setup, begun(folder)["lora"]))
-        return (lambda found, folder: made(begun(folder))) if setup.per == "rank" else made(None)
+        return made
 
     return [later(number) for number in range(setup.searches)]
 
@@ -291,21 +289,21 @@ def widened(settings: Any, bench: Bench) -> Bench:
     return bench._replace(lora=dataclasses.replace(bench.lora, rank=settings.max_rank, alpha=alpha))
 
 
-def _start(settings: Any, bench: Bench, folder: RunFolder, name: str, key: jax.Array) -> Any:
-    """Parameters after the first steps of training on all modules, rotated; kept in the run folder."""
-    given = bench.given()
+def _start(settings: Any, bench: Bench, folder: RunFolder, search: str, key: jax.Array) -> Any:
+    """Parameters after the first steps of training on all modules, rotated; kept in the run folder until its end."""
+    given, name = bench.given(), f"checkpoints/{START}-{search}"
     like = jax.eval_shape(given.start, key)
     if not (folder.path / f"{name}.safetensors").is_file():
         plain = lora.problem(given)
         trained = bilevel.fit(
-            plain,
+            dataclasses.replace(plain, inner_loss=over_batches(plain.inner_loss, settings, bench)),
             lora.everywhere(given),
             optimizer=optax.adam(settings.inner_lr),
-            data=bilevel.Batches(bench.train, settings.batch_size),
+            data=larger(bilevel.Batches(bench.train, settings.batch_size), settings.accumulate, BATCH),
             steps=settings.warmup_steps,
             key=key,
             progress=not settings.quiet,
-            title=f"warm-up, {name}",
+            title=f"warm-up of {search}",
             sharding=bench.sharding,
         ).inner.params
         folder.write_arrays(name, trained | {"lora": rotated(trained["lora"])})
@@ -406,10 +404,11 @@ def page(run: Run) -> Page:
     rest = "" if selection["spent"] == setup.budget else "; the rest pays for no other"
     paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent{rest}."
     found = f"{paid}\n\n" + "\n".join(lines)
-    steps = number(setup.inner_steps, "training step")
+    steps, learned = (number(count, "training step") for count in (setup.inner_steps, setup.warmup_steps))
     taken = {
-        "hypergradient": f"sums of {number(setup.outer_steps, 'hypergradient')} through {steps}",
-        "singular-values": f"squared singular values of what {setup.warmup_steps} training steps learned",
+        "hypergradient": f"sums of {number(setup.outer_steps, 'hypergradient')} through {steps}, at half of what "
+        f"{learned} taught LoRA",
+        "singular-values": f"squared singular values of what {learned} taught LoRA",
     }[setup.score]
     times = "those of one search" if setup.searches == 1 else f"the mean of {setup.searches} that differ in their seed"
     trust = f"The scores are {taken}, {times}. {_agreed(setup, selection)}"

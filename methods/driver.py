@@ -51,6 +51,7 @@ class Search(NamedTuple):
     record: Callable[[Any], dict[str, Any]] | None = None
 
 
+BATCH, OUTER_BATCH = "--batch-size", "--outer-batch-size"
 Later = Callable[[Sequence[Any], RunFolder], Any]
 """A `Search` that is made of the results of those before it and of what it keeps in the run folder, or its result."""
 
@@ -186,6 +187,9 @@ class Method:
         for each in searches:  # what does not fit is refused before anything is written
             if isinstance(each, Search):
                 jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
+            else:  # it is made later, and as a rule of these rows
+                larger(bilevel.Batches(bench.train, setup.batch_size), setup.accumulate, BATCH)
+                larger(bilevel.Batches(bench.outer, setup.outer_batch_size), setup.accumulate, OUTER_BATCH)
         folder = open_run(setup, bench, found)
         if command and not (folder.path / configuration.FILE).exists():
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
@@ -248,29 +252,41 @@ def accumulated(each: Search, settings: Settings, bench: Bench) -> Search:
     Raises:
       ValueError: if there are not so many rows.
     """
-    count = settings.accumulate
-    if count == 1:
+    if settings.accumulate == 1:
         return each
+    problem = each.solver.problem
+    losses = {name: over_batches(getattr(problem, name), settings, bench) for name in ("inner_loss", "outer_loss")}
+    solver = dataclasses.replace(each.solver, problem=dataclasses.replace(problem, **losses))
+    return each._replace(
+        solver=solver,
+        inner_data=larger(each.inner_data, settings.accumulate, BATCH),
+        outer_data=larger(each.outer_data, settings.accumulate, OUTER_BATCH),
+    )
+
+
+def over_batches(loss: Any, settings: Settings, bench: Bench) -> Any:
+    """A loss over `--accumulate` batches at once, with the memory of one."""
+    if settings.accumulate == 1:
+        return loss
     # The mean over all answer tokens is that of the batches' means, each counted by its tokens.
     by_rows = bench.head is not None or bench.row_means
     weight = None if by_rows else lambda batch: getattr(batch, "rows", batch).answer_mask.sum()
-    problem = each.solver.problem
-    losses = {
-        name: bilevel.MicroBatches(getattr(problem, name), count, weight=weight)
-        for name in ("inner_loss", "outer_loss")
-    }
-    larger = {}
-    for name, option in (("inner_data", "--batch-size"), ("outer_data", "--outer-batch-size")):
-        data = getattr(each, name)
-        rows = len(jax.tree.leaves(data.arrays)[0])
-        if count * data.size > rows:
-            raise ValueError(
-                f"--accumulate {count} batches of {option} {data.size} are more than the {rows} rows they are drawn "
-                "from: lower one of the two, or give more rows."
-            )
-        larger[name] = type(data)(data.arrays, count * data.size)
-    solver = dataclasses.replace(each.solver, problem=dataclasses.replace(problem, **losses))
-    return each._replace(solver=solver, **larger)
+    return bilevel.MicroBatches(loss, settings.accumulate, weight=weight)
+
+
+def larger(data: Any, count: int, option: str) -> Any:
+    """Batches of `count` times as many rows.
+
+    Raises:
+      ValueError: if there are not so many rows; `option` is what the size of a batch was given by.
+    """
+    rows = len(jax.tree.leaves(data.arrays)[0])
+    if 1 < count and count * data.size > rows:
+        raise ValueError(
+            f"--accumulate {count} batches of {option} {data.size} are more than the {rows} rows they are drawn "
+            "from: lower one of the two, or give more rows."
+        )
+    return type(data)(data.arrays, count * data.size)
 
 
 def search(

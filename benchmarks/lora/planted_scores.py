@@ -5,6 +5,8 @@ for K steps of Adam, then scores every module with all of them on. The unit of c
 inner batch; a Hessian-vector product counts 2.07, a forward pass a third, an outer batch by its rows:
 
     UD-K           d L_val / d gate through the K steps             3.07 K + 4
+    halved         the same as in `bilevel allocate`: one training of half the budget, from which every repetition
+                   begins, with gates of 1/2 in place of 1, through K steps of a tenth of the rate
     implicit       the same at the end of training, GMRES           K + 2.07 K (vectors + 2) + 4
     first order    the same, training held constant                 K + 4
     grad-norm      K = 0 is the published one, of the gradient over all training rows; else K + 4
@@ -45,36 +47,45 @@ from benchmarks.lora.planted import auroc
 from benchmarks.lora.planted_task import QUICK, Setup, Task, ablations, divergence, draw, make_task
 from benchmarks.record import Record, Row, clock, seconds_left
 from bilevel.extend import resolve
-from methods import proxies
+from methods import allocate, proxies
 from methods.baselines.lora_drop import output_norms
 from methods.models.decoder import Decoder
 
 VARIANTS = {"layers": Setup(), "single modules": Setup(per="module", planted=5, effect=0.03, rows=256)}
 UNROLLS = (5, 20, 50)
+HALVED = 4
+"""K of the score at half of a training: as many steps as `bilevel allocate` takes by itself."""
 BUDGET = 640
 """Inner gradients a score may spend."""
 HVP = 2.07
+ESTIMATED = ("UD", "halved", "implicit", "first order")
+"""Scores that are hypergradients, and train by themselves."""
 KRYLOV = 3
 """Vectors of GMRES: the Hessian is indefinite where training has hardly left the saddle B = 0, which is not for CG."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A score: its name, K, and what a repetition costs."""
+    """A score: its name, K, what a repetition costs, and what is trained before all of them."""
 
     name: str
     steps: int
     cost: float
+    first: int = 0
 
     @property
     def label(self) -> str:
         return f"{self.name}, K = {self.steps}"
 
 
-def arms(setup: Setup, unrolls: tuple[int, ...]) -> list[Arm]:
+def arms(setup: Setup, unrolls: tuple[int, ...], budget: int) -> list[Arm]:
     """All scores."""
     outer = setup.outer_batch / setup.batch
-    found = [Arm("grad-norm", 0, setup.rows / setup.batch)]
+    few = min(HALVED, *unrolls)
+    found = [
+        Arm("grad-norm", 0, setup.rows / setup.batch),
+        Arm("halved", few, (1 + HVP) * few + outer, first=budget // 2),
+    ]
     for k in unrolls:
         found += [
             Arm("UD", k, (1 + HVP) * k + outer),
@@ -90,7 +101,7 @@ def arms(setup: Setup, unrolls: tuple[int, ...]) -> list[Arm]:
 
 def repeated(arm: Arm, budget: int) -> int:
     """How often the budget pays for an arm; once for the one that sees all rows."""
-    return max(1, int(budget / arm.cost)) if arm.steps else 1
+    return max(1, int((budget - arm.first) / arm.cost)) if arm.steps else 1
 
 
 def problem(setup: Setup, task: Task) -> bilevel.Problem:
@@ -103,16 +114,18 @@ def problem(setup: Setup, task: Task) -> bilevel.Problem:
     return bilevel.Problem(loss, loss, lambda key, gates: setup.start_lora(key), lambda key: everything_on(setup))
 
 
-def everything_on(setup: Setup) -> dict[str, jax.Array]:
-    return {site: jnp.ones(setup.layers) for site in setup.lora.targets}
+def everything_on(setup: Setup, gate: float = 1.0) -> dict[str, jax.Array]:
+    return {site: jnp.full(setup.layers, gate) for site in setup.lora.targets}
 
 
 def scorer(arm: Arm, setup: Setup, task: Task) -> Any:
     """The arm as a score of `methods.proxies`, called at trained parameters."""
     optimizer = optax.adam(setup.adam)
-    if arm.name in ("UD", "implicit", "first order"):
+    slower = optax.adam(allocate.SLOWER * setup.adam)
+    if arm.name in ESTIMATED:
         estimator = {
             "UD": lambda: bilevel.Unrolled(optimizer, arm.steps, checkpoint="none"),
+            "halved": lambda: bilevel.Unrolled(slower, arm.steps, checkpoint="none"),
             "implicit": lambda: bilevel.Implicit(
                 optimizer, arm.steps, linear_solver=bilevel.GMRES(restart=KRYLOV, max_steps=KRYLOV), damping=0.1
             ),
@@ -136,14 +149,19 @@ def scorer(arm: Arm, setup: Setup, task: Task) -> Any:
 def scores(setup: Setup, arm: Arm, budget: int, task: Task, key: jax.Array) -> jax.Array:
     """`[units]`, the mean over the repetitions that the budget pays for."""
     here, on, score = problem(setup, task), everything_on(setup), scorer(arm, setup, task)
-    trainer = bilevel.FirstOrder(optax.adam(setup.adam), max(1, arm.steps))
+    trainer = bilevel.FirstOrder(optax.adam(setup.adam), arm.first or max(1, arm.steps))
+    trained = None
+    if arm.first:  # every repetition begins where one training ended, at half of what it learned
+        batches = draw(task.train, jax.random.fold_in(key, 1), arm.first, setup.batch)
+        trained = trainer.solve(here, None, on, batches, jax.random.fold_in(key, 2)).params
+        on = everything_on(setup, allocate.HALF)
 
     def repeat(key):
         start, inner_key, outer_key = jax.random.split(key, 3)
         inner = draw(task.train, inner_key, max(1, arm.steps), setup.batch)
         outer = draw(task.val, outer_key, setup.outer_batch) if arm.steps else task.train
-        params = setup.start_lora(start)
-        if arm.steps and arm.name not in ("UD", "implicit", "first order"):
+        params = setup.start_lora(start) if trained is None else trained
+        if arm.steps and arm.name not in ESTIMATED:
             params = trainer.solve(here, None, on, inner, start).params
         return setup.gather(score(here, params, on, inner, outer, start))
 
@@ -176,7 +194,7 @@ def measure(setup: Setup, budget: int, seed: int, name: str, arm: Arm | None) ->
         found = {name: np.random.default_rng(seed).normal(size=setup.units)}
     else:
         found = {name: np.asarray(scores(setup, arm, budget, task_of(setup, seed), _key(12, seed)), np.float64)}
-        cost = repeated(arm, budget) * arm.cost
+        cost = arm.first + repeated(arm, budget) * arm.cost
     if not all(np.isfinite(values).all() for values in found.values()):
         raise FloatingPointError(f"{name}, seed {seed}, is NaN or infinite: it ranks nothing.")
     seconds = time.monotonic() - begun
@@ -185,12 +203,12 @@ def measure(setup: Setup, budget: int, seed: int, name: str, arm: Arm | None) ->
 
 
 def jobs(
-    record: Record, variants: dict[str, Setup], seeds: tuple[int, ...], unrolls: tuple[int, ...]
+    record: Record, variants: dict[str, Setup], seeds: tuple[int, ...], unrolls: tuple[int, ...], budget: int
 ) -> Iterator[tuple[Row, Arm | None]]:
     """What the record lacks, seed by seed, the oracle first."""
     for seed in seeds:
         for variant, setup in variants.items():
-            named = {"leave one out": None, **{arm.label: arm for arm in arms(setup, unrolls)}, "random": None}
+            named = {"leave one out": None, **{arm.label: arm for arm in arms(setup, unrolls, budget)}, "random": None}
             for name, arm in named.items():
                 job = {"variant": variant, "seed": seed, "score": name}
                 if not record.find(**job):
@@ -216,10 +234,10 @@ def main(
     variants, unrolls, budget = VARIANTS, UNROLLS, BUDGET
     if quick:
         variants = {"layers": QUICK, "single modules": dataclasses.replace(QUICK, per="module")}
-        seeds, unrolls, budget = seeds[:2], (2,), 20
+        seeds, unrolls, budget = seeds[:2], (2,), 24
         record, out = Path("runs/planted_scores/record.jsonl"), Path("runs/planted_scores")
     rows, begun = Record(record), time.monotonic()
-    todo = list(jobs(rows, variants, seeds, unrolls))
+    todo = list(jobs(rows, variants, seeds, unrolls, budget))
     for number, (job, arm) in enumerate(todo):
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             print("Time is up; the same command goes on from here.")

@@ -110,7 +110,9 @@ def _planted(record: Record, figure: str) -> Iterable[str]:
         "A random decoder gets a low-rank update on a few layers, or on single modules (q or v of a layer); a student "
         "learns towards it, and scores say where the update is (`benchmarks/lora/planted_scores.py`). Every score may "
         "spend the same number of inner gradients, over which its repetitions are averaged; the oracle, a training a "
-        "unit, stands outside. Mean ± standard deviation over seeds.\n"
+        "unit, stands outside. *UD* differentiates through K steps from a fresh LoRA; *halved*, as `bilevel allocate` "
+        "does, from a LoRA that half of the budget trained, at half of what each unit learned. Mean ± standard "
+        "deviation over seeds.\n"
     )
     yield f"![AUROC of every score and seed]({figure})\n"
     for variant in _variants(record):

@@ -57,24 +57,25 @@ def test_one_inner_step_from_zero_leaves_nothing_to_unroll(tasks):
 
 def test_every_score_spends_what_it_may_and_is_compared_with_leaving_one_out(tmp_path):
     setup, file = dataclasses.replace(TINY, per="module"), tmp_path / "record.jsonl"
-    arms = {arm.label: arm for arm in planted_scores.arms(setup, (2,))}
-    scores = ("UD", "implicit", "first order", "grad-norm", "snip", "synflow", "LoRA-drop")
+    arms = {arm.label: arm for arm in planted_scores.arms(setup, (2,), 24)}
+    scores = ("UD", "halved", "implicit", "first order", "grad-norm", "snip", "synflow", "LoRA-drop")
     assert set(arms) == {f"{s}, K = 2" for s in scores} | {"grad-norm, K = 0"}
-    few = ("leave one out", "UD, K = 2", "LoRA-drop, K = 2", "random")  # compiling all of them takes minutes
+    few = ("leave one out", "UD, K = 2", "halved, K = 2", "random")  # compiling all of them takes minutes
     record = Record(file)
-    for job, arm in planted_scores.jobs(record, {"modules": setup}, (0, 1), (2,)):
+    for job, arm in planted_scores.jobs(record, {"modules": setup}, (0, 1), (2,), 24):
         if job["score"] in few:
-            record.add([job | row for row in planted_scores.measure(setup, 12, job["seed"], job["score"], arm)])
-    assert not {job["score"] for job, _ in planted_scores.jobs(Record(file), {"modules": setup}, (0, 1), (2,))} & {*few}
+            record.add([job | row for row in planted_scores.measure(setup, 24, job["seed"], job["score"], arm)])
+    left = planted_scores.jobs(Record(file), {"modules": setup}, (0, 1), (2,), 24)
+    assert not {job["score"] for job, _ in left} & {*few}
     found = report.measures(Record(file), "modules")
     assert set(found) == {*few, "leave one in"}
     assert all(of["seeds"] == [0, 1] and 0 <= of["auroc"][0] <= 1 for of in found.values())
-    assert 0 < max(of["cost"] for name, of in found.items() if "K" in name) <= 12
+    assert 0 < max(of["cost"] for name, of in found.items() if "K" in name) <= 24
     assert np.isclose(found["leave one out"]["rank"], 1.0).all()
     none = tmp_path / "none.jsonl"
     figure, page = report.write(tmp_path / "docs", file, none, hidden=none)
     assert figure.stat().st_size > 0
-    assert "| UD, K = 2 | 10 |" in page.read_text(encoding="utf-8")
+    assert "| UD, K = 2 | 20 |" in page.read_text(encoding="utf-8")
 
 
 def test_units_are_layers_or_modules():

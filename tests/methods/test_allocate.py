@@ -63,7 +63,7 @@ def test_scores_are_the_sum_of_hypergradients(per):
     solver = allocate.solver(setting, given, start)
     key = jax.random.key(0)
     found = bilevel.run(solver, inner_data=data[0], outer_data=data[1], steps=1, key=key, progress=False).outer
-    optimizer = optax.adam(setting.inner_lr * (0.1 if per == "rank" else 1.0))
+    optimizer = optax.adam(0.1 * setting.inner_lr)
 
     def trained_loss(scores):
         """The same training, written out."""
@@ -187,7 +187,7 @@ def test_other_amounts_are_refused(text):
         ("--budget-params 100 --adapter dora", r"--adapter dora: a budget is spent on LoRA or rsLoRA"),
         ("--budget-params 100 --max-rank 3 --group 2", r"--max-rank 3 is no multiple of --group 2"),
         ("--budget-params 100 --max-rank 20", r"--max-rank 20 is more than the 16 of a whole matrix"),
-        ("--top-k 1 --warmup-steps 3", r"--warmup-steps has no effect here, since hypergradients of modules"),
+        ("--top-k 1 --accumulate 9", r"--accumulate 9 batches of --batch-size 4 are more than the 16 rows"),
         ("--top-k 1 --max-rank 3", r"--max-rank has no effect here, since without --budget-params"),
         ("--budget-params 100 --score singular-values --outer-steps 3", r"--outer-steps has no effect here, since"),
         ("--top-k 1 --search-only --random-baselines 2", r"has no effect here, since --search-only trains nothing"),
