@@ -129,19 +129,32 @@ def _in_short(steps: tuple[Any, ...], shape: tuple[int, ...]) -> list[Any]:
 
 
 def undetached(closed: Any, honoured: list[bool]) -> Any:
-    """A closed jaxpr whose outputs that are not `honoured` are not cut off from their derivative by a `stop_gradient`.
+    """A closed jaxpr that no `stop_gradient` cuts off from a part of the derivative of a training.
 
-    The honoured output is a loss: what it hides from itself stays hidden from its gradient, and what is carried on has
-    all of its derivative. Where both are computed from the same cut, the second is from a copy without it, and the cut
-    is for one derivative alone: the gradient of the loss, which does not see it, depends on it as on anything else, as
-    differences of whole trainings show. What cannot be edited is left as it is: `hidden_in` says where that matters.
+    The honoured output is a loss: what it hides from itself stays hidden from its gradient, for one derivative alone.
+    That gradient depends on what was cut off as on anything else, as differences of whole trainings show. What is
+    carried on has all of its derivative; where it is computed from a cut of the loss, it is from a copy without it.
+    What cannot be edited is left as it is: `hidden_in` says where that matters.
     """
     edited = closed.replace(jaxpr=_walked(closed.jaxpr, honoured, _kept, _taken_out))
-    of_carried = [not x for x in honoured]
-    if not _holds_a_cut(kept_for(silent(edited).jaxpr, of_carried)):
+    if not _holds_a_cut(edited.jaxpr):
         return edited
-    once = _walked(edited.jaxpr, of_carried, _for_one_derivative, _kept)
-    return edited.replace(jaxpr=_copied(edited.jaxpr, once, honoured))
+    once = _walked(edited.jaxpr, honoured, _for_one_derivative, _kept)
+    if _holds_a_cut(kept_for(silent(edited).jaxpr, [not x for x in honoured])):
+        once = _copied(edited.jaxpr, once, honoured)
+    return edited.replace(jaxpr=once)
+
+
+def read_by_cuts(closed: Any) -> list[bool]:
+    """For each input of a closed jaxpr, whether what a cut hides may be computed from it; all of them where a cut is
+    inside of a function or a loop."""
+    jaxpr = silent(closed).jaxpr
+    if not _holds_a_cut(jaxpr):
+        return [False] * len(jaxpr.invars)
+    if any(any(map(_holds_a_cut, jaxprs(eqn.params))) for eqn in jaxpr.eqns):
+        return [True] * len(jaxpr.invars)
+    hidden = [eqn.invars[0] for eqn in jaxpr.eqns if is_cut(eqn) and not is_literal(eqn.invars[0])]
+    return used(jaxpr.replace(outvars=hidden), [True] * len(hidden))
 
 
 def hidden_in(closed: Any, output: int) -> str | None:
@@ -221,7 +234,31 @@ def stop_gradient_once(x: Any) -> Any:
 
 @stop_gradient_once.defjvp
 def _(primals, tangents):
-    return primals[0], jnp.zeros_like(tangents[0])
+    # Zeros that JAX does not know to be zeros: what they go into is still reached by this derivative.
+    return primals[0], _nothing_of(tangents[0])
+
+
+def _nothing_of(tangent: Any) -> Any:
+    return jnp.where(jnp.zeros((), bool), tangent, jnp.zeros_like(tangent))
+
+
+@jax.custom_jvp
+def beside(x: Any, variables: Any) -> Any:
+    """`x`, for which JAX computes a derivative, of zeros, wherever one is taken with respect to `variables`.
+
+    The innermost derivative of a `stop_gradient_once` is the innermost one that reaches it. A cut behind which nothing
+    depends on the variables of a loss is not reached by its gradient, and would hide from the next derivative what it
+    is to hide from the gradient alone: what it hides has to be computed from inputs that went through here.
+    """
+    del variables
+    return x
+
+
+@beside.defjvp
+def _(primals, tangents):
+    tangent, of_variables = tangents
+    reached = [_nothing_of(jnp.sum(jnp.real(x))).astype(tangent.dtype) for x in jax.tree.leaves(of_variables)]
+    return primals[0], sum(reached, tangent)
 
 
 def _walked(jaxpr: Any, wanted: list[bool], if_read: Any, if_not: Any, *, is_copy: bool = False) -> Any:

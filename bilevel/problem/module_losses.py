@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bilevel.differentiation.carried import handed_on, hidden_in, undetached
+from bilevel.differentiation.carried import beside, handed_on, hidden_in, read_by_cuts, undetached
 from bilevel.differentiation.tracing import evaluate_closed
 from bilevel.problem.arguments import telling
 from bilevel.problem.modules import (
@@ -60,12 +60,6 @@ class ModuleLoss:
         key, values = self._values(inner, outer, key)
         if not self.is_inner:
             return self.loss(self.structure.merged(values), batch, key)
-        if not self._mutable:
-            result, after = self._called(values, batch, key)
-            if others := self._not_as_given(values, after):
-                follow = lambda values: [self._called(values, batch, key)[1][path] for path in others]  # noqa: E731
-                self._refuse_writing(values, others, handed_on(jax.make_jaxpr(follow)(values)))
-            return result
         others: list[Path] = []
 
         def whole(values):
@@ -74,16 +68,32 @@ class ModuleLoss:
             updates = [_as_before(after[path], values[path]) for path in self._mutable]
             return self._as_pair(result), updates, [after[path] for path in others]
 
-        # flax cuts the statistics of a batch off from their derivative, which is a part of that of the training.
+        # A `stop_gradient`, such as that of flax in the statistics of a batch, says what the gradient of a loss does
+        # not see. It takes nothing away from the derivative of the training, which follows that gradient.
         closed, shapes = jax.make_jaxpr(whole, return_shape=True)(values)
         of_result, of_updates, of_others = (len(jax.tree.leaves(part)) for part in shapes)
         self._refuse_writing(values, others, handed_on(closed)[of_result + of_updates :])
+        read = read_by_cuts(closed)
         closed = undetached(closed, [True] + [False] * (of_result - 1 + of_updates + of_others))
         self._refuse_hidden(shapes[1], [hidden_in(closed, of_result + i) for i in range(of_updates)])
-        found = evaluate_closed(closed, *jax.tree.leaves(values))
+        found = evaluate_closed(closed, *self._reached(values, read))
         (value, aux), updates, _ = jax.tree.unflatten(jax.tree.structure(shapes), found)
+        if not self._mutable:
+            return (value, aux) if self.has_aux else value
         updates = {"mutable": nested(dict(zip(self._mutable, updates, strict=True)))}
         return value, ((updates, aux) if self.has_aux else updates)
+
+    def _reached(self, values: Arrays, read: list[bool]) -> list[Any]:
+        """The arrays of `values`, those that cuts read so that the gradient of this loss reaches the cut."""
+        paths, rest = self.structure.paths, iter(read)
+        trained = [x for path in paths["inner"] for x in jax.tree.leaves(values[path]) if is_inexact(x)]
+        moving = {*paths["outer"], *paths["mutable"]} if trained else set()
+
+        def reached(path: Path, x: Any) -> Any:
+            return beside(x, trained) if next(rest) and path in moving and is_inexact(x) else x
+
+        each = {path: jax.tree.map(lambda x, path=path: reached(path, x), values[path]) for path in sorted(values)}
+        return jax.tree.leaves(each)
 
     def _called(self, values: Arrays, batch: Batch, key: Key) -> tuple[Any, Arrays]:
         """What the user's loss returns for these values, and the values that it left."""

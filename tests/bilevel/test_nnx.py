@@ -636,6 +636,36 @@ def drawn_to_its_average(model, batch, key):
     return decayed(model, batch, key) + jnp.sum((model.w[...] - model.mean[...]) ** 2)
 
 
+def drawn_to_what_it_hides(model, batch, key):
+    goal = jax.lax.stop_gradient(jnp.exp(model.decay[...]) * model.w[...])  # read by no statistic
+    return decayed(model, batch, key) + jnp.sum((model.w[...] - 2.0 * goal) ** 2)
+
+
+def noting_what_it_hides(model, batch, key):
+    goal = jax.lax.stop_gradient(jnp.exp(model.decay[...]) * model.w[...])
+    model.mean[...] = goal
+    return decayed(model, batch, key) + jnp.sum((model.w[...] - 2.0 * goal) ** 2)
+
+
+def taught_by_its_average(model, batch, key):
+    apart = batch[0] @ model.w[...] - jax.lax.stop_gradient(batch[0] @ model.mean[...])
+    value = decayed(model, batch, key) + jnp.mean(apart**2)
+    model.average()
+    return value
+
+
+def taught_in_a_loop(model, batch, key):
+    stop = jax.lax.stop_gradient
+    w, mean, decay = model.w[...], model.mean[...], model.decay[...]
+
+    def step(total, x):  # what is hidden is computed from what is hidden, and from nothing that is trained
+        return total + jnp.mean((x @ w - stop(stop(jnp.exp(decay)) * (x @ mean))) ** 2), None
+
+    value = decayed(model, batch, key) + jax.lax.scan(step, jnp.zeros(()), batch[0])[0]
+    model.average()
+    return value
+
+
 def in_a_branch(model, batch, key):
     choice = jnp.sum(batch[0]) > -1e9
     return nnx.cond(choice, lambda m: decayed(m, batch, key), lambda m: 2.0 * decayed(m, batch, key), model)
@@ -687,6 +717,10 @@ READING = [
     of_mean,
     evaluated_too,
     drawn_to_its_average,
+    drawn_to_what_it_hides,
+    noting_what_it_hides,
+    taught_by_its_average,
+    taught_in_a_loop,
     in_a_branch,
     in_a_switch,
     averaged_in_a_branch,
@@ -706,6 +740,46 @@ def test_statistics_that_a_loss_reads_have_their_whole_derivative(loss, mode):
     ahead, behind = (trained_by_flax(loss, -1.0 + step) for step in (h, -h))
     assert_close(found.value, trained_by_flax(loss, -1.0), 1e-12)
     assert_close(found.grad, {"decay": (ahead - behind) / (2 * h)}, 1e-6)
+
+
+class Bare(nnx.Module):
+    """A line and the weight of a term, and nothing that is carried."""
+
+    def __init__(self, rngs):
+        self.w, self.weight = nnx.Param(jnp.array([0.3, -0.5, 0.8])), Outer(jnp.asarray(-1.0))
+
+    def __call__(self, x):
+        return x @ self.w[...]
+
+
+def of_a_goal(model, batch, key):
+    """Outer acts only through what the gradient does not see."""
+    goal = jax.lax.stop_gradient(jnp.exp(model.weight[...]) * jnp.sin(model.w[...]))
+    return squares(model, batch, key) + jnp.sum((model.w[...] - goal) ** 2)
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.CustomDerivativeWarning")
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_a_loss_that_hides_is_followed_where_nothing_is_carried(has_aux):
+    inner = (lambda *a: (of_a_goal(*a), {"note": a[0].w[...]})) if has_aux else of_a_goal
+    outer = (lambda *a: (squares(*a), None)) if has_aux else squares
+    problem = bilevel.nnx.problem(Bare, inner, outer, has_aux=has_aux)
+
+    def trained(weight):
+        w = jnp.array([0.3, -0.5, 0.8])
+        for t in range(3):
+            x, y = BATCHES[0][t], BATCHES[1][t]
+            goal = np.exp(weight) * jnp.sin(w)
+            w = w - 0.1 * (jax.grad(lambda w, x=x, y=y: jnp.mean((x @ w - y) ** 2))(w) + 2 * (w - goal))
+        return jnp.mean((VALIDATION[0] @ w - VALIDATION[1]) ** 2)
+
+    estimator = Unrolled(optax.sgd(0.1), 3)
+    found = estimate(problem, estimator, None, {"weight": jnp.asarray(-1.0)}, BATCHES, VALIDATION, KEY)
+    h = 1e-5
+    slope = (trained(-1.0 + h) - trained(-1.0 - h)) / (2 * h)
+    assert_close(found.value, trained(-1.0), 1e-12)
+    assert_close(found.grad, {"weight": slope}, 1e-7)
+    assert abs(slope) > 1e-3
 
 
 @pytest.mark.parametrize("hypergradient", [Unrolled(SGD, 3), bilevel.Replay(SGD, 3), Unrolled(SGD, 3, truncate=2)])
