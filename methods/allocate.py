@@ -336,7 +336,7 @@ def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Res
     if setup.search_only:
         return Chosen(selection, [])
     rng = np.random.default_rng(setup.seed)
-    others = {f"random-{i}": _drawn(rng, mean) for i in range(setup.random_baselines)}
+    others = {f"random-{i}": _drawn(rng, prices) for i in range(setup.random_baselines)}
     arms = [trained(setup, bench, "allocate", ranks, export=True)]
     if (even := uniform(setup, bench)) is not None:
         arms.append(trained(setup, bench, "uniform", even))
@@ -346,8 +346,15 @@ def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Res
     return Chosen(selection, [*lora.untrained(bench, always=True), *arms])
 
 
-def _drawn(rng: np.random.Generator, like: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: rng.uniform(size=value.shape) for name, value in like.items()}
+def _drawn(rng: np.random.Generator, prices: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scores by which a budget buys units in a random order, each that it still pays for.
+
+    Units are bought by their score for their cost, which therefore is what has to be random: by scores that are, the
+    cheap ones would come first.
+    """
+    return {
+        name: rng.uniform(size=price.shape) * np.where(np.isfinite(price), price, 0.0) for name, price in prices.items()
+    }
 
 
 def uniform(settings: Any, bench: Bench) -> dict[str, list[int]] | None:
@@ -403,6 +410,8 @@ def page(run: Run) -> Page:
     lines = [f"- {site}: {_ranks(each)}" for site, each in selection["ranks"].items()]
     rest = "" if selection["spent"] == setup.budget else "; the rest pays for no other"
     paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent{rest}."
+    if setup.per == "rank" and not setup.search_only and "uniform" not in run.results:
+        paid += " One rank in every module costs more, so that no such model stands beside it."
     found = f"{paid}\n\n" + "\n".join(lines)
     steps, learned = (number(count, "training step") for count in (setup.inner_steps, setup.warmup_steps))
     taken = {

@@ -169,6 +169,18 @@ def test_amounts(text, value):
     assert budget.amount(text) == value
 
 
+def test_a_random_choice_does_not_prefer_what_is_cheap():
+    rng, shapes = np.random.default_rng(0), {"q_proj": (20, 10), "v_proj": (12, 8)}
+    setting = setup(max_rank=8, budget=500)
+    prices = budget.costs(setting, shapes, list(shapes), 3)
+    drawn = [budget.bought(setting, allocate._drawn(rng, prices), prices) for _ in range(300)]
+    counts = {site: np.mean([on[site].sum() for on in drawn]) for site in shapes}
+    # Half and half, but for the last few parameters, which may pay for v and not for q.
+    assert 0 < counts["v_proj"] - counts["q_proj"] < 1.0 and counts["q_proj"] > 8, counts
+    assert all(budget.spent(on, prices) > 480 for on in drawn)
+    assert {int(on["q_proj"].sum()) for on in drawn} > {8, 9, 10}
+
+
 @pytest.mark.parametrize("text", ["", "two", "-1", "0", "1e6", "2 M!", "9G", "k", "1.5.2"])
 def test_other_amounts_are_refused(text):
     with pytest.raises(ValueError, match=r"--budget-params"):
@@ -252,6 +264,9 @@ def test_ranks_are_trained_and_exported_as_they_were_bought(finished):
     page = (out / "report.md").read_text()
     assert "## For other programs" in page and "lora_target: " in page and "get_peft_model(model, config)" in page
     assert "rank correlation" in page
+    costs = {"q_proj": 32 * 2, "v_proj": 24 * 2}  # two layers
+    is_there = "uniform" in {file.stem for file in (out / "results").iterdir()}
+    assert is_there == (sum(costs.values()) <= 400) == ("One rank in every module costs more" not in page)
 
 
 @pytest.mark.usefixtures("float32_by_default")
