@@ -24,7 +24,8 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
 
     A matrix product of (m, k) and (k, n) counts 2 m k n, every other operation on floating-point numbers one for each
     element of its largest argument or result; moving data counts nothing. The body of a `scan` counts as often as it
-    runs (`cost_analysis` counts it once), of a `cond` the dearest branch counts, of a `while_loop` one turn.
+    runs (`cost_analysis` counts it once), of a `cond` the dearest branch counts, of a `while_loop` one turn. What no
+    result is computed from counts nothing, since a compiler leaves it out: of `jax.grad`, for one, the value.
 
     Examples:
       >>> import numpy as np
@@ -68,8 +69,7 @@ def hvp_flops(
         value, at = _first_loss(problem, hypergradient, outer, inner_batches, key)
         return jax.jvp(jax.grad(value), (at,), (at,))[1]
 
-    jaxpr = jax.make_jaxpr(product)(problem, outer, inner_batches, key).jaxpr
-    return operations(without_unused(jaxpr))
+    return flops(product, problem, outer, inner_batches, key)
 
 
 def _first_loss(problem, hypergradient, outer, inner_batches, key):
@@ -93,15 +93,19 @@ _MOVES = frozenset(
 
 def operations(jaxpr: Any) -> float:
     """Counts the floating-point operations of a jaxpr, as `flops` does for a function."""
-    return float(sum(_cost(eqn) for eqn in jaxpr.eqns if operation(eqn) not in _MOVES))
+    return float(_counted(without_unused(jaxpr)))
+
+
+def _counted(jaxpr: Any) -> float:
+    return sum(_cost(eqn) for eqn in jaxpr.eqns if operation(eqn) not in _MOVES)
 
 
 def _cost(eqn: Any) -> float:
     if operation(eqn) == "cond":
-        return max(operations(branch.jaxpr) for branch in eqn.params["branches"])
+        return max(_counted(branch.jaxpr) for branch in eqn.params["branches"])
     inside = list(jaxprs(eqn.params))
     if inside and not _is_reduction(eqn):
-        return eqn.params.get("length", 1) * sum(operations(jaxpr) for jaxpr in inside)
+        return eqn.params.get("length", 1) * sum(_counted(jaxpr) for jaxpr in inside)
     out = sum(_elements(v) for v in eqn.outvars)
     if operation(eqn) == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
