@@ -222,6 +222,7 @@ def check(domain: PyTree, outer: PyTree) -> None:
     if domain is None:
         return
     _map(domain, outer, _refuse_complex)
+    _refuse_constants(domain, outer)
     again = natural(domain, free(domain, outer))
     for name, x, y in zip(leaf_names(outer), jax.tree.leaves(outer), jax.tree.leaves(again), strict=True):
         if not is_inexact(x) or isinstance(x, Tracer):
@@ -258,17 +259,33 @@ def _refuse_complex(bijector: Bijector, x: jax.Array) -> jax.Array:
     return x
 
 
-def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
-    def is_entry(node):
-        return node is None or (hasattr(node, "forward") and hasattr(node, "inverse"))
+def _refuse_constants(domain: PyTree, outer: PyTree) -> None:
+    """Raises ValueError for a bijector that has nothing to map: who gives a leaf a domain means it to be learned."""
 
+    def refuse(bijector, below):
+        leaves = jax.tree.leaves(below)
+        if bijector is not None and leaves and not any(map(is_inexact, leaves)):
+            raise ValueError(
+                f"Problem(domain=...): {type(bijector).__name__} is the domain of a leaf of dtype "
+                f"{jnp.result_type(leaves[0])}, a constant that is not learned: start at 1.0 in place of 1, or give it "
+                "None as its domain."
+            )
+
+    jax.tree.map(refuse, domain, outer, is_leaf=_is_entry)
+
+
+def _is_entry(node: Any) -> bool:
+    return node is None or (hasattr(node, "forward") and hasattr(node, "inverse"))
+
+
+def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
     def below(bijector, subtree):
         if bijector is None:
             return subtree
         return jax.tree.map(lambda x: function(bijector, x) if is_inexact(x) else x, subtree)
 
     try:
-        jax.tree.map(lambda *_: None, domain, tree, is_leaf=is_entry)
+        jax.tree.map(lambda *_: None, domain, tree, is_leaf=_is_entry)
     except ValueError as error:
         reason = str(error).partition("\n")[0]
         if isinstance(domain, dict) and isinstance(tree, dict) and domain.keys() != tree.keys():
@@ -278,4 +295,4 @@ def _map(domain: PyTree, tree: PyTree, function: Any) -> PyTree:
         raise ValueError(
             f"Problem(domain=...) must be a tree like the top of outer, with a bijector or None at each leaf: {reason}."
         ) from None
-    return jax.tree.map(below, domain, tree, is_leaf=is_entry)
+    return jax.tree.map(below, domain, tree, is_leaf=_is_entry)

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from methods.interrupts import acknowledged
 from methods.logs import LOGGER, listening
 
 
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @listening()
+@acknowledged()
 def run(arguments: list[str]) -> int:
     """`main`, with the exit code returned."""
     settings = None

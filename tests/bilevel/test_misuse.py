@@ -375,6 +375,14 @@ def test_solvers_with_steps_of_their_own_refuse_complex_variables():
         problem(init_outer=lambda key: 1j, domain=bilevel.Positive()).start_outer(KEY)
 
 
+def test_a_domain_of_a_constant_is_refused():
+    start = lambda key: {"a": 0.5, "b": 1, "c": {"d": 2.0, "steps": 3}}  # noqa: E731
+    with pytest.raises(ValueError, match="Positive is the domain of a leaf of dtype int64, a constant"):
+        problem(init_outer=start, domain={"a": None, "b": bilevel.Positive(), "c": None}).start_outer(KEY)
+    # Of a subtree what is learned is mapped, as ever, and the rest is not.
+    problem(init_outer=start, domain={"a": None, "b": None, "c": bilevel.Positive()}).start_outer(KEY)
+
+
 # Half precision.
 
 
