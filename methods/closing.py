@@ -60,7 +60,8 @@ def _table(results: Mapping[str, Mapping[str, Any]], most: int) -> Table:
     metrics = list(dict.fromkeys(shown))[:most]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold", min_width=NAME)
-    titles = [title for name in metrics for title in ([name, "95 % interval"] if name == counted else [name])]
+    beside = f"95 % interval\nof {counted}"
+    titles = [title for name in metrics for title in ([name, beside] if name == counted else [name])]
     for title in ("layers", "parameters", *titles):
         table.add_column(title, justify="right", no_wrap=True)
     for name, row in results.items():
