@@ -137,21 +137,36 @@ def _front(name: str, names: tuple[str, str, str], rows: list[Row]) -> str:
                 ax.errorbar(sizes[i], worths[i], yerr=ends, fmt="none", ecolor=shade, elinewidth=0.8, alpha=0.6)
             ax.plot(sizes[i], worths[i], "o", color=shade, ms=6, mfc=shade if i in front else "none", clip_on=False)
         ax.plot(*zip(*[(sizes[i], worths[i]) for i in front], strict=True), color=LINE, lw=1, zorder=0)
-        for place in dict.fromkeys(zip(sizes, worths, strict=True)):
-            arms = [row.arm for i, row in enumerate(rows) if (sizes[i], worths[i]) == place]
-            arms = [*dict.fromkeys(arms)]
-            label = ", ".join(arm[:24] for arm in arms[:2]) + f" and {len(arms) - 2} more" * (len(arms) > 2)
-            ax.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8, rotation=30)
         positive = [size for size in sizes if size > 0]
         if positive and max(positive) > 20 * min(positive):
             ax.set_xscale("symlog", linthresh=min(positive))
-            ax.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
+        ax.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
         ax.margins(x=0.18)
         ax.set_xlim(left=0)  # nothing has less
+        for together in _near(ax, sizes, worths):
+            arms = [*dict.fromkeys(rows[i].arm for i in together)]
+            label = ", ".join(arm[:24] for arm in arms[:2]) + f" and {len(arms) - 2} more" * (len(arms) > 2)
+            place = sizes[together[0]], worths[together[0]]
+            ax.annotate(label, place, xytext=(5, 4), textcoords="offset points", fontsize=8, rotation=30)
         ax.set(xlabel="trained parameters", ylabel=units.axis(metric))
         best = ", ".join(f"{rows[i].arm} of {rows[i].run}" for i in front)
         words = f"{task}, {base}. Filled, on the line: no smaller model is as good ({best})."
         return figure(fig, name, words, list(dict.fromkeys(row.run for row in rows)))
+
+
+def _near(ax: Any, sizes: Sequence[float], worths: Sequence[float]) -> list[list[int]]:
+    """The models by number, those together whose labels would be written over each other."""
+    ax.autoscale_view()
+    places = ax.transData.transform(list(zip(sizes, worths, strict=True)))
+    height = 8 * ax.figure.dpi / 72  # of a label, in pixels
+    groups: list[list[int]] = []
+    for i, place in enumerate(places):
+        near = next((group for group in groups if np.abs(places[group[0]] - place).max() < height), None)
+        if near is None:
+            groups.append([i])
+        else:
+            near.append(i)
+    return groups
 
 
 # A run.
