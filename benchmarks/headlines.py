@@ -71,7 +71,7 @@ def _hypergradients(record: Record) -> Iterator[Headline]:
     yield Headline(
         "Hypergradients beside other libraries",
         f"The same hypergradient through {best['steps']} steps of Adam on an MLP: "
-        f'`checkpoint="{best["name"].rpartition(", ")[2]}"` needs {best["resident"] / 1e6:.0f} MB and '
+        f"`checkpoint={hypergradients.schedule(best)}` needs {best['resident'] / 1e6:.0f} MB and "
         f"{best['seconds']:.2f} s. Of this memory and this time the others need, as multiples: {told}.",
         "hypergradient-benchmark.md",
         "python -m benchmarks.hypergradients",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from benchmarks.hypergradients.side_by_side import CONTENDERS, IN_TORCH, MISMATCH
+from benchmarks.hypergradients.side_by_side import CONTENDERS, IN_TORCH, MISMATCH, written
 from benchmarks.record import Record, Row
 
 SQRT, BINOMIAL, NONE = "bilevel, mixed, sqrt", "bilevel, mixed, binomial", "bilevel, mixed, none"
@@ -94,7 +94,8 @@ def _faster(record: Record, problem: str, own: str, name: str, wanted: float) ->
 
 
 def _schedule(name: str) -> str:
-    return f'"{name.rpartition(", ")[2]}"'
+    schedule = name.rpartition(", ")[2]
+    return written(schedule, "sqrt(K)") if name == BINOMIAL else f'"{schedule}"'
 
 
 def _mixed(record: Record) -> Iterator[Goal]:

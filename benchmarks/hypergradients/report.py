@@ -6,6 +6,7 @@ python -m benchmarks.hypergradients.report [--record benchmarks/hypergradients/r
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,8 @@ def _estimators(record: Record) -> Iterable[str]:
             times = [_cell(row, "ratio", "{:.2f}".format) for row in line]
             sizes = [_cell(row, "temporary", _megabytes) for row in line]
             errors = [_cell(row, "error", "{:.0e}".format) for row in line]
-            body.append((name, *(" / ".join(cells) for cells in (times, sizes, errors))))
+            shown = side_by_side.written(name, "log2(K)")
+            body.append((shown, *(" / ".join(cells) for cells in (times, sizes, errors))))
         yield _table(("K = " + " / ".join(map(str, lengths)), "time / training", "temporary MB", "error"), body)
 
 
@@ -137,7 +139,7 @@ def _peers(record: Record) -> Iterable[str]:
     for problem, steps in dict.fromkeys((row["problem"], row["steps"]) for row in record.find(section="peers")):
         body = [
             (
-                row["name"],
+                side_by_side.written(row["name"], math.isqrt(steps)),
                 _cell(row, "seconds", "{:.3g}".format),
                 _cell(row, "resident", _megabytes),
                 _cell(row, "temporary", _megabytes),
@@ -156,7 +158,10 @@ def _peers(record: Record) -> Iterable[str]:
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     found = {(row["name"], row["problem"]): row for row in rows}
     body = [
-        (name, *(_cell(found.get((name, problem)), "error", "{:.0e}".format) for problem in problems))
+        (
+            side_by_side.written(name, math.isqrt(rows[0]["steps"])),
+            *(_cell(found.get((name, problem)), "error", "{:.0e}".format) for problem in problems),
+        )
         for name in dict.fromkeys(row["name"] for row in rows)
     ]
     yield _table(("", *problems), body)
@@ -176,6 +181,12 @@ _LEFT_OUT = ("bilevel, mixed, none", "bilevel, mixed, step", "bilevel, reverse")
 """Schedules of ours that the page alone has."""
 
 
+def schedule(row: Row) -> str:
+    """The schedule of a row of ours, as a user gives it to `Unrolled`: `"sqrt"`, `Binomial(16)`."""
+    name = row["name"].rpartition(", ")[2]
+    return side_by_side.written(name, math.isqrt(row["steps"])) if name == "binomial" else f'"{name}"'
+
+
 def front_table(record: Record) -> str:
     """`front` as a table, with its date, machine and command."""
     rows, (where,) = front(record), record.find(section="machine")
@@ -184,7 +195,7 @@ def front_table(record: Record) -> str:
     def name(row: Row) -> str:
         library, _, how = row["name"].partition(", ")
         if library == "bilevel":
-            return f'**bilevel**, "{how.rpartition(", ")[2]}"'
+            return f"**bilevel**, `{schedule(row)}`"
         version = f" {versions[library]}" if library in versions else ""
         return f"{library}{version}" + (f", {how}" if how else "")
 
@@ -261,7 +272,8 @@ def _schedules(record: Record) -> Any:
     figure, axes = _grid(2, len(problems), 6.6)
     for column, problem in enumerate(problems):
         for i, name in enumerate(EXACT):
-            style = {"color": f"C{i}", "marker": "o", "ms": 3, "lw": 1.3, "label": name}
+            shown = side_by_side.written(name, "log2(K)")
+            style = {"color": f"C{i}", "marker": "o", "ms": 3, "lw": 1.3, "label": shown}
             style["ls"] = "--" if name.startswith("reverse") else "-"
             axes[0, column].plot(*_series(record, problem, name, "ratio"), **style)
             axes[1, column].plot(*_series(record, problem, name, "temporary", 1e-6), **style)
@@ -309,7 +321,7 @@ def _peers_figure(record: Record) -> Any:
     for i, name in enumerate(dict.fromkeys(row["name"] for row in rows)):
         points = sorted((r["steps"], r["seconds"], r["resident"] or float("nan")) for r in rows if r["name"] == name)
         ks, seconds, resident = zip(*points, strict=True)
-        style = {"color": plt.get_cmap("tab20")(i), "ms": 4, "lw": 1.3, "label": name}
+        style = {"color": plt.get_cmap("tab20")(i), "ms": 4, "lw": 1.3, "label": side_by_side.written(name, "sqrt(K)")}
         style |= {"marker": "o", "ls": "-"} if name.startswith("bilevel") else {"marker": "s", "ls": "--"}
         axes[0, 0].plot(ks, seconds, **style)
         axes[0, 1].plot(ks, [size / 1e6 for size in resident], **style)
@@ -325,7 +337,8 @@ def _front_figure(record: Record) -> Any:
     if not rows:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(8, 0.6 + 0.34 * len(rows)), sharey=True, layout="constrained")
-    names = [row["name"].replace("bilevel, mixed, ", "bilevel, ") for row in rows]
+    short = (row["name"].replace("bilevel, mixed, ", "bilevel, ") for row in rows)
+    names = [side_by_side.written(name, math.isqrt(row["steps"])) for name, row in zip(short, rows, strict=True)]
     colours = ["#c8553d" if name.startswith("bilevel") else "#9fb8c8" for name in names]
     for axis, (field, unit, show, title) in zip(
         axes,

@@ -48,6 +48,11 @@ REFERENCE = "bilevel, mixed, none"
 IN_TORCH = ("torchopt", "higher", "hypertorch")
 
 
+def written(name: str, slots: int | str) -> str:
+    """A row's name with its schedule as `Unrolled` takes it: records say "binomial" for any number of slots."""
+    return name.replace("binomial", f"Binomial({slots})")
+
+
 def installed(contender: Contender) -> bool:
     """Whether the module that it needs can be found."""
     try:

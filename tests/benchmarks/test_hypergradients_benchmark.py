@@ -106,5 +106,5 @@ def test_the_front_shows_the_longest_training_with_the_least_memory_first(tmp_pa
     sizes = {"higher": 9e6, "bilevel, mixed, sqrt": 3e6, "bilevel, mixed, none": 2e6}
     record.add([shared | {"steps": 256, "name": name, "resident": size} for name, size in sizes.items()])
     text = report.front_table(record)
-    assert text.index('| **bilevel**, "sqrt" | 3 | 1.0 | 1.00 |') < text.index("| higher 0.2 | 9 | 3.0 | 1.00 |")
+    assert text.index('| **bilevel**, `"sqrt"` | 3 | 1.0 | 1.00 |') < text.index("| higher 0.2 | 9 | 3.0 | 1.00 |")
     assert "none" not in text and "K = 256" in text and "2026-01-02, by `python -m" in text
