@@ -156,7 +156,7 @@ def table(rows: Sequence[Row]) -> Table:
             "with its paired 95 % interval; below 0 the model is better than that one."
         )
     if len({row.place[0] for row in rows}) > 1:
-        notes.append("Runs of one task, seed and --test-rows share test rows.")
+        notes.append("Runs on the same data with the same --test-rows share test rows, whatever their seeds.")
     return Table(titles, cells, list(range(len(NAMES), len(titles))), notes)
 
 

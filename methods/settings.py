@@ -112,7 +112,8 @@ class Running:
 
     Attributes:
       out: run folder; the same command continues what is in it.
-      seed: of the data split, the start values and the batches.
+      seed: of which rows are outer and which are trained on, of the start values and of the batches. The test rows do
+        not depend on it.
       keep_checkpoints: leave the states of searches and trainings in the folder; else they go once the page is written.
       quiet: show no progress; what is wrong, and where the page is, is said all the same.
       track: where metrics go besides metrics.jsonl: to the folder tensorboard in --out, or to the project or experiment
