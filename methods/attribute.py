@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from methods import figures, lora, processes, tasks
+from methods import figures, lora, pages, processes, tasks
 from methods.attribution import SCORES, Training, numbered, problem
 from methods.bench import Bench, recipe
 from methods.datamodeling import datamodeling_score, subsets
@@ -262,7 +262,8 @@ Of all rows, from the most helpful on, with the influence on each question: `inf
 def _unseen(run: Run) -> str:
     """A sentence where the training does not come by every row."""
     unseen = run.folder.read("questions")["rows in no batch"]
-    return f" {len(unseen)} rows were in no batch of so short a training: their influence is 0." if unseen else ""
+    counted = f"{pages.number(len(unseen), 'row')} {'was' if len(unseen) == 1 else 'were'}"
+    return f" {counted} in no batch of so short a training, with an influence of 0." if unseen else ""
 
 
 def _rows(mean: np.ndarray, texts: Sequence[str]) -> str:

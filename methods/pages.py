@@ -213,9 +213,9 @@ def _compared(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each other row: its paired difference from the first that was trained."""
     first, *others = _in_order(results)
     lines = [
-        "- against {}: {} questions only {first} got right, {} only the other; p = {:.2f} (exact sign test)".format(
-            name, *paired_difference(results[first]["right"], results[name]["right"]), first=first
-        )
+        f"- against {name}: {number(wins, 'question')} only {first} got right, {losses} only the other; p = {p:.2f} "
+        "(exact sign test)"
         for name in others
+        for wins, losses, p in [paired_difference(results[first]["right"], results[name]["right"])]
     ]
     return "\n".join(["On the same questions:\n", *lines]) if lines else ""

@@ -29,7 +29,7 @@ class EstimatorCheck:
     Examples:
       >>> from bilevel.testing import EstimatorCheck
       >>> print(EstimatorCheck("Mine", tried=("results",), unmet=("results: grad has no array.",)))
-      Mine: 1 things are not met
+      Mine: 1 thing is not met
         results: grad has no array.
     """
 
@@ -40,7 +40,8 @@ class EstimatorCheck:
     def __str__(self) -> str:
         if not self.unmet:
             return f"{self.name}: all of {', '.join(self.tried)} are as a hypergradient must have them"
-        return "\n  ".join([f"{self.name}: {len(self.unmet)} things are not met", *self.unmet])
+        count = "1 thing is" if len(self.unmet) == 1 else f"{len(self.unmet)} things are"
+        return "\n  ".join([f"{self.name}: {count} not met", *self.unmet])
 
 
 def check_estimator(make: Make, *, duties: Sequence[str] | None = None) -> EstimatorCheck:

@@ -187,8 +187,8 @@ def _account_for_the_rest(
             unknown.append(name)
     if unknown:
         raise ValueError(
-            f"{checkpoint.where} has {len(unknown)} tensors that a {family.name} model does not use, such as "
-            f"{unknown[0]!r}: it is of another architecture than it says."
+            f"{checkpoint.where} has {len(unknown)} tensor{'s' * (len(unknown) != 1)} that a {family.name} model does "
+            f"not use, such as {unknown[0]!r}: it is of another architecture than it says."
         )
     if unread:
         warnings.warn(

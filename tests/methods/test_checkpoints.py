@@ -170,7 +170,7 @@ def bad_tokenizer(folder: Path) -> None:
             "are pickles",
         ),
         (drop_tensor, ValueError, "lacks the tensor 'model.layers.1.mlp.up_proj.weight'"),
-        (add_tensor, ValueError, "1 tensors that a Llama model does not use"),
+        (add_tensor, ValueError, "1 tensor that a Llama model does not use"),
         (cut, ValueError, "truncated or no safetensors file"),
         (shard, FileNotFoundError, "lacks the shard model-1-of-2.safetensors"),
         (cut_shard, ValueError, r"model-1-of-1\.safetensors is truncated or no safetensors file: fetch it again"),

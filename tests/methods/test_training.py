@@ -241,7 +241,8 @@ def test_flexora_with_a_head(tiny_model, tiny_glue, tmp_path, task):
         wins, losses = pairs.count((1, 0)), pairs.count((0, 1))
         p = binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
         assert (
-            f"- against {name}: {wins} questions only flexora got right, {losses} only the other; p = {p:.2f} " in page
+            f"- against {name}: {wins} question{'s' * (wins != 1)} only flexora got right, {losses} only the other; "
+            f"p = {p:.2f} " in page
         )
 
 
