@@ -115,7 +115,7 @@ METHOD = Example(
         "\nTABLE = {\n",
         '    "best-linear": Row("--inner-steps 2 --outer-steps 2", ("selection.json",), ("best-linear", "lora")),\n',
     ),
-    "import dataclasses\n\nimport jax\nimport jax.numpy as jnp\nimport optax\n\nimport bilevel\n",
+    "",  # its block is whole by itself
     ("tests/methods/test_commands.py", "tests/methods/test_misuse.py"),
     3,
 )
