@@ -1,4 +1,4 @@
-"""What a long run shows while it goes: a bar with the time left on a terminal, a line now and then elsewhere."""
+"""What a long run shows while it goes: a bar with the time left on a terminal, a line from time to time elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Progress:
 
     On a terminal, and in a notebook that has ipywidgets, it is one line that is drawn anew. Bar, steps done and time
     left are always there. Where the line is too narrow for the rest, what stands on the right goes first: the time
-    gone, then the newest numbers, the last one first. Elsewhere a line is printed now and then, without control
+    elapsed, then the newest numbers, the last one first. Elsewhere a line is printed every half minute, without control
     characters.
 
     Args:
@@ -108,7 +108,7 @@ class Progress:
         title = set_cell_size(self._title, min(cell_len(self._title), max(0, room - len(_GAP))))
         room -= cell_len(title + _GAP)
         rest = []
-        for part in (*self._shown_numbers(), f"{_clock(time.monotonic() - self._begun)} gone"):
+        for part in (*self._shown_numbers(), f"{_clock(time.monotonic() - self._begun)} elapsed"):
             room -= cell_len(_GAP + part)
             if room < 0:
                 break

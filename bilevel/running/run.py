@@ -101,7 +101,7 @@ def run(
         interrupted before they had all returned, or stopped by one, it resumes by calling them again. A tracker
         (`TensorBoard`, `WandB`, `MLflow`, one of your own) is a callback that is also told the settings and the end.
       callback_every: steps between two calls. A call makes the device wait: where a step takes microseconds, 100.
-      checkpoint_dir: folder to save the state in, now and then and at the end, by Ctrl-C and SIGTERM too, and to
+      checkpoint_dir: folder to save the state in, every minute or so and at the end, by Ctrl-C and SIGTERM too, and to
         resume from. It holds two checkpoints, and `fingerprint.json`: settings, losses, optimizers, data, key and
         versions, which a resumed run must share (callbacks, which look on, may be others). Without this file
         (delete it where a difference is meant, such as a newer JAX) a run is resumed unchecked, with a warning. What

@@ -69,7 +69,7 @@ def test_bar_count_and_time_left_are_seen_at_every_width(clock, width, bar, numb
     assert title == "outer steps"
     assert bar_of(rest[:bar]) == bar
     shown = "".join(f"  {name} {value:.4g}" for name, value in [*NUMBERS.items()][:numbers])
-    assert rest[bar:] == f"   67/200  2:13 left{shown}" + ("  1:46 gone" if width == 200 else "")
+    assert rest[bar:] == f"   67/200  2:13 left{shown}" + ("  1:46 elapsed" if width == 200 else "")
 
 
 def test_numbers_go_from_the_right_the_narrower_it_is(clock):
@@ -79,7 +79,7 @@ def test_numbers_go_from_the_right_the_narrower_it_is(clock):
         assert len(line) <= width and " 67/200  2:13 left" in line and bar_of(line) >= 10
         shown = [name for name in NUMBERS if name in line]
         assert shown == [*NUMBERS][: len(shown)] and len(shown) <= before
-        assert "gone" not in line or len(shown) == len(NUMBERS)
+        assert "elapsed" not in line or len(shown) == len(NUMBERS)
         before, narrowest = len(shown), width
     assert before == 0 and narrowest == 30
 
@@ -106,7 +106,7 @@ def test_a_run_that_goes_on_begins_where_it_was_with_no_time_known(clock):
     with Progress("steps", 100, start=90, console=(console := terminal(60))):
         pass
     (line,) = seen(console)
-    assert line.endswith("90/100  -:-- left  0:00 gone")
+    assert line.endswith("90/100  -:-- left  0:00 elapsed")
 
 
 def test_a_bar_below_another_one_is_gone_when_it_is_done(clock):
