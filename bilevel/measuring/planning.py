@@ -1,4 +1,4 @@
-r"""What a hypergradient will cost before it is run: time in gradient evaluations, and memory, for every schedule.
+r"""What a hypergradient will cost before it is run: gradient evaluations, operations and memory, for every schedule.
 
 Memory is that of a compiled program of a few steps, plus what more steps keep, by the arithmetic of schedules.py.
 Two such programs are compiled for each mode, with and without rematerialised steps, whatever the number of steps and
@@ -101,15 +101,19 @@ class Plan:
     def __rich__(self) -> Table:
         table = Table(title=f"One hypergradient through {self.steps} steps")
         replayed = any(row.kept_bytes for row in self.rows)
-        names = ("mode", "keep" if replayed else "checkpoint", "gradients", "a step", "GFLOP", "temporary MB")
-        for name in (*names, *["kept MB"] * replayed):
+        flop, operations = _scaled([row.flops for row in self.rows], "FLOP")
+        byte, sizes = _scaled([max(row.temp_bytes, row.kept_bytes) for row in self.rows], "B")
+        names = ("mode", "keep" if replayed else "checkpoint", "gradients", "a step", flop, f"temporary {byte}")
+        for name in (*names, *[f"kept {byte}"] * replayed):
             table.add_column(name, justify="left" if name in names[:2] else "right")
         for row in self.rows:
             name = row.checkpoint if isinstance(row.checkpoint, str) else repr(row.checkpoint)
-            numbers = [row.evaluations, row.evaluations / self.steps, row.flops / 1e9, row.temp_bytes / 1e6]
-            numbers += [row.kept_bytes / 1e6] * replayed
-            cells = (f"{n:,.2f}" if n < 100 else f"{n:,.0f}" for n in numbers)
-            table.add_row(row.mode, name, *cells, style="bold" if row == self.chosen else None)
+            taken = row == self.chosen
+            numbers = [row.evaluations, row.evaluations / self.steps, row.flops / operations, row.temp_bytes / sizes]
+            numbers += [row.kept_bytes / sizes] * replayed
+            cells = map(_shown, numbers)
+            table.add_row(row.mode, f"{name} *" if taken else name, *cells, style="bold" if taken else None)
+        table.caption = "* is what this hypergradient takes" if self.chosen in self.rows else None
         return table
 
     def __str__(self) -> str:
@@ -117,6 +121,18 @@ class Plan:
         with console.capture() as capture:
             console.print(self)
         return capture.get().rstrip()
+
+
+def _scaled(numbers: list[Any], unit: str) -> tuple[str, float]:
+    """The unit of a column in which its largest number is between 1 and 1,000, and how many of `unit` it is."""
+    power = min(int(math.log(max(*numbers, 1), 1000)), 5)
+    return ("", "k", "M", "G", "T", "P")[power] + unit, 1000.0**power
+
+
+def _shown(number: float) -> str:
+    if number >= 100:
+        return f"{number:,.0f}"
+    return f"{number:.2f}" if number >= 0.1 or number == 0 else f"{number:.1g}"
 
 
 def plan(
@@ -130,7 +146,9 @@ def plan(
     key: jax.Array | None = None,
     sharding: Sharding | None = None,
 ) -> Plan:
-    """Predicts time and memory of `hypergradient.estimate` for every mode and schedule; nothing is run.
+    """Predicts gradients, operations and memory of `hypergradient.estimate` for every mode and schedule.
+
+    Programs of a few steps are compiled, which is what it takes time for; nothing is run.
 
     Args:
       problem: the problem.

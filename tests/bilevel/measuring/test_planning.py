@@ -124,7 +124,10 @@ def test_a_plan_is_a_table_and_counts_as_theory_says():
     assert 2 < plan.row("forward", "none").evaluations / 16 < 3.6
     assert plan.chosen == plan.row("mixed", "sqrt")
     text = str(plan)
-    assert "through 16 steps" in text and "Binomial(c=5)" in text and "temporary MB" in text
+    assert "through 16 steps" in text and "Binomial(c=5)" in text and "temporary kB" in text and "MFLOP" in text
+    table = [line.split("│")[1:-1] for line in text.splitlines() if "│" in line]
+    assert len(table) == len(plan.rows) and all(float(cell.replace(",", "")) > 0 for line in table for cell in line[2:])
+    assert [line[1].strip() for line in table if "*" in line[1]] == ["sqrt *"]
     with pytest.raises(KeyError, match="no row"):
         plan.row("mixed", Levels(9))
 
@@ -142,7 +145,7 @@ def test_a_replay_is_planned_by_what_its_programs_do_and_its_folder_holds(keep, 
     problem, outer, _, batch, key = arguments(case, steps)
     data = case.batch(KEY)
     plan = bilevel.plan(problem, hypergradient, outer=outer, inner_data=data, outer_data=batch, key=key)
-    assert plan.chosen.checkpoint == keep and "kept MB" in str(plan) and "keep" in str(plan)
+    assert plan.chosen.checkpoint == keep and "kept kB" in str(plan) and "keep" in str(plan)
     most, commit = [0], kept.InFolder.commit
 
     def noted(self, done):
