@@ -1,4 +1,6 @@
-"""Whose fault an error is: the input's, the machine's, or ours. The first two are one sentence, ours a traceback.
+"""Whose fault an error is: the input's, the machine's, a user's own code's, or ours.
+
+The first two are one sentence; code has a traceback, whose ever it is.
 
 What decides is the cause, not the class of the exception:
 
@@ -6,13 +8,16 @@ What decides is the cause, not the class of the exception:
   fail in ways that nobody lists;
 - elsewhere, what our own code raised by a `raise` statement is a sentence written for the user; the same class out of a
   library, or out of an expression of ours, is a fault that nobody foresaw;
-- files, memory and missing packages are the machine's.
+- files, memory and missing packages are the machine's;
+- what is left began in the innermost code that is no library's: a file of the user's (a task, a method), or ours.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dis
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +28,7 @@ LONGEST = 600
 """Characters of a sentence: what is quoted in it may be a line of any size."""
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _OURS = (Path(__file__).parent, Path(bilevel.__file__).parent)
+_LIBRARIES = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 class BadInput(ValueError):
@@ -64,6 +70,20 @@ def sentence(error: BaseException, command: str = "this") -> str | None:
     return None
 
 
+def place(error: BaseException) -> str | None:
+    """The file and line of the user's own code where an error began, as "FILE line N"; None where it was not there."""
+    if isinstance(error, SyntaxError) and error.filename and not _is_of(error.filename, _OURS):
+        return f"{error.filename} line {error.lineno}"
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        file = frame.f_code.co_filename
+        if _is_of(file, _OURS):
+            return None
+        installed = {"site-packages", "dist-packages"}.intersection(Path(file).parts) or _is_of(file, _LIBRARIES)
+        if not (installed or file.startswith("<")):
+            return f"{file} line {line}"
+    return None
+
+
 def _deliberate(error: BaseException) -> bool:
     """Whether a `raise` statement of ours is where the error began."""
     at = _origin(error)
@@ -80,12 +100,16 @@ def _origin(error: BaseException) -> TracebackType | None:
 
 def _is_ours(at: TracebackType | None) -> bool:
     """Whether it was code of ours, and not of a library, that ran there."""
-    return at is not None and any(Path(at.tb_frame.f_code.co_filename).is_relative_to(folder) for folder in _OURS)
+    return at is not None and _is_of(at.tb_frame.f_code.co_filename, _OURS)
+
+
+def _is_of(file: str, folders: tuple[Path, ...]) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in folders)
 
 
 def _reason(error: BaseException) -> str:
-    text = _one_line(str(error))[:200]
-    return f"{type(error).__name__}{': ' if text else ''}{text}"
+    text, at = _one_line(str(error))[:200], place(error)
+    return f"{type(error).__name__}{': ' if text else ''}{text}{f' in {at}' if at else ''}"
 
 
 def _one_line(text: str) -> str:

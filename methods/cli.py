@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command.
 
     Exit code 0: done; 1: a fault of ours, with its traceback; 2: bad input, or a machine that does not give what is
-    needed, said in one sentence; 130: interrupted, and resumable; 141: nobody reads what is printed.
+    needed, said in one sentence, or a fault in the user's own code, with its traceback; 130: interrupted, and
+    resumable; 141: nobody reads what is printed.
     """
     try:
         code = run(sys.argv[1:] if arguments is None else list(arguments))
@@ -127,7 +128,7 @@ def run(arguments: list[str]) -> int:
 def _failed(error: BaseException, command: str = "this") -> int:
     """Says what went wrong: in one sentence where it is not our fault."""
     from methods import processes
-    from methods.causes import sentence
+    from methods.causes import place, sentence
 
     if (gone := processes.lost(error)) is not None:
         processes.leave(_fail(gone))
@@ -136,6 +137,8 @@ def _failed(error: BaseException, command: str = "this") -> int:
         _say("".join(traceback.format_exception(error)).rstrip())
     if said is not None:
         return _fail(said)
+    if (at := place(error)) is not None:
+        return _fail(f"this {type(error).__name__} began in {at}, which is no file of bilevel's: mend it there.")
     _say(
         f"bilevel: this {type(error).__name__} is a fault of bilevel's, and not of what it was given: please report it "
         "with the lines above."

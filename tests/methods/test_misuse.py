@@ -307,12 +307,45 @@ def test_what_fails_while_something_is_read_is_of_what_is_read():
 
 def test_a_fault_of_ours_shows_its_traceback_and_a_sentence(monkeypatch, capsys, tmp_path):
     def broken(method, settings, command):
-        return {}["key"]
+        ranges.check(object())  # a TypeError out of an expression of ours
 
     monkeypatch.setattr(Method, "main", broken)
     assert cli.run(["lora", *arguments("./m", "./d", tmp_path / "run")]) == 1
     said = capsys.readouterr().err.strip().splitlines()
-    assert said[0].startswith("Traceback") and "KeyError is a fault of bilevel's" in said[-1]
+    assert said[0].startswith("Traceback") and "TypeError is a fault of bilevel's" in said[-1]
+
+
+FAULTS = {
+    "import json\n\nNOTHING = dataclass\n": ("NameError", 3),
+    "NOTHING = (\n": ("SyntaxError", 1),
+    "import numpy as np\n\n\ndef made():\n    return np.zeros(3).reshape(2)\n\n\nCOMMAND = made()\n": ("ValueError", 5),
+    "from methods.driver import Nothing\n": ("ImportError", 1),
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_a_fault_in_a_method_of_the_users_is_told_as_that_files_fault(text, monkeypatch, capsys, tmp_path):
+    file, (name, line) = tmp_path / f"own_method_{len(text)}.py", FAULTS[text]
+    file.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(cli.COMMANDS, "own", cli.Row(file.stem, "an example"))
+    assert cli.run(["own", "--help"]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[0].startswith("Traceback")
+    assert said[-1].startswith(f"bilevel: this {name} began in {file} line {line}, which is no file of bilevel's")
+
+
+def test_a_fault_in_a_task_of_the_users_names_its_file_and_line(tmp_path, tiny_model, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from methods.tasks import MultipleChoice\n\n\ndef pairs(row):\n    return nothing\n\n\n"
+        'TASK = MultipleChoice(name="mine", fields=("stem",), pairs=pairs)\n'
+    )
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"stem": "Why?", "choices": ["so", "no"], "label": 0}\n')
+    words = ["lora", "--model", str(tiny_model), "--data", str(rows), "--task", f"{file}:TASK"]
+    said = refused([*words, "--out", str(tmp_path / "run")], capsys)
+    assert f"NameError: name 'nothing' is not defined in {file} line 5" in said
 
 
 def test_an_interrupt_before_anything_is_written_promises_nothing(monkeypatch, capsys, tmp_path):
