@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,8 @@ def find(task: str) -> Task:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # what a file does, `sys.exit` included, is the file's fault
-        reason = f"{type(error).__name__}: {error}"
+        lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == spec.origin]
+        reason = f"{type(error).__name__}: {error}" + (f", line {lines[-1]}" if lines else "")
         raise ValueError(f"{file}, which --task names, fails when it is run ({reason}).") from error
     found = getattr(module, name, None)
     if not isinstance(found, Task):
@@ -231,7 +233,11 @@ def _raw(where: Where, names: dict[str, str], task: str | None) -> tuple[str, Fo
         rows.append(format.row(record, place))
         places.append(place)
     if unread:
-        warnings.warn(f"Columns of {where.title} that are not read: {', '.join(unread)[:200]}.", stacklevel=2)
+        warnings.warn(
+            f"Columns of {where.title} that are not read: {', '.join(unread)[:200]}. Where one says which rows belong "
+            "together, a task of your own with group= keeps them on one side of every split.",
+            stacklevel=2,
+        )
     return name, format, rows, places
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from methods.tasks.records import from_hub, json_lines
-from methods.tasks.task import UNREADABLE, Row, Task
+from methods.tasks.task import UNREADABLE, Classification, Row, Task
 
 ASSETS = Path("assets", "data")
 """What `scripts/fetch_demo.py` fills; the same layout as BILEVEL_DATA."""
@@ -104,6 +104,8 @@ def unfolded(task: Task, stored: Row, where: str) -> list[Row]:
         raise ValueError(f"{where} is no row of {task.name} ({type(error).__name__}: {error}).") from error
     if not rows:
         raise ValueError(f"{where} holds no question: {task.name} needs at least one.")
+    if isinstance(task, Classification):
+        rows = [task.numbered(row) for row in rows]
     for row in rows:
         task.check(row, where)
     return rows

@@ -104,11 +104,11 @@ class MultipleChoice(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    """A class, or a number, for one text or a pair of texts (`fields`). A row has `label`.
+    """A class, or a number, for one text or a pair of texts (`fields`). A row has `label`: a number, or a class's name.
 
     Attributes:
       classes: their names, in the order of the labels 0, 1, ...; empty for a regression.
-      metrics: names in `methods.tasks.metrics.METRICS`; the first is the one that chooses the best model.
+      metrics: names in `methods.tasks.METRICS`; the first leads every table.
       bounds: least and largest label of a regression.
     """
 
@@ -121,10 +121,19 @@ class Classification(Task):
         """How many numbers a head answers with: one a class, or the one of a regression."""
         return len(self.classes) or 1
 
+    def numbered(self, row: Row) -> Row:
+        """The row with the number of its class in place of the class's name."""
+        label = row.get("label")
+        named = isinstance(label, str) and self.classes.count(label) == 1
+        return row | {"label": self.classes.index(label)} if named else row
+
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
         low, high = self.bounds
         label: Any = row.get("label")
+        if self.classes and isinstance(label, str):
+            known = ", ".join(self.classes[:20])
+            raise ValueError(f"{where} has label {label[:60]!r}, which is no class ({known}) and no number of one.")
         if self.classes:
             _check_class(label, len(self.classes), where)
         elif not is_number(label) or not low <= label <= high:
@@ -139,7 +148,7 @@ class Generation(Task):
       pair: the row's prompt, and the answer to train on.
       target: what a written text is compared with.
       extract: the answer in a written text, None if there is none.
-      metrics: names in `methods.tasks.generation.METRICS`; the first is the one that chooses the best model.
+      metrics: names in `methods.tasks.generation.METRICS`; the first leads every table.
       stop: texts that end an answer; the first is what an answer is trained on with.
       choose: whether an answer is one of the row's `choices`, whose index `label` is then checked.
     """
