@@ -16,20 +16,29 @@ PACKAGES = ("jax", "optax", "torch", "torchopt", "higher", "jaxopt", "optimistix
 
 
 class Record:
-    """The rows of a file. A last line that was cut short is dropped, and measured again."""
+    """The rows of a file. A last line that was cut short is dropped, and measured again.
+
+    Raises:
+      ValueError: for a line that is no JSON object, or no text.
+    """
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
         if not path.exists():
             return
-        whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
+        whole, _, cut = path.read_bytes().rpartition(b"\n")
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                self.rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:
                 raise ValueError(
                     f"{path}, line {number} is not JSON: remove the line, and it is measured again."
                 ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number} is {row!r:.40} and no row: remove the line, and it is measured again."
+                )
+            self.rows.append(row)
         if cut:  # otherwise left alone, for another process may be adding to it
             self._write("w", self.rows)
 
@@ -83,9 +92,9 @@ def machine() -> Row:
 
 
 def short(value: Any) -> Any:
-    """Six digits are more than a measurement has; gradients, which are compared, keep all."""
+    """Six digits are more than a measurement has; gradients and settings, which are compared, keep all."""
     if isinstance(value, dict):
-        return {k: v if k == "grad" else short(v) for k, v in value.items()}
+        return {k: v if k in ("grad", "settings") else short(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [short(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -73,6 +73,14 @@ def model_files(path: Path, known: Mapping[str, Any]) -> dict[str, dict[str, Any
     return found
 
 
+def digest(path: Path) -> str:
+    """The sha256 of what a model is read from: of its file, or of the names and digests of its folder's files."""
+    found = {name: told["sha256"] for name, told in model_files(path, {}).items()}
+    if not path.is_dir():
+        return found[path.name]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first thing that two fingerprints' parts disagree in, with both values; None if they agree.
 

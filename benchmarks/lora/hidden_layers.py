@@ -35,10 +35,11 @@ from rich.table import Table
 
 import bilevel
 from benchmarks.lora.planted import auroc
-from benchmarks.record import Record, Row, short
-from methods import allocate, figures, flexora, lora, models
+from benchmarks.record import Record, Row
+from methods import allocate, figures, fingerprint, flexora, lora, models, ranges
 from methods.adapters.lora import LoRAConfig
 from methods.objective import Given, of_hook
+from methods.ranges import Count, CountOrNone, Positive, finite
 
 SITES = ("q_proj", "v_proj")
 WAYS = {
@@ -71,18 +72,23 @@ class Hidden:
 
     model: Path
     out: Path
-    seeds: int = 1
-    planted: int = 5
-    rank: int = 8
-    size: float = 0.3
-    rows: int = 400
-    tokens: int = 32
-    batch: int = 4
-    warmup: int = 40
-    rate: float = 3e-3
-    unroll: int = 2
-    outer: int = 6
-    flexora: int = 8
+    seeds: Count = 1
+    planted: Count = 5
+    rank: Count = 8
+    size: Positive = 0.3
+    rows: Count = 400
+    tokens: Count = 32
+    batch: Count = 4
+    warmup: Count = 40
+    rate: Positive = 3e-3
+    unroll: Count = 2
+    outer: Count = 6
+    flexora: CountOrNone = 8
+
+    @property
+    def ways(self) -> list[str]:
+        """Those of `WAYS` that are measured."""
+        return [name for name in WAYS if name != "flexora" or self.flexora]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,31 +196,63 @@ def judged(hidden: Hidden, there: np.ndarray, score: np.ndarray) -> Row:
     return {"auroc": float(auroc(score, there)), "found": int(there[best].sum())}
 
 
-def measure(hidden: Hidden, record: Record) -> None:
-    """Adds a row for each way and seed that the record lacks.
+def measure(hidden: Hidden, record: Record) -> list[Row]:
+    """The row of each way and seed; those that the record lacks are measured, and added to it.
+
+    A model is known by what its files hold, `sha256` of a row, wherever they are and whatever they are called.
 
     Raises:
-      SystemExit: if the record holds another model or other settings, whose rows these would be mixed with.
+      ValueError: if an option is out of its range, if the record holds another model or other settings, whose rows
+        these would be mixed with, or what is no row of this benchmark.
+      FileNotFoundError: if there is no such model.
     """
+    ranges.check(hidden)
+    if not hidden.model.exists():
+        raise FileNotFoundError(f"--model {hidden.model} is not there: name a .gguf file or a folder.")
     asked = {name: value for name, value in dataclasses.asdict(hidden).items() if name not in ("model", "out", "seeds")}
-    if len(record.find(model=hidden.model.stem, settings=short(asked))) != len(record.rows):
-        raise SystemExit(f"{record.path} is of another model, or of other settings: name another folder with --out.")
-    left = [seed for seed in range(hidden.seeds) if not record.find(seed=seed)]
-    if not left:
-        return
-    pretrained = models.load(hidden.model)
-    for seed in left:
+    digest = fingerprint.digest(hidden.model)
+    for number, row in enumerate(record.rows, 1):
+        at = f"{record.path}, line {number}"
+        if not _is_row(row):
+            raise ValueError(f"{at} is no row of this benchmark: remove it, and it is made again.")
+        if row.get("sha256") != digest or row["settings"] != asked:
+            what = "other settings" if row.get("sha256") == digest else "another model, or of one that it does not tell"
+            raise ValueError(f"{at} is of {what}: name another folder with --out.")
+    jobs = [(seed, way) for seed in range(hidden.seeds) for way in hidden.ways]
+    first = lambda: {(row["seed"], row["way"]): row for row in reversed(record.rows)}  # noqa: E731
+    left = [job for job in jobs if job not in first()]
+    if left:
+        pretrained = models.load(hidden.model)
+    for seed in dict.fromkeys(seed for seed, _ in left):
         begun, key = time.perf_counter(), jax.random.key(seed)
         drawn = draw(hidden, pretrained, key)
         told = scores(hidden, drawn, jax.random.fold_in(key, 1))
-        seconds = time.perf_counter() - begun
+        seconds, name = time.perf_counter() - begun, hidden.model.name.removesuffix(".gguf")
+        made = {"seconds": seconds, "model": name, "sha256": digest, "settings": asked}
         record.add(
             [
-                {"seed": seed, "way": name, **judged(hidden, drawn.there, score), "scores": score.tolist()}
-                | {"there": drawn.there.tolist(), "seconds": seconds, "model": hidden.model.stem, "settings": asked}
-                for name, score in told.items()
+                {"seed": seed, "way": way, **judged(hidden, drawn.there, score), "scores": score.tolist()}
+                | {"there": drawn.there.tolist(), **made}
+                for way, score in told.items()
+                if (seed, way) in left
             ]
         )
+    return [first()[job] for job in jobs]
+
+
+def _is_row(row: Row) -> bool:
+    """Whether a row of the record is one of these: it has what is read of it."""
+    lists = [row.get(name) for name in ("scores", "there")]
+    return (
+        row.get("way") in WAYS
+        and type(row.get("seed")) is int
+        and isinstance(row.get("settings"), dict)
+        and all(finite(row.get(name)) for name in ("auroc", "found"))
+        and all(isinstance(each, list) and each for each in lists)
+        and all(map(finite, lists[0] or []))
+        and all(isinstance(each, bool) for each in lists[1] or [])
+        and len(lists[0] or []) == len(lists[1] or [])
+    )
 
 
 def table(rows: list[Row]) -> Table:
@@ -248,14 +286,16 @@ def figure(rows: list[Row]) -> Any:
 def main(hidden: Hidden) -> None:
     """Measures what the record lacks; prints the table, and draws the first draw."""
     hidden.out.mkdir(parents=True, exist_ok=True)
-    record = Record(hidden.out / "hidden_layers.jsonl")
-    measure(hidden, record)
-    figures.save(figure(record.find(seed=0)), hidden.out / "hidden_layers.png")
+    rows = measure(hidden, Record(hidden.out / "hidden_layers.jsonl"))
+    figures.save(figure([row for row in rows if row["seed"] == 0]), hidden.out / "hidden_layers.png")
     console = Console()
     console.print()
-    console.print(table(record.find()))
+    console.print(table(rows))
     console.print(f"{hidden.out / 'hidden_layers.png'}  (the scores of every layer)", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Hidden, description=__doc__))
+    try:
+        main(tyro.cli(Hidden, description=__doc__))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from error

@@ -173,6 +173,12 @@ def _hidden(rows: list[Row], figure: str) -> Iterable[str]:
     """The section on an update that is hidden in a pretrained model."""
     first, seeds = rows[0], len({row["seed"] for row in rows})
     used, there = first["settings"], first["there"]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        if sorted(row["seed"] for row in rows if row["way"] == way) != (every := sorted({row["seed"] for row in rows})):
+            raise ValueError(
+                f"The record of hidden layers has not one row of {way!r} for each of its seeds, "
+                f"{', '.join(map(str, every))}: continue it with `python -m benchmarks.lora.hidden_layers`."
+            )
     yield "## Hidden layers\n"
     yield (
         f"The same in a pretrained model, {first['model']}: q and v of {sum(there)} of its {len(there)} layers get an "

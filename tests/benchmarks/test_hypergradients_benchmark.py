@@ -48,6 +48,17 @@ def test_record_goes_on_after_a_line_that_was_cut_short(tmp_path):
     path.write_text("{\n" + path.read_text())
     with pytest.raises(ValueError, match="line 1 is not JSON"):
         Record(path)
+    lines = {b"[1, 2]": r"is \[1, 2\] and no row", b"null": "is None and no row", b"\xff": "is not JSON"}
+    for line, what in lines.items():
+        path.write_bytes(line + b"\n")
+        with pytest.raises(ValueError, match=f"line 1 {what}: remove the line"):
+            Record(path)
+
+
+def test_a_record_keeps_settings_whole_and_shortens_what_was_measured(tmp_path):
+    row = {"settings": {"size": 0.30000001}, "grad": [1 / 3], "seconds": 1 / 3}
+    Record(tmp_path / "record.jsonl").add([row])
+    assert Record(tmp_path / "record.jsonl").rows == [row | {"seconds": 0.333333}]
 
 
 @pytest.mark.slow
