@@ -33,7 +33,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = ("system", "user", "assistant", "tool")
 LARGEST = 3.4e38
 """Of a label that is a number: float32 holds it."""
-_DECIMAL = re.compile(r"[+-]?[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_COMMA = re.compile(r"[+-]?[0-9]+(?:,[0-9]+)?")
+_NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 
 
 class Format(NamedTuple):
@@ -256,9 +259,10 @@ def _label_row(record: Record, where: str) -> Row:
     row: Row = {"text": _text(record, "text", where)}
     if record.get("pair") is not None:
         row["pair"] = _text(record, "pair", where)
-    label = record.get("label")
+    given = record.get("label")
+    label = given.strip() if isinstance(given, str) else given  # " 1" beside "1" is the same class
     if not isinstance(label, (str, int, float)) or label == "" or label in (math.inf, -math.inf) or label != label:
-        raise ValueError(f"{where} has the label {label!r}, which is no text and no number.")
+        raise ValueError(f"{where} has the label {given!r}, which is no text and no number.")
     return row | {"label": label}
 
 
@@ -268,9 +272,7 @@ def _label_task(rows: Sequence[Row]) -> Task:
         raise ValueError(f"{pairs} of {len(rows)} rows have a second text 'pair': give all of them one, or none.")
     fields, labels = ("text", "pair")[: 1 + bool(pairs)], [row["label"] for row in rows]
     kinds = {type(label) for label in labels}
-    # In a CSV file every value is a text, a number with a decimal point too.
-    written = kinds == {str} and all(_DECIMAL.fullmatch(label.strip()) for label in labels)
-    if written or kinds in ({float}, {float, int}):
+    if (kinds == {str} and _are_numbers(labels)) or kinds in ({float}, {float, int}):
         return Classification(
             name="labels",
             fields=fields,
@@ -282,12 +284,14 @@ def _label_task(rows: Sequence[Row]) -> Task:
         shown = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"The labels are of several kinds, {shown}: write all of them the same way.")
     classes = sorted(set(labels))
+    if kinds == {str}:
+        _tell_alike(classes)
     if len(classes) < 2:
         raise ValueError(f"Every row has the label {classes[0]!r}: there is nothing to tell apart.")
     if len(classes) > min(MOST_CLASSES, len(rows) // 2):
         raise ValueError(
-            f"{len(rows)} rows have {len(classes)} different labels, too many to be classes; numbers to be predicted "
-            "are written with a decimal point."
+            f"{len(rows)} rows have {len(classes)} different labels, too many to be classes; where these are numbers "
+            "to be predicted, at least one of them must have a decimal point."
         )
     return Classification(
         name="labels",
@@ -295,6 +299,42 @@ def _label_task(rows: Sequence[Row]) -> Task:
         classes=tuple(map(str, classes)),
         metrics=("accuracy",),
     )
+
+
+def _are_numbers(labels: Sequence[str]) -> bool:
+    """Whether texts, which all values of a CSV file are, are numbers of which any has a fraction or an exponent.
+
+    A spreadsheet writes 2 for 2.0: not every one of them needs to.
+
+    Raises:
+      ValueError: for such numbers beside one that is not finite.
+    """
+    others = [label for label in labels if not _NUMBER.fullmatch(label)]
+    fraction = next((label for label in labels if _NUMBER.fullmatch(label) and not _WHOLE.fullmatch(label)), None)
+    if fraction is not None and others and all(_NO_NUMBER.fullmatch(label) for label in others):
+        raise ValueError(
+            f"A row has the label {others[0]!r}, where others have numbers such as {fraction}: leave it out, or give "
+            "it a number."
+        )
+    return fraction is not None and not others
+
+
+def _tell_alike(classes: Sequence[str]) -> None:
+    """Warns of classes that look like one, or like numbers with a decimal comma."""
+    known: dict[str, str] = {}
+    for name in classes:
+        other = known.setdefault(" ".join(name.casefold().split()), name)
+        if other != name:
+            warnings.warn(
+                f"The labels {other!r} and {name!r} are two classes, though they differ in case or spaces alone.",
+                stacklevel=2,
+            )
+            return
+    if all(map(_COMMA.fullmatch, classes)) and (comma := next((name for name in classes if "," in name), None)):
+        point = comma.replace(",", ".")
+        warnings.warn(
+            f"Labels such as {comma!r} are classes; a number to be predicted is written {point}.", stacklevel=2
+        )
 
 
 def _label_final(task: Classification, row: Row, where: str) -> Row:
