@@ -306,6 +306,9 @@ def prepare(
     if reasons := left_out.told(settings.length):
         pieces = " (texts in pieces)" if len(rows) != len(source.train) else ""
         processes.tell(f"{left_out.total:,} of {len(rows):,} training rows{pieces} are not used: {reasons}")
+    untested = len(source.test) - len(splits.test)
+    if untested and _is_own(settings):
+        processes.tell(f"{untested:,} of {len(source.test):,} rows to test on are not used: no more were asked for")
     if splits.cut:
         processes.tell(f"one text is longer than all outer rows: its last {splits.cut:,} pieces are among these")
     bench = Bench(
@@ -384,9 +387,14 @@ def _split(
         said = re.sub(r"\b(train|outer|test)=(\d+) (rows|prompts)", r"--\1-rows \2", str(error).rstrip("."))
         if error.test:
             raise ValueError(f"{said}.") from error
+        lower = " and ".join(
+            f"--{name}-rows" for name in ("train", "outer") if getattr(sizes, name) is not None
+        )  # a number that was not given cannot be lowered
+        remedies = ["raise --length"] * (len(fitting) < looked_at) + [f"lower {lower}"] * bool(lower)
+        remedies += ["give rows on more subjects"] * (not lower)
         raise ValueError(
             f"{said}; {len(fitting)} of the {looked_at} training rows that were looked at fit into --length "
-            f"{settings.length}: raise --length, or lower --train-rows and --outer-rows."
+            f"{settings.length}: {', or '.join(remedies)}."
         ) from error
 
 

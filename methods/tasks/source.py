@@ -18,7 +18,7 @@ from methods.tasks.metrics import METRICS
 from methods.tasks.own import FORMATS, Format
 from methods.tasks.records import READERS, Records, from_hub, read
 from methods.tasks.registry import TASKS, get
-from methods.tasks.splits import hold_out
+from methods.tasks.splits import check_held_out, hold_out
 from methods.tasks.stored import load, unfolded
 from methods.tasks.task import Classification, Generation, LanguageModelling, MultipleChoice, Placed, Row, Task
 
@@ -210,6 +210,7 @@ def _cut(
     if beside is not None:
         return Source(task, rows, tested(_file(beside)), title, f"{beside},")
     kept, held = hold_out(task, rows, test)
+    check_held_out(task, kept, held, test)
     return Source(task, kept, held, title, f"{title}, held out,")
 
 

@@ -112,9 +112,10 @@ def split(
         outer = _nearest(sizes, order, outer, pieces)
     chosen, gap = _draw(sizes, order, outer)
     torn = cut = 0
+    border = None
     if gap and (large := _to_cut(sizes, order, outer, chosen, pieces)) is not None:
         last, before, torn = _cut(subjects[large], gap)
-        subjects[large], cut = before, len(last)
+        subjects[large], cut, border = before, len(last), _key(task, last[0])
         chosen, subjects = [*chosen, len(subjects)], [*subjects, last]
     elif gap:
         chosen = _filled(sizes, order, outer, chosen)
@@ -127,18 +128,23 @@ def split(
     rest = [row for i in others for row in subjects[i]]
     if not chosen or len(rest) < (train or 1):
         unit = " prompts" if isinstance(task, Generation) else ""
+        on = f", on {len(sizes)} subjects, the rows of each of which stay together"
+        on = ["", ", on one subject, and these stay together", on][min(len(sizes), 2)]
         raise TooFew(
             f"{task.name} cannot give {outer} outer{unit} and {train or 'any'} training rows: {kept} are left "
-            "without those on subjects of the test, and rows on one subject stay together."
+            f"without those on subjects of the test{on}."
         )
+    trained = rest[:train]
+    if all(_key(task, row) != border for row in trained):
+        cut = 0  # of what is before the border nothing was asked for
     kept_tests = np.sort(np.random.default_rng(0).permutation(len(tests))[:test])
     result = Splits(
-        rest[:train],
+        trained,
         [row for i in chosen for row in subjects[i]],
         [row for i in kept_tests for row in tests[i]],
         len(train_rows) - kept,
         torn,
-        len(rest) - len(rest[:train]),
+        len(rest) - len(trained),
         cut,
     )
     check_disjoint(task, result)
@@ -203,6 +209,11 @@ def _is_in_pieces(task: Task, rows: Sequence[Row]) -> bool:
     return isinstance(task, LanguageModelling) and task.pieces is not None and all("piece" in row for row in rows)
 
 
+def _is_cut_further(task: Task) -> bool:
+    """Whether rows of one subject, which are texts, can be cut in pieces once a tokenizer is there."""
+    return isinstance(task, LanguageModelling) and task.pieces is not None
+
+
 def _cut(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row], int]:
     """The last `count` pieces of a text, those before them, and how many are in neither.
 
@@ -222,7 +233,8 @@ def hold_out(task: Task, rows: Sequence[Row], units_wanted: int | None = None) -
       rows: all there are.
       units_wanted: units of the test; None takes about a fifth. Each subject that still fits is taken, in a shuffled
         order. Where that leaves a gap, the smallest of the others is taken too, and what is then not needed is not, so
-        that there may be some more; of a fifth, only if that is nearer to it than the gap.
+        that there may be some more; of a fifth, only if that is nearer to it than the gap, and half of the subjects
+        where only one would be left, whose rows no further split could part.
 
     Raises:
       TooFew: if that leaves nothing to train on, or there are not so many.
@@ -234,7 +246,10 @@ def hold_out(task: Task, rows: Sequence[Row], units_wanted: int | None = None) -
     if units_wanted is None:
         wanted = _nearest(sizes, order, wanted, [False] * len(groups))
     chosen, gap = _draw(sizes, order, wanted)
-    test = set(_filled(sizes, order, wanted, chosen) if gap else chosen)
+    drawn = _filled(sizes, order, wanted, chosen) if gap else chosen
+    if units_wanted is None and len(groups) - len(drawn) == 1 and not _is_cut_further(task):
+        drawn, wanted = drawn[: max(1, len(drawn) // 2)], 1
+    test = set(drawn)
     if sum(sizes[i] for i in test) < wanted or len(test) == len(groups):
         on = f"{len(rows)} rows on {len(groups)} subject{'s' * (len(groups) != 1)}"
         raise TooFew(
@@ -243,6 +258,37 @@ def hold_out(task: Task, rows: Sequence[Row], units_wanted: int | None = None) -
         )
     rest = [row for i, group in enumerate(groups) if i not in test for row in group]
     return rest, [row for i in sorted(test) for row in groups[i]]
+
+
+def check_held_out(task: Task, train: Sequence[Row], test: Sequence[Row], wanted: int | None) -> None:
+    """Makes sure that rows that were held out as `--test-rows` asks leave something to train and validate on.
+
+    Args:
+      task: whose rows these are.
+      train, test: what `hold_out` gave.
+      wanted: units of the test; None where no number was asked for.
+
+    Raises:
+      TooFew: if what is left to train on is one subject, which no further split can part, or if a subject had to be
+        for the test that is larger than what was asked for, and larger than all that is left.
+    """
+    rows, held = len(train) + len(test), units(task, test)
+    unit = "prompts" if isinstance(task, Generation) else "rows"
+    lower = "give more rows, or a file to test on (--test-data)"
+    if wanted is not None and wanted > 1:
+        lower = f"lower --test-rows, {lower}"
+    if len(_subjects(task, train)) == 1 and not _is_cut_further(task):
+        raise TooFew(
+            f"Of {rows} rows {len(test)} are to test on, and the other {len(train)} are on one subject, so that none "
+            f"can validate what others train: {lower}.",
+            test=True,
+        )
+    if wanted is not None and len(held) > wanted and len(units(task, train)) < len(held):
+        raise TooFew(
+            f"--test-rows {wanted} of {rows} rows would leave {len(train)} to train on: rows on one subject stay "
+            f"together, so that {len(held)} {unit} would be kept from it for those {wanted}; {lower}.",
+            test=True,
+        )
 
 
 def load_splits(

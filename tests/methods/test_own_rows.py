@@ -256,6 +256,27 @@ def test_a_label_that_only_the_test_has(tmp_path):
         tasks.read_source(None, str(train), test_data=str(tmp_path / "held.jsonl"))
 
 
+def test_a_remedy_is_of_what_was_given_and_rows_that_are_not_tested_are_told(tiny_model, tmp_path, capsys):
+    one, more = ([{"prompt": f"q {i % n} {n} ", "completion": f"a {i}"} for i in range(24)] for n in (1, 24))
+    file, test, third = (tmp_path / f"{name}.jsonl" for name in ("one", "test", "third"))
+    write(tmp_path, one, file.name)
+    write(tmp_path, more, test.name)
+    write(tmp_path, [{"prompt": f"p {i} ", "completion": f"b {i}"} for i in range(9)], third.name)
+    words = ["lora", "--model", str(tiny_model), "--data", str(file), "--test-data", str(test), "--test-rows", "2"]
+    words += ["--out", str(tmp_path / "run"), "--length", "24"]
+    asked = ["--train-rows", "16", "--outer-rows", "8"]
+    for given, remedy in (([], "give rows on more subjects"), (asked, "lower --train-rows and --outer-rows")):
+        assert cli.run([*words, *given]) == 2
+        said = capsys.readouterr()
+        assert "24 are left without those on subjects of the test, on one subject, and these stay together; 24 of" in (
+            said.err
+        )
+        assert said.err.rstrip().endswith(f": {remedy}.")
+    sizes = "--batch-size 2 --outer-batch-size 2 --finetune-steps 2 --rank 2".split()
+    assert cli.run([*words, *sizes, "--data", str(third)]) == 0
+    assert "22 of 24 rows to test on are not used: no more were asked for" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -689,9 +710,39 @@ def test_numbers_of_a_csv_file_are_numbers(tmp_path):
     ]
     (tmp_path / "rows.csv").write_text("text,label\n" + "".join(f"t{i},{i % 2}\n" for i in range(20)))
     assert tasks.read_source(None, str(tmp_path / "rows.csv")).task.classes == ("0", "1")
+    # As spreadsheets write them, without the .0, and with an exponent.
+    for labels in (["1", "1.5", "2", "2.5", "3"], ["1e-3", "0"], ["-1", "2."], [" 1 ", "+.5"]):
+        lines = "".join(f"t{i},{labels[i % len(labels)]}\n" for i in range(20))
+        (tmp_path / "rows.csv").write_text(f"text,label\n{lines}")
+        found = tasks.read_source(None, str(tmp_path / "rows.csv"))
+        assert found.task.classes == () and found.task.metrics == ("pearson", "spearman"), labels
+        assert {row["label"] for row in found.train + found.test} == set(map(float, labels))
+        write(tmp_path, [{"text": f"t{i}", "label": float(labels[i % len(labels)])} for i in range(20)], "rows.jsonl")
+        assert tasks.read_source(None, str(tmp_path / "rows.jsonl")).task.classes == ()
+    for labels in (["1", "2.x"], ["v1.5", "1.5"], ["1", "2"]):
+        lines = "".join(f"t{i},{labels[i % 2]}\n" for i in range(20))
+        (tmp_path / "rows.csv").write_text(f"text,label\n{lines}")
+        assert set(tasks.read_source(None, str(tmp_path / "rows.csv")).task.classes) == set(labels)
+    (tmp_path / "rows.csv").write_text("text,label\na,nan\nb,0.5\nc,1\nd,2\n")
+    with pytest.raises(ValueError, match=r"^A row has the label 'nan', where others have numbers such as 0\.5: "):
+        tasks.read_source(None, str(tmp_path / "rows.csv"))
     (tmp_path / "rows.csv").write_text("text,label\na,1e300\nb,0.5\nc,0.5\n".replace("1e300", "1.0e300"))
     with pytest.raises(ValueError, match=r"line 2 has the label '1\.0e300', which is no number that float32 holds"):
         tasks.read_source(None, str(tmp_path / "rows.csv"))
+
+
+def test_labels_that_look_alike_are_one_class_or_told(tmp_path):
+    def classes(*labels):
+        write(tmp_path, [{"text": f"t{i}", "label": labels[i % len(labels)]} for i in range(24)], "rows.jsonl")
+        return tasks.read_source(None, str(tmp_path / "rows.jsonl")).task.classes
+
+    assert classes("a", " a", "b", "b\n") == ("a", "b") and classes("1", " 1", "2") == ("1", "2")
+    with pytest.raises(ValueError, match=r"line 2 has the label '  ', which is no text and no number"):
+        classes("a", "  ")
+    with pytest.warns(UserWarning, match="^The labels 'No' and 'no' are two classes, though they differ in"):
+        assert classes("No", "no", "yes") == ("No", "no", "yes")
+    with pytest.warns(UserWarning, match=r"^Labels such as '1,5' are classes; a number to be predicted is written"):
+        assert classes("1", "1,5") == ("1", "1,5")
 
 
 def test_test_rows_that_do_not_fit_are_said_before_anything_is_trained(chat_model, tmp_path, capsys):

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from methods import tasks
 from methods.tasks import Pair
+from methods.tasks.splits import check_held_out
 from tests.methods.texts import PIQA, question, write
 
 # --- rows and prompts ---------------------------------------------------------------------------------------------
@@ -402,6 +403,19 @@ def test_a_text_larger_than_the_outer_rows_is_cut_at_one_border(seed):
         tasks.check_disjoint(TEXTS, splits._replace(cut=0))
 
 
+def test_a_text_is_cut_only_where_its_beginning_is_trained_on():
+    # Of a text that is there many times, and has one piece, all lie on one side of the border.
+    rows, cuts = book(9, 40) + [{"text": "0", "of": "tome", "piece": 0}] * 40, set()
+    for seed in range(6):
+        splits = tasks.split(TEXTS, rows, [{"text": "test"}], outer=12, train=3, seed=seed)
+        (cut,) = {row["of"] for row in splits.outer if "of" in row}
+        in_both = any(row["of"] == cut for row in splits.train)
+        assert splits.cut == (3 if in_both else 0)
+        assert len(splits.train) + len(splits.outer) + splits.torn + splits.unasked == len(rows)
+        cuts.add(splits.cut)
+    assert 0 in cuts and len(cuts) > 1
+
+
 def test_a_text_that_is_there_twice_is_cut_between_its_pieces():
     rows = book(0, 20) * 2
     splits = tasks.split(TEXTS, rows, [{"text": "test"}], outer=5)
@@ -439,6 +453,35 @@ def test_held_out_rows_are_as_few_as_subjects_allow(kind, wanted):
             assert wanted <= found <= max(2 * wanted, *sizes) and (found == 1 or wanted > 1)
         if set(sizes) == {1}:
             assert found == (wanted or max(1, sum(sizes) // 5))
+
+
+def on_one_subject(many, single):
+    """So many rows on one subject, and others each on its own."""
+    return [question("goal", (f"{i}", "no")) for i in range(many)] + [question(f"other {i}") for i in range(single)]
+
+
+def test_held_out_rows_leave_something_to_train_and_to_validate_on():
+    def held_out(rows, wanted=None, task=PIQA):
+        kept, held = tasks.hold_out(task, rows, wanted)
+        check_held_out(task, kept, held, wanted)
+        return len(kept), len(held)
+
+    rows = on_one_subject(90, 10)
+    assert held_out(rows) == (95, 5) and held_out(rows, 5) == (95, 5) and held_out(rows, 9) == (91, 9)
+    alone = r"^Of 100 rows 10 are to test on, and the other 90 are on one subject, .*: lower --test-rows, give more"
+    with pytest.raises(tasks.TooFew, match=alone):
+        held_out(rows, 10)
+    for wanted in (11, 12, 45, 89):  # rows that nobody tests must not be most of those that would train
+        turned = f"^--test-rows {wanted} of 100 rows would leave 10 to train on: .* 90 rows would be kept from it"
+        with pytest.raises(tasks.TooFew, match=turned):
+            held_out(rows, wanted)
+    assert held_out(rows, 90) == (10, 90) and held_out(rows, 92) == (8, 92)  # as many as were asked for
+    assert held_out(on_one_subject(20, 1) + [question("third", (f"{i}", "no")) for i in range(25)], 5) == (26, 20)
+    more = r"on one subject.*: give more rows, or a file to test on \(--test-data\)\.$"
+    for few in (on_one_subject(90, 1), on_one_subject(1, 1)):
+        with pytest.raises(tasks.TooFew, match=more):
+            held_out(few)
+    assert held_out([{"text": "one"}, {"text": "other"}], task=TEXTS) == (1, 1)  # which is then cut in pieces
 
 
 @pytest.mark.parametrize("name", ["piqa", "rte"])
