@@ -14,7 +14,7 @@ import datetime
 import os
 import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,32 @@ def text(command: str, settings: Any, options: type) -> str:
       settings: with the values that were used.
       options: the dataclass of the options that the command takes; what `settings` has beside them is left out.
     """
-    values = {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(options)}
-    whole = {"command": command, "settings": values, "made": made()}
+    whole = {"command": command, "settings": _values(settings, options), "made": made()}
     head = f"# bilevel {command} --config THIS_FILE --out ANOTHER_FOLDER makes this run again;\n"
     head += "# paths that are not absolute are seen from the folder below `made`.\n"
     return head + yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
+
+
+def check(file: Path, command: str, settings: Any, options: type, free: Collection[str]) -> None:
+    """Makes sure that a run's `config.yaml` tells what the run was made with, settings in `free` aside.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    try:
+        found, _ = read(str(file), command)
+    except BadInput as error:
+        raise BadInput(f"{file} is damaged, or of another command: delete it to have it made again.") from error
+    used = _values(settings, options)
+    for name in sorted({*found, *used}.difference(free)):
+        told, value = (yaml.safe_dump(each.get(name), allow_unicode=True).split("\n...")[0] for each in (found, used))
+        if name not in found or name not in used or told != value:
+            with_ = f"what this run was made with, {name} = {value.strip()}"
+            raise BadInput(f"{file} does not tell {with_}: delete it to have it made again.")
+
+
+def _values(settings: Any, options: type) -> dict[str, Any]:
+    return {field.name: _plain(getattr(settings, field.name)) for field in dataclasses.fields(options)}
 
 
 def made() -> dict[str, Any]:

@@ -22,8 +22,8 @@ from methods.bench import Bench, open_run, prepare, recipe, settled, unsettled
 from methods.objective import Bound
 from methods.pages import Page, Run
 from methods.ranges import finite
-from methods.results import checked
-from methods.runfolder import RunFolder
+from methods.results import checked, of_one_run
+from methods.runfolder import FREE, RunFolder
 from methods.settings import Settings
 from methods.tasks import Buckets
 from methods.tasks.batches import POOL
@@ -191,11 +191,15 @@ class Method:
                 larger(bilevel.Batches(bench.train, setup.batch_size), setup.accumulate, BATCH)
                 larger(bilevel.Batches(bench.outer, setup.outer_batch_size), setup.accumulate, OUTER_BATCH)
         folder = open_run(setup, bench, found)
-        if command and not (folder.path / configuration.FILE).exists():
+        file = folder.path / configuration.FILE
+        if command and processes.decided(lambda: not file.exists()):
             folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
+        elif command:
+            processes.decided(lambda: configuration.check(file, command, setup, self.settings, (*FREE, "out")))
         told = folder.finished()
         arms, selected = told or self._carry_out(setup, bench, searches, folder)
         results = {name: _result(folder, name) for name in arms}
+        of_one_run({folder.path / "results" / f"{name}.json": row for name, row in results.items()})
         run = Run(setup, bench, folder, folder.read("selection") if selected else {}, results)
         page = self.page(run)
         pages.write(run, page)
@@ -377,6 +381,8 @@ def _result(folder: RunFolder, name: str) -> dict[str, Any]:
         made = checked(file, found)
         if not made.get("metrics") or not isinstance(made.get("layers"), list):
             raise ValueError(f"{file} is no result of this program: it lacks its layers or its metrics.")
+        if "right" not in made:
+            raise ValueError(f"{file} is no result of this program: it does not tell what it got right.")
     except ValueError as error:
         raise ValueError(f"{str(error).rstrip('.')}; delete it to have it made again.") from None
     return made

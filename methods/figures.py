@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from methods import files
+from methods.causes import reading
 from methods.runfolder import RunFolder
 
 
@@ -42,7 +43,8 @@ def training(file: Path, folder: RunFolder, arms: Sequence[str]) -> None:
         (line,) = ax.plot(np.arange(window, len(loss) + 1), smooth, lw=1.2, label=f"{name}, training")
         if folder.has(f"validation/{name}"):
             points = folder.read(f"validation/{name}")
-            at, values = [p["step"] for p in points], [p["loss"] for p in points]
+            with reading(str(folder.path / "validation" / f"{name}.json"), "put the old one back, or delete it"):
+                at, values = [int(p["step"]) for p in points], [float(p["loss"]) for p in points]
             ax.plot(at, values, "o--", ms=4, lw=0.8, color=line.get_color(), label=f"{name}, validation")
     ax.set(xlabel="batch", ylabel="loss", title="Loss")
     ax.legend(frameon=False)

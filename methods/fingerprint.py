@@ -100,16 +100,20 @@ def _shown(value: Any) -> str:
     return "not there" if value is None else str(value)
 
 
+def damaged(told: Mapping[str, Any]) -> str | None:
+    """The first part that `fingerprint.json` does not tell as it should, `{name: text or dict}`; None for none."""
+    for part in ("versions", "inputs", "model files"):
+        found = told.get(part)
+        if not isinstance(found, Mapping) or not all(isinstance(each, (str, Mapping)) for each in found.values()):
+            return part
+    return None
+
+
 def but_for_the_seed(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `fingerprint.json` tells, all that runs share which differ in their seed alone."""
-
-    def part(name: str) -> Mapping[str, Any]:
-        found = told.get(name)
-        return found if isinstance(found, Mapping) else {}
-
+    """Of what a whole `fingerprint.json` tells, all that runs share which differ in their seed alone."""
     return {
-        "versions": part("versions"),
-        "inputs": {name: value for name, value in part("inputs").items() if name not in SEEDED},
+        "versions": told["versions"],
+        "inputs": {name: value for name, value in told["inputs"].items() if name not in SEEDED},
         # Not when each file was last touched.
-        "model files": {name: _shown(value) for name, value in part("model files").items()},
+        "model files": {name: _shown(value) for name, value in told["model files"].items()},
     }

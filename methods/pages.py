@@ -90,7 +90,7 @@ def _worth(bench: Bench, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 Test: {tested(bench)} of {bench.source.tested_on} which no search or training saw. {_untested(bench)}
 {meaning}"""
-    if all("losses" in row for row in results.values()):
+    if all(row.get("losses") for row in results.values()):
         text += f" {_compared_by_loss(results)}"
     elif all(row["right"] is not None for row in results.values()):
         width = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in results.values())

@@ -83,11 +83,57 @@ def checked(file: Path, result: Any) -> dict[str, Any]:
         raise ValueError(f"{file} is no result of this program: its metrics are no numbers.")
     if on is not None and not (isinstance(on, Mapping) and all(map(_are_shares, on.values()))):
         raise ValueError(f"{file} is no result of this program: its modules are no lists of numbers.")
+    right, losses, tokens = (result.get(name) for name in ("right", "losses", "tokens"))
+    if right is not None and not _are_answers(right):
+        raise ValueError(f"{file} is no result of this program: what it got right is no list of 0 and 1.")
+    if right is not None and (score is None or (score["correct"], score["total"]) != (sum(right), len(right))):
+        raise ValueError(f"{file} is no result of this program: its accuracy is not that of what it got right.")
+    if not (losses is None and tokens is None) and not _are_losses(losses, tokens, right):
+        raise ValueError(f"{file} is no result of this program: its losses and tokens are not a number for each row.")
+    if not _is_count(result.get("cut", 0)):
+        raise ValueError(f"{file} is no result of this program: it does not count the texts that were cut.")
     return result
+
+
+def of_one_run(results: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Makes sure that the models of a run were tested by the same metrics, on the same rows.
+
+    Args:
+      results: `checked`, by their files.
+
+    Raises:
+      ValueError: if they were not, by the two files that differ.
+    """
+    parts = {
+        "metrics": lambda row: sorted(row["metrics"]),
+        "test rows": lambda row: (len(row.get("right") or ()), row.get("tokens")),
+    }
+    for what, told in parts.items():
+        first = next(iter(results))
+        for file, row in results.items():
+            if told(row) != told(results[first]):
+                raise ValueError(
+                    f"{file} tells of other {what} than {first.name}: delete the one of them that was changed to have "
+                    "it made again."
+                )
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+
+
+def _are_answers(right: Any) -> bool:
+    """Whether it says of each question, of which there are some, whether the answer was right: 0 or 1."""
+    return isinstance(right, list) and bool(right) and all(_is_count(each) and each <= 1 for each in right)
+
+
+def _are_losses(losses: Any, tokens: Any, right: list[int] | None) -> bool:
+    """Whether they are a loss and a count of tokens for each of some rows; a loss may be infinite, or NaN."""
+    if not isinstance(losses, list) or not isinstance(tokens, list) or not 0 < len(losses) == len(tokens):
+        return False
+    if right is not None and len(right) != len(losses):
+        return False
+    return all(map(_is_number, losses)) and all(map(_is_count, tokens)) and sum(tokens) > 0
 
 
 def _is_share(value: Any) -> bool:
@@ -175,6 +221,4 @@ def _differences(rows: Sequence[Row]) -> dict[tuple[int, str], str]:
 
 
 def _has_losses(row: Row) -> bool:
-    losses: Any = row.result.get("losses")
-    tokens: Any = row.result.get("tokens")
-    return _are_numbers(losses) and _are_numbers(tokens) and 0 < len(losses) == len(tokens) and sum(tokens) > 0
+    return _are_numbers(row.result.get("losses"))

@@ -27,6 +27,8 @@ from methods.logs import LOGGER
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
 FINISHED = "finished"
 SECONDS = "seconds.csv"
+OTHERWISE = "put the old one back, or make the run again in another folder"
+"""What to do about a damaged file without which a folder holds no run, or not a known one: `CONFIG`, `FINGERPRINT`."""
 FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_checkpoints")
 """Settings that change no result, to rounding: a run goes on with others."""
 OF_STEPS = (METRICS, SECONDS, "checkpoints", "tensorboard", "tracking.json")
@@ -82,8 +84,7 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
             f"{path} holds a run with other settings ({', '.join(changed)}): {first}; "
             "repeat them to continue it, or name another folder with --out."
         )
-    before = _read_object(path / FINGERPRINT).get("versions")
-    if changed := fingerprint.difference(before if isinstance(before, dict) else {}, fingerprint.versions()):
+    if changed := fingerprint.difference(_read_fingerprint(path / FINGERPRINT)["versions"], fingerprint.versions()):
         raise ValueError(
             f"{path} holds a run of other versions: {changed}; continue it with those, or name another folder with "
             "--out."
@@ -125,13 +126,13 @@ class RunFolder:
     def _open(self, settings: Any, now: dict[str, Any], model: Path | None) -> None:
         path = self.path
         self._lock = Lock(path)  # as long as this object is there; the process that writes has it
-        before = _read_object(path / FINGERPRINT) if (path / CONFIG).is_file() else {}
-        known = before.get("model files") or {}
+        before = _read_fingerprint(path / FINGERPRINT) if (path / CONFIG).is_file() else {}
+        known = before.get("model files", {})
         if isinstance(before.get("found"), list):  # a run that goes on may be given what it has found
             now["found"] = before["found"]
         now = now | {"model files": {} if model is None else fingerprint.model_files(model, known)}
         for part, title in (("inputs", "rows"), ("model files", "model files")):
-            if before and (changed := fingerprint.difference(before.get(part) or {}, now[part])):
+            if before and (changed := fingerprint.difference(before[part], now[part])):
                 raise ValueError(
                     f"{path} holds a run of other {title}: {changed}; put the old ones back to continue it, or name "
                     "another folder with --out."
@@ -194,7 +195,11 @@ class RunFolder:
         return processes.decided(lambda: read_json(self.path / f"{name}.json"))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """`name.json`, made by `make()` if it is not there yet, or a file that it names under "files" is not."""
+        """`name.json`, made by `make()` if it is not there yet, or a file that it names under "files" is not.
+
+        Raises:
+          ValueError: as `has_all`.
+        """
         if not self.has_all(name):
             with processes.attempt():
                 self.write(name, make())
@@ -203,22 +208,35 @@ class RunFolder:
         return self.read(name)
 
     def has_all(self, name: str) -> bool:
-        """Whether there is a `name.json`, and every file of the run that it names under "files"."""
+        """Whether there is a `name.json`, and every file of the run that it names under "files".
+
+        Raises:
+          ValueError: if such a file is not what it was when it was made, as its sha256 tells.
+        """
 
         def is_there() -> bool:
             file = self.path / f"{name}.json"
-            told = read_json(file) if file.is_file() else None
-            made = told.get("files") if isinstance(told, dict) else None
-            names = made if isinstance(made, list) else []
-            return file.is_file() and all((self.path / str(each)).is_file() for each in names)
+            if not file.is_file():
+                return False
+            made = {self.path / each: digest for each, digest in _made(read_json(file)).items()}
+            if not all(each.is_file() for each in made):
+                return False
+            for each, digest in made.items():
+                if digest not in (None, _sha256(each)):
+                    raise ValueError(
+                        f"{each} is not what it was when {name} was made: put the old one back, or delete it to have "
+                        "it made again."
+                    )
+            return True
 
         return processes.decided(is_there)
 
-    def made_by(self, make: Callable[[], Any]) -> list[str]:
-        """Calls `make()`; the files of the run that it wrote, without those of every step."""
+    def made_by(self, make: Callable[[], Any]) -> dict[str, str]:
+        """Calls `make()`; the files of the run that it wrote, without those of every step, and their sha256."""
         before = self._files()
         make()
-        return sorted(name for name, mark in self._files().items() if before.get(name) != mark)
+        made = sorted(name for name, mark in self._files().items() if before.get(name) != mark)
+        return processes.decided(lambda: {name: _sha256(self.path / name) for name in made})
 
     def _files(self) -> dict[str, list[int]]:
         """Each file of the folder, by what tells that it was written anew."""
@@ -285,7 +303,7 @@ class RunFolder:
     def _digest(self, name: str) -> str | None:
         """Of what `name.json` holds; None where it is not there."""
         file = self.path / f"{name}.json"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        return _sha256(file) if file.is_file() else None
 
     def forget_checkpoints(self) -> None:
         """Deletes the states of searches and trainings, which a finished run no longer needs."""
@@ -433,14 +451,35 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it to have it made again.") from None
+        remedy = OTHERWISE if file.name in (CONFIG, FINGERPRINT) else "delete it to have it made again"
+        raise ValueError(f"{file} is damaged ({error}): {remedy}.") from None
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     found = read_json(file)
     if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (no object but {type(found).__name__}): name another folder with --out.")
+        raise ValueError(f"{file} is damaged (no object but {type(found).__name__}): {OTHERWISE}.")
     return found
+
+
+def _read_fingerprint(file: Path) -> dict[str, Any]:
+    found = _read_object(file)
+    if part := fingerprint.damaged(found):
+        raise ValueError(f"{file} is damaged (it does not tell the {part} of the run): {OTHERWISE}.")
+    return found
+
+
+def _made(told: Any) -> dict[str, str | None]:
+    """The files that a result names, by their sha256; None where it only says that there are some."""
+    made = told.get("files") if isinstance(told, dict) else None
+    if isinstance(made, dict):
+        return {str(name): str(digest) for name, digest in made.items()}
+    return {str(name): None for name in made} if isinstance(made, list) else {}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _config(settings: Any) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _told(file: Path) -> dict[str, Any]:
 def _made_of(run: Path, config: Mapping[str, Any]) -> tuple[str, str] | None:
     """As `Row.made_of`: what was read, versions, and settings."""
     told = _told(run / FINGERPRINT)
-    if not told:
+    if fingerprint.damaged(told):
         return None
     found = told.get("found")
     read_ = fingerprint.but_for_the_seed(told)
@@ -173,7 +173,7 @@ def groups_over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each model that runs have which differ in their seed alone; a seed counts once, by the first run.
 
     What a run was made of decides, `Row.made_of`: the same was asked for, or the same was used, as when a run repeats
-    the `config.yaml` of another. A run that does not tell is in no group.
+    the `config.yaml` of another. A run that does not tell is in no group, and runs that share no metric are none.
     """
     groups: list[dict[str, Row]] = []
     for row in sorted(rows, key=lambda row: row.place):  # not the best of a seed, but the one that was named first
@@ -182,8 +182,8 @@ def groups_over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
         group = next((group for group in groups if _is_alike(row, next(iter(group.values())))), None)
         if group is None:
             groups.append(group := {})
-        group.setdefault(json.dumps(row.config.get("seed"), default=str), row)
-    kept = [list(group.values()) for group in groups if len(group) > 1]
+        group.setdefault(_seed(row), row)
+    kept = [each for group in groups if len(each := list(group.values())) > 1 and metric_of(each)]
     return sorted(kept, key=lambda group: min(rows.index(row) for row in group))
 
 
@@ -193,11 +193,27 @@ def _is_alike(one: Row, other: Row) -> bool:
     return any(a == b for a, b in zip(one.made_of, other.made_of, strict=True))
 
 
+def metric_of(group: Sequence[Row]) -> str | None:
+    """The metric that ranks the first of some rows, and that all of them have, in whatever order; None for none."""
+    return next((name for name in group[0].metrics if all(name in row.metrics for row in group)), None)
+
+
+def _seed(row: Row) -> str:
+    """The seed of a run, however its file writes the number."""
+    seed: Any = row.config.get("seed")
+    try:
+        number = float(seed)
+    except (TypeError, ValueError, OverflowError):
+        return json.dumps(seed, default=str)
+    return str(int(number)) if number.is_integer() else str(seed)
+
+
 def means(several: Sequence[Sequence[Row]]) -> list[list[str]]:
     """A line of cells for each model, as `MEANS` says."""
     lines = []
     for group in several:
-        first, name, values = group[0], group[0].worth[0], np.array([row.worth[1] for row in group])
+        first, name = group[0], metric_of(group) or ""
+        values = np.array([row.metrics[name] for row in group])
         told = [units.of(name).alone(float(value)) for value in (values.mean(), values.std(ddof=1))]
         lines.append([first.method, first.arm, first.config["task"], str(len(group)), name, *told])
     return lines

@@ -118,8 +118,60 @@ def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(comman
         (out / name).write_bytes(whole)
     assert cli.run(words) == 0
 
-    # Of a run that is not finished likewise, as far as its page needs it.
+    # The files that a result names likewise, finished or not, and what repeats the run.
+    made = "is not what it was when results/flexora was made: put the old one back, or delete it to have it made again."
+    configured = (out / "config.yaml").read_text()
+    damages = [
+        ("adapter/adapter_model.safetensors", b"x", made),
+        ("adapter/adapter_config.json", (out / "adapter/adapter_config.json").read_bytes() + b" ", made),
+        ("config.yaml", configured.replace("rank: 2", "rank: 3").encode(), "was made with, rank = 2: delete it"),
+        ("config.yaml", configured.replace("command: flexora", "command: lora").encode(), "or of another command: "),
+        ("config.yaml", b"[", "is damaged, or of another command: delete it"),
+    ]
+    for finished in (True, False):
+        if not finished:
+            (out / "finished.json").unlink()
+        for name, changed, sentence in damages:
+            whole = (out / name).read_bytes()
+            assert whole != changed
+            (out / name).write_bytes(changed)
+            capsys.readouterr()
+            assert cli.run(words) == 2, name
+            said = capsys.readouterr().err.strip().splitlines()[-1]  # a search without its states is repeated
+            assert said.startswith(f"bilevel: {out / name} ") and sentence in said, said
+            assert (out / name).read_bytes() == changed
+            (out / name).write_bytes(whole)
+        (out / damages[0 if finished else 1][0]).unlink()  # the remedy
+        (out / "config.yaml").unlink()
+        assert cli.run(words) == 0 and "made:" in (out / "config.yaml").read_text()
+        assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+        assert {file: file.read_bytes() for file in before} == before
+
+    # Of a run that is not finished all that its page needs of a result.
     (out / "finished.json").unlink()
+    file = out / "results" / "flexora.json"
+    whole = json.loads(file.read_text())
+    odd = {
+        "what it got right is no list of 0 and 1": {"right": "x"},
+        "no list of 0 and 1": {"right": [2] * 6},
+        "it does not tell what it got right": {"right": ...},
+        "its accuracy is not that of what it got right": {"right": whole["right"][1:]},
+        "accuracy is not that": {"accuracy": None},
+        "its losses and tokens are not a number for each row": {"losses": ["a"] * 6, "tokens": [1] * 6},
+        "losses and tokens": {"losses": [1.0], "tokens": [1]},
+        "tokens are not": {"losses": [1.0] * 6},
+        "it does not count the texts that were cut": {"cut": "x"},
+        "tells of other metrics than pretrained.json: delete the one": {"metrics": {"exact": 1.0}},
+        "tells of other test rows than pretrained.json": {"losses": [1.0] * 6, "tokens": [1] * 6},
+    }
+    for sentence, change in odd.items():
+        row = {name: value for name, value in (whole | change).items() if value is not ...}
+        file.write_text(json.dumps(row))
+        capsys.readouterr()
+        assert cli.run(words) == 2, sentence
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert sentence in said and said.endswith("to have it made again."), said
+    file.write_text(json.dumps(whole))
     (out / "results" / "random-0.json").write_text('{"parameters": 3}')
     assert cli.run(words) == 2
     assert "random-0.json is no result of this program: it lacks its layers or its metrics; delete it" in (

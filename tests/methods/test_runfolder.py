@@ -128,6 +128,8 @@ def file_for_a_folder(tmp_path, model, monkeypatch):
     opened(tmp_path, model)
 
 
+ELSEWHERE = r": put the old one back, or make the run again in another folder\.$"
+"""The remedy where deleting the file would leave no run."""
 CHANGES = {
     change_rows: r"run of other rows: training rows was 2 rows, sha256 \w{16} and is 2 rows, sha256 \w{16}; put",
     add_a_row: r"training rows was 2 rows, .* and is 3 rows",
@@ -138,9 +140,9 @@ CHANGES = {
     newer_version: r"run of other versions: bilevel was [\d.]+ and is 9.9.9; continue it with those",
     other_floats: "float was 64 and is 32",
     no_fingerprint: "does not tell which data, model and versions it is of",
-    damaged_fingerprint: "fingerprint.json is damaged",
-    damaged_config: "config.json is damaged",
-    deep_config: "config.json is damaged",
+    damaged_fingerprint: f"fingerprint.json is damaged.*{ELSEWHERE}",
+    damaged_config: f"config.json is damaged.*{ELSEWHERE}",
+    deep_config: f"config.json is damaged.*{ELSEWHERE}",
     file_for_a_folder: "results is a file where a run has a folder",
 }
 
@@ -152,6 +154,31 @@ def test_a_run_of_something_else_is_refused_with_what_was_and_is(change, tmp_pat
         change(tmp_path, model, monkeypatch)
     if change not in (no_fingerprint, damaged_fingerprint, damaged_config, deep_config, file_for_a_folder):
         assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("part", ["versions", "inputs", "model files"])
+@pytest.mark.parametrize("told", [[1], "x", None, {"a": 1}])
+def test_a_fingerprint_that_tells_a_part_otherwise_is_damaged(part, told, tmp_path, model):
+    file = opened(tmp_path, model).path / "fingerprint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: told}))
+    said = rf"fingerprint\.json is damaged \(it does not tell the {part} of the run\){ELSEWHERE}"
+    with pytest.raises(ValueError, match=said):
+        opened(tmp_path, model)
+
+
+def test_files_of_a_result_are_known_by_what_they_hold_or_only_by_their_names(tmp_path):
+    folder = RunFolder(tmp_path, Made())
+    made = folder.made_by(lambda: folder.write_text("adapter/a.json", "some"))
+    assert made == {"adapter/a.json": "a6b46dd0d1ae5e86cbc8f37e75ceeb6760230c1ca4ffbcb0c97b96dd7d9c464b"}
+    folder.write("new", {"files": made})
+    folder.write("old", {"files": list(made)})  # as earlier versions wrote it
+    assert folder.has_all("new") and folder.has_all("old")
+    folder.write_text("adapter/a.json", "other")
+    assert folder.has_all("old")
+    with pytest.raises(ValueError, match=r"adapter/a\.json is not what it was when new was made: put .*, or delete it"):
+        folder.once("new", dict)
+    (tmp_path / "adapter" / "a.json").unlink()
+    assert not folder.has_all("new") and not folder.has_all("old")
 
 
 def test_weights_are_read_once_as_long_as_nobody_touched_them(tmp_path, model, monkeypatch):

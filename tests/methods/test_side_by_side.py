@@ -175,6 +175,22 @@ def test_means_are_over_what_is_the_same_but_for_the_seed(tmp_path):
     assert told(made("asked", 3, seed=0, train_rows=66), made("other", 9, seed=1, train_rows=72)) == []
 
 
+def test_a_mean_is_of_one_metric_in_whatever_order_files_name_them_and_a_seed_is_a_number(tmp_path):
+    def made(name, metrics, **config):
+        return make_run(tmp_path / name, {"x": {"parameters": 1, "metrics": metrics}}, task="chat", **config)
+
+    def told(*runs):
+        return [row[3:] for row in side_by_side.means(side_by_side.groups_over_seeds(side_by_side.read(runs).rows))]
+
+    first, second = made("a", {"loss": 1.0, "exact": 0.5}, seed=0), made("b", {"exact": 0.1, "loss": 2.0}, seed=1)
+    assert told(first, second) == [["2", "loss", "1.500", "0.707"]]
+    assert told(first, made("c", {"exact": 0.1}, seed=1)) == [["2", "exact", "30.0 %", "28.3 %"]]
+    assert told(first, made("d", {"f1": 0.1}, seed=1)) == []
+    assert side_by_side.over_seeds(side_by_side.read([first, tmp_path / "d"]).rows) == ""
+    zeros = [made(f"zero{number}", {"loss": 9.0}, seed=seed) for number, seed in enumerate((0.0, "0", "0.0"))]
+    assert told(first, *zeros) == [] and told(first, *zeros, second) == told(first, second)
+
+
 def test_a_folder_that_is_named_twice_is_one_run(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "run", {"x": result(3, 5)}, seed=0)
     monkeypatch.chdir(tmp_path)
@@ -190,9 +206,12 @@ def test_numbers_that_no_page_can_show_are_one_sentence(tmp_path, capsys):
         "its metrics are no numbers": result(1, 1) | {"metrics": {"loss": 10**400}},
         "metrics are no numbers": result(1, 1) | {"metrics": {"loss": True}},
         "its modules are no lists of numbers": result(1, 1, {"q": [10**400]}),
+        "what it got right is no list": result(1, 1) | {"right": "x"},
+        "its accuracy is not that of what it got right": result(1, 1) | {"right": [0] * 10},
+        "not a number for each row": result(1, 1) | {"losses": [1.0], "tokens": [1, 1]},
     }
-    run = make_run(tmp_path / "run", dict(zip("abcdef", odd.values(), strict=True)) | {"good": result(1, 1)})
+    run = make_run(tmp_path / "run", dict(zip("abcdefghi", odd.values(), strict=True)) | {"good": result(1, 1)})
     assert cli.run(["report", str(run), "--out", str(tmp_path / "page")]) == 2
     said = capsys.readouterr().err
-    for name, words in zip("abcdef", odd, strict=True):
+    for name, words in zip("abcdefghi", odd, strict=True):
         assert f"{name}.json is no result of this program: " in said and words in said
