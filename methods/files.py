@@ -29,11 +29,16 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside `path`; whole and on the disk, it takes the place of `path` when the block ends.
 
     If the block fails it is removed, and `path` stays as it was.
+
+    Raises:
+      IsADirectoryError: if `path` is a folder.
     """
     if not processes.is_first():
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / path.name
         return
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder where a file is to be written: move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = _beside(path)
     try:

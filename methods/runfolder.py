@@ -33,6 +33,7 @@ FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_c
 """Settings that change no result, to rounding: a run goes on with others."""
 OF_STEPS = (METRICS, SECONDS, "checkpoints", "tensorboard", "tracking.json")
 """Files and folders that are written at every step, or tell of the run alone."""
+FILES = (FINGERPRINT, METRICS, SECONDS, "report.md", "config.yaml", "selection.json", f"{FINISHED}.json")
 FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
 
 
@@ -70,6 +71,9 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
     for name in FOLDERS:
         if (path / name).exists() and not (path / name).is_dir():
             raise ValueError(f"{path / name} is a file where a run has a folder: name another folder with --out.")
+    for name in FILES:
+        if (path / name).is_dir():
+            raise ValueError(f"{path / name} is a folder where a run has a file: name another folder with --out.")
     if not (path / FINGERPRINT).is_file():
         raise ValueError(
             f"{path} is no run, or one that does not tell which data, model and versions it is of (no {FINGERPRINT}): "
@@ -152,7 +156,13 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, whole or not at all."""
+        self._check_lock()
         files.write_text(self.path / name, text)
+
+    def _check_lock(self) -> None:
+        """Raises ValueError if another process may write here by now."""
+        if self._lock is not None:
+            self._lock.check()
 
     def has(self, name: str) -> bool:
         """Whether there is a `name.json`."""
@@ -162,6 +172,7 @@ class RunFolder:
         """Writes the arrays of a pytree as `name.safetensors`."""
         from safetensors.numpy import save
 
+        self._check_lock()
         arrays = {key: np.ascontiguousarray(leaf) for key, leaf in _leaves(tree).items()}
         files.write_bytes(self.path / f"{name}.safetensors", save(arrays))
 
@@ -315,6 +326,7 @@ class RunFolder:
         def callback(step: int, state: Any, metrics: Mapping[str, Any]) -> None:
             if not processes.is_first():
                 return
+            self._check_lock()
             count, new, replaced = len(next(iter(metrics.values()))), [], False
             for i in range(count):
                 row = {"stage": stage, "step": step - count + i + 1}

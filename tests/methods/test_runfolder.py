@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,11 @@ def other_floats(tmp_path, model, monkeypatch):
         opened(tmp_path, model)
 
 
+def folder_for_a_file(tmp_path, model, monkeypatch):
+    (tmp_path / "run" / "report.md").mkdir()
+    opened(tmp_path, model)
+
+
 def no_fingerprint(tmp_path, model, monkeypatch):
     (tmp_path / "run" / "fingerprint.json").unlink()
     opened(tmp_path, model)
@@ -144,7 +150,11 @@ CHANGES = {
     damaged_config: f"config.json is damaged.*{ELSEWHERE}",
     deep_config: f"config.json is damaged.*{ELSEWHERE}",
     file_for_a_folder: "results is a file where a run has a folder",
+    folder_for_a_file: r"report\.md is a folder where a run has a file: name another folder",
 }
+
+
+OF_ANOTHER_KIND = file_for_a_folder, folder_for_a_file
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -152,7 +162,7 @@ def test_a_run_of_something_else_is_refused_with_what_was_and_is(change, tmp_pat
     before = {file: file.read_bytes() for file in opened(tmp_path, model).path.iterdir()}
     with pytest.raises(ValueError, match=CHANGES[change]):
         change(tmp_path, model, monkeypatch)
-    if change not in (no_fingerprint, damaged_fingerprint, damaged_config, deep_config, file_for_a_folder):
+    if change not in (no_fingerprint, damaged_fingerprint, damaged_config, deep_config, *OF_ANOTHER_KIND):
         assert {file: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
 
 
@@ -277,6 +287,13 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "x" / "a.txt").stat().st_mode & 0o777 == 0o666 & ~umask  # readable by whom others are
+
+
+def test_a_folder_where_a_file_is_to_be_is_named_itself(tmp_path):
+    (tmp_path / "page.md").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"page\.md is a folder where a file is to be written: move it away\.$"):
+        files.write_text(tmp_path / "page.md", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 def test_what_fails_in_the_middle_leaves_what_was_there(tmp_path):
@@ -419,6 +436,58 @@ def test_a_second_process_in_a_run_folder_is_refused_and_a_dead_one_holds_nothin
         finally:
             other.kill()
             other.wait()
+    opened(tmp_path, model)
+
+
+def test_what_a_run_is_written_to_is_locked_whatever_becomes_of_the_lock_s_file(tmp_path, model):
+    folder = opened(tmp_path, model)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    second = [sys.executable, "-c", HOLDS, str(folder.path)]
+    (folder.path / ".lock").unlink()
+    done = subprocess.run(second, capture_output=True, text=True, input="", env=here)
+    assert done.returncode and done.stderr.splitlines()[-1].startswith(f"ValueError: {folder.path} is in use by")
+    logged(folder, 1, 1.0)  # and this one goes on
+    opened(tmp_path, model)
+    # The whole folder moved away, and another made in its place, by a process that finds it free.
+    folder.path.rename(tmp_path / "old")
+    folder.path.mkdir()
+    done = subprocess.run(second, capture_output=True, text=True, input="", env=here)
+    assert done.returncode == 0 and done.stdout == "held\n"
+    moved = r"run was moved or removed while a run was written to .*: this one ends; start it again"
+    for write in (lambda: logged(folder, 2, 1.0), lambda: folder.write("x", 1), lambda: folder.write_arrays("x", {})):
+        with pytest.raises(ValueError, match=moved):
+            write()
+    assert [path.name for path in folder.path.iterdir()] == [".lock"]
+
+
+def test_a_file_system_that_locks_no_folders_is_told_of_a_lock_that_is_gone(tmp_path, model, monkeypatch):
+    real = locks.fcntl.flock
+
+    def flock(handle, operation):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(9, "Bad file descriptor")
+        real(handle, operation)
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    folder = opened(tmp_path, model)
+    logged(folder, 1, 1.0)
+    (folder.path / ".lock").unlink()
+    with pytest.raises(ValueError, match=r"\.lock was moved or removed while a run was written"):
+        logged(folder, 2, 1.0)
+
+
+def test_what_is_no_file_in_the_place_of_a_lock_is_named(tmp_path, model):
+    path = opened(tmp_path, model).path
+    gc.collect()
+    (path / ".lock").unlink()
+    (path / ".lock").mkdir()
+    with pytest.raises(ValueError, match=r"\.lock is no file where a run has its lock \(a folder\): remove it"):
+        runfolder.check(path, Made())
+    (path / ".lock").rmdir()
+    (path / ".lock").symlink_to(tmp_path / "nowhere" / "x")
+    with pytest.raises(ValueError, match=r"\.lock is no file where a run has its lock \(a link to nothing\): "):
+        opened(tmp_path, model)
+    (path / ".lock").unlink()
     opened(tmp_path, model)
 
 
