@@ -405,6 +405,11 @@ def open_run(settings: Settings, bench: Bench, found: Sequence[str] = ()) -> Run
 
 def recipe(settings: Settings) -> Recipe:
     """The recipe of the final training. Raises ValueError."""
+    if settings.patience and not settings.validate_every:
+        raise ValueError(
+            f"--patience {settings.patience} counts validations, of which there are none: give --validate-every too, "
+            "or leave --patience out."
+        )
     # A method may leave these open, until `used` has filled them in.
     share, clip = (
         getattr(Training if getattr(settings, name) is None else settings, name) for name in ("warmup", "clip")

@@ -195,11 +195,12 @@ def used(settings: FlexoraSettings) -> Any:
     variant = RELEASED if settings.released else PAPER
     found: Any = Used(**given | options(settings), variant=variant)
     ranges.check(found)
-    most = found.search_rows if found.train_rows is None else found.train_rows
-    if found.search_rows and not found.batch_size <= found.search_rows <= most:
+    rows, batch, most = found.search_rows, found.batch_size, found.train_rows
+    if rows and most is None and rows < batch:
+        raise ValueError(f"--search-rows {rows} must be at least --batch-size {batch}, or 0 for all training rows.")
+    if rows and most is not None and not batch <= rows <= most:
         raise ValueError(
-            f"--search-rows {found.search_rows} must be between --batch-size {found.batch_size} and "
-            f"--train-rows {most}, or 0 for all of these."
+            f"--search-rows {rows} must be between --batch-size {batch} and --train-rows {most}, or 0 for all of these."
         )
     final_recipe(found, found.variant)
     return found
@@ -278,9 +279,14 @@ def searches(settings: FlexoraSettings, bench: Bench) -> list[Search]:
     """Stage 1, as often as asked for, each with a key of its own; the history has alpha after every outer step.
 
     Raises:
-      ValueError: for a bench that was not prepared for these settings.
+      ValueError: for a bench that was not prepared for these settings, or has fewer rows than the search is to see.
     """
-    setup = used(settings)
+    setup, there = used(settings), len(bench.splits.train)
+    if setup.search_rows > there:
+        raise ValueError(
+            f"--search-rows {setup.search_rows} are more than the {there} training rows that there are: lower it, or "
+            "give 0 for all of them."
+        )
     if bench.row_means != setup.variant.row_means:
         raise ValueError("The rows were prepared for another variant of the search: COMMAND.prepare(settings).")
     cycled, key = setup.variant.outer_data == "cycled", jax.random.key(setup.seed)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from methods import webpage
 
 _FIGURE = re.compile(r"!\[(.*?)\]\((.*?)\)")
+_BAR = re.compile(r"(`[^`]*`|\\.)|\|")
+"""A bar between two cells, or what has none in it: code, and a character behind a backslash."""
 _RULE = re.compile(r"\|(\s*:?-+:?\s*\|)+")
 
 
@@ -51,7 +53,8 @@ def _taken(rest: list[str], go_on) -> list[str]:
 
 
 def _table(lines: list[str]) -> str:
-    rows = [[cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:]] for line in lines]
+    parts = [_BAR.sub(_apart, line.strip()).split("\n")[1:] for line in lines]
+    rows = [[cell.strip().replace("\\|", "|") for cell in each] for each in parts]
     rows = [row[:-1] if row and not row[-1] else row for row in rows]
     if len(lines) < 2 or not _RULE.fullmatch(lines[1].strip()):
         return webpage.verbatim("\n".join(lines))
@@ -60,6 +63,10 @@ def _table(lines: list[str]) -> str:
     numbers = [i for i, mark in enumerate(rule[:count]) if mark.endswith(":")]
     whole = [[*row, *[""] * count][:count] for row in body]
     return webpage.table(titles, whole, numbers)
+
+
+def _apart(found: re.Match[str]) -> str:
+    return found[1] or "\n"  # which no line has
 
 
 def _inline(text: str) -> str:

@@ -309,6 +309,7 @@ BAD = {
     "budget": (["baseline", "melora", "--share", "2"], "--share 2 must be above 0"),
     "dora": (["baseline", "uniform", "--adapter", "dora"], "the baselines are made for LoRA"),
     "search rows": (["flexora", "--search-rows", "3"], "--search-rows 3 must be between"),
+    "patience": (["lora", "--patience", "3"], "--patience 3 counts validations, of which there are none: give --valid"),
     "accumulation of a baseline": (["baseline", "uniform", "--accumulate", "4"], "a baseline trains as published"),
     "searches": (["flexora", "--searches", "0"], "--searches 0 must be at least 1"),
     "questions": (["attribute", "--questions", "9"], "--questions 9 are more than --outer-rows 8"),
@@ -317,6 +318,21 @@ BAD = {
     "an unknown score": (["attribute", "--by", "guessing"], "--by"),
     "fewer rows than a batch": (["select-data", "--keep", "0.1"], "are 2 rows, fewer than --batch-size 4"),
 }
+
+
+def test_rows_of_a_search_are_compared_with_what_was_given_or_is_there(tiny_model, tmp_path, capsys):
+    rows = [{"prompt": f"q {i} ", "completion": f"a {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["flexora", "--model", str(tiny_model), "--data", str(tmp_path / "rows.jsonl"), "--batch-size", "2"]
+    words += ["--out", str(tmp_path / "run"), "--outer-batch-size", "2", "--length", "24"]
+    for given, sentence in {
+        "1": "--search-rows 1 must be at least --batch-size 2, or 0 for all training rows.",
+        "99": "--search-rows 99 are more than the 18 training rows that there are: lower it, or give 0 for all of "
+        "them.",
+    }.items():
+        assert cli.run([*words, "--search-rows", given]) == 2
+        assert capsys.readouterr().err == f"bilevel: {sentence}\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", BAD)
