@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel import bijectors
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.differentiation.influence import StructuralZeroWarning
 from bilevel.hypergradients.arguments import refuse_complex
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
-from bilevel.hypergradients.contract import driven_from_host, traceable
-from bilevel.hypergradients.per_task import PerTask
-from bilevel.hypergradients.query import outer_value, split_keys
+from bilevel.hypergradients.contract import driven_from_host
 from bilevel.hypergradients.training import InnerState
 from bilevel.measuring.conformance import EstimatorCheck as EstimatorCheck
 from bilevel.measuring.conformance import check_estimator as check_estimator
+from bilevel.measuring.differences import STEP, Found, central, found
 from bilevel.measuring.duties import DUTIES as DUTIES
 from bilevel.measuring.point import Point
 from bilevel.measuring.quadratic import Quadratic as Quadratic
@@ -35,7 +34,7 @@ from bilevel.problem.arguments import check_outer
 from bilevel.problem.problem import Problem, is_problem
 from bilevel.settings.fields import check_arguments
 from bilevel.settings.numeric import integer, real
-from bilevel.trees import Batch, Outer, PyTree, combine, is_inexact, leaf_names, partition
+from bilevel.trees import Batch, Outer, PyTree, is_inexact, leaf_names, named, partition
 
 __all__ = [
     "DUTIES",
@@ -50,13 +49,13 @@ __all__ = [
     "ridge",
 ]
 
-STEP = 3e-4
-"""Of central differences, relative to the size of a leaf."""
-
-COARSE = 1e-2
-"""The same, of a step of the size that an outer optimizer takes."""
-UNDECIDED = 1e-2
+UNDECIDED = 1e-3
 """Relative uncertainty from which central differences confirm nothing."""
+UNCERTAIN = (
+    "is a loss not smooth, of low precision, or the training rough, as bilevel.smoothness tells? Or is an "
+    "inner gradient 0 but for rounding, as of a bias before a normalisation, which Adam makes a whole step?"
+)
+"""Asked where it is not known what makes central differences uncertain."""
 UNKNOWN = 0.5
 """Uncertainty of central differences from which they contradict no estimate."""
 MARGIN = 3.0
@@ -104,42 +103,8 @@ def central_differences(
             result.append(np.zeros(leaf.shape))
             continue
         basis = np.eye(leaf.size).reshape(leaf.size, *leaf.shape)
-        result.append(_derivatives(arguments, i, basis, step)[0].reshape(leaf.shape))
+        result.append(central(arguments, i, basis, step).reshape(leaf.shape))
     return jax.tree.unflatten(structure, result)
-
-
-def _derivatives(arguments: tuple, leaf: int, directions: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """Derivatives of the training map along `directions` of one leaf, and how far they may be off."""
-    x = np.asarray(jax.tree.leaves(partition(arguments[3])[0])[leaf])
-    finite = x[np.isfinite(x)]  # an infinity is a mask, which no step moves
-    size = step * (np.sqrt(np.mean(finite**2)) if finite.any() else 1.0)
-    offsets = size * np.array([-4, -2, -1, 1, 2, 4])
-    moves = jnp.asarray((offsets[:, None, *[None] * x.ndim] * directions).reshape(-1, *x.shape), x.dtype)
-    values = np.asarray(_values_moved(*arguments, leaf, moves)).reshape(6, len(directions))
-    low, high = (_fourth_order(values[i], size * h) for i, h in (([0, 1, 4, 5], 2), ([1, 2, 3, 4], 1)))
-    rounding = np.finfo(values.dtype).eps * np.abs(values).max() / size
-    return high, np.abs(high - low) + rounding
-
-
-def _fourth_order(values, size):
-    return (8 * (values[2] - values[1]) - (values[3] - values[0])) / (12 * size)
-
-
-@partial(jax.jit, static_argnums=(7,))
-def _values_moved(problem, hypergradient, inner_state, outer, inner_batches, outer_batch, key, leaf, moves):
-    moving, fixed = partition(outer)
-    leaves, structure = jax.tree.flatten(moving)
-
-    def value(move):
-        moved = [x + move if i == leaf else x for i, x in enumerate(leaves)]
-        at = combine(jax.tree.unflatten(structure, moved), fixed)
-        if isinstance(hypergradient, PerTask):  # one training for each task, and the mean of their outer losses
-            return hypergradient.estimate(problem, inner_state, at, inner_batches, outer_batch, key).value
-        params = traceable(hypergradient).solve(problem, inner_state, at, inner_batches, key).params
-        keys = split_keys(key, hypergradient.steps)
-        return outer_value(problem, hypergradient.steps, params, at, outer_batch, keys)[0]
-
-    return jax.lax.map(value, moves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +115,11 @@ class Agreement:
       name: of the estimator, or of the outer leaf.
       verdict: `"exact"`; `"biased"`; `"wrong"`: not finite, or no direction of descent; `"zero"`: exact, but both are
         0; or `"undecided"`: the central differences are too uncertain, because a loss is not smooth or rounds to a low
-        precision, or an optimizer amplifies rounding.
-      error: relative error, Euclidean.
+        precision, or an optimizer amplifies rounding, or because they are not finite.
+      error: relative error, Euclidean; relative to the hypergradient where the differences are 0.
       cosine: of the angle between the two.
       uncertainty: how far, relatively, the central differences themselves may be off.
+      why: what makes the differences uncertain, or which leaves have the verdict; empty where that is not known.
 
     Examples:
       >>> from bilevel.testing import Agreement
@@ -166,6 +132,7 @@ class Agreement:
     error: float
     cosine: float
     uncertainty: float
+    why: str = dataclasses.field(default="", kw_only=True)
 
     def __str__(self) -> str:
         known = f"central differences are known to {self.uncertainty:.0e}"
@@ -179,11 +146,9 @@ class Agreement:
         if self.verdict == "biased":
             return f"{self.name}: biased by {100 * self.error:.3g} %, cosine {self.cosine:.3f} ({known})"
         if self.verdict == "undecided":
-            why = (
-                "is a loss not smooth, of low precision, or the training rough, as bilevel.smoothness tells? Or is an "
-                "inner gradient 0 but for rounding, as of a bias before a normalisation, which Adam makes a whole step?"
-            )
-            return f"{self.name}: undecided ({known} only: {why})"
+            if np.isnan(self.uncertainty):
+                return f"{self.name}: undecided ({self.why})"
+            return f"{self.name}: undecided ({known} only: {self.why or UNCERTAIN})"
         if not np.isfinite(self.error):
             return f"{self.name}: wrong, not finite"
         return f"{self.name}: wrong, no direction of descent, cosine {self.cosine:.3f} ({known})"
@@ -194,7 +159,8 @@ class HypergradientCheck(Agreement):
     """The verdict on a hypergradient; `print` it.
 
     Attributes:
-      leaves: an `Agreement` for each inexact leaf of `outer`.
+      leaves: an `Agreement` for each inexact leaf of `outer`, measured by its own size. Where one of them is biased or
+        wrong, the whole is never exact, however small that leaf is beside the others: it has that leaf's verdict.
       coarse: how far, relatively, differences over steps of 1 % of a leaf's size are from the derivative: above 0.5 it
         does not foretell such steps, however exact it is. NaN where a training at such a step is not finite.
 
@@ -212,7 +178,14 @@ class HypergradientCheck(Agreement):
     coarse: float = float("nan")
 
     def __str__(self) -> str:
-        lines = [super().__str__(), *map(str, self.leaves)]
+        first = super().__str__()
+        if self.why and self.verdict in ("biased", "wrong"):
+            whole = "undecided as a whole"
+            if self.uncertainty <= UNDECIDED:
+                known = f"central differences are known to {self.uncertainty:.0e}"
+                whole = f"with a relative error of {self.error:.0e} as a whole ({known})"
+            first = f"{self.name}: {self.verdict} in {self.why}, {whole}"
+        lines = [first, *map(str, self.leaves)]
         if self.coarse > UNKNOWN:
             lines.append(
                 f"It does not foretell steps of 1 % of outer, by {100 * self.coarse:.3g} %: the training is rough, or "
@@ -236,7 +209,14 @@ def check_hypergradient(
     """Compares an estimate with central differences of the whole training map, in float64, and says what it found.
 
     Everything inexact is cast to float64, whatever the configuration; a loss that rounds to a lower precision by itself
-    makes the central differences uncertain, which the verdict tells. Costs `12 * directions` trainings for each leaf.
+    makes the central differences uncertain, as a kink does, which the verdict tells. Both are looked for: casts in the
+    traced program, and values that do not lie on a polynomial. Multiplying the outer loss by a positive number changes
+    no verdict.
+
+    Steps are taken in the free coordinates of `Problem(domain=...)`, and hypergradients compared there. They are
+    relative to the size of a leaf; where the differences are not finite or do not agree, relative to the size of its
+    single entries. Costs `16 * directions + 2` trainings for each leaf, and `8 * directions + 1` more where such
+    smaller steps are tried.
 
     Args:
       problem, hypergradient: what to check.
@@ -285,26 +265,63 @@ def check_hypergradient(
             warnings.simplefilter("ignore", StructuralZeroWarning)  # the verdict says it
             estimate = lambda problem, hypergradient, *rest: hypergradient.estimate(problem, *rest).grad  # noqa: E731
             grad = (estimate if driven_from_host(hypergradient) else jax.jit(estimate))(*arguments)
+        slope = bijectors.free_gradient(problem.domain, moving, grad)[1]
         rng = np.random.default_rng(0)
-        rows = []
-        for i, (g, x) in enumerate(zip(jax.tree.leaves(grad), jax.tree.leaves(moving), strict=True)):
+        rows, founds = [], []
+        for i, (g, x) in enumerate(zip(jax.tree.leaves(slope), jax.tree.leaves(moving), strict=True)):
             if not np.size(x):  # nothing to differ by
                 rows.append([np.zeros(0)] * 4)
+                founds.append(None)
                 continue
             basis, weight = _directions(rng, np.shape(x), directions)
-            true, uncertainty = _derivatives(arguments, i, basis, STEP)
             projected = np.tensordot(basis, np.asarray(g), np.ndim(x)) if np.ndim(x) else basis * np.asarray(g)
-            far, _ = _derivatives(arguments, i, basis, COARSE)  # no program more: only its numbers are others
-            rows.append([np.sqrt(weight) * values for values in (projected, true, uncertainty, far - true)])
-    *whole, miss = (np.concatenate(column) for column in zip(*rows, strict=True))
-    floor = tolerance * np.linalg.norm(whole[1])  # a leaf that hardly matters is not measured by its own size
-    names = ["outer" if name == "." else name for name in leaf_names(moving)]
-    leaves = tuple(
-        Agreement(name, *_compare(row[:3], tolerance, floor)) for name, row in zip(names, rows, strict=True)
+            founds.append(found(arguments, i, basis))
+            columns = projected, founds[-1].slope, founds[-1].doubt, founds[-1].miss
+            rows.append([np.sqrt(weight) * values for values in columns])
+    return _verdict(type(hypergradient).__name__, leaf_names(moving), rows, founds, tolerance)
+
+
+def _verdict(
+    name: str, leaves: list[str], rows: list[list[np.ndarray]], founds: list[Found | None], tolerance: float
+) -> HypergradientCheck:
+    names = ["outer" if leaf == "." else leaf for leaf in leaves]
+    hidden = [0.0 if each is None else each.hidden for each in founds]
+    compared = [_compare(row[:3], tolerance, least) for row, least in zip(rows, hidden, strict=True)]
+    agreements = tuple(
+        Agreement(leaf, verdict, *numbers, why=_reason(verdict, row, each))
+        for leaf, (verdict, *numbers), row, each in zip(names, compared, rows, founds, strict=True)
     )
+    *whole, miss = (np.concatenate(column) for column in zip(*rows, strict=True))
+    verdict, *numbers = _compare(whole, tolerance, max(hidden))
+    why = ""
+    if verdict == "undecided":
+        of_most = max(range(len(rows)), key=lambda i: np.nan_to_num(np.linalg.norm(rows[i][2]), nan=np.inf))
+        why = _reason(verdict, rows[of_most], founds[of_most])
+        if len(names) > 1 and why:
+            why = f"{named('leaf', names[of_most])}: {why}"
+    for worse in ("wrong", "biased") if verdict in ("exact", "undecided") else ():
+        if culprits := [leaf.name for leaf in agreements if leaf.verdict == worse]:
+            verdict, why = worse, ", ".join(culprits)
+            break
     length = float(np.linalg.norm(whole[1]))
     coarse = float(np.linalg.norm(miss)) / length if length else 0.0
-    return HypergradientCheck(type(hypergradient).__name__, *_compare(whole, tolerance, floor), leaves, coarse)
+    return HypergradientCheck(name, verdict, *numbers, leaves=agreements, coarse=coarse, why=why)
+
+
+def _reason(verdict: str, row: list[np.ndarray], each: Found | None) -> str:
+    """Why differences are uncertain, where that is known."""
+    if verdict != "undecided" or each is None:
+        return ""
+    if not np.isfinite(row[1]).all():
+        return (
+            "the central differences are not finite: a training a small step away is not; is a loss there outside of "
+            "what it is defined for? Problem(domain=...) keeps steps inside"
+        )
+    if np.linalg.norm(row[2][each.kink]) > 0.5 * np.linalg.norm(row[2]):
+        return "there is a kink here, as of a relu at 0: the differences to both sides disagree"
+    if each.precision:
+        return f"what outer acts on is rounded to {each.precision} on its way to the outer loss"
+    return ""
 
 
 def _start_wide(init, key, outer):
@@ -329,17 +346,24 @@ def _directions(rng, shape, count):
     return vectors.reshape(count, *shape), size / count
 
 
-def _compare(columns, tolerance, floor):
+def _compare(columns, tolerance, hidden):
+    """The verdict, error, cosine and uncertainty; `hidden` is the size of a slope that a cast may round away."""
     estimated, true, uncertainty = columns
-    if not (np.isfinite(estimated).all() and np.isfinite(true).all()):
+    if not np.isfinite(estimated).all():
         return "wrong", float("nan"), float("nan"), float("nan")
-    length = np.linalg.norm(true)
-    scale = max(length, floor) or 1.0
+    if not (np.isfinite(true).all() and np.isfinite(uncertainty).all()):
+        return "undecided", float("nan"), float("nan"), float("nan")
+    # Squares of what is tiny are 0.
+    top = max((float(np.abs(column).max(initial=0.0)) for column in columns[:2]), default=0.0) or 1.0
+    estimated, true, uncertainty = estimated / top, true / top, uncertainty / top
+    length, size = np.linalg.norm(true), np.linalg.norm(estimated)
     if estimated.size and not (estimated.any() or true.any()):
-        return "zero", 0.0, float("nan"), 0.0
+        return ("undecided", 0.0, float("nan"), float("inf")) if hidden else ("zero", 0.0, float("nan"), 0.0)
+    # Relative to something of the same unit always: where the truth is 0, to what is held to be it.
+    scale = length or size or 1.0
     error = float(np.linalg.norm(estimated - true) / scale)
     known = float(np.linalg.norm(uncertainty) / scale)
-    cosine = float(estimated @ true / ((length * np.linalg.norm(estimated)) or 1.0))
+    cosine = float(estimated @ true / ((length * size) or 1.0))
     if known > UNKNOWN:  # of a rough training no step is small enough: the differences say nothing of the estimate
         return "undecided", error, cosine, known
     if error <= max(tolerance, MARGIN * known):
