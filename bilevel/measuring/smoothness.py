@@ -11,6 +11,7 @@ import numpy as np
 
 from bilevel import bijectors
 from bilevel.differentiation.captures import forget_outdated
+from bilevel.differentiation.tracing import used
 from bilevel.hypergradients.base import Hypergradient, is_hypergradient
 from bilevel.hypergradients.contract import traceable
 from bilevel.hypergradients.training import InnerState
@@ -19,7 +20,7 @@ from bilevel.problem.problem import Problem, split_inner
 from bilevel.settings.fields import checked
 from bilevel.settings.numeric import integer, real
 from bilevel.sharding.processes import on_host
-from bilevel.trees import Outer, PyTree, combine, partition
+from bilevel.trees import Outer, PyTree, combine, is_inexact, partition
 
 SMOOTH, ROUGH = 0.9, 0.5
 """Scores from which a training is called smooth, and below which it is called rough."""
@@ -37,9 +38,10 @@ class Smoothness:
       foretold: for each direction, the change of the outer loss that the hypergradient foretells for a step.
       found: for each direction, the change that there is.
       rounding: what a nudge of `outer` by a last digit moves of the trained variable, which is rounding and what
-        training makes of it, as a share of what a step moves; above 0.05 the scores say nothing.
+        training makes of it, as a share of what a step moves; above 0.05 the scores say nothing. It is infinite where
+        nothing moves that depends on `outer`: what moves it may be rounded away.
       loss_rounding: the same of the outer loss; above 0.05 `error` says nothing.
-      precision: the dtype of the trained variable, the coarsest where there are several.
+      precision: the dtype of the trained variable, the coarsest of the leaves that move where there are several.
 
     Examples:
       >>> import bilevel, optax
@@ -67,8 +69,8 @@ class Smoothness:
     @property
     def error(self) -> float:
         r"""How far the hypergradient misses: $|\mathrm{found} - \mathrm{foretold}| / |\mathrm{found}|$."""
-        size = float(np.linalg.norm(self.found))
-        return float(np.linalg.norm(self.found - self.foretold)) / size if size else 0.0
+        size, off = float(np.linalg.norm(self.found)), float(np.linalg.norm(self.found - self.foretold))
+        return off / size if size else (float("inf") if off else 0.0)
 
     @property
     def is_smooth(self) -> bool:
@@ -83,6 +85,12 @@ class Smoothness:
     def __str__(self) -> str:
         low, high, count = self.scores.min(), self.scores.max(), len(self.scores)
         where = f"{low:.2f} to {high:.2f} along {count} direction{'s' * (count > 1)}"
+        if np.isinf(self.rounding):
+            return (
+                f"Smoothness undecided at steps of {self.step:g}: such a step moves nothing of what is trained, by not "
+                f"even a last digit of {self.precision}. Either training has no slope here, as behind a clip, or its "
+                "movement is rounded away: measure in double precision (with jax.enable_x64(True)), or at larger steps."
+            )
         if self.is_undecided:
             return (
                 f"Smoothness undecided at steps of {self.step:g}: rounding in {self.precision} alone moves "
@@ -138,7 +146,8 @@ def smoothness(
 
     In single precision a short training with a weak influence moves by little more than it rounds. So one more
     training starts from `outer` nudged by its last digit: what that moves is not `outer`'s influence, and where it is
-    more than a twentieth of what a step moves, the verdict is that there is none.
+    more than a twentieth of what a step moves, the verdict is that there is none. There is none either where nothing
+    moves of a training that depends on `outer`.
 
     Args:
       problem, hypergradient: what to look at.
@@ -200,10 +209,10 @@ def measured(
     start_loss, start_params = trained(outer)
     value, params = _look((start_loss, start_params))
     nudged = combine(bijectors.natural(problem.domain, jax.tree.map(_nudge, free)), fixed)
-    # Leaves may be of several precisions: the coarsest rounds most.
-    precision, eps = _coarsest(start_params if jax.tree.leaves(start_params) else free)
+    # Leaves may be of several precisions: each number rounds by that of its own.
+    eps = _units(start_params)
     noise, loss_eps = _moved(value, params, *_look(trained(nudged))), _coarsest(start_loss)[1]
-    scores, foretold, found, moves = [], [], [], []
+    scores, foretold, found, moves, moving_ones = [], [], [], [], np.zeros(params.shape, bool)
     for number in range(directions):
         direction = _normal(jax.random.fold_in(jax.random.clone(key), number), free)
 
@@ -216,14 +225,42 @@ def measured(
         foretold.append(step * sum(map(_look, jax.tree.leaves(jax.tree.map(_product, slope, direction)))))
         found.append(first - value)
         # No rounding is smaller than a unit in the last place, of those numbers that move.
-        last = np.array([loss_eps * abs(value), eps * np.abs(params[near != params]).sum()])
+        moving_ones |= (near != params) | (far != params)
+        last = np.array([loss_eps * abs(value), (eps * np.abs(params))[near != params].sum()])
         moves.append((_moved(value, params, first, near), np.maximum(noise, last)))
     moved, noise = np.mean(moves, axis=0)
     # Where the outer loss does not move at all, it was foretold to move by less than a last digit.
     moved[0] = moved[0] or np.abs(foretold).mean()
-    of_loss, of_params = np.divide(noise, moved, out=np.zeros(2), where=moved > 0)
+    # Nothing that moves beside something that rounds is no smoothness: it may be rounded away.
+    of_loss, of_params = np.divide(noise, moved, out=np.where(noise > 0, np.inf, 0.0), where=moved > 0)
+    if params.size and not moving_ones.any():
+        program = end.trace(*arguments).jaxpr.jaxpr
+        of_params = np.inf if _depends(program, (problem, state), outer) else 0.0
     lists = np.asarray(scores), float(step), np.asarray(foretold), np.asarray(found)
-    return Smoothness(*lists, float(of_params), float(of_loss), precision)
+    return Smoothness(*lists, float(of_params), float(of_loss), _precision(start_params, moving_ones, free))
+
+
+def _depends(program: Any, before: PyTree, outer: Outer) -> bool:
+    """Whether what is trained, all outputs of a program but the first, is computed from an inexact leaf of `outer`.
+
+    The inputs are the leaves of `before`, those of `outer`, and others.
+    """
+    inputs = used(program, [i > 0 for i in range(len(program.outvars))])[len(jax.tree.leaves(before)) :]
+    return any(is_used and is_inexact(x) for x, is_used in zip(jax.tree.leaves(outer), inputs, strict=False))
+
+
+def _precision(start: PyTree, moving: np.ndarray, otherwise: PyTree) -> str:
+    """The coarsest dtype of the leaves of which a number moves; of all where none does, of `otherwise` without any."""
+    leaves = [x for x in jax.tree.leaves(start) if jnp.size(x)]
+    counts = [jnp.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in leaves]
+    parts = np.split(moving, np.cumsum(counts)[:-1]) if leaves else []
+    return _coarsest([x for x, part in zip(leaves, parts, strict=True) if part.any()] or leaves or otherwise)[0]
+
+
+def _units(tree: PyTree) -> np.ndarray:
+    """For each number of a tree, flat as `_look` has it, the unit in the last place of 1 in its dtype."""
+    units = [(x, float(jnp.finfo(x.dtype).eps)) for x in jax.tree.leaves(tree)]
+    return np.concatenate([np.zeros(0), *(np.full(x.size * (2 if jnp.iscomplexobj(x) else 1), u) for x, u in units)])
 
 
 def _coarsest(tree: PyTree) -> tuple[str, float]:

@@ -136,7 +136,44 @@ def test_where_nothing_moves_nothing_is_rough():
     still = bilevel.Problem(
         lambda w, o, b, k: jnp.sum(w**2), lambda w, o, b, k: jnp.sum(o * w), lambda k, o: jnp.ones(2), lambda k: 1.0
     )
-    assert list(bilevel.smoothness(still, Unrolled(optax.sgd(0.1), 2)).scores) == [1.0] * 4
+    found = bilevel.smoothness(still, Unrolled(optax.sgd(0.1), 2))
+    assert list(found.scores) == [1.0] * 4 and found.is_smooth
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_rough_training_whose_movement_is_rounded_away_is_not_smooth(precision):
+    kind = jnp.dtype(precision)
+    weak = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - 1) ** 2) + kind.type(1e-9) * jnp.sin(1000 * o) * jnp.sum(w**2),
+        lambda w, o, b, k: jnp.sum((w - 2) ** 2),
+        lambda key, o: jnp.zeros(2, kind),
+        lambda key: jnp.ones((), kind),
+    )
+    found = bilevel.smoothness(weak, Unrolled(optax.sgd(0.1), 30), key=jax.random.key(1))
+    if precision == "float64":
+        assert not found.is_undecided and found.score < 0.9 and 1 < found.error < np.inf
+    else:
+        assert found.is_undecided and not found.is_smooth and found.rounding == np.inf
+        assert found.loss_rounding > 0.05 and not found.found.any() and found.error == np.inf
+        assert "moves nothing of what is trained, by not even a last digit of float32" in str(found)
+
+
+def test_a_leaf_of_low_precision_that_does_not_move_is_not_what_rounds():
+    def found(start):
+        return bilevel.smoothness(
+            bilevel.Problem(
+                lambda w, o, b, k: jnp.sum((w["w"] - 1) ** 2) + jnp.exp(o) * jnp.sum(w["w"] ** 2),
+                lambda w, o, b, k: jnp.sum((w["w"] - 2) ** 2),
+                lambda key, o: start,
+                lambda key: jnp.zeros((), jnp.float32),
+            ),
+            Unrolled(optax.sgd(0.1), 5),
+        )
+
+    alone = found({"w": jnp.zeros(2, jnp.float32)})
+    idle = found({"w": jnp.zeros(2, jnp.float32), "idle": jnp.ones(3, jnp.bfloat16)})
+    assert idle.is_smooth and idle.precision == alone.precision == "float32"
+    assert idle.rounding == pytest.approx(alone.rounding)
 
 
 def test_refusals():
