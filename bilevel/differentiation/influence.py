@@ -21,6 +21,9 @@ class StructuralZeroWarning(UserWarning):
     """A derivative is exactly 0 by construction: the estimator cannot see how an outer leaf acts, or a loss does not
     depend on what it is to be differentiated by.
 
+    Attributes:
+      leaves: the names of these leaves; none where a loss is meant.
+
     Examples:
       >>> import warnings, bilevel, jax, optax
       >>> from bilevel.testing import ridge
@@ -33,6 +36,8 @@ class StructuralZeroWarning(UserWarning):
       >>> float(grad), [warning.category.__name__ for warning in caught]
       (0.0, ['StructuralZeroWarning'])
     """
+
+    leaves: tuple[str, ...] = ()
 
 
 def report(
@@ -84,11 +89,11 @@ def report(
             why = (remedy if does_act else reason) or "nothing that is trained or evaluated depends on it"
             groups.setdefault(why, []).append(name)
     for why, names in groups.items():
-        warnings.warn(
-            f"{estimator}: the hypergradient of {named('outer', *names)} is exactly 0 by construction: {why}.",
-            StructuralZeroWarning,
-            stacklevel=6,
+        warning = StructuralZeroWarning(
+            f"{estimator}: the hypergradient of {named('outer', *names)} is exactly 0 by construction: {why}."
         )
+        warning.leaves = tuple(names)
+        warnings.warn(warning, stacklevel=6)
 
 
 def replayed_marks(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[Mark]:
@@ -118,6 +123,9 @@ def arrives(function: Callable[[PyTree], PyTree], moving: PyTree) -> list[bool]:
 
 class ZeroHypergradientWarning(UserWarning):
     """The hypergradient was exactly 0 in every step of a run, for the values that there were and not by construction.
+
+    Of leaves that are 0 by construction a `StructuralZeroWarning` tells, and this one of the others. Of a stochastic
+    solver it is the direction that `outer` moves along, where neither loss has a slope that would ever change it.
 
     Examples:
       >>> import warnings, bilevel, jax, optax
