@@ -151,6 +151,11 @@ class Agreement:
             return f"{self.name}: undecided ({known} only: {self.why or UNCERTAIN})"
         if not np.isfinite(self.error):
             return f"{self.name}: wrong, not finite"
+        if self.error == 1.0 and self.cosine == 0.0:
+            return (
+                f"{self.name}: wrong, exactly 0 where the differences are not: outer acts by a way that is not "
+                f"differentiated here, such as the training of a first-order estimate, or a stop_gradient ({known})"
+            )
         return f"{self.name}: wrong, no direction of descent, cosine {self.cosine:.3f} ({known})"
 
 

@@ -115,10 +115,11 @@ def spoiled(rule):
     ("rule", "verdict", "words"),
     [
         (lambda ct: -ct, "wrong", "no direction of descent, cosine -1"),
+        (lambda ct: 0.0 * ct, "wrong", "wrong, exactly 0 where the differences are not: outer acts by a way that"),
         (lambda ct: ct * jnp.nan, "wrong", "not finite"),
         (lambda ct: 2.0 * ct, "biased", "biased by 100 %, cosine 1.000"),
     ],
-    ids=["sign", "nan", "factor"],
+    ids=["sign", "none", "nan", "factor"],
 )
 def test_a_wrong_derivative_is_found(rule, verdict, words):
     check = check_hypergradient(spoiled(rule), Unrolled(optax.sgd(0.5), 4), outer={"tilt": OUTER["tilt"]})
