@@ -27,6 +27,7 @@ from methods.logs import LOGGER
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
 FINISHED = "finished"
 SECONDS = "seconds.csv"
+_MOVE = "move it away, or name another folder with --out"
 OTHERWISE = "put the old one back, or make the run again in another folder"
 """What to do about a damaged file without which a folder holds no run, or not a known one: `CONFIG`, `FINGERPRINT`."""
 FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_checkpoints")
@@ -70,10 +71,10 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
         return
     for name in FOLDERS:
         if (path / name).exists() and not (path / name).is_dir():
-            raise ValueError(f"{path / name} is a file where a run has a folder: name another folder with --out.")
+            raise ValueError(f"{path / name} is a file where a run has a folder: {_MOVE}.")
     for name in FILES:
         if (path / name).is_dir():
-            raise ValueError(f"{path / name} is a folder where a run has a file: name another folder with --out.")
+            raise ValueError(f"{path / name} is a folder where a run has a file: {_MOVE}.")
     if not (path / FINGERPRINT).is_file():
         raise ValueError(
             f"{path} is no run, or one that does not tell which data, model and versions it is of (no {FINGERPRINT}): "

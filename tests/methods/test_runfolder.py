@@ -150,7 +150,7 @@ CHANGES = {
     damaged_config: f"config.json is damaged.*{ELSEWHERE}",
     deep_config: f"config.json is damaged.*{ELSEWHERE}",
     file_for_a_folder: "results is a file where a run has a folder",
-    folder_for_a_file: r"report\.md is a folder where a run has a file: name another folder",
+    folder_for_a_file: r"report\.md is a folder where a run has a file: move it away, or name",
 }
 
 
