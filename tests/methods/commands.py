@@ -40,7 +40,6 @@ TABLE = {
             "peft/adapter_config.json",
             "adapter/adapter_config.json",
             "figures/ranks.png",
-            "start-0.safetensors",
         ),
         ("allocate", "uniform", "random-0", "pretrained"),
     ),
