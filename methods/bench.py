@@ -390,8 +390,8 @@ def _split(
         lower = " and ".join(
             f"--{name}-rows" for name in ("train", "outer") if getattr(sizes, name) is not None
         )  # a number that was not given cannot be lowered
-        remedies = ["raise --length"] * (len(fitting) < looked_at) + [f"lower {lower}"] * bool(lower)
-        remedies += ["give rows on more subjects"] * (not lower)
+        remedies = ["raise --length"] * (bool(lower) or len(fitting) < looked_at)
+        remedies += [f"lower {lower}" if lower else "give rows on more subjects"]
         raise ValueError(
             f"{said}; {len(fitting)} of the {looked_at} training rows that were looked at fit into --length "
             f"{settings.length}: {', or '.join(remedies)}."

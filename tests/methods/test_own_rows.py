@@ -265,7 +265,8 @@ def test_a_remedy_is_of_what_was_given_and_rows_that_are_not_tested_are_told(tin
     words = ["lora", "--model", str(tiny_model), "--data", str(file), "--test-data", str(test), "--test-rows", "2"]
     words += ["--out", str(tmp_path / "run"), "--length", "24"]
     asked = ["--train-rows", "16", "--outer-rows", "8"]
-    for given, remedy in (([], "give rows on more subjects"), (asked, "lower --train-rows and --outer-rows")):
+    lower = "raise --length, or lower --train-rows and --outer-rows"
+    for given, remedy in (([], "give rows on more subjects"), (asked, lower)):
         assert cli.run([*words, *given]) == 2
         said = capsys.readouterr()
         assert "24 are left without those on subjects of the test, on one subject, and these stay together; 24 of" in (
