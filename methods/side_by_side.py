@@ -80,7 +80,7 @@ def read(runs: Sequence[Path]) -> Read:
             except (ValueError, OSError) as error:
                 found.left_out.append(sentence(error) or str(error))
     if not found.rows:
-        raise ValueError("; ".join(found.left_out))
+        raise ValueError(" ".join(found.left_out))
     # Of one task and model together, the best first; rows that are equally good stay in the order of their runs.
     order = sorted(found.rows, key=lambda row: (row.config["task"], row.config["model"], -_better(row)))
     return found._replace(rows=order)
