@@ -38,7 +38,7 @@ def test_regret_is_what_the_learned_rates_cost_beyond_the_grids_choice(common, c
         assert len(points) == 2 and run["grid"]["test"] == pytest.approx(best["test"], rel=1e-5)
         assert run["grid"]["gradients"] == 2 * 3
         # Begun, searched, trained: a differentiated step costs a gradient and, where all is counted without the value
-        # of the loss, a product of 1 to 2.2 (the record of the unrolled schedules has 2.12); the outer gradient at most 2.
+        # of the loss, a product of 1 to 2.2 (the record of unrolled schedules has 2.12); the outer gradient at most 2.
         assert 2 + 2 * (2 * 2) + 3 < run["unrolled"]["gradients"] < 2 + 2 * (2 * 3.2 + 2) + 3
         assert run["unrolled"]["rate ffn_hidden"] != pytest.approx(0.5, abs=1e-4)  # where it started
     regret = [100 * (run["unrolled"]["test"] - run["grid"]["test"]) for run in runs]
