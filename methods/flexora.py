@@ -281,7 +281,7 @@ def searches(settings: FlexoraSettings, bench: Bench) -> list[Search]:
     Raises:
       ValueError: for a bench that was not prepared for these settings, or has fewer rows than the search is to see.
     """
-    setup, there = used(settings), len(bench.splits.train)
+    setup, there = used(settings), len(jax.tree.leaves(bench.train)[0])
     if setup.search_rows > there:
         raise ValueError(
             f"--search-rows {setup.search_rows} are more than the {there} training rows that there are: lower it, or "

@@ -59,7 +59,7 @@ def toward(target):
         lambda w, outer, batch, key: 0.5 * sum(jnp.sum((outer[n] - target[n]) ** 2) for n in target) + 0 * jnp.sum(w),
         lambda key, outer: jnp.zeros(2),
         lambda key: {"decay": jnp.array([0.5, 2.0]), "mix": jnp.array([0.2, 0.8]), "shift": jnp.asarray(1.0), "n": 3},
-        domain={"decay": Positive(), "mix": Simplex(), "shift": None, "n": Positive()},
+        domain={"decay": Positive(), "mix": Simplex(), "shift": None, "n": None},
     )
 
 
