@@ -108,8 +108,10 @@ def of_one_run(results: Mapping[Path, Mapping[str, Any]]) -> None:
         "metrics": lambda row: sorted(row["metrics"]),
         "test rows": lambda row: (len(row.get("right") or ()), row.get("tokens")),
     }
-    first = next(iter(results), None)  # of a run that only searched there are none
-    for what, told in parts.items() if first is not None else ():
+    if not results:  # of a run that only searched
+        return
+    first = next(iter(results))
+    for what, told in parts.items():
         for file, row in results.items():
             if told(row) != told(results[first]):
                 raise ValueError(
