@@ -50,7 +50,7 @@ class HeteroLoRASettings(Settings):
         training and goes on from there.
       ranking: "combined" ranks all modules together, "separated" LoRA modules and shortcuts each by themselves.
       shortcuts: their sites, any of residual_attention, residual_ffn, block_hidden, ffn_input; "none" for none.
-      shortcut_alpha: alpha of the shortcuts' LoRA, whose rank is `rank`.
+      shortcut_alpha: alpha of the shortcuts' LoRA, whose rank is --rank.
       share: share of the modules that stay on.
       normalised: scores are divided by the mean of their type first.
       score_on: rows that the score looks at, those of training (as published) or the held-out outer ones.

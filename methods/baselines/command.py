@@ -29,7 +29,7 @@ class BaselineSettings(Settings):
 
     Attributes:
       name: of the baseline.
-      share: the budget, as a share of the parameters of LoRA of `rank` on all modules.
+      share: the budget, as a share of the parameters of LoRA of --rank on all modules.
     """
 
     name: tyro.conf.Positional[Annotated[str, one_of(BASELINES, metavar="NAME"), Listed(BASELINES)]] = "uniform"
