@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from methods.runfolder import CONFIG, FINGERPRINT, METRICS, SECONDS, read_json, read_seconds
+from methods import seconds
+from methods.integrity import CONFIG, FINGERPRINT, METRICS, read_json
 
 TOLD = ("outer_loss", "inner_loss", "hypergradient_norm", "hvps")
 """Metrics that are no outer variables."""
@@ -75,14 +76,14 @@ def read(path: Path, name: str) -> History:
     selection = _object(path / "selection.json", missing)
     if not (path / FINGERPRINT).is_file():
         missing.append(f"{FINGERPRINT} is not there, so that the run is in no mean over seeds.")
-    seconds = read_seconds(path / SECONDS)
-    if not seconds and (path / SECONDS).is_file():
-        missing.append(f"{SECONDS} is damaged: it tells no seconds of any stage.")
+    spent = seconds.read(path / seconds.FILE)
+    if not spent and (path / seconds.FILE).is_file():
+        missing.append(f"{seconds.FILE} is damaged: it tells no seconds of any stage.")
     own = path / "report.md"
     page = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
     if not page:
         missing.append("The run has no page of its own yet (report.md): it is not finished.")
-    return History(path, name, config, selection, _stages(path / METRICS, missing), seconds, page, missing)
+    return History(path, name, config, selection, _stages(path / METRICS, missing), spent, page, missing)
 
 
 def _object(file: Path, missing: list[str], *, needed: bool = False) -> dict[str, Any]:

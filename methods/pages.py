@@ -10,7 +10,8 @@ import numpy as np
 
 from methods import configuration, units
 from methods.bench import Bench
-from methods.runfolder import CONFIG, RunFolder
+from methods.integrity import CONFIG
+from methods.runfolder import RunFolder
 from methods.tasks import units as units_of
 
 UNTRAINED = "pretrained"

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from methods import units
 from methods.figures import DRAWN
+from methods.integrity import read_json
 from methods.pages import UNTRAINED, loss_difference
 from methods.ranges import finite
-from methods.runfolder import read_json
 
 LARGEST = 2**53
 """Most parameters of a model: integers up to here are floats too, which figures are drawn of."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,22 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.extend import Tracker
-from methods import files, fingerprint, locks, processes, tracking
+from methods import files, fingerprint, integrity, locks, processes, seconds, tracking
 from methods.causes import reading
+from methods.integrity import CONFIG, FINGERPRINT, FINISHED, METRICS, OTHERWISE, read_json, read_object
 from methods.locks import Lock
 from methods.logs import LOGGER
+from methods.seconds import Clock
 
-CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
-FINISHED = "finished"
-SECONDS = "seconds.csv"
 _MOVE = "move it away, or name another folder with --out"
-OTHERWISE = "put the old one back, or make the run again in another folder"
-"""What to do about a damaged file without which a folder holds no run, or not a known one: `CONFIG`, `FINGERPRINT`."""
 FREE = ("mesh", "coordinator", "processes", "process", "quiet", "track", "keep_checkpoints")
 """Settings that change no result, to rounding: a run goes on with others."""
-OF_STEPS = (METRICS, SECONDS, "checkpoints", "tensorboard", "tracking.json")
+OF_STEPS = (METRICS, seconds.FILE, "checkpoints", "tensorboard", "tracking.json")
 """Files and folders that are written at every step, or tell of the run alone."""
-FILES = (FINGERPRINT, METRICS, SECONDS, "report.md", "config.yaml", "selection.json", f"{FINISHED}.json")
+FILES = (FINGERPRINT, METRICS, seconds.FILE, "report.md", "config.yaml", "selection.json", f"{FINISHED}.json")
 FOLDERS = ("adapter", "peft", "checkpoints", "figures", "results", "tried", "validation")
 
 
@@ -80,7 +74,7 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
             f"{path} is no run, or one that does not tell which data, model and versions it is of (no {FINGERPRINT}): "
             "name another folder with --out."
         )
-    config, there = _config(settings), _read_object(path / CONFIG)
+    config, there = _config(settings), read_object(path / CONFIG)
     compared = {**config, **there}.keys() - {*FREE, *unsettled}
     changed = sorted(name for name in compared if config.get(name) != there.get(name))
     if changed:
@@ -145,7 +139,7 @@ class RunFolder:
         for name, value in (("fingerprint", now), ("config", _config(settings))):  # with the last the folder is a run
             self._write(name, value)
         self._known = {of: _mark(line) for of, line in self._lines()}
-        _whole_lines(path / SECONDS)
+        _whole_lines(path / seconds.FILE)
 
     def write(self, name: str, value: Any) -> None:
         """Writes `value` as `name.json`."""
@@ -225,44 +219,17 @@ class RunFolder:
         Raises:
           ValueError: if such a file is not what it was when it was made, as its sha256 tells.
         """
-
-        def is_there() -> bool:
-            file = self.path / f"{name}.json"
-            if not file.is_file():
-                return False
-            made = {self.path / each: digest for each, digest in _made(read_json(file)).items()}
-            if not all(each.is_file() for each in made):
-                return False
-            for each, digest in made.items():
-                if digest not in (None, _sha256(each)):
-                    raise ValueError(
-                        f"{each} is not what it was when {name} was made: put the old one back, or delete it to have "
-                        "it made again."
-                    )
-            return True
-
-        return processes.decided(is_there)
+        return processes.decided(lambda: integrity.is_whole(self.path, name))
 
     def made_by(self, make: Callable[[], Any]) -> dict[str, str]:
         """Calls `make()`; the files of the run that it wrote, without those of every step, and their sha256."""
-        before = self._files()
+        before = self._marks()
         make()
-        made = sorted(name for name, mark in self._files().items() if before.get(name) != mark)
-        return processes.decided(lambda: {name: _sha256(self.path / name) for name in made})
+        made = sorted(name for name, mark in self._marks().items() if before.get(name) != mark)
+        return processes.decided(lambda: {name: integrity.sha256(self.path / name) for name in made})
 
-    def _files(self) -> dict[str, list[int]]:
-        """Each file of the folder, by what tells that it was written anew."""
-
-        def found() -> dict[str, list[int]]:
-            every = (file for file in self.path.rglob("*") if file.is_file())
-            named = {file.relative_to(self.path).as_posix(): file.stat() for file in every}
-            return {
-                name: [status.st_ino, status.st_mtime_ns, status.st_size]
-                for name, status in named.items()
-                if name.split("/")[0] not in OF_STEPS and not Path(name).name.startswith(files.PART)
-            }
-
-        return processes.decided(found)
+    def _marks(self) -> dict[str, list[int]]:
+        return processes.decided(lambda: integrity.marks(self.path, OF_STEPS))
 
     def finish(self, arms: Sequence[str], selection: bool) -> None:
         """Writes down that all is there: the rows of the results, in their order, and whether there is a selection.
@@ -270,10 +237,9 @@ class RunFolder:
         With the sha256 of these files and of all others that were read or written on the way.
         """
         used = sorted(name for name in self._used if name not in (FINISHED, "tracking"))
-        digests = processes.decided(lambda: {name: self._digest(name) for name in used})
-        if spans := _spans(self.path / SECONDS):  # a line a stage, in place of one a step
-            whole = [_seconds_line(stage, each[0][0], each[-1][1], _sum(each)) for stage, each in spans.items()]
-            self.write_text(SECONDS, "".join([SECONDS_TITLES, *whole]))
+        digests = processes.decided(lambda: {name: integrity.sha256(self.path / f"{name}.json") for name in used})
+        if short := seconds.in_short(self.path / seconds.FILE):
+            self.write_text(seconds.FILE, short)
         self.write(FINISHED, {"arms": list(arms), "selection": selection, "sha256": digests})
 
     def finished(self) -> tuple[list[str], bool] | None:
@@ -284,38 +250,13 @@ class RunFolder:
         """
         if not self.has(FINISHED):
             return None
-        told, file = self.read(FINISHED), self.path / f"{FINISHED}.json"
-        kinds = {"arms": list, "selection": bool, "sha256": dict}
-        if isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items()):
-            arms, selection, digests = (told[name] for name in kinds)
-            parts = {*(f"results/{name}" for name in arms), *(["selection"] if selection else [])}
-            named = {name for name in digests if name.startswith("results/") or name == "selection"}
-        else:
-            arms, selection, digests, parts, named = [], False, {}, set(), set()
-        if not arms or parts != named:
-            raise ValueError(
-                f"{file} does not tell which models the run has, and what their files hold: delete it to have it made "
-                "again."
-            )
-
-        def changed() -> list[str]:
-            return [name for name, digest in digests.items() if self._digest(name) not in (digest, None)]
-
-        if other := processes.decided(changed):
-            raise ValueError(
-                f"{self.path / other[0]}.json is not what it was when the run was finished: put the old one back, or "
-                "delete it to have it made again."
-            )
-        if not all([self.has_all(name) for name in sorted(named)]):
+        finished = integrity.read_finished(self.read(FINISHED), self.path / f"{FINISHED}.json")
+        processes.decided(lambda: integrity.check_unchanged(self.path, finished))
+        if not all([self.has_all(name) for name in sorted(finished.results)]):
             return None
         if processes.is_first():
             LOGGER.info("%s: already finished; only its page is made again", self.path)
-        return arms, selection
-
-    def _digest(self, name: str) -> str | None:
-        """Of what `name.json` holds; None where it is not there."""
-        file = self.path / f"{name}.json"
-        return _sha256(file) if file.is_file() else None
+        return finished.arms, finished.selection
 
     def forget_checkpoints(self) -> None:
         """Deletes the states of searches and trainings, which a finished run no longer needs."""
@@ -349,7 +290,7 @@ class RunFolder:
 
     def callbacks(self, stage: str) -> list[Any]:
         """Callbacks of `bilevel.run` for a stage: `log`, the seconds that it takes, and what `--track` asks for."""
-        log = [self.log(stage), _Clock(self, stage)]
+        log = [self.log(stage), Clock(self.path, stage)]
         if self._track is None:
             return log
         if not self.has("tracking"):
@@ -361,7 +302,7 @@ class RunFolder:
         """What `callbacks` do with the rows of a stage that no `bilevel.run` has computed, all at once."""
         for callback in self.callbacks(stage):
             # Which process it is, a tracker knows by itself in a run alone; nobody has waited for these rows.
-            if not processes.is_first() or isinstance(callback, _Clock):
+            if not processes.is_first() or isinstance(callback, Clock):
                 continue
             callback(len(next(iter(metrics.values()))), None, metrics)
             if isinstance(callback, Tracker):
@@ -394,105 +335,11 @@ def _whole_lines(file: Path) -> bytes:
     return data
 
 
-class _Clock:
-    """A callback that notes in `seconds.csv` how long the steps of a stage took, compilation included.
-
-    A line for each call: the stage, its first and its last step that the call is of, and the seconds since the call
-    before, or since the clock was made. A run that goes on from before some steps comes by them again: what is written
-    later of a step counts, as `read_seconds` adds up. A finished run has a line a stage.
-    """
-
-    def __init__(self, folder: RunFolder, stage: str):
-        self.folder, self._stage, self._last = folder, stage, time.perf_counter()
-
-    def __call__(self, step: int, state: Any, metrics: Mapping[str, Any]) -> None:
-        before, self._last = self._last, time.perf_counter()
-        file, count = self.folder.path / SECONDS, len(next(iter(metrics.values())))
-        line = _seconds_line(self._stage, step - count + 1, step, self._last - before)
-        head = "" if file.exists() else SECONDS_TITLES
-        files.append(file, (head + line).encode(), synced=False)  # at every step, and nothing depends on it
-
-
-SECONDS_TITLES = "stage,first,last,seconds\n"
-
-
-def _seconds_line(stage: str, first: int, last: int, seconds: float) -> str:
-    quoted = stage.replace('"', '""')
-    return f'"{quoted}",{first},{last},{seconds:.3f}\n'
-
-
-def read_seconds(file: Path) -> dict[str, float]:
-    """How long the steps of each stage took, each step once; lines that say nothing of it are passed over."""
-    return {stage: _sum(spans) for stage, spans in _spans(file).items()}
-
-
-def _sum(spans: Sequence[tuple[int, int, float]]) -> float:
-    return sum(seconds for *_, seconds in spans)
-
-
-def _spans(file: Path) -> dict[str, list[tuple[int, int, float]]]:
-    """By stage, first steps, last steps and the seconds between, no step twice."""
-    known: dict[str, list[tuple[int, int, float]]] = {}
-    if file.is_file():
-        for row in csv.reader(file.read_text(encoding="utf-8", errors="replace").splitlines()):
-            try:
-                stage, first, last, seconds = row[0], int(row[1]), int(row[2]), float(row[3])
-            except (ValueError, IndexError):  # the titles, or damaged: nothing depends on it
-                continue
-            if 0 < first <= last and 0 <= seconds < float("inf"):
-                known[stage] = [*_before(first, known.get(stage, [])), (first, last, seconds)]
-    return known
-
-
-def _before(step: int, spans: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """Of spans of steps, in their order, those before a step; of one that it lies in, the share of the steps."""
-    kept = [span for span in spans if span[1] < step]
-    kept += [
-        (first, step - 1, seconds * (step - first) / (last - first + 1))
-        for first, last, seconds in spans
-        if first < step <= last
-    ]
-    return kept
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file of a run folder holds.
-
-    Raises:
-      ValueError: if it is damaged.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        remedy = OTHERWISE if file.name in (CONFIG, FINGERPRINT) else "delete it to have it made again"
-        raise ValueError(f"{file} is damaged ({error}): {remedy}.") from None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    found = read_json(file)
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is damaged (no object but {type(found).__name__}): {OTHERWISE}.")
-    return found
-
-
 def _read_fingerprint(file: Path) -> dict[str, Any]:
-    found = _read_object(file)
+    found = read_object(file)
     if part := fingerprint.damaged(found):
         raise ValueError(f"{file} is damaged (it does not tell the {part} of the run): {OTHERWISE}.")
     return found
-
-
-def _made(told: Any) -> dict[str, str | None]:
-    """The files that a result names, by their sha256; None where it only says that there are some."""
-    made = told.get("files") if isinstance(told, dict) else None
-    if isinstance(made, dict):
-        return {str(name): str(digest) for name, digest in made.items()}
-    return {str(name): None for name in made} if isinstance(made, list) else {}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _config(settings: Any) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from methods import files, fingerprint, histories, results, side_by_side_page, u
 from methods.causes import sentence
 from methods.configuration import FILE
 from methods.figures import drawable, pyplot, save
+from methods.integrity import CONFIG, FINGERPRINT, FINISHED, read_json
 from methods.results import Row
-from methods.runfolder import CONFIG, FINGERPRINT, FINISHED, FREE, RunFolder, read_json
+from methods.runfolder import FREE, RunFolder
 
 _RUNS = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -13,8 +12,9 @@ import numpy as np
 from bilevel.differentiation.influence import StructuralZeroWarning, ZeroHypergradientWarning
 from bilevel.differentiation.loss_checks import traced_losses, warn_if_misplaced
 from bilevel.hypergradients.contract import traceable
-from bilevel.running.chunks import step
+from bilevel.running.chunks import batches
 from bilevel.running.replay import asked_for
+from bilevel.solvers.stochastic import Stochastic
 from bilevel.trees import PyTree, leaf_names, named, partition
 
 
@@ -69,29 +69,17 @@ def _of_estimate(solver: Any, state: Any, data: Any) -> list[str]:
     return _not_told(partition(outer)[0], caught)
 
 
-class _Begun(Exception):
-    """Thrown by an `iterate` that only takes note of where it begins."""
-
-
 def _of_iteration(solver: Any, state: Any, data: Any) -> list[str]:
     """The leaves that no iteration of a stochastic solver from here would move; none where some leaf would be moved.
 
     That the direction was 0 says little of a solver that begins with an adjoint of 0. What would ever make another of
     it is looked at here: the slope of the outer loss in `outer`, and the mixed product with any vector.
     """
-
-    def listen(at):
-        raise _Begun(at)
-
-    listening = copy.copy(solver)
-    object.__setattr__(listening, "iterate", listen)  # in the place of the method; the solver itself stays as it is
+    if not isinstance(solver, Stochastic):  # how it moves is its own
+        return []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            step(listening, state, data)
-            return []  # not a solver of this kind
-        except _Begun as begun:
-            (at,) = begun.args
+        at = solver.iteration(state, *batches(solver, state, data))
         try:
             outside = at.outer_gradient(at.w, at.lam, at.outer_draws[0])
             mixed = at.products(at.w, at.lam, _any_vector(at.w), at.draws[0]).mixed

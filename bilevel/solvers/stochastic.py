@@ -310,6 +310,19 @@ class Stochastic:
         """
         name = f"{type(self).__name__}.step"
         checked(name, "state", state, instance(State, "a state that init(key) of a stochastic solver returned"))
+        at = self.iteration(state, inner_batches, outer_batch)
+        new = self.iterate(at)
+        inner = InnerState(combine(new.inner, at.inner_fixed), (), state.inner.step + 1)
+        metrics = {
+            "outer_loss": new.outer_loss,
+            "inner_loss": new.inner_loss,
+            "direction_norm": global_norm(new.direction),
+            **{name: jnp.asarray(n, jnp.int32) for name, n in new.calls._asdict().items()},
+        }
+        return State(new.outer, inner, new.memory, state.step + 1, state.key), metrics
+
+    def iteration(self, state: State, inner_batches: PyTree, outer_batch: PyTree) -> Iteration:
+        """What `iterate` is given by the step from `state` on these batches; warns and raises as `step`."""
         # A function of the step, so that randomness that nobody reads is never made.
         key, own = jax.random.split(jax.random.fold_in(state.key, state.step))
         count = self.inner_batches_per_step
@@ -333,16 +346,7 @@ class Stochastic:
             size(self.inner_step if linear_step is None else linear_step, state.step),
             size(self.outer_step, state.step),
         )
-        at = self._examined(at, state)
-        new = self.iterate(at)
-        inner = InnerState(combine(new.inner, inner_fixed), (), state.inner.step + 1)
-        metrics = {
-            "outer_loss": new.outer_loss,
-            "inner_loss": new.inner_loss,
-            "direction_norm": global_norm(new.direction),
-            **{name: jnp.asarray(n, jnp.int32) for name, n in new.calls._asdict().items()},
-        }
-        return State(new.outer, inner, new.memory, state.step + 1, state.key), metrics
+        return self._examined(at, state)
 
 
 _AT_START = (

@@ -12,8 +12,8 @@ from tokenizers import processors
 from methods import models, tasks
 from methods.adapters import LoRAConfig, load_peft, save_peft
 from methods.cli import run
+from methods.integrity import read_json
 from methods.objective import Bound, mean_loss, outputs, single_texts
-from methods.runfolder import read_json
 from tests.conftest import require
 from tests.methods.lora_files import old_name
 from tests.methods.small import arguments

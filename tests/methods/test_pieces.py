@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from methods import cli, tasks
-from methods.runfolder import read_json
+from methods.integrity import read_json
 from methods.tasks import FORMATS
 from methods.tasks.language import span_lengths, text_pieces, tokenize_spans
 from tests.methods.small import arguments

@@ -8,8 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from methods import cli, histories, side_by_side_page
-from methods.runfolder import read_seconds
+from methods import cli, histories, seconds, side_by_side_page
 from tests.methods.commands import TABLE
 from tests.methods.run_folders import make_run, result
 
@@ -119,15 +118,15 @@ def test_every_command_has_its_figures(name, finished, tmp_path, capsys):
     assert ["seed", str(config["seed"])] in page.cells and ["task", config["task"]] in page.cells
     assert not page.missing
     # The cost: steps times the inner steps of each, products as they were counted, seconds as they passed.
-    seconds = read_seconds(run / "seconds.csv")
-    assert seconds.keys() == (stages.keys() if name != "attribute" else set())  # whose training is its own
+    spent = seconds.read(run / "seconds.csv")
+    assert spent.keys() == (stages.keys() if name != "attribute" else set())  # whose training is its own
     for stage, rows in stages.items():
         (cells,) = [row for row in page.cells if row[:2] == [name, stage]]
         inner = config.get("inner_steps", config.get("interval")) if stage in searches else 1
         assert cells[2:4] == [str(len(rows)), str(inner * len(rows))], cells
         products = str(sum(r["hvps"] for r in rows)) if "hvps" in rows[0] else "–"
         assert cells[4] == (products if stage in searches else "0")
-        assert cells[5] == (f"{seconds[stage]:,.1f}" if seconds else "–") and seconds.get(stage, 1.0) > 0
+        assert cells[5] == (f"{spent[stage]:,.1f}" if spent else "–") and spent.get(stage, 1.0) > 0
 
 
 @pytest.mark.usefixtures("float32_by_default")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from methods import cli, driver, files, fingerprint, locks, runfolder
+from methods import cli, driver, files, fingerprint, locks, runfolder, seconds
 from methods.runfolder import RunFolder
 from tests.methods.small import arguments
 
@@ -366,16 +366,16 @@ def test_nothing_in_the_methods_writes_a_file_in_place():
 
 def test_seconds_are_those_of_the_steps_however_often_they_were_computed(tmp_path, model, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(runfolder.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(seconds.time, "perf_counter", lambda: now[0])
     file = tmp_path / "run" / "seconds.csv"
 
     def session(stage, *calls):
         """Of `(last step, steps, seconds)` each."""
         clock = opened(tmp_path, model).callbacks(stage)[1]
-        for step, count, seconds in calls:
-            now[0] += seconds
+        for step, count, spent in calls:
+            now[0] += spent
             clock(step, None, {"loss": np.ones(count)})
-        return runfolder.read_seconds(file)
+        return seconds.read(file)
 
     assert session("search", (1, 1, 5.0), (3, 2, 2.0), (7, 4, 4.0)) == {"search": 11.0}
     # Killed, and gone on with from after step 3: steps 4 to 7 are told once, with the seconds that they took now.
@@ -390,12 +390,12 @@ def test_seconds_are_those_of_the_steps_however_often_they_were_computed(tmp_pat
     file.write_bytes(whole[:-3])  # torn in the last line
     assert session("search", (8, 8, 1.0)) == {"search": 1.0, 'a "stage", named': 3.0}
     opened(tmp_path, model).tell("told", {"loss": np.ones(2)})  # which has taken no time that is known
-    assert "told" not in runfolder.read_seconds(file)
+    assert "told" not in seconds.read(file)
     opened(tmp_path, model).finish(["x"], False)
     assert file.read_text() == 'stage,first,last,seconds\n"search",1,8,1.000\n"a ""stage"", named",1,2,3.000\n'
     assert session("search", (2, 2, 0.5)) == {"search": 0.5, 'a "stage", named': 3.0}  # a part of it begun anew
     file.write_bytes(b"\xff\nx,y,z\nsearch,1,2,1e999\nsearch,3,2,1\nsearch,2.5\n")
-    assert runfolder.read_seconds(file) == {}
+    assert seconds.read(file) == {}
     assert session("search", (3, 3, 2.0)) == {"search": 2.0}
 
 
