@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ def amount(text: str) -> int:
     if found is None:
         raise ValueError(f"--budget-params {text!r} is no number of parameters: give such as 200000, 200k or 2M.")
     times = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}[found[2].lower()]
-    value = float(found[1].replace("_", "").replace(",", "")) * times
+    value = Decimal(found[1].replace("_", "").replace(",", "")) * times  # 2.01 in binary is a little less
     if not 1 <= value < 2**31:
         raise ValueError(f"--budget-params {text} must be at least 1 and below {2**31:,}.")
     return int(value)

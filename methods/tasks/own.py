@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from methods.tasks.chats import chat_row, chat_task
 from methods.tasks.language import text_pieces
 from methods.tasks.records import Record
 from methods.tasks.task import (
@@ -30,7 +31,6 @@ from methods.tasks.task import (
 MOST_CLASSES = 1000
 """Of labels that are integers: more are rather numbers to be predicted, which are written 3.0."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ROLES = ("system", "user", "assistant", "tool")
 LARGEST = 3.4e38
 """Of a label that is a number: float32 holds it."""
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -66,119 +66,6 @@ class Format(NamedTuple):
     def fits(self, columns: Sequence[str]) -> bool:
         """Whether a file with these columns has all that the format needs."""
         return all(any(name in columns for name in column.split("|")) for column in self.columns)
-
-
-# Chats ---------------------------------------------------------------------------------------------------------------
-
-
-def _chat_row(record: Record, where: str) -> Row:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where} has no 'messages', a list of turns with 'role' and 'content'.")
-    for number, message in enumerate(messages, 1):
-        turn = f"{where}: message {number}"
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"{turn} has no 'role', which is one of {', '.join(ROLES)}.")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{turn} has the role {message['role'][:40]!r}, which is none of {', '.join(ROLES)}.")
-        if not isinstance(message.get("content"), str):
-            raise ValueError(f"{turn} has no text as its 'content'.")
-        check_encodable(message["content"], "content", turn)
-        if unknown := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
-            raise ValueError(f"{turn} has {unknown[0]!r}, which is not read: a turn has 'role' and 'content'.")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"{turn} is an empty answer, which nothing can be learned from.")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"{where} has no turn of the assistant, which is what is learned.")
-    return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
-
-
-def _chat_spans(row: Row, tokenizer: Any) -> list[Span]:
-    """The chat as the tokenizer's own template writes it; the assistant's turns are learned, and nothing else.
-
-    A turn reaches to where the template is done with it, spaces and line breaks at its end aside.
-    """
-    messages = row["messages"]
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the model's tokenizer has no chat template, by which 'messages' would be written: take a model that was "
-            "made for chats, or rows with 'prompt' and 'completion'."
-        )
-    whole, spans, done = _render(messages, tokenizer), [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        behind = _render(messages[: i + 1], tokenizer)
-        if not whole.startswith(behind) or not behind.startswith(done):
-            raise ValueError(
-                f"the model's chat template writes what comes before and with {message['content'][:40]!r} differently "
-                "once more follows, so that the assistant's part cannot be told: give chats of one answer each."
-            )
-        before = _before(messages[:i], message, behind, tokenizer)
-        if i == len(messages) - 1:
-            _check_end(messages, behind, len(before), tokenizer)
-        answer = behind[len(before) :].rstrip()
-        spans += [Span(before[len(done) :], False), Span(answer, True)]
-        done = before + answer
-    return [*spans, Span(whole[len(done) :], False)]
-
-
-def _check_end(messages: Sequence[Record], whole: str, start: int, tokenizer: Any) -> None:
-    """Makes sure that what the template writes behind the last answer belongs to it.
-
-    A template may begin a next answer by itself. With one more question behind it the chat then goes on otherwise.
-
-    Raises:
-      ValueError: if it does.
-    """
-    text = messages[-1]["content"].strip()
-    end = whole.find(text, start) + len(text)
-    followed = _render([*messages, {"role": "user", "content": "?"}], tokenizer)
-    # Where the answer itself is rewritten once more follows, nothing can be compared.
-    if followed.startswith(whole[:end]) and not followed.startswith(whole.rstrip()):
-        raise ValueError(
-            f"the model's chat template does not end {text[:40]!r} as it does where more follows, so that the "
-            "assistant's part cannot be told: take a model with another template."
-        )
-
-
-def _before(messages: Sequence[Record], answer: Record, behind: str, tokenizer: Any) -> str:
-    """What of a chat comes before the assistant's answer, with the template's own words that begin it.
-
-    That is what the template writes to ask for an answer. Where it writes that otherwise than it begins an answer that
-    is there (with a mark of reasoning, say), or nothing comes before, it is all in front of the answer's text.
-
-    Raises:
-      ValueError: where the answer's text is not in the chat as the template writes it.
-    """
-    bare, text = _render(messages, tokenizer), answer["content"].strip()
-    asked = _render(messages, tokenizer, True) if messages else ""
-    at = behind.find(text, len(bare) if behind.startswith(bare) else 0)
-    if at < 0:
-        raise ValueError(f"the model's chat template does not write the answer {text[:40]!r} as it is.")
-    return asked if len(asked) > len(bare) and behind.startswith(asked) and len(asked) <= at else behind[:at]
-
-
-def _render(messages: Sequence[Record], tokenizer: Any, asked: bool = False) -> str:
-    if not messages and not asked:
-        return ""
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asked)
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # a template raises what it likes on turns that it was not made for
-        shown = messages[0]["content"][:40] if messages else ""
-        raise ValueError(f"the model's chat template does not write the chat {shown!r} ({error}).") from error
-
-
-def _chat_task(rows: Sequence[Row]) -> Task:
-    del rows
-    return LanguageModelling(name="chat", fields=(), group=_asked, spans=_chat_spans, ended=False)
-
-
-def _asked(row: Row) -> str:
-    """What a chat is about: its first question."""
-    return next((m["content"] for m in row["messages"] if m["role"] == "user"), row["messages"][0]["content"])
 
 
 # Prompts and answers -------------------------------------------------------------------------------------------------
@@ -401,7 +288,7 @@ def _text(record: Record, name: str, where: str) -> str:
 
 
 FORMATS: dict[str, Format] = {
-    "chat": Format(("messages",), (), _chat_row, _chat_task, "turns of a chat; the assistant's are learned"),
+    "chat": Format(("messages",), (), chat_row, chat_task, "turns of a chat; the assistant's are learned"),
     "alpaca": Format(("instruction", "output"), ("input",), _alpaca_row, _alpaca_task, "instructions and outputs"),
     "choices": Format(
         ("question|prompt", "choices", "label|answer"), (), _choice_row, _choice_task, "questions with several answers"

@@ -1,0 +1,134 @@
+"""Of a chat the assistant's turns are learned, wherever else their texts occur in what the template writes."""
+
+import itertools
+
+import pytest
+
+from methods.tasks import FORMATS
+from methods.tasks.language import tokenize_spans
+from tests.methods.texts import tokenizer
+
+LOOP = "{% for m in messages %}"
+MARKS = ("<|im_start|>", "<|im_end|>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]")
+TEMPLATES = {
+    "marks and roles": (
+        LOOP + "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        lambda role: (f"<|im_start|>{role}\n", "<|im_end|>", "\n"),
+        "",
+    ),
+    "roles in marks, texts without spaces around": (
+        LOOP + "{{ '<<' + m['role'] + '>>\n\n' + m['content'] | trim + '<eot>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<<assistant>>\n\n' }}{% endif %}",
+        lambda role: (f"<<{role}>>\n\n", "<eot>", ""),
+        "",
+    ),
+    "no words in front of an answer": (
+        LOOP + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
+        {"user": ("[INST] ", " [/INST]", ""), "assistant": (" ", "</s>", "")}.get,
+        "",
+    ),
+    "the system's words with the last turn, if that is a question": (
+        "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] %}{% endif %}" + LOOP + "{% if "
+        "m['role'] == 'user' %}{{ '[INST]' + (said + '\n' if said and loop.last else '') + m['content'] + '[/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] | trim + eos_token }}{% endif %}{% endfor %}",
+        {"user": ("[INST]", "[/INST]", ""), "assistant": ("", "</s>", "")}.get,
+        "",
+    ),
+    "an end of the text where no answer is asked for": (
+        LOOP + "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        lambda role: (f"<|{role}|>\n", "<|end|>", "\n"),
+        "</s>",
+    ),
+}
+"""A template after the pattern of a kind of models; of a role what is in front of its text, what ends it, and what is
+behind it, or None where the template says nothing of it; and what ends the whole."""
+ANSWERS = ("a", "assistant", "t", "im", "start", "end", "<", "|", "no", "INST", "e or", "s", "fine words", "/")
+"""Pieces of the templates' own words, of the question, and of neither."""
+
+
+def reader_of(template):
+    reader = tokenizer()
+    reader.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    reader.chat_template = template
+    return reader
+
+
+def read(messages, reader):
+    """What is written, which of its tokens are learned, and the messages."""
+    format = FORMATS["chat"]
+    row = format.row({"messages": [dict(zip(("role", "content"), each, strict=True)) for each in messages]}, "here")
+    (sequence,) = tokenize_spans(format.task([row]), [row], reader)
+    return sequence, row["messages"]
+
+
+def spans_of(messages, reader):
+    """What is written, the runs of it that are learned, and the messages."""
+    sequence, rows = read(messages, reader)
+    pairs = zip(sequence.learned, sequence.ids, strict=True)
+    runs = [(learned, [i for _, i in run]) for learned, run in itertools.groupby(pairs, key=lambda pair: pair[0])]
+    return reader.decode(sequence.ids), [reader.decode(run) for learned, run in runs if learned], rows
+
+
+@pytest.mark.filterwarnings("ignore:The model's chat template leaves out:UserWarning")
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("turns", ["one", "with the system", "two"])
+def test_an_answer_is_learned_where_it_stands(name, turns):
+    template, words, at_last = TEMPLATES[name]
+    reader = reader_of(template)
+    for answer in ANSWERS:
+        asked = [("user", "Is it a yes or no? fine words, s t / start end")]
+        messages = [("system", f"Say {answer}.")] * (turns == "with the system") + [*asked, ("assistant", answer)]
+        if turns == "two":
+            messages += [("user", f"Sure, {answer}?"), ("assistant", answer)]
+        sequence, rows = read(messages, reader)
+        parts = []
+        for role, text in messages:
+            if written := words(role):
+                before, end, behind = written
+                parts += [(before, False), (text + end, role == "assistant"), (behind, False)]
+        parts.append((at_last, False))
+        assert "".join(text for text, _ in parts) == reader.apply_chat_template(rows, tokenize=False)
+        ids = [reader(text, add_special_tokens=False)["input_ids"] for text, _ in parts]
+        learned = [is_learned for each, (_, is_learned) in zip(ids, parts, strict=True) for _ in each]
+        assert sequence.ids == list(itertools.chain(*ids)), answer
+        assert sequence.learned == learned, answer
+
+
+def test_spaces_around_an_answer_are_the_templates_matter():
+    reader = reader_of(TEMPLATES["marks and roles"][0])
+    assert spans_of([("user", "Q"), ("assistant", "  no \n")], reader)[1] == ["  no \n<|im_end|>"]
+    reader = reader_of(TEMPLATES["roles in marks, texts without spaces around"][0])
+    assert spans_of([("user", "Q"), ("assistant", "  no \n")], reader)[1] == ["no<eot>"]
+
+
+def test_a_chat_may_hold_any_character():
+    reader = reader_of(TEMPLATES["marks and roles"][0])
+    for answer in ("\ue000", "\ue000\ue000", "{{ x }}", "<|im_end|>", "\U0001f600 a"):
+        whole, learned, rows = spans_of([("user", f"{answer}?"), ("assistant", answer)], reader)
+        assert learned == [answer + "<|im_end|>"]
+        assert whole == reader.apply_chat_template(rows, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    "written", ["m['content'] | upper", "m['content'].split(' ')[-1]", "m['content'] ~ m['content']", "''"]
+)
+def test_an_answer_that_is_written_otherwise_is_refused(written):
+    reader = reader_of(LOOP + "{{ '[INST]' + m['role'] + (" + written + ") + '<|end|>' }}{% endfor %}")
+    with pytest.raises(ValueError, match="does not write the answer 'Well, no' as it is"):
+        spans_of([("user", "a?"), ("assistant", "Well, no")], reader)
+
+
+def test_a_turn_that_is_left_out_is_told():
+    reader = reader_of(TEMPLATES["no words in front of an answer"][0])
+    with pytest.warns(UserWarning, match="leaves out, or writes otherwise, what the system says"):
+        spans_of([("system", "Be brief."), ("user", "a?"), ("assistant", "b")], reader)
+
+
+def test_an_end_that_cannot_be_told_is_refused():
+    # Words of no mark follow the answer: they may belong to it, or begin another turn.
+    template = LOOP + "{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}### assistant: "
+    with pytest.raises(ValueError, match="does not end 'b' as it does where more follows"):
+        spans_of([("user", "a?"), ("assistant", "b")], reader_of(template))
