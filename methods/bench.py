@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -288,8 +288,10 @@ def prepare(
         )
     splits = _split(task, fitting, looked_at, source.test, settings, sizes)
 
-    if not outputs:  # what a head reads may be cut, and is counted
-        with reading("The text of a test row", "look at the rows, and at the model's tokenizer"):
+    with reading("The text of a test row", "look at the rows, and at the model's tokenizer"):
+        if outputs:  # what a head reads may be cut, and is counted
+            tasks.check_tokens(cast(Any, task), splits.test, tokenizer)
+        else:
             tasks.check_test(task, splits.test, tokenizer, pretrained.config.max_positions)
     train, outer = (jax.tree.map(jnp.asarray, as_read.arrays(rows)) for rows in (splits.train, splits.outer))
     width = 0 if outputs else max(answer_width(train), answer_width(outer))

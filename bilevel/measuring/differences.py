@@ -9,6 +9,8 @@ sides of such a polynomial differ in slope.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +29,12 @@ STEP = 3e-4
 """Of central differences, relative to the size of a leaf."""
 COARSE = 1e-2
 """The same, of a step of the size that an outer optimizer takes."""
+SHORTER, SHORTEST, PROBED = 1e-3, 3, 2
+"""Shorter steps, each by so much relative to the one before, so many of them, along so many directions."""
+NOTED, UNEVEN = 1e-3, 1e6
+"""The relative change of a slope over shorter steps, and the multiple of rounding, by which a training is rough."""
+GRAIN = 1e-2
+"""Largest share of a step that an entry which it moves may round by."""
 DOUBTED = 1e-3
 """Relative uncertainty from which steps of the size of single entries are tried."""
 
@@ -60,6 +68,7 @@ class Found(NamedTuple):
 
     Attributes:
       slope, doubt, kink: as of `Differences`, of the steps at which they are known best.
+      rough: whether the doubt is of shorter steps, over which the slope is another.
       miss: what differences over coarse steps differ by.
       precision: the coarsest that the influence of the leaf passes through by a cast, or None.
       hidden: how large a slope may be that this precision rounds away; 0 without such a cast.
@@ -68,6 +77,7 @@ class Found(NamedTuple):
     slope: np.ndarray
     doubt: np.ndarray
     kink: np.ndarray
+    rough: np.ndarray
     miss: np.ndarray
     precision: str | None
     hidden: float
@@ -82,13 +92,20 @@ def central(arguments: tuple, leaf: int, directions: np.ndarray, step: float) ->
     return _fourth_order(values, size)
 
 
-def found(arguments: tuple, leaf: int, directions: np.ndarray) -> Found:
+def found(arguments: tuple, leaf: int, directions: np.ndarray, expected: np.ndarray) -> Found:
     """As `central`, with what it may be off by, along `directions` of the free coordinates of `Problem(domain=...)`.
+
+    Args:
+      arguments: of an estimate.
+      leaf: the number of an outer leaf.
+      directions: `[D, ...]`.
+      expected: the slope by the estimate along each of them, `[D]`.
 
     Steps are relative to the root mean square of the leaf, and no longer than one in free coordinates. Where the
     differences are not finite, or do not agree, steps relative to the single entries, and no longer than one, are
     tried: a leaf may hold entries of several sizes. Where rounding is all that is in doubt, coarse steps are taken as
-    long as they agree.
+    long as they agree. Waves that are narrow beside a step are hidden from it: where the slope is not the expected one,
+    shorter steps have to confirm it.
     """
     path = _Path.of(arguments[0].domain, partition(arguments[3])[0], leaf)
     scale, small = path.scales(directions)
@@ -96,17 +113,17 @@ def found(arguments: tuple, leaf: int, directions: np.ndarray) -> Found:
     precision = lowered(traced.jaxpr.jaxpr, len(traced.jaxpr.jaxpr.invars) - 1)
     eps = float(jnp.finfo(precision or "float64").eps)
 
-    def at(sizes):
+    def at(directions, sizes):
         moves = path.moves(directions, sizes)
         values = np.asarray(_values_moved(*arguments, leaf, moves), np.float64)
         return differences(values[:-1].reshape(len(OFFSETS), -1), values[-1], sizes, eps)
 
-    fine = at(STEP * scale)
+    fine = at(directions, STEP * scale)
     if not _is_known(fine) and (small < scale / 2).any():
-        near = at(STEP * small)
+        near = at(directions, STEP * small)
         better = np.isfinite(near.slope) & ~(near.doubt >= fine.doubt)
         fine, scale = _chosen(better, near, fine), np.where(better, small, scale)
-    far = at(COARSE * scale)
+    far = at(directions, COARSE * scale)
     # Waves and chaos look even from afar: coarse steps stand in for fine ones only where these are said to round.
     with np.errstate(invalid="ignore"):
         agree = np.abs(far.slope - fine.slope) <= far.doubt + fine.doubt
@@ -115,8 +132,51 @@ def found(arguments: tuple, leaf: int, directions: np.ndarray) -> Found:
         stairs = fine.still & ~far.still & np.isfinite(far.slope) & ~coarse
     best = _chosen(coarse, far, fine)
     doubt = np.where(stairs, np.maximum(best.doubt, np.abs(far.slope) + far.doubt), best.doubt)
+    best = best._replace(doubt=doubt)
+    is_known = np.linalg.norm(doubt) <= np.linalg.norm(best.slope)
+    roughness = _over_shorter(at, path, directions, scale, best, expected) if is_known else 0.0
     hidden = float(np.linalg.norm(best.rounding)) if precision else 0.0
-    return Found(best.slope, doubt, best.kink, far.slope - best.slope, precision, hidden)
+    doubt, rough = np.maximum(doubt, roughness), doubt < roughness
+    return Found(best.slope, doubt, best.kink, rough, far.slope - best.slope, precision, hidden)
+
+
+def _over_shorter(
+    at: Callable[[np.ndarray, np.ndarray], Differences],
+    path: _Path,
+    directions: np.ndarray,
+    scale: np.ndarray,
+    best: Differences,
+    expected: np.ndarray,
+) -> float:
+    """By how much slopes over shorter steps differ from those that are known best; 0 where they confirm them.
+
+    Shorter steps round more. They have a say where they are known well enough to tell the slope that was found from
+    another. Where values jump about over them, by much more than rounding does, waves that are narrower still may have
+    any slope up to that of the jumps.
+
+    Args:
+      at: `at(directions, sizes)`, differences along as many directions as there are.
+      path, directions, scale: of the leaf.
+      best: what is known.
+      expected: the slopes by the estimate; where they differ most from those that are known, is looked first.
+    """
+    apart = np.abs(expected - best.slope)
+    probed = np.argsort(-apart, kind="stable")[:PROBED]
+    # As many at a time as there are directions, which is what the program is compiled for.
+    pairs = [(i, SHORTER**n) for n in range(1, SHORTEST + 1) for i in probed]
+    size, most = float(np.linalg.norm(best.slope)), 0.0
+    for first in range(0, len(pairs), len(directions)):
+        filled = itertools.cycle(pairs[first : first + len(directions)])
+        which, shares = map(np.array, zip(*itertools.islice(filled, len(directions)), strict=True))
+        sizes = STEP * scale[which] * shares
+        near, grain = at(directions[which], sizes), path.grain(directions[which], sizes)
+        change, jumps = np.abs(near.slope - best.slope[which]), near.doubt - near.rounding
+        noted = np.maximum(apart[which] / 3, NOTED * size)
+        doubt = near.doubt + best.doubt[which] + grain * (np.abs(near.slope) + np.abs(best.slope[which]))
+        rough = (grain < GRAIN) & (change > noted) & (change > 3 * doubt)
+        uneven = (grain < GRAIN) & (jumps > UNEVEN * near.rounding) & (jumps > noted)
+        most = max([most, *change[rough], *jumps[uneven]])
+    return most
 
 
 def differences(values: np.ndarray, centre: float, sizes: np.ndarray, eps: float) -> Differences:
@@ -192,6 +252,15 @@ class _Path(NamedTuple):
         start = self.natural(jnp.zeros_like(rows[0]))
         moved = jax.vmap(lambda row: self.natural(row) - start)(rows)
         return jnp.where(jnp.isfinite(moved), moved, 0.0)  # an entry at an infinity stays there
+
+    def grain(self, directions: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """What an entry rounds by where it is moved, as a share of the move: the largest along each direction."""
+        count, axes = len(directions), tuple(range(1, directions.ndim))
+        rows = np.abs(np.asarray(self.moves(directions, sizes)))[3 * count : 4 * count]  # at the offset 1
+        sized = np.abs(np.where(np.isfinite(self.at), self.at, 0.0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares = np.where(directions == 0, 0.0, np.finfo(float).eps * sized / rows)
+        return np.max(np.nan_to_num(shares, nan=np.inf), axis=axes, initial=0.0)
 
     def scales(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For each direction, the size of a step by that of the leaf, and by those of the entries that it moves."""

@@ -13,7 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 from methods.tasks.records import Record
-from methods.tasks.task import LanguageModelling, Row, Span, Task, check_encodable
+from methods.tasks.task import LanguageModelling, Row, Span, Task, UnfitModelError, check_encodable
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -59,8 +59,8 @@ def _spans(row: Row, tokenizer: Any) -> list[Span]:
     """
     messages = row["messages"]
     if tokenizer.chat_template is None:
-        raise ValueError(
-            "the model's tokenizer has no chat template, by which 'messages' would be written: take a model that was "
+        raise UnfitModelError(
+            "The model's tokenizer has no chat template, by which 'messages' would be written: take a model that was "
             "made for chats, or rows with 'prompt' and 'completion'."
         )
     whole, spans, done = _render(messages, tokenizer), [], 0

@@ -10,7 +10,7 @@ import numpy as np
 
 from methods.tasks.batches import Watch, by_length, cut, row_lengths
 from methods.tasks.metrics import METRICS, checked
-from methods.tasks.task import Classification, MultipleChoice, Row
+from methods.tasks.task import Classification, MultipleChoice, Row, place_of
 from methods.tasks.tokens import tokenized
 
 
@@ -88,10 +88,11 @@ def encode_labelled(task: Classification, rows: Sequence[Row], tokenizer: Any, l
       length: T.
 
     Raises:
-      ValueError: for no rows, or a length that the special tokens alone fill.
+      ValueError: for no rows, a length that the special tokens alone fill, or a text of no token.
     """
     _check_length(rows, tokenizer, length, pair=len(task.fields) > 1)
     encoded = _tokenize(_texts(task, rows), tokenizer, truncation="longest_first", max_length=length)
+    _check_tokens(rows, encoded["input_ids"])
     labels = np.array([row["label"] for row in rows], np.int32 if task.classes else np.float32)
     return LabelledBatch(*_padded(encoded, tokenizer, length), labels)
 
@@ -109,11 +110,12 @@ def encode_choices(task: MultipleChoice, rows: Sequence[Row], tokenizer: Any, le
       length: T.
 
     Raises:
-      ValueError: for no rows, or a length that the special tokens alone fill.
+      ValueError: for no rows, a length that the special tokens alone fill, or a text of no token.
     """
     _check_length(rows, tokenizer, length, pair=True)
     encoded = _tokenize(_choices(task, rows), tokenizer, truncation="longest_first", max_length=length)
     counts = [len(row["choices"]) for row in rows]
+    _check_tokens([row for row in rows for _ in row["choices"]], encoded["input_ids"])
     there = np.arange(max(counts)) < np.array(counts)[:, None]
     arrays = []
     for flat, fill in zip(_padded(encoded, tokenizer, length), (tokenizer.pad_token_id or 0, False, 0), strict=True):
@@ -132,6 +134,23 @@ def fits(task: Classification, rows: Sequence[Row], tokenizer: Any, length: int)
 def choices_fit(task: MultipleChoice, rows: Sequence[Row], tokenizer: Any, length: int) -> list[bool]:
     """Whether every choice of a row, with its prompt, has at most `length` tokens, special tokens included."""
     return [longest <= length for longest in _longest(task, rows, tokenizer)]
+
+
+def check_tokens(task: Classification | MultipleChoice, rows: Sequence[Row], tokenizer: Any) -> None:
+    """Raises ValueError, with the place of the row, where a text has no token, as an empty one of some tokenizers."""
+    if not rows:
+        return
+    if isinstance(task, Classification):
+        _check_tokens(rows, _tokenize(_texts(task, rows), tokenizer, verbose=False)["input_ids"])
+    else:
+        of = [row for row in rows for _ in row["choices"]]
+        _check_tokens(of, _tokenize(_choices(task, rows), tokenizer, verbose=False)["input_ids"])
+
+
+def _check_tokens(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> None:
+    for row, tokens in zip(rows, ids, strict=True):
+        if not tokens:
+            raise ValueError(f"{place_of(row, next(iter(row.values())))} has a text of no token: leave it out.")
 
 
 def evaluate_labelled(

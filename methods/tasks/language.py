@@ -13,7 +13,7 @@ import numpy as np
 
 from methods.tasks.batches import Watch, by_length
 from methods.tasks.encode import Encoded, TokenBatch, marks, opening, prefix
-from methods.tasks.task import UNREADABLE, LanguageModelling, Row, Span
+from methods.tasks.task import UNREADABLE, LanguageModelling, Row, Span, UnfitModelError, place_of
 from methods.tasks.tokens import tokenized
 
 ScoreFn = Callable[[TokenBatch], tuple[Any, Any]]
@@ -143,14 +143,11 @@ def _spans(task: LanguageModelling, row: Row, tokenizer: Any) -> list[Span]:
     """The parts of a row. Raises ValueError, with the place of the row, where the task makes none of it."""
     try:
         return _merged([Span(*span) for span in task.spans(row, tokenizer)])
+    except UnfitModelError:
+        raise
     except UNREADABLE as error:
         said = str(error) if isinstance(error, ValueError) else f"{task.name} makes no text of it ({error!r})."
         raise ValueError(f"{place_of(row, next(iter(row.values()), ''))}: {said}") from error
-
-
-def place_of(row: Row, text: Any) -> str:
-    """Where a row is from, or what it begins with where that is not known."""
-    return getattr(row, "where", None) or f"The text {str(text)[:60]!r}"
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

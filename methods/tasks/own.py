@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from methods.tasks.task import (
     Task,
     check_choices,
     check_encodable,
+    place_of,
 )
 
 MOST_CLASSES = 1000
@@ -146,6 +148,8 @@ def _label_row(record: Record, where: str) -> Row:
     row: Row = {"text": _text(record, "text", where)}
     if record.get("pair") is not None:
         row["pair"] = _text(record, "pair", where)
+    if empty := [name for name, text in row.items() if not text.strip()]:
+        raise ValueError(f"{where} has an empty {empty[0]!r}, of which nothing can be told.")
     given = record.get("label")
     label = given.strip() if isinstance(given, str) else given  # " 1" beside "1" is the same class
     if not isinstance(label, (str, int, float)) or label == "" or label in (math.inf, -math.inf) or label != label:
@@ -156,7 +160,12 @@ def _label_row(record: Record, where: str) -> Row:
 def _label_task(rows: Sequence[Row]) -> Task:
     pairs = sum("pair" in row for row in rows)
     if pairs not in (0, len(rows)):
-        raise ValueError(f"{pairs} of {len(rows)} rows have a second text 'pair': give all of them one, or none.")
+        fewer = 2 * pairs <= len(rows)
+        odd = next(row for row in rows if ("pair" in row) == fewer)
+        raise ValueError(
+            f"{place_of(odd, odd['text'])} has {'a' if fewer else 'no'} second text 'pair', as {pairs:,} of "
+            f"{len(rows):,} rows have one: give all of them one, or none."
+        )
     fields, labels = ("text", "pair")[: 1 + bool(pairs)], [row["label"] for row in rows]
     kinds = {type(label) for label in labels}
     if (kinds == {str} and _are_numbers(labels)) or kinds in ({float}, {float, int}):
@@ -168,8 +177,13 @@ def _label_task(rows: Sequence[Row]) -> Task:
             bounds=(-math.inf, math.inf),
         )
     if len(kinds) > 1:
-        shown = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise ValueError(f"The labels are of several kinds, {shown}: write all of them the same way.")
+        counts = Counter(type(label) for label in labels)
+        usual, rare = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+        odd, other = (next(row for row in rows if type(row["label"]) is kind) for kind in (rare, usual))
+        raise ValueError(
+            f"{place_of(odd, odd['text'])} has the label {odd['label']!r}, a {rare.__name__}, where others have such as "
+            f"{other['label']!r}, a {usual.__name__}: write all of them the same way."
+        )
     classes = sorted(set(labels))
     if kinds == {str}:
         _tell_alike(classes)
@@ -227,16 +241,21 @@ def _tell_alike(classes: Sequence[str]) -> None:
 def _label_final(task: Classification, row: Row, where: str) -> Row:
     """The row with the number of its class in place of the label, or with the label as a float."""
     label, classes = row["label"], task.classes
+    if ("pair" in row) != ("pair" in task.fields):
+        has, others = ("a", "have none") if "pair" in row else ("no", "have one")
+        raise ValueError(f"{where} has {has} second text 'pair', where the training rows {others}.")
     if classes and str(label) not in classes:
         raise ValueError(f"{where} has the label {label!r}, which no training row has: {', '.join(classes[:20])}.")
     if classes:
         return row | {"label": classes.index(str(label))}
+    if isinstance(label, bool) or (isinstance(label, str) and not _NUMBER.fullmatch(label)):
+        raise ValueError(f"{where} has the label {label!r}, where the training rows have numbers.")
     try:
         value = float(label)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} has the label {label!r}, where the training rows have numbers.") from None
-    if isinstance(label, bool) or not abs(value) <= LARGEST:
-        raise ValueError(f"{where} has the label {label!r}, which is no number that float32 holds.")
+    except OverflowError:  # an integer of hundreds of digits
+        value = math.inf
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{where} has the label {str(label)[:40]}, which is no number that float32 holds.")
     return row | {"label": value}
 
 

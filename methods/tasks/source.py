@@ -13,14 +13,23 @@ from typing import Any, NamedTuple
 from methods.tasks import own
 from methods.tasks.encode import marks, pad, tokenize
 from methods.tasks.generation import METRICS as WRITTEN_METRICS
-from methods.tasks.language import pad_spans, place_of, tokenize_spans
+from methods.tasks.language import pad_spans, tokenize_spans
 from methods.tasks.metrics import METRICS
 from methods.tasks.own import FORMATS, Format
 from methods.tasks.records import READERS, Records, from_hub, read
 from methods.tasks.registry import TASKS, get
 from methods.tasks.splits import check_held_out, hold_out
 from methods.tasks.stored import load, unfolded
-from methods.tasks.task import Classification, Generation, LanguageModelling, MultipleChoice, Placed, Row, Task
+from methods.tasks.task import (
+    Classification,
+    Generation,
+    LanguageModelling,
+    MultipleChoice,
+    Placed,
+    Row,
+    Task,
+    place_of,
+)
 
 DEFAULT = "piqa"
 """The task where neither one nor rows of one's own are named."""
@@ -231,7 +240,7 @@ def _raw(where: Where, names: dict[str, str], task: str | None) -> tuple[str, Fo
                 f"{', '.join(record)[:200]}."
             )
         unread |= dict.fromkeys(column for column in record if column not in format.names)
-        rows.append(format.row(record, place))
+        rows.append(Placed(format.row(record, place), place))
         places.append(place)
     if unread:
         warnings.warn(

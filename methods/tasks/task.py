@@ -29,6 +29,15 @@ class Placed(dict):
         self.where = where
 
 
+def place_of(row: Row, text: Any) -> str:
+    """Where a row is from, or what it begins with where that is not known."""
+    return getattr(row, "where", None) or f"The text {str(text)[:60]!r}"
+
+
+class UnfitModelError(ValueError):
+    """What `spans` raise for a model that cannot read rows of the task, whichever row it is."""
+
+
 class Span(NamedTuple):
     """A part of a text, and whether the model learns to write it; what it does not learn it only reads."""
 

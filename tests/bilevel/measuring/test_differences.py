@@ -236,3 +236,34 @@ def test_only_casts_of_what_depends_on_the_input_count():
     for name, (program, dtype) in programs.items():
         jaxpr = jax.make_jaxpr(program)(jnp.ones(()), jnp.ones(())).jaxpr
         assert (name, lowered(jaxpr, 0)) == (name, dtype)
+
+
+@pytest.mark.parametrize("width", [1e-3, 1e-5, 1e-8, 1e-11])
+@pytest.mark.parametrize("slope", [3.0, 300.0, 3e5])
+def test_waves_that_are_narrow_beside_a_step_contradict_nothing(width, slope):
+    """An exact hypergradient that the differences of a step of 1e-4 do not see."""
+    wave = lambda w, o: 0.5 * (o - 1.0) ** 2 + width * slope * jnp.sin((o - 0.3) / width) + squares(w, 2.0)  # noqa: E731
+    check = check_hypergradient(problem(decayed, wave, 0.3), TRAINING, outer=jnp.asarray(0.3))
+    assert check.verdict in ("exact", "undecided")
+    if slope == 3.0 and width < 1e-5:
+        assert "over shorter steps the differences are others" in str(check)
+
+
+@pytest.mark.parametrize("factor", [0.7, -1.0, 1.001])
+def test_shorter_steps_confirm_that_an_estimate_is_off(factor):
+    training = Unrolled(optax.sgd(0.1), 5, mode="reverse")
+    scaled = lambda w, o: squares(w, 1.0) + jnp.exp(times(factor)(o)) * squares(w)  # noqa: E731
+    for at in (-1.2, 0.4):
+        check = check_hypergradient(problem(scaled, lambda w, o: squares(w, 2.0), 0.0), training, outer=jnp.asarray(at))
+        assert check.verdict == ("wrong" if factor < 0 else "biased") and check.uncertainty < 1e-8
+        assert check.error == pytest.approx(abs(1 - factor), rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [1e-5, 1e-6, 1e-8, 1e-10])
+def test_an_estimate_that_misses_a_narrow_step_is_not_exact(width):
+    """The slope at 0.3 is cos(0.3) + 1; over a step of 1e-4 it is cos(0.3)."""
+    whole = lambda w, o: jnp.sin(o) + width * jnp.tanh((o - 0.3) / width)  # noqa: E731
+    half = lambda w, o: jnp.sin(o) + width * jnp.tanh((jax.lax.stop_gradient(o) - 0.3) / width)  # noqa: E731
+    for outer in (whole, half):
+        check = check_hypergradient(problem(decayed, outer, 0.3), TRAINING, outer=jnp.asarray(0.3))
+        assert check.verdict == "undecided" and check.uncertainty > 0.1
