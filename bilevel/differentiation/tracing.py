@@ -8,6 +8,7 @@ said before.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -160,6 +161,21 @@ def jaxprs(params: dict[str, Any]) -> Iterator[Any]:
             item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):
                 yield item
+
+
+def executed(eqn: Any) -> list[Any]:
+    """The jaxprs inside an operation that are run where it is; others tell of its derivative alone."""
+    if operation(eqn) == "custom_linear_solve":
+        return [eqn.params["jaxprs"].solve.jaxpr]
+    return list(jaxprs(eqn.params))
+
+
+def times_run(eqn: Any) -> int:
+    """How often an operation runs the jaxprs inside it, on all devices together; once where that is not known."""
+    if operation(eqn) == "shard_map":  # the program of one device
+        sizes = eqn.params["mesh"].shape
+        return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
+    return eqn.params.get("length", 1)
 
 
 def keys_inside(jaxpr: Any) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel.data import slots
-from bilevel.differentiation.tracing import jaxprs, operation, without_unused
+from bilevel.differentiation.tracing import executed, jaxprs, operation, times_run, without_unused
 from bilevel.hypergradients.base import Hypergradient
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import split_keys
@@ -87,7 +87,7 @@ def _first_loss(problem, hypergradient, outer, inner_batches, key):
 _MOVES = frozenset(
     "broadcast_in_dim reshape transpose squeeze slice dynamic_slice dynamic_update_slice gather concatenate pad rev "
     "copy convert_element_type bitcast_convert_type iota stop_gradient device_put name select_n "
-    "optimization_barrier split".split()
+    "optimization_barrier split pvary pcast".split()
 )
 
 
@@ -105,11 +105,17 @@ def _cost(eqn: Any) -> float:
         return max(_counted(branch.jaxpr) for branch in eqn.params["branches"])
     inside = list(jaxprs(eqn.params))
     if inside and not _is_reduction(eqn):
-        return eqn.params.get("length", 1) * sum(_counted(jaxpr) for jaxpr in inside)
+        return times_run(eqn) * sum(_counted(jaxpr) for jaxpr in executed(eqn))
     out = sum(_elements(v) for v in eqn.outvars)
     if operation(eqn) == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    if operation(eqn) == "ragged_dot_general":
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (contracted, _), _ = numbers.dot_dimension_numbers
+        # Groups of rows that are summed over give a product each, of their own rows alone.
+        groups = eqn.invars[2].aval.shape[-1] if numbers.lhs_ragged_dimensions[0] in contracted else 1
+        return 2 * out * math.prod(eqn.invars[0].aval.shape[i] for i in contracted) / max(groups, 1)
     if operation(eqn) == "conv_general_dilated":
         kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
         return 2 * out * math.prod(kernel) / kernel[numbers.rhs_spec[0]]

@@ -26,6 +26,8 @@ SMOOTH, ROUGH = 0.9, 0.5
 """Scores from which a training is called smooth, and below which it is called rough."""
 NOISY = 0.05
 """Share of a movement that rounding may have before the movement says nothing."""
+AMPLIFIED = 1e3
+"""How many times its own last digit training must move of a last digit of `outer` before that is no rounding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Smoothness:
         nothing moves that depends on `outer`: what moves it may be rounded away.
       loss_rounding: the same of the outer loss; above 0.05 `error` says nothing.
       precision: the dtype of the trained variable, the coarsest of the leaves that move where there are several.
+      amplified: whether `rounding` is what training makes of a last digit of float64, more than a thousand of its own:
+        a training that does so is rough, and undecided is nothing.
 
     Examples:
       >>> import bilevel, optax
@@ -60,6 +64,7 @@ class Smoothness:
     rounding: float = 0.0
     loss_rounding: float = 0.0
     precision: str = "float64"
+    amplified: bool = False
 
     @property
     def score(self) -> float:
@@ -80,22 +85,23 @@ class Smoothness:
     @property
     def is_undecided(self) -> bool:
         """Whether rounding moves so much of what a step moves that the scores say nothing."""
-        return self.rounding > NOISY
+        return self.rounding > NOISY and not self.amplified
 
     def __str__(self) -> str:
         low, high, count = self.scores.min(), self.scores.max(), len(self.scores)
         where = f"{low:.2f} to {high:.2f} along {count} direction{'s' * (count > 1)}"
+        double = "in double precision (with jax.enable_x64(True))" if self.precision != "float64" else ""
         if np.isinf(self.rounding):
             return (
                 f"Smoothness undecided at steps of {self.step:g}: such a step moves nothing of what is trained, by not "
                 f"even a last digit of {self.precision}. Either training has no slope here, as behind a clip, or its "
-                "movement is rounded away: measure in double precision (with jax.enable_x64(True)), or at larger steps."
+                f"movement is rounded away: measure {double and f'{double}, or '}at larger steps."
             )
         if self.is_undecided:
+            double = double and f"{double}, where a rough training shows itself as rough, or "
             return (
                 f"Smoothness undecided at steps of {self.step:g}: rounding in {self.precision} alone moves "
-                f"{100 * self.rounding:.2g} % of what such a step moves. Measure in double precision (with "
-                "jax.enable_x64(True)), where a rough training shows itself as rough, or at larger steps."
+                f"{100 * self.rounding:.2g} % of what such a step moves. Measure {double}at larger steps."
             )
         drowned = self.loss_rounding > NOISY
         if self.score >= SMOOTH and self.error > 0.5 and not drowned:
@@ -108,6 +114,11 @@ class Smoothness:
             meaning = (
                 "a hypergradient, exact as it may be, does not foretell a step of this size: lower the inner learning "
                 "rate, raise eps or eps_root of Adam, train fewer steps, or take smaller outer steps"
+            )
+        if self.rounding > NOISY:
+            meaning = (
+                f"training makes {100 * self.rounding:.2g} % of such a step's movement of a last digit of "
+                f"{self.precision}; {meaning}"
             )
         missed = f"it misses the change of the outer loss by {100 * self.error:.3g} %"
         if drowned:
@@ -227,8 +238,8 @@ def measured(
         # No rounding is smaller than a unit in the last place, of those numbers that move.
         moving_ones |= (near != params) | (far != params)
         last = np.array([loss_eps * abs(value), (eps * np.abs(params))[near != params].sum()])
-        moves.append((_moved(value, params, first, near), np.maximum(noise, last)))
-    moved, noise = np.mean(moves, axis=0)
+        moves.append((_moved(value, params, first, near), np.maximum(noise, last), last))
+    moved, noise, last = np.mean(moves, axis=0)
     # Where the outer loss does not move at all, it was foretold to move by less than a last digit.
     moved[0] = moved[0] or np.abs(foretold).mean()
     # Nothing that moves beside something that rounds is no smoothness: it may be rounded away.
@@ -237,7 +248,9 @@ def measured(
         program = end.trace(*arguments).jaxpr.jaxpr
         of_params = np.inf if _depends(program, (problem, state), outer) else 0.0
     lists = np.asarray(scores), float(step), np.asarray(foretold), np.asarray(found)
-    return Smoothness(*lists, float(of_params), float(of_loss), _precision(start_params, moving_ones, free))
+    precision = _precision(start_params, moving_ones, free)
+    amplified = precision == "float64" and noise[1] > AMPLIFIED * last[1] and np.isfinite(of_params)
+    return Smoothness(*lists, float(of_params), float(of_loss), precision, bool(amplified))
 
 
 def _depends(program: Any, before: PyTree, outer: Outer) -> bool:

@@ -16,6 +16,7 @@ import bilevel
 from benchmarks import scaling
 from bilevel import Batches, Indexed, Nested, Sharding, Unrolled
 from bilevel.hypergradients.contract import driven_from_host
+from bilevel.measuring.flops import flops
 from bilevel.running.chunks import compiled
 from tests.bilevel.estimators import TABLE
 from tests.bilevel.helpers import KEY, NETWORK, ROWS
@@ -218,6 +219,13 @@ def test_work_and_weights_are_split():
         "up": (16, 256),  # small
         "stack": (2, 256, 32),  # never the first of three axes, over which a scan runs
     }
+
+
+def test_work_of_a_program_of_one_device_is_that_of_all():
+    mesh = jax.make_mesh((4, 2), ("data", "other"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = (jax.P("data"), jax.P())
+    product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=specs, out_specs=jax.P("data"), axis_names={"data"})
+    assert flops(product, jnp.ones((32, 16)), jnp.ones((16, 8))) == 2 * 32 * 16 * 8
 
 
 BAD = {

@@ -31,6 +31,20 @@ def test_flops_of_products_loops_and_branches():
     assert flops(lambda x, k: jax.lax.conv(x, k, (1, 1), "SAME"), image, kernel) == 2 * 3 * 64 * 2 * 9
 
 
+def test_flops_of_products_by_groups_and_of_linear_solves():
+    rows, kernels, sizes = jnp.ones((16, 8)), jnp.ones((4, 8, 32)), jnp.array([4, 3, 8, 1])
+    one = 2 * 16 * 8 * 32  # each row with the matrix of its group
+    assert flops(jax.lax.ragged_dot, rows, kernels, sizes) == one
+    total = lambda rows, kernels: jnp.sum(jax.lax.ragged_dot(rows, kernels, sizes) ** 2)  # noqa: E731
+    found = flops(jax.grad(total, (0, 1)), rows, kernels)
+    assert 3 * one <= found <= 3 * one + 3 * 16 * 32
+    # Of what a solve is given, the solver alone is run where no derivative is taken.
+    a, b = jnp.eye(8), jnp.ones(8)
+    solver = lambda product, b: product(product(product(b)))  # noqa: E731
+    wrapped = lambda a, b: jax.lax.custom_linear_solve(lambda x: a @ x, b, solver, symmetric=True)  # noqa: E731
+    assert flops(wrapped, a, b) == flops(lambda a, b: solver(lambda x: a @ x, b), a, b) == 3 * 2 * 64
+
+
 def test_flops_agree_with_the_compiler_where_nothing_loops():
     def network(x, w):
         return jnp.sum((jnp.maximum(x @ w, 0) @ w) ** 2)

@@ -1,5 +1,7 @@
 """A training that is linear in outer is smooth, a chaotic one is not, and the score is what its formula says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +158,27 @@ def test_a_rough_training_whose_movement_is_rounded_away_is_not_smooth(precision
         assert found.is_undecided and not found.is_smooth and found.rounding == np.inf
         assert found.loss_rounding > 0.05 and not found.found.any() and found.error == np.inf
         assert "moves nothing of what is trained, by not even a last digit of float32" in str(found)
+
+
+@pytest.mark.parametrize("rate", [1.0, 3.0])
+def test_a_training_that_amplifies_a_last_digit_is_rough_and_not_undecided(rate):
+    """Far beyond the stable rate a last digit of float64 moves a fifth of what a step moves, and double precision is
+    all there is."""
+    towards = jnp.asarray([1.0, -2.0, 0.5])
+    chaotic = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum(jnp.cos(w * 3 + towards * o[0]) + jnp.sin(w * o[1])),
+        lambda w, o, b, k: jnp.sum(w**2),
+        lambda key, o: jnp.zeros(3),
+        lambda key: jnp.asarray([0.3, 0.8]),
+    )
+    found = bilevel.smoothness(chaotic, Unrolled(optax.sgd(rate), 30), step=1e-3, directions=16)
+    assert found.rounding > 0.05 and found.amplified and not found.is_undecided and found.score < 0.5
+    said = str(found)
+    assert "of a last digit of float64" in said and "lower the inner learning rate" in said and "x64" not in said
+    # Where nothing moves at all, more digits are no remedy either.
+    clipped = dataclasses.replace(chaotic, inner_loss=lambda w, o, b, k: jnp.sum((w - jnp.clip(o[0], 1.0, 2.0)) ** 2))
+    still = bilevel.smoothness(clipped, Unrolled(optax.sgd(0.1), 5))
+    assert still.is_undecided and "measure at larger steps" in str(still) and "x64" not in str(still)
 
 
 def test_a_leaf_of_low_precision_that_does_not_move_is_not_what_rounds():
