@@ -181,8 +181,8 @@ def _label_task(rows: Sequence[Row]) -> Task:
         usual, rare = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
         odd, other = (next(row for row in rows if type(row["label"]) is kind) for kind in (rare, usual))
         raise ValueError(
-            f"{place_of(odd, odd['text'])} has the label {odd['label']!r}, a {rare.__name__}, where others have such as "
-            f"{other['label']!r}, a {usual.__name__}: write all of them the same way."
+            f"{place_of(odd, odd['text'])} has the label {odd['label']!r}, a {rare.__name__}, where others have such "
+            f"as {other['label']!r}, a {usual.__name__}: write all of them the same way."
         )
     classes = sorted(set(labels))
     if kinds == {str}:
