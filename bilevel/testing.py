@@ -165,7 +165,7 @@ class HypergradientCheck(Agreement):
 
     Attributes:
       leaves: an `Agreement` for each inexact leaf of `outer`, measured by its own size. Where one of them is biased or
-        wrong, the whole is never exact, however small that leaf is beside the others: it has that leaf's verdict.
+        wrong, so is the whole, however small that leaf is beside the others.
       coarse: how far, relatively, differences over steps of 1 % of a leaf's size are from the derivative: above 0.5 it
         does not foretell such steps, however exact it is. NaN where a training at such a step is not finite.
 
@@ -305,7 +305,8 @@ def _verdict(
         why = _reason(verdict, rows[of_most], founds[of_most])
         if len(names) > 1 and why:
             why = f"{named('leaf', names[of_most])}: {why}"
-    for worse in ("wrong", "biased") if verdict in ("exact", "undecided") else ():
+    milder = {"exact": ("wrong", "biased"), "undecided": ("wrong", "biased"), "biased": ("wrong",)}
+    for worse in milder.get(verdict, ()):
         if culprits := [leaf.name for leaf in agreements if leaf.verdict == worse]:
             verdict, why = worse, ", ".join(culprits)
             break

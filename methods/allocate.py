@@ -46,7 +46,7 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import budget, figures, flexora, lora, trainers
+from methods import budget, figures, flexora, lora, processes, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.adapters.peft import peft_settings
 from methods.bench import Bench, check_rank
@@ -56,7 +56,7 @@ from methods.pages import Page, Run, number
 from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.runfolder import RunFolder
 from methods.settings import Settings
-from methods.tasks import METRICS
+from methods.tasks import METRICS, Classification
 
 SCORES = ("hypergradient", "singular-values")
 """What a unit may be ranked by."""
@@ -80,7 +80,8 @@ class AllocateSettings(Settings):
       warmup_steps: training steps whose update is taken apart into units.
       inner_steps: K, training steps that the validation loss is differentiated through.
       outer_steps: hypergradients that are summed.
-      inner_lr: learning rate of LoRA in the search (Adam).
+      inner_lr: learning rate of LoRA in the warm-up (Adam); the steps that are differentiated through have a tenth of
+        it.
       outer_lr: learning rate of the scores: small, so that they are the sum of the hypergradients.
       searches: the search is repeated with as many seeds; the mean of their scores chooses, and how much they agree is
         reported.
@@ -295,6 +296,7 @@ def _start(settings: Any, bench: Bench, folder: RunFolder, search: str, key: jax
     like = jax.eval_shape(given.start, key)
     if not (folder.path / f"{name}.safetensors").is_file():
         plain = lora.problem(given)
+        processes.tell(f"compiling the warm-up of {search}")
         trained = bilevel.fit(
             dataclasses.replace(plain, inner_loss=over_batches(plain.inner_loss, settings, bench)),
             lora.everywhere(given),
@@ -424,7 +426,8 @@ def page(run: Run) -> Page:
     made = "The adapter is in `adapter/`, in PEFT's format; its configuration alone, for other trainers, in `peft/`."
     if setup.search_only:
         made = "Nothing was trained. The configuration of the adapter, for other trainers, is in `peft/`."
-    told = trainers.snippets(folder, config, selection["modules"])
+    outputs = task.outputs if isinstance(task := run.bench.task, Classification) else 0
+    told = trainers.snippets(folder, config, selection["modules"], outputs)
     blocks = "\n\n".join(f"{title}:\n\n```{kind}\n{text}\n```" for title, kind, text in told)
     said = "\n\n".join(f"{title}:\n\n{text}" for title, _, text in told)
     return Page("A budget of LoRA", found, {file.name: "rank of each module"}, made, trust, more=blocks, said=said)

@@ -88,7 +88,6 @@ def run(arguments: list[str]) -> int:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bilevel" / "compiled"
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no PyTorch
         command = import_module(COMMANDS[name].module).COMMAND
         from methods.options import parse
 
@@ -101,7 +100,7 @@ def run(arguments: list[str]) -> int:
             os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
             LOGGER.setLevel(logging.WARNING)
         processes.start(settings)
-        found = command.main(settings, name)
+        found = command.main(settings)
         if processes.is_first():
             page, run_ = getattr(found, "page", None), getattr(found, "run", None)
             if page is not None and page.said:

@@ -141,6 +141,7 @@ class Method:
       check: `check(settings)` raises ValueError for what is wrong whatever the model is.
       check_model: `check_model(settings, config, lora)`, for what is wrong with that model, before it is loaded.
       reads: `reads(settings)`, options of `bench.prepare`.
+      name: on the command line, where `bilevel NAME --config` repeats a run; "" is that of the module of `settings`.
     """
 
     settings: type[Settings]
@@ -153,6 +154,7 @@ class Method:
     check: Callable[[Any], None] = _no_check
     check_model: Callable[[Any, Any, Any], None] = _no_check
     reads: Callable[[Any], Mapping[str, Any]] = _no_options
+    name: str = ""
 
     def prepare(self, settings: Any) -> Bench:
         """The bench of settings, once all that can be wrong with them has been looked at.
@@ -164,14 +166,18 @@ class Method:
         self.check(setup)
         return prepare(setup, lambda config, lora: self.check_model(setup, config, lora), **self.reads(setup))
 
-    def main(self, settings: Any, command: str = "") -> Finished:
+    @property
+    def command(self) -> str:
+        """Its name on the command line."""
+        return self.name or self.settings.__module__.rpartition(".")[2].replace("_", "-")
+
+    def main(self, settings: Any) -> Finished:
         """Search, choice, training, test, page: all in `settings.out`, and returned.
 
         Of a run that is finished there only the page is made again.
 
         Args:
           settings: an object of `self.settings`.
-          command: its name, under which `config.yaml` repeats the run; "" where it has none, and there is no such file.
 
         Raises:
           ValueError, FileNotFoundError: one sentence on what is wrong.
@@ -192,10 +198,10 @@ class Method:
                 larger(bilevel.Batches(bench.outer, setup.outer_batch_size), setup.accumulate, OUTER_BATCH)
         folder = open_run(setup, bench, found)
         file = folder.path / configuration.FILE
-        if command and processes.decided(lambda: not file.exists()):
-            folder.write_text(configuration.FILE, configuration.text(command, setup, self.settings))
-        elif command:
-            processes.decided(lambda: configuration.check(file, command, setup, self.settings, (*FREE, "out")))
+        if processes.decided(lambda: not file.exists()):
+            folder.write_text(configuration.FILE, configuration.text(self.command, setup, self.settings))
+        else:
+            processes.decided(lambda: configuration.check(file, self.command, setup, self.settings, (*FREE, "out")))
         told = folder.finished()
         arms, selected = told or self._carry_out(setup, bench, searches, folder)
         results = {name: _result(folder, name) for name in arms}
@@ -297,6 +303,7 @@ def search(
     each: Search, folder: RunFolder, sharding: bilevel.Sharding | None = None, *, progress: bool = True
 ) -> bilevel.Result:
     """Runs a search; kept in the run folder and continued from there."""
+    processes.tell(f"compiling {each.name}")
     return bilevel.run(
         each.solver,
         inner_data=mesh.shared(each.inner_data, sharding),

@@ -43,6 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = _beside(path)
     try:
         yield part
+        readable(part)
         sync(part)
         os.replace(part, path)
     except BaseException:
@@ -74,6 +75,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             what = f"holds {strangers[0]}" if strangers else "is a file"
             raise FileExistsError(f"{folder} is not replaced, since it {what}.")
         for file in fresh.iterdir():
+            readable(file)
             sync(file)
         sync(fresh)
         if folder.exists():  # a folder with files in it cannot be renamed over
@@ -87,6 +89,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(stale, ignore_errors=True)
+
+
+def readable(file: Path) -> None:
+    """Gives a file the mode of every new one; libraries that write by a temporary file leave it to its owner alone."""
+    if file.is_file():
+        umask = os.umask(0)
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -17,7 +17,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "The methods need tyro, which is not installed: pip install 'bilevel[lora]'.", name=error.name
+    ) from None
 
 LARGEST = 2**31 - 1
 """Of a count: steps, rows and seeds are int32 on the device."""

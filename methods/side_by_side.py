@@ -361,9 +361,8 @@ class Report(NamedTuple):
         del settings
         return {}
 
-    def main(self, settings: ReportSettings, command: str = "") -> Reported:
+    def main(self, settings: ReportSettings) -> Reported:
         """As the module's `main`."""
-        del command
         return main(settings)
 
 

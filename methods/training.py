@@ -18,7 +18,7 @@ import optax
 
 import bilevel
 from bilevel.extend import Checkpoints
-from methods import mesh
+from methods import mesh, processes
 from methods.causes import reading
 from methods.runfolder import RunFolder
 from methods.tasks import Buckets
@@ -156,6 +156,8 @@ def train(
     callbacks = folder.callbacks(f"finetune {name}")
     checkpoint = folder.path / "checkpoints" / f"finetune-{name}"
     optimizer = recipe.optimizer() if optimizer is None else optimizer
+
+    processes.tell(f"compiling fine-tuning, {name}")
 
     def fit(steps: int, progress: bool = progress) -> Any:
         batches.set_state(0)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -205,15 +205,15 @@ class InFolder:
 
     def _write(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=_PART, delete=False) as stream:
-                try:
-                    write(stream)  # pyright: ignore[reportArgumentType]
+            part = self.folder / f"{uuid.uuid4().hex[:8]}{_PART}"
+            try:
+                with part.open("wb") as stream:
+                    write(stream)
                     stream.flush()
                     os.fsync(stream.fileno())
-                except BaseException:
-                    Path(stream.name).unlink(missing_ok=True)
-                    raise
-            os.replace(stream.name, self.folder / name)
+                os.replace(part, self.folder / name)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(
                 f"{self.folder / name} cannot be written ({error.strerror or error}): what was done before is "

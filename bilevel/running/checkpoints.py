@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -377,11 +378,15 @@ def _read_json(file: Path) -> Any:
 
 def _write(file: Path, text: str) -> None:
     """Writes a new file beside the old one, then renames it, so that there is a whole one at any moment."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, prefix=".", delete=False, encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(stream.name, file)
+    part = file.with_name(f".{uuid.uuid4().hex[:8]}")  # not a temporary file, which its owner alone may read
+    try:
+        with part.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from bilevel.differentiation.captures import look_again
@@ -114,6 +115,12 @@ class Loop:
     @property
     def ended(self) -> bool:
         return self.stop or self.done >= self.steps
+
+    @property
+    def program(self) -> Any:
+        """By which the compiled programs of chunks differ: data of another shape compile another one."""
+        leaves, structure = jax.tree.flatten(self.data)
+        return structure, tuple(np.shape(leaf) for leaf in leaves)
 
     @property
     def written(self) -> int:

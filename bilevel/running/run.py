@@ -197,7 +197,7 @@ def run(
                 with display if loop.done < steps else contextlib.nullcontext():
                     while not loop.ended:
                         metrics = loop.advance()
-                        display.advance(loop.done, metrics)
+                        display.advance(loop.done, metrics, loop.program)
                         loop.call_back()
                         loop.settle()
             except BaseException as raised:

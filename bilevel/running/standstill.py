@@ -48,7 +48,9 @@ def warn_of_zeros(solver: Any, state: Any, data: Any, steps: int) -> None:
         "is something else, such as a weight decay. It is not 0 by construction: where outer stands, something between "
         "it and the outer loss has no slope, such as a clip, a relu or a maximum beyond its edge, a product with 0, or "
         f"a learning rate of 0; or a slope too small for {' or '.join(kinds)} was rounded to 0, as of a loss in tiny "
-        "units. Start elsewhere, or take a smooth operation; bilevel.testing.check_hypergradient looks at every leaf.",
+        "units; or the rows and random draws of these steps have none, as of an outer loss that is at its least "
+        "already. Start elsewhere, take a smooth operation, or more rows and steps; "
+        "bilevel.testing.check_hypergradient looks at every leaf.",
         ZeroHypergradientWarning,
         stacklevel=3,
     )

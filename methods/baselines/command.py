@@ -133,4 +133,5 @@ COMMAND = Method(
     page=page,
     unused=unused,
     check=check,
+    name="baseline",
 )

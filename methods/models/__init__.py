@@ -1,5 +1,9 @@
 """Model families in flax linen, their checkpoints, and the hook through which methods enter them."""
 
+import os
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that there is no PyTorch
+
 from methods.models.decoder import Decoder, DecoderConfig
 from methods.models.encoder import Encoder, EncoderConfig
 from methods.models.gpt import GPT, GPTConfig

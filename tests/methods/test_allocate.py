@@ -269,12 +269,19 @@ def test_ranks_are_trained_and_exported_as_they_were_bought(finished):
     assert is_there == (sum(costs.values()) <= 400) == ("One rank in every module costs more" not in page)
 
 
+def test_amounts_are_read_to_the_last_parameter():
+    for hundredths in range(1, 2000):
+        for end, times in (("k", 10**3), ("M", 10**6)):
+            assert budget.amount(f"{hundredths // 100}.{hundredths % 100:02d}{end}") == hundredths * times // 100
+    assert budget.amount("1_000") == budget.amount("1,000") == 1000
+
+
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it by an old name
 @pytest.mark.parametrize("words", ["--budget-params 200", "--top-k 1"])
 def test_the_printed_snippet_makes_the_adapter_in_peft(words, tiny_model, tiny_data, tmp_path, capsys):
     """It is run as it is, on the model in torch: PEFT then trains what the budget says, and nothing else."""
-    peft, transformers = require("peft"), require("transformers")
+    peft = require("peft")
     given = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", "--search-only", *words.split())
     at = given.index("--finetune-steps")
     del given[at : at + 2]
@@ -283,7 +290,7 @@ def test_the_printed_snippet_makes_the_adapter_in_peft(words, tiny_model, tiny_d
     assert not list((tmp_path / "run").glob("results/*"))
     snippet = re.search(r"peft:\n\n(.*?)\n\naxolotl", said, re.S)[1]
     assert snippet in (tmp_path / "run" / "report.md").read_text()
-    space = {"model": transformers.LlamaForCausalLM.from_pretrained(tiny_model)}
+    space: dict = {}
     exec(snippet, space)
     assert isinstance(space["model"], peft.PeftModel)
     trainable = sum(p.numel() for p in space["model"].parameters() if p.requires_grad)
@@ -297,10 +304,27 @@ def test_the_printed_snippet_makes_the_adapter_in_peft(words, tiny_model, tiny_d
 
 def test_layers_are_told_to_trainers_that_take_no_list_of_them():
     config = {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers", "rank_pattern": {}}
-    config |= {"r": 4, "lora_alpha": 8}
+    config |= {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "models/tiny.gguf", "task_type": "CAUSAL_LM"}
     told = dict((title, text) for title, _, text in trainers.snippets("folder", config, ["model.layers.1.attn.q_proj"]))
     assert 'peft_layers_to_transform: [1]\npeft_layers_pattern: ["layers"]' in told["axolotl"]
     assert "lora_target: model.layers.1.attn.q_proj" in told["LLaMA-Factory"]
     told = [title for title, _, _ in trainers.snippets("folder", config | {"rank_pattern": {"a": 1}}, [])]
     one = " (it takes one rank for all modules: this is the commonest)"
     assert told == ["peft", f"axolotl{one}", f"LLaMA-Factory{one}"]
+
+
+def test_trainers_are_told_all_that_the_scale_and_the_training_of_an_adapter_depend_on():
+    config = {"target_modules": ["q_proj"], "rank_pattern": {}, "r": 3, "lora_alpha": 8 * 3**0.5}
+    config |= {"base_model_name_or_path": "org/name", "task_type": "SEQ_CLS", "use_rslora": True, "lora_dropout": 0.1}
+    (_, _, peft_lines), (axolotl_title, _, axolotl), (factory_title, _, factory) = trainers.snippets("f", config, [], 3)
+    assert "AutoModelForSequenceClassification.from_pretrained('org/name', num_labels=3)" in peft_lines
+    assert {"peft_use_rslora: true", "lora_dropout: 0.1", "lora_alpha: 14", "lora_r: 3"} <= set(axolotl.splitlines())
+    assert {"use_rslora: true", "lora_dropout: 0.1", "lora_alpha: 14", "lora_rank: 3"} <= set(factory.splitlines())
+    for title in (axolotl_title, factory_title):
+        assert title.endswith(" (it takes whole numbers as alpha: this was 13.86)")
+    plain = config | {"use_rslora": False, "lora_dropout": 0.0, "lora_alpha": 16.0}
+    for title, _, lines in trainers.snippets("f", plain, [])[1:]:
+        assert "rslora" not in lines and "dropout" not in lines and "lora_alpha: 16" in lines and "(" not in title
+    local = config | {"base_model_name_or_path": "models/tiny.gguf", "task_type": "CAUSAL_LM"}
+    lines = trainers.snippets("f", local, [])[0][2]
+    assert "AutoModelForCausalLM.from_pretrained('models', gguf_file='tiny.gguf')" in lines

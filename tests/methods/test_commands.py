@@ -1,6 +1,7 @@
 """Every command: its run folder, which it continues, its page, and what is particular to it."""
 
 import json
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -52,6 +53,11 @@ def test_it_leaves_a_whole_run_folder_and_continues_it(name, finished, command_l
         result = read(out / "results" / f"{arm}.json")
         assert result["layers"] == [layer for layer in range(2) if any(on[layer] for on in result["on"].values())]
         assert result["accuracy"]["total"] == 6 and result["parameters"] >= 0
+
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {str(file.relative_to(out)): file.stat().st_mode & 0o777 for file in out.rglob("*") if file.is_file()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes  # whoever may read the folder may read all of it
 
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.suffix != ".png"}
     words, _ = command_line(name)

@@ -3,10 +3,14 @@
 import contextlib
 import importlib.machinery
 import io
+import itertools
 import re
 import sys
 import types
 
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
@@ -175,6 +179,31 @@ def test_a_notebook_with_widgets_gets_the_bar(monkeypatch, clock):
         display.advance(3, {"loss": 0.5})
     texts = [re.sub(CONTROL, "", text) for each in shown if (text := getattr(each, "text", ""))]
     assert "3/4  -:-- left  loss 0.5" in texts[-1] and not console.file.getvalue()
+
+
+def test_the_first_step_of_every_program_is_no_measure_of_the_time_left(clock, capfd):
+    """Batches of two lengths, a program each: the first step of either takes 1,000 seconds, the others 10."""
+    known = {2}
+
+    def batches():
+        for number in itertools.count():
+            yield np.ones(2 + number % 2)
+
+    def seconds(step, state, metrics):
+        length = 2 + step % 2  # of the next step, in whose time this falls
+        clock["now"] += 10 if length in known else 1000
+        known.add(length)
+
+    problem = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum((w - o * b) ** 2), lambda w, o, b, k: jnp.sum((w - 2) ** 2),
+        lambda key, o: jnp.zeros(()), lambda key: jnp.ones(()),
+    )  # fmt: skip
+    solver = bilevel.Nested(problem, bilevel.Unrolled(optax.sgd(0.1), 1), optax.sgd(0.1))
+    bilevel.run(solver, inner_data=batches(), steps=100, callbacks=[seconds])
+    said = re.findall(r"outer steps (\d+)/100 .*  (\S+) left", capfd.readouterr().err)
+    later = {int(step): left for step, left in said if int(step) > 2}
+    expected = {step: f"{(100 - step) * 10 // 60}:{(100 - step) * 10 % 60:02d}" for step in later}
+    assert later == expected and len(later) > 20
 
 
 def test_a_resumed_run_counts_its_own_steps_and_no_compilation(monkeypatch, clock, capfd, tmp_path):
