@@ -98,6 +98,7 @@ def run(arguments: list[str]) -> int:
 
         if getattr(settings, "quiet", False):
             os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+            os.environ.setdefault("WANDB_SILENT", "true")
             LOGGER.setLevel(logging.WARNING)
         processes.start(settings)
         found = command.main(settings)

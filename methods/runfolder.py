@@ -298,6 +298,13 @@ class RunFolder:
                 self.write("tracking", {"id": uuid.uuid4().hex[:12]})
         return [*log, tracking.tracker(self._track, self.path, stage, self.read("tracking")["id"], self._options)]
 
+    def track(self, stage: str, values: Mapping[str, float]) -> None:
+        """Hands numbers to what `--track` asks for, as one step of a stage; `metrics.jsonl` has the steps alone."""
+        for callback in self.callbacks(stage):
+            if processes.is_first() and isinstance(callback, Tracker):
+                callback(1, None, {name: np.array([value]) for name, value in values.items()})
+                callback.close()
+
     def tell(self, stage: str, metrics: Mapping[str, Any]) -> None:
         """What `callbacks` do with the rows of a stage that no `bilevel.run` has computed, all at once."""
         for callback in self.callbacks(stage):

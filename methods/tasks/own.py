@@ -163,7 +163,7 @@ def _label_task(rows: Sequence[Row]) -> Task:
         fewer = 2 * pairs <= len(rows)
         odd = next(row for row in rows if ("pair" in row) == fewer)
         raise ValueError(
-            f"{place_of(odd, odd['text'])} has {'a' if fewer else 'no'} second text 'pair', as {pairs:,} of "
+            f"{place_of(odd, odd['text'])} has {'a' if fewer else 'no'} second text 'pair', where {pairs:,} of "
             f"{len(rows):,} rows have one: give all of them one, or none."
         )
     fields, labels = ("text", "pair")[: 1 + bool(pairs)], [row["label"] for row in rows]
@@ -177,12 +177,11 @@ def _label_task(rows: Sequence[Row]) -> Task:
             bounds=(-math.inf, math.inf),
         )
     if len(kinds) > 1:
-        counts = Counter(type(label) for label in labels)
-        usual, rare = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+        usual, *_, rare = [kind for kind, _ in Counter(map(type, labels)).most_common()]
         odd, other = (next(row for row in rows if type(row["label"]) is kind) for kind in (rare, usual))
         raise ValueError(
-            f"{place_of(odd, odd['text'])} has the label {odd['label']!r}, a {rare.__name__}, where others have such "
-            f"as {other['label']!r}, a {usual.__name__}: write all of them the same way."
+            f"{place_of(odd, odd['text'])} has the label {odd['label']!r}, a {_KINDS[rare]}, where others have such as "
+            f"{other['label']!r}, a {_KINDS[usual]}: write all of them the same way."
         )
     classes = sorted(set(labels))
     if kinds == {str}:
@@ -200,6 +199,10 @@ def _label_task(rows: Sequence[Row]) -> Task:
         classes=tuple(map(str, classes)),
         metrics=("accuracy",),
     )
+
+
+_KINDS = {str: "text", int: "whole number", float: "number with a fraction", bool: "truth value"}
+"""Of labels, as a sentence calls them."""
 
 
 def _are_numbers(labels: Sequence[str]) -> bool:
@@ -255,7 +258,7 @@ def _label_final(task: Classification, row: Row, where: str) -> Row:
     except OverflowError:  # an integer of hundreds of digits
         value = math.inf
     if not abs(value) <= LARGEST:
-        raise ValueError(f"{where} has the label {str(label)[:40]}, which is no number that float32 holds.")
+        raise ValueError(f"{where} has the label {str(label)[:40]!r}, which is no number that float32 holds.")
     return row | {"label": value}
 
 

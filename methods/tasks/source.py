@@ -168,7 +168,7 @@ def read_source(
     if data is not None and task is None and not is_own(data) and _lacks_train(Path(data)):
         raise FileNotFoundError(
             f"{data} has no file called train: call its file of training rows train.jsonl or the like, or name that "
-            "file itself with --data."
+            "file itself with --data. The rows of a built-in task are in a folder there, of the name that --task has."
         )
     if data is None or not is_own(data) or (task in TASKS and Path(data).is_dir()):
         for option, value in (("--test-data", test_data), ("--columns", columns)):
@@ -290,10 +290,10 @@ def _file(file: Path) -> Where:
 
 
 def _lacks_train(folder: Path) -> bool:
-    """Whether a folder holds files of rows, but none called train, and no folder of a task."""
+    """Whether a folder has neither a file of rows called train nor a folder of a built-in task, nor is one."""
     if _is_built_in(folder) or not folder.is_dir():
         return False
-    return any(file.suffix.lower() in READERS for file in folder.iterdir() if file.is_file())
+    return not any(_is_built_in(each) for each in folder.iterdir() if each.is_dir())
 
 
 def _in_folder(folder: Path, split: str) -> Path | None:

@@ -32,7 +32,9 @@ def load(task: Task, split: str, data: str | os.PathLike[str] | None = None) -> 
         files = _files(folder / name, split)
         if not files:
             here = _files(folder, split) or folder.name == name
-            advice = f"name the folder that holds {name}/, {folder.absolute().parent}" if here else "is --data right?"
+            advice = "is --data right? Rows of your own are in a file, or in a folder with train.jsonl"
+            if here:
+                advice = f"name the folder that holds {name}/, {folder.absolute().parent}"
             raise FileNotFoundError(f"There is no {folder / name / split}.jsonl: {advice}")
         return _read(task, files)
     tried = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from methods import bench as benches
 from methods import cli, evaluation, lora, models, objective, tasks
@@ -226,15 +227,64 @@ def test_blank_lines_and_a_mark_of_the_encoding_are_no_damage(tmp_path):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1}], r"The labels are of several kinds, int and str"),
+        (
+            [{"text": "a", "label": "x"}, {"text": "b", "label": 1}, {"text": "c", "label": "y"}],
+            r"line 2 has the label 1, a whole number, where others have such as 'x', a text: write all",
+        ),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1.5}], r"line 2 has the label 1\.5, a number with"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": "x"}], r"Every row has the label 'x'"),
         ([{"text": str(i), "label": str(i)} for i in range(9)], r"9 rows have 9 different labels, too many"),
-        ([{"text": "a", "label": 1}, {"text": "b", "pair": "c", "label": 2}], r"1 of 2 rows have a second text"),
+        (
+            [{"text": "a", "label": 1}, {"text": "b", "pair": "c", "label": 2}],
+            r"line 2 has a second text 'pair', where 1 of 2 rows have one: give all of them one, or none",
+        ),
+        (
+            [{"text": "a", "label": 1}, *[{"text": "b", "pair": "c", "label": 2}] * 3],
+            r"line 1 has no second text 'pair', where 3 of 4 rows have one",
+        ),
+        ([{"text": "a", "label": 1}, {"text": " \n", "label": 2}], r"line 2 has an empty 'text', of which nothing"),
+        ([{"text": "a", "pair": "", "label": 1}, {"text": "b", "pair": "c", "label": 2}], r"line 1 has an empty 'pair"),
+        ([{"text": "a", "label": 0.5}, {"text": "b", "label": 10**400}], r"line 2 has the label '1000.*no number that"),
     ],
 )
 def test_labels_that_make_no_task(records, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         tasks.read_source(None, str(records_file(tmp_path, records)))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ({"pair": "p"}, {}, r"held\.jsonl line 1 has no second text 'pair', where the training rows have one"),
+        ({}, {"pair": "p"}, r"held\.jsonl line 1 has a second text 'pair', where the training rows have none"),
+        ({}, {"text": "  "}, r"held\.jsonl line 1 has an empty 'text'"),
+    ],
+)
+def test_test_rows_have_the_texts_of_the_training_rows(train, test, message, tmp_path):
+    write(tmp_path, [{"text": f"{i}", "label": i % 2} | train for i in range(8)], "rows.jsonl")
+    write(tmp_path, [{"text": "held", "label": 1} | test], "held.jsonl")
+    with pytest.raises(ValueError, match=message):
+        tasks.read_source(None, str(tmp_path / "rows.jsonl"), test_data=str(tmp_path / "held.jsonl"))
+
+
+def test_a_number_to_predict_is_written_alike_in_training_and_test(tmp_path):
+    write(tmp_path, [{"text": f"{i}", "label": i + 0.5} for i in range(8)], "rows.jsonl")
+    for label in ("1_0", "nan", "x", True):
+        write(tmp_path, [{"text": "held", "label": label}], "held.jsonl")
+        with pytest.raises(ValueError, match=r"held\.jsonl line 1 has the label"):
+            tasks.read_source(None, str(tmp_path / "rows.jsonl"), test_data=str(tmp_path / "held.jsonl"))
+
+
+def test_a_text_of_no_token_is_refused_before_anything_is_trained():
+    """Of a tokenizer without a mark of the beginning; empty texts are refused by themselves, this one is not empty."""
+    task = tasks.Classification(name="own", fields=("text",), classes=("no", "yes"), metrics=("accuracy",))
+    reader = tokenizer()
+    reader.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    rows = [{"text": "a", "label": 0}, {"text": "\u200b", "label": 1}]
+    for encode in (tasks.check_tokens, lambda task, rows, reader: tasks.encode_labelled(task, rows, reader, 8)):
+        with pytest.raises(ValueError, match=r"The text '.*' has a text of no token: leave it out"):
+            encode(task, rows, reader)
+    tasks.check_tokens(task, rows[:1], reader)
 
 
 def test_a_class_of_a_task_of_ones_own_is_named_or_numbered(tmp_path):
@@ -289,7 +339,7 @@ def test_a_remedy_is_of_what_was_given_and_rows_that_are_not_tested_are_told(tin
         ("--data {file} --task chat", r"line 1 has no column 'messages', which rows of the format chat have"),
         ("--data {file} --test-rows 30", r"cannot be cut into rows to train on and 30 to test on"),
         ("--data {file} --train-rows 30", r"cannot give --train-rows 30"),
-        ("--data {folder}", r"has no train\.jsonl|There is no .*train\.jsonl"),
+        ("--data {folder}", r"empty has no file called train: call its file of training rows train\.jsonl"),
         ("--task chat", r"--task chat is about rows of your own"),
         ("--columns prompt=question", r"--columns is about rows of your own"),
         ("--test-data {file}", r"--test-data is about rows of your own"),
@@ -836,8 +886,10 @@ def test_files_beside_each_other(tmp_path):
         tasks.read_source(None, str(tmp_path / "mine.jsonl"), test_data=str(tmp_path / "mine.jsonl"))
     (tmp_path / "other").mkdir()
     write(tmp_path / "other", numbered("text"), "rows.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"other has no file called train: call its file of training rows"):
-        tasks.read_source(None, str(tmp_path / "other"))
+    (tmp_path / "empty").mkdir()
+    for folder in ("other", "empty"):
+        with pytest.raises(FileNotFoundError, match=folder + " has no file called train: call its file of training"):
+            tasks.read_source(None, str(tmp_path / folder))
     write(tmp_path / "other", [{"text": "held"}], "validation.jsonl")
     found = tasks.read_source(None, str(tmp_path / "mine.jsonl"), test_data=str(tmp_path / "other"))
     assert found.test == [{"text": "held"}]

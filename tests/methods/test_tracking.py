@@ -64,7 +64,13 @@ def test_a_tracker_of_ones_own_is_told_what_the_file_holds(tiny_model, tiny_data
     run = json.loads((out / "tracking.json").read_text())["id"]
     written = logged(out)
     assert {"search", "finetune flexora"} <= written.keys()
-    assert service.told.keys() == {f"{run}-{stage.replace(' ', '-')}" for stage in written}
+    results = {file.stem: json.loads(file.read_text()) for file in (out / "results").iterdir()}
+    tests = {f"{run}-test-{arm}": result for arm, result in results.items()}  # told, and no steps of a stage
+    assert service.told.keys() == {f"{run}-{stage.replace(' ', '-')}" for stage in written} | tests.keys()
+    for stage, result in tests.items():
+        _, (step, told) = service.told[stage]
+        assert step == 1 and told["layers"] == len(result["layers"]) and told["parameters"] == result["parameters"]
+        assert {name: told[name] for name in result["metrics"]} == pytest.approx(result["metrics"])
     for stage, rows in written.items():
         settings, *told = service.told[f"{run}-{stage.replace(' ', '-')}"]
         assert settings["option.rank"] == 2 and settings["steps"] == len(told)
@@ -77,6 +83,7 @@ def test_a_tracker_of_ones_own_is_told_what_the_file_holds(tiny_model, tiny_data
     (out / "results" / "flexora.json").unlink()
     assert cli.run(words) == 0
     assert service.told == before
+    assert not any(stage.startswith("test ") for stage in logged(out))
 
 
 @dataclasses.dataclass(frozen=True)
