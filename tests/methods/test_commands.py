@@ -1,5 +1,6 @@
 """Every command: its run folder, which it continues, its page, and what is particular to it."""
 
+import importlib
 import json
 import os
 import shutil
@@ -7,9 +8,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from methods import bench as benches
-from methods import cli, evaluation, flexora, hiddenkey, loratrf
+from methods import cli, evaluation, flexora, hiddenkey, lora, loratrf
 from methods.adapters import load_edit, load_peft, slicing
 from tests.methods.commands import TABLE
 from tests.methods.small import arguments, flexora_words
@@ -34,6 +36,27 @@ def settings_of(kind, out):
 
 def test_every_command_has_a_row():
     assert set(TABLE) == set(cli.COMMANDS) - {"report"}
+
+
+def test_every_command_knows_its_name():
+    """By which the configuration of a run that was made from Python is repeated."""
+    for name, row in cli.COMMANDS.items():
+        if name != "report":
+            assert importlib.import_module(row.module).COMMAND.command == name
+
+
+def test_a_run_from_python_leaves_the_configuration_of_a_command(finished, tmp_path):
+    out = finished("lora")
+    given = read(out / "config.json")
+    settings = lora.LoRASettings(**given | {"targets": tuple(given["targets"]), "out": tmp_path / "run"})
+    lora.COMMAND.main(settings)
+    both = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (out, tmp_path / "run")]
+    assert both[0]["command"] == both[1]["command"] == "lora"
+    same = lambda found: {name: value for name, value in found["settings"].items() if name != "out"}  # noqa: E731
+    assert same(both[0]) == same(both[1])
+    assert cli.run(["lora", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (out, tmp_path / "again")]
+    assert adapters[0] == adapters[1]
 
 
 @pytest.mark.parametrize("name", TABLE)
