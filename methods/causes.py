@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 import bilevel
+from methods.interrupts import interrupted
 
 LONGEST = 600
 """Characters of a sentence: what is quoted in it may be a line of any size."""
@@ -47,10 +48,21 @@ def reading(what: str, remedy: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of the tokenizers' library is no `Exception`
+        if is_interrupt(error):
+            raise
         # A file that asks for more memory than there is may lie in its header: no option would help.
         if sentence(error) is not None and not isinstance(error, MemoryError):
             raise
         raise BadInput(f"{what} cannot be read ({_reason(error)}): {remedy}.") from error
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it was a Ctrl-C that ended something: one, or what was made of one.
+
+    What comes while one is handled is that too, but for what there is a sentence for: a disk that is full when a run is
+    to be saved has to be told.
+    """
+    return interrupted(error) or (interrupted(error, meanwhile=True) and sentence(error) is None)
 
 
 def sentence(error: BaseException, command: str = "this") -> str | None:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from methods.interrupts import acknowledged
+from methods.interrupts import acknowledged, interrupted
 from methods.logs import LOGGER, listening
 
 
@@ -114,15 +114,21 @@ def run(arguments: list[str]) -> int:
             _say(f"Done: {settings.out / 'report.md'}{beside}", sys.stdout)
         left_out = getattr(found, "left_out", None)
         return _fail(left_out) if left_out else 0
-    except KeyboardInterrupt:
-        kept = settings is not None and (settings.out / "config.json").is_file()
-        remark = "what is done is kept, and the same command continues it" if kept else "nothing was written yet"
-        _say(f"\nInterrupted; {remark}.")
-        return 130
     except (BrokenPipeError, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers' library is no `Exception`
-        return _failed(error, *arguments[:1])
+        if interrupted(error):
+            return _interrupted(settings)
+        from methods.causes import is_interrupt  # half a second, in which a Ctrl-C may come too
+
+        return _interrupted(settings) if is_interrupt(error) else _failed(error, *arguments[:1])
+
+
+def _interrupted(settings: Any) -> int:
+    kept = settings is not None and (settings.out / "config.json").is_file()
+    remark = "what is done is kept, and the same command continues it" if kept else "nothing was written yet"
+    _say(f"\nInterrupted; {remark}.")
+    return 130
 
 
 def _failed(error: BaseException, command: str = "this") -> int:

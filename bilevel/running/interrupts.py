@@ -85,4 +85,6 @@ def uninterrupted() -> Iterator[None]:
         for number in held:
             signal.signal(number, before[number])
         for number in dict.fromkeys(came):
-            signal.raise_signal(number)
+            # Not sent again, where a handler of Python's can be called: to who counts signals it would be a second one.
+            handler = before[signal.Signals(number)]
+            handler(number, None) if callable(handler) else signal.raise_signal(number)
