@@ -10,6 +10,7 @@ import numpy as np
 
 from methods import files
 from methods.causes import reading
+from methods.integrity import METRICS, OTHERWISE
 from methods.runfolder import RunFolder
 
 
@@ -37,7 +38,8 @@ def training(file: Path, folder: RunFolder, arms: Sequence[str]) -> None:
         rows = folder.rows(f"finetune {name}")
         if not rows:
             continue
-        loss = np.array([row["inner_loss"] for row in rows])
+        with reading(str(folder.path / METRICS), OTHERWISE):
+            loss = drawable([float(row["inner_loss"]) for row in rows])
         window = max(1, len(loss) // 20)
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         (line,) = ax.plot(np.arange(window, len(loss) + 1), smooth, lw=1.2, label=f"{name}, training")

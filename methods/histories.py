@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from methods import seconds
-from methods.integrity import CONFIG, FINGERPRINT, METRICS, read_json
+from methods.integrity import CONFIG, FINGERPRINT, METRICS, changed_metrics, read_json
 
 TOLD = ("outer_loss", "inner_loss", "hypergradient_norm", "hvps")
 """Metrics that are no outer variables."""
@@ -83,7 +83,10 @@ def read(path: Path, name: str) -> History:
     page = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
     if not page:
         missing.append("The run has no page of its own yet (report.md): it is not finished.")
-    return History(path, name, config, selection, _stages(path / METRICS, missing), spent, page, missing)
+    stages = _stages(path / METRICS, missing)
+    if stages and changed_metrics(path) is not None:
+        missing.append(f"{METRICS} is not what it was when the run was finished; shown is what it holds now.")
+    return History(path, name, config, selection, stages, spent, page, missing)
 
 
 def _object(file: Path, missing: list[str], *, needed: bool = False) -> dict[str, Any]:

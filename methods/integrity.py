@@ -1,7 +1,7 @@
 """Whether the files of a run still are what they were when it made them, by their sha256.
 
 A result names the files that were made with it under "files", with their sha256. `finished.json` has that of every
-result, and of all else that the run read or wrote on its way.
+result, of all else that the run read or wrote on its way, and of the rows of its steps, `metrics.jsonl`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from methods import files
+from methods import files, seconds
 
 CONFIG, FINGERPRINT, METRICS = "config.json", "fingerprint.json", "metrics.jsonl"
 FINISHED = "finished"
 OTHERWISE = "put the old one back, or make the run again in another folder"
-"""What to do about a damaged file without which a folder holds no run, or not a known one: `CONFIG`, `FINGERPRINT`."""
+"""What to do about a damaged file that is not made again, or without which a folder holds no run, or not a known one:
+`METRICS`, `CONFIG`, `FINGERPRINT`."""
 
 
 def sha256(file: Path) -> str | None:
@@ -95,11 +96,13 @@ class Finished(NamedTuple):
       arms: the rows of its results, in their order.
       selection: whether it has a selection.
       sha256: of each `name.json` that it read or wrote, by name; None of those that were not there.
+      metrics: the sha256 of `METRICS`; None where there is none, and where an earlier version did not write it down.
     """
 
     arms: list[str]
     selection: bool
     sha256: dict[str, str | None]
+    metrics: str | None = None
 
     @property
     def results(self) -> set[str]:
@@ -115,9 +118,9 @@ def read_finished(told: Any, file: Path) -> Finished:
     """
     kinds = {"arms": list, "selection": bool, "sha256": dict}
     if isinstance(told, dict) and all(isinstance(told.get(name), kind) for name, kind in kinds.items()):
-        found = Finished(*(told[name] for name in kinds))
+        found = Finished(*(told[name] for name in kinds), metrics=told.get("metrics"))
         named = {name for name in found.sha256 if name.startswith("results/") or name == "selection"}
-        if found.arms and found.results == named:
+        if found.arms and found.results == named and isinstance(found.metrics, str | None):
             return found
     raise ValueError(
         f"{file} does not tell which models the run has, and what their files hold: delete it to have it made again."
@@ -133,3 +136,19 @@ def check_unchanged(path: Path, finished: Finished) -> None:
                 f"{file} is not what it was when the run was finished: put the old one back, or delete it to have it "
                 "made again."
             )
+
+
+def changed_metrics(path: Path) -> str | None:
+    """What became of `METRICS` since a run was finished; None where they are what they were, or nothing tells of it."""
+    told, file = path / f"{FINISHED}.json", path / METRICS
+    try:
+        digest = read_finished(read_json(told), told).metrics
+    except (OSError, ValueError):  # no finished run, or a sentence of its own
+        return None
+    gone = not file.is_file() or not file.stat().st_size
+    if digest is None:  # where it is not told, the seconds of steps tell that there were some
+        changed = gone and bool(seconds.read(path / seconds.FILE))
+    else:
+        changed = digest != sha256(file)
+    what = "gone, which was there" if gone else "not what it was"
+    return f"{file} is {what} when the run was finished" if changed else None

@@ -88,6 +88,8 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
             f"{path} holds a run of other versions: {changed}; continue it with those, or name another folder with "
             "--out."
         )
+    if told := integrity.changed_metrics(path):
+        raise ValueError(f"{told}: {OTHERWISE}.")
 
 
 class RunFolder:
@@ -234,16 +236,19 @@ class RunFolder:
     def finish(self, arms: Sequence[str], selection: bool) -> None:
         """Writes down that all is there: the rows of the results, in their order, and whether there is a selection.
 
-        With the sha256 of these files and of all others that were read or written on the way.
+        With the sha256 of these files, of all others that were read or written on the way, and of `metrics.jsonl`.
         """
         used = sorted(name for name in self._used if name not in (FINISHED, "tracking"))
         digests = processes.decided(lambda: {name: integrity.sha256(self.path / f"{name}.json") for name in used})
         if short := seconds.in_short(self.path / seconds.FILE):
             self.write_text(seconds.FILE, short)
-        self.write(FINISHED, {"arms": list(arms), "selection": selection, "sha256": digests})
+        metrics = processes.decided(lambda: integrity.sha256(self.path / METRICS))
+        self.write(FINISHED, {"arms": list(arms), "selection": selection, "sha256": digests, "metrics": metrics})
 
     def finished(self) -> tuple[list[str], bool] | None:
         """What `finish` was given; None where a run is not finished, or something of it has been deleted since.
+
+        Such a run goes on, and is not finished until it is again: what it makes may differ, to rounding.
 
         Raises:
           ValueError: if something of it is not what it was.
@@ -253,6 +258,7 @@ class RunFolder:
         finished = integrity.read_finished(self.read(FINISHED), self.path / f"{FINISHED}.json")
         processes.decided(lambda: integrity.check_unchanged(self.path, finished))
         if not all([self.has_all(name) for name in sorted(finished.results)]):
+            processes.decided(lambda: (self.path / f"{FINISHED}.json").unlink())
             return None
         if processes.is_first():
             LOGGER.info("%s: already finished; only its page is made again", self.path)
@@ -325,7 +331,7 @@ class RunFolder:
         """`((stage, step), line)` of `metrics.jsonl`, from which a last line that was not written whole is cut off."""
         file = self.path / METRICS
         data = _whole_lines(file)
-        with reading(str(file), "delete it to have it made again"):
+        with reading(str(file), OTHERWISE):
             lines = data.decode("utf-8").splitlines()
             rows = [json.loads(line) for line in lines]
             return [((str(row["stage"]), int(row["step"])), line) for row, line in zip(rows, lines, strict=True)]

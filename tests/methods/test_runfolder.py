@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -269,8 +270,98 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_is_named(tmp_path):
     assert file.read_bytes() == whole
     for damage in (b"{}\n", b"[1]\n", b"\xff\n", b"x\n", b"[" * 100_000 + b"\n"):
         file.write_bytes(damage + whole)
-        with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read \(.*\): delete it to have it made again"):
+        with pytest.raises(ValueError, match=rf"metrics\.jsonl cannot be read \(.*\){ELSEWHERE}"):
             RunFolder(tmp_path, Made())
+
+
+def spoil(file):
+    """What can become of `metrics.jsonl`: a name, and what it holds then; None for nothing."""
+    whole = file.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    return {
+        "damaged": b'"x\n',
+        "cut": whole[:-5],
+        "shorter": b"".join(lines[:-1]),
+        "changed": whole.replace(b'"inner_loss": ', b'"inner_loss": -1'),
+        "without a name": lines[0].replace(b'"inner_loss"', b'"loss"') + b"".join(lines[1:]),
+        "empty": b"",
+        "gone": None,
+    }
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_steps_of_a_finished_run_that_are_not_what_they_were_are_told_and_its_page_stays(
+    tiny_model, tiny_data, tmp_path, capsys
+):
+    out, again = tmp_path / "run", tmp_path / "again"
+    words = ["lora", *arguments(tiny_model, tiny_data, out)]
+    assert cli.run(words) == 0
+    file, told = out / "metrics.jsonl", out / "finished.json"
+    pages = {each: each.read_bytes() for each in out.rglob("*") if each.is_file() and each != file}
+    whole = file.read_bytes()
+    for what, held in spoil(file).items():
+        file.unlink() if held is None else file.write_bytes(held)
+        capsys.readouterr()
+        assert cli.run(words) == 2, what
+        verb = "is gone, which was there" if not held else "is not what it was"
+        remedy = "put the old one back, or make the run again in another folder"
+        assert capsys.readouterr().err == f"bilevel: {file} {verb} when the run was finished: {remedy}.\n"
+        assert (file.read_bytes() if file.exists() else None) == held  # what is there is not cut either
+        assert {each: each.read_bytes() for each in pages} == pages
+        file.write_bytes(whole)
+    for held, is_told in ((whole, False), (spoil(file)["changed"], True)):
+        file.write_bytes(held)
+        assert cli.run(["report", str(out), "--out", str(tmp_path / "page")]) == 0
+        page = (tmp_path / "page" / "report.html").read_text()
+        assert ("metrics.jsonl is not what it was when the run was finished" in page) is is_told
+    # The two remedies: made again in another folder, and the old one put back.
+    assert cli.run([str(again) if word == str(out) else word for word in words]) == 0
+    assert (again / "metrics.jsonl").read_bytes() == whole
+    (again / "metrics.jsonl").replace(file)
+    assert cli.run(words) == 0
+    # As an earlier version left it: it is read, and of the rows is known that there were some.
+    finished = json.loads(told.read_text())
+    assert finished.pop("metrics") == hashlib.sha256(whole).hexdigest()
+    told.write_text(json.dumps(finished))
+    assert cli.run(words) == 0
+    figure = (out / "figures" / "training.png").read_bytes()
+    sentences = {
+        "damaged": "cannot be read (JSONDecodeError: Unterminated string",
+        "without a name": "cannot be read (KeyError: 'inner_loss'): put",
+        "gone": "is gone, which was there",
+        "empty": "is gone, which was there",
+    }
+    for what, held in spoil(file).items():
+        if what not in sentences:
+            continue
+        file.unlink() if held is None else file.write_bytes(held)
+        capsys.readouterr()
+        assert cli.run(words) == 2, what
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"bilevel: {file} {sentences[what]}"), said
+        assert said.endswith("put the old one back, or make the run again in another folder.")
+        assert (out / "figures" / "training.png").read_bytes() == figure
+        file.write_bytes(whole)
+
+
+def test_a_finished_run_that_goes_on_is_not_finished_until_it_is_again(tmp_path):
+    """What is made again may differ, to rounding; a run that is interrupted meanwhile goes on all the same."""
+
+    def made(loss):
+        folder = RunFolder(tmp_path, Made())
+        if folder.finished() is None:
+            logged(folder, 1, loss)
+            folder.once("results/a", lambda: {"loss": loss})
+            return folder
+        return None
+
+    made(1.0).finish(["a"], False)
+    assert made(2.0) is None
+    (tmp_path / "results" / "a.json").unlink()
+    made(2.0)  # and interrupted
+    assert json.loads((tmp_path / "results" / "a.json").read_text()) == {"loss": 2.0}
+    made(2.0).finish(["a"], False)
+    assert made(2.0) is None
 
 
 # --- files --------------------------------------------------------------------------------------------------------
