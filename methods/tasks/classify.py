@@ -265,7 +265,7 @@ def _texts(task: Classification, rows: Sequence[Row]) -> list[list[str]]:
 
 def _choices(task: MultipleChoice, rows: Sequence[Row]) -> list[list[str]]:
     """The texts of the choices of rows, one after another: a column of prompts, and one of choices."""
-    pairs = [pair for row in rows for pair in task.pairs(row)]
+    pairs = [pair for row in rows for pair in task.asked(row)]
     return [[pair.prompt for pair in pairs], [pair.answer.removeprefix(" ") for pair in pairs]]
 
 

@@ -59,7 +59,7 @@ def evaluate_written(write: Write, task: Generation, rows: Sequence[Row]) -> Wri
     if not rows:
         raise ValueError(f"There are no rows of {task.name} to write to.")
     groups = units(task, rows)
-    found = list(write([task.pair(group[0]).prompt for group in groups]))
+    found = list(write([task.asked(group[0]).prompt for group in groups]))
     if len(found) != len(groups):
         raise ValueError(f"{len(found)} texts were written to the {len(groups)} prompts of {task.name}.")
     texts = [truncate(text, task.stop) for text in found]

@@ -13,7 +13,7 @@ import numpy as np
 
 from methods.tasks.batches import Watch, by_length
 from methods.tasks.encode import Encoded, TokenBatch, marks, opening, prefix
-from methods.tasks.task import UNREADABLE, LanguageModelling, Row, Span, UnfitModelError, place_of
+from methods.tasks.task import LanguageModelling, Row, Span, UnfitModelError, place_of
 from methods.tasks.tokens import tokenized
 
 ScoreFn = Callable[[TokenBatch], tuple[Any, Any]]
@@ -141,13 +141,20 @@ def _border(text: str, places: Sequence[tuple[int, int]], at: int) -> int:
 
 def _spans(task: LanguageModelling, row: Row, tokenizer: Any) -> list[Span]:
     """The parts of a row. Raises ValueError, with the place of the row, where the task makes none of it."""
+    where = place_of(row, next(iter(row.values()), ""))
     try:
-        return _merged([Span(*span) for span in task.spans(row, tokenizer)])
+        found = [Span(*span) for span in task.spans(row, tokenizer)]
     except UnfitModelError:
         raise
-    except UNREADABLE as error:
-        said = str(error) if isinstance(error, ValueError) else f"{task.name} makes no text of it ({error!r})."
-        raise ValueError(f"{place_of(row, next(iter(row.values()), ''))}: {said}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:
+        raise task.failed(task.spans, error, where) from error
+    if wrong := [span for span in found if not isinstance(span.text, str) or isinstance(span.learned, str)]:
+        raise ValueError(
+            f"{task.culprit('spans', where)} gave {wrong[0]!r:.80}: a Span is a text, and whether it is learned."
+        )
+    return _merged(found)
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

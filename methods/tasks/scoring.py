@@ -89,7 +89,7 @@ def evaluate(
       ValueError: for no rows, a batch larger than there are choices, a `max_length` below 1, an answer
         that does not fit, or a score that has another shape or is not finite.
     """
-    pairs = [pair for row in rows for pair in task.pairs(row)]
+    pairs = [pair for row in rows for pair in task.asked(row)]
     if not 1 <= batch_size <= len(pairs):
         raise ValueError(f"A batch of {batch_size} is not within 1 and the {len(pairs)} choices there are to score.")
     if multiple < 1 or (max_length is not None and max_length < 1):

@@ -140,7 +140,7 @@ def check_test(task: Task, rows: list[Row], tokenizer: Any, positions: int) -> N
     elif isinstance(task, MultipleChoice):
         for row in rows:
             try:
-                pad(tokenize(task.pairs(row), tokenizer), positions, first, fill)
+                pad(tokenize(task.asked(row), tokenizer), positions, first, fill)
             except ValueError as error:
                 raise ValueError(f"{place_of(row, row[task.fields[0]])}, a test row: {error}") from error
 

@@ -53,7 +53,7 @@ def units(task: Task, rows: Sequence[Row]) -> list[list[Row]]:
         return [[row] for row in rows]
     prompts: dict[str, list[Row]] = {}
     for row in rows:
-        prompts.setdefault(task.pair(row).prompt, []).append(row)
+        prompts.setdefault(task.asked(row).prompt, []).append(row)
     return list(prompts.values())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from methods.tasks.records import from_hub, json_lines
-from methods.tasks.task import UNREADABLE, Classification, Row, Task
+from methods.tasks.task import UNREADABLE, Classification, Row, Task, shown
 
 ASSETS = Path("assets", "data")
 """What `scripts/fetch_demo.py` fills; the same layout as BILEVEL_DATA."""
@@ -100,10 +100,9 @@ def _rows(task: Task, file: Path) -> Iterator[Row]:
 
 def unfolded(task: Task, stored: Row, where: str) -> list[Row]:
     """The rows of a task that one stored object holds. Raises ValueError, with `where`, where it holds none."""
-    try:
-        rows = task.unfold(stored)
-    except UNREADABLE as error:
-        raise ValueError(f"{where} is no row of {task.name} ({type(error).__name__}: {error}).") from error
+    rows = task.given("unfold", stored, where)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{task.culprit('unfold', where)} gave {shown(rows)}: it must give a list of rows.")
     if not rows:
         raise ValueError(f"{where} holds no question: {task.name} needs at least one.")
     if isinstance(task, Classification):

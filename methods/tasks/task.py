@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -77,12 +79,24 @@ class Task:
     unfold: Callable[[Row], list[Row]] = lambda row: [row]
 
     def __post_init__(self):
-        if self.group is None and not self.fields:
+        self._check_text("name")
+        self._check_text("test")
+        self._check_texts("fields")
+        self._check_function("unfold")
+        if self.group is not None:
+            self._check_function("group")
+        elif not self.fields:
             raise ValueError(f"The task {self.name!r} names no text field, so that it needs group=.")
 
     def subject(self, row: Row) -> str:
-        """What the row is about: rows of one subject never meet in two splits."""
-        return row[self.fields[0]] if self.group is None else self.group(row)
+        """What the row is about: rows of one subject never meet in two splits. Raises ValueError, with its place."""
+        if self.group is None:
+            return row[self.fields[0]]
+        where = place_of(row, next(iter(row.values()), ""))
+        found = self.given("group", row, where)
+        if not isinstance(found, str):
+            raise ValueError(f"{self.culprit('group', where)} gave {shown(found)}: a subject must be a text.")
+        return found
 
     def check(self, row: Row, where: str) -> None:
         """Raises ValueError, with `where` and what is wrong, unless the row is one of this task."""
@@ -90,6 +104,47 @@ class Task:
             if not isinstance(row.get(field), str):
                 raise ValueError(f"{where} has no text {field!r}, which {self.name} needs.")
             check_encodable(row[field], field, where)
+        self.subject(Placed(row, where))
+
+    def given(self, option: str, row: Row, where: str) -> Any:
+        """What the task's own function `option` makes of a row.
+
+        Raises:
+          ValueError: with `where`, whatever the function raises.
+        """
+        function = getattr(self, option)
+        try:
+            return function(row)
+        except Exception as error:
+            raise self.failed(function, error, where) from error
+
+    def failed(self, function: Callable[..., Any], error: Exception, where: str) -> ValueError:
+        """What is told where a function of this task fails on a row: ours on a row that is damaged, a user's also by
+        a mistake of its own.
+        """
+        at = line_of(function, error)
+        mend = f" in {at}): mend the row, or the task" if at else ")"
+        return ValueError(f"{where} is no row of {self.name} ({type(error).__name__}: {error}{mend}.")
+
+    def culprit(self, option: str, where: str) -> str:
+        """The beginning of a sentence on what a function of this task gave for a row."""
+        at = line_of(getattr(self, option))
+        return f"{where}: {option}= of the task {self.name}{f', in {at},' if at else ''}"
+
+    def _check_text(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"A task has {field}={value!r}, which must be a text.")
+
+    def _check_texts(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, (tuple, list)) or not all(isinstance(text, str) and text for text in value):
+            remedy = f": {field}=({value!r},)" if isinstance(value, str) else ""
+            raise ValueError(f"The task {self.name!r} has {field}={value!r}, which must be a tuple of texts{remedy}.")
+
+    def _check_function(self, field: str) -> None:
+        if not callable(value := getattr(self, field)):
+            raise ValueError(f"The task {self.name!r} has {field}={value!r}, which must be a function of a row.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,13 +157,33 @@ class MultipleChoice(Task):
 
     pairs: Callable[[Row], tuple[Pair, ...]]
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_function("pairs")
+
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
         check_choices(row, where)
+        self.asked(row, where)
+
+    def asked(self, row: Row, where: str | None = None) -> tuple[Pair, ...]:
+        """The pairs of a row. Raises ValueError, with its place, unless there is one for each of its choices."""
+        where = place_of(row, next(iter(row.values()), "")) if where is None else where
         try:
-            self.pairs(row)
-        except ValueError as error:
+            found = self.pairs(row)
+        except ValueError as error:  # which says by itself what is wrong
             raise ValueError(f"{where}: {error}") from error
+        except Exception as error:
+            raise self.failed(self.pairs, error, where) from error
+        if not isinstance(found, (tuple, list)) or not all(map(_is_pair, found)):
+            raise ValueError(
+                f"{self.culprit('pairs', where)} gave {shown(found)}: it must give a Pair of two texts a choice."
+            )
+        if len(found) != (count := len(row["choices"])):
+            raise ValueError(
+                f"{self.culprit('pairs', where)} gave {len(found)} for {count} choices: it must give a Pair for each."
+            )
+        return tuple(Pair(*pair) for pair in found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +199,14 @@ class Classification(Task):
     classes: tuple[str, ...]
     metrics: tuple[str, ...]
     bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_texts("classes")
+        self._check_texts("metrics")
+        value: Any = self.bounds
+        if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_number, value)):
+            raise ValueError(f"The task {self.name!r} has bounds={value!r}, which must be the least and largest label.")
 
     @property
     def outputs(self) -> int:
@@ -171,21 +254,30 @@ class Generation(Task):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.stop or not all(isinstance(text, str) and text for text in self.stop):
+        for option in ("pair", "target", "extract"):
+            self._check_function(option)
+        self._check_texts("metrics")
+        self._check_texts("stop")
+        if not self.stop:
             raise ValueError(f"The task {self.name!r} has no text that ends an answer: stop=('\\n\\n',), for example.")
 
     def check(self, row: Row, where: str) -> None:
         super().check(row, where)
         if self.choose:
             check_choices(row, where)
-        try:
-            pair, target = self.pair(row), self.target(row)
-        except UNREADABLE as error:
-            raise ValueError(f"{where} is no row of {self.name} ({type(error).__name__}: {error}).") from error
+        pair, target = self.asked(row, where), self.given("target", row, where)
         if not pair.answer.strip():
             raise ValueError(f"{where} has an empty answer, which nothing can be trained on or compared with.")
         if isinstance(target, float) and not math.isfinite(target):
             raise ValueError(f"{where} has the answer {target}, which is no finite number.")
+
+    def asked(self, row: Row, where: str | None = None) -> Pair:
+        """The prompt and the answer of a row. Raises ValueError, with its place, unless they are two texts."""
+        where = place_of(row, next(iter(row.values()), "")) if where is None else where
+        found = self.given("pair", row, where)
+        if not _is_pair(found):
+            raise ValueError(f"{self.culprit('pair', where)} gave {shown(found)}: it must give a Pair of two texts.")
+        return Pair(*found)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +296,12 @@ class LanguageModelling(Task):
     ended: bool = True
     pieces: Callable[[Row, Any, int], Sequence[Row]] | None = None
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_function("spans")
+        if self.pieces is not None:
+            self._check_function("pieces")
+
 
 def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row], *, stopped: bool = True) -> list[Pair]:
     """Prompt and right answer of every row.
@@ -212,8 +310,8 @@ def training_pairs(task: MultipleChoice | Generation, rows: Sequence[Row], *, st
     behind it says that.
     """
     if isinstance(task, Generation):
-        return [Pair(prompt, answer + task.stop[0] * stopped) for prompt, answer in map(task.pair, rows)]
-    return [task.pairs(row)[row["label"]] for row in rows]
+        return [Pair(prompt, answer + task.stop[0] * stopped) for prompt, answer in map(task.asked, rows)]
+    return [task.asked(row)[row["label"]] for row in rows]
 
 
 def check_choices(row: Row, where: str) -> None:
@@ -242,6 +340,26 @@ def check_encodable(text: str, field: str, where: str) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a number; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence on it."""
+    return "None" if value is None else f"the {type(value).__name__} {value!r:.80}"
+
+
+def line_of(function: Callable[..., Any], error: BaseException | None = None) -> str:
+    """The file and the line where a function of a user's is, or where an error left it; "" for one of ours."""
+    code = getattr(function, "__code__", None)
+    if code is None or Path(code.co_filename).parent == Path(__file__).parent:
+        return ""
+    lines = [code.co_firstlineno]
+    steps = traceback.walk_tb(None if error is None else error.__traceback__)
+    lines += [line for frame, line in steps if frame.f_code.co_filename == code.co_filename]
+    return f"{code.co_filename} line {lines[-1]}"
 
 
 def _texts(values: list[Any]) -> bool:

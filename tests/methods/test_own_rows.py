@@ -603,6 +603,91 @@ def test_registered_tasks_are_known_by_their_names(monkeypatch):
         tasks.MultipleChoice("mine", ("ask",))  # pyright: ignore
 
 
+def of_mine(folder, kind, options):
+    """`FILE.py:TASK` of a task of that kind, whose function `p` gives what it is given."""
+    (folder / "mine.py").write_text(f"from methods.tasks import *\np = lambda *of: of\nTASK = {kind}({options})\n")
+    return f"{folder / 'mine.py'}:TASK"
+
+
+CHOICE = "name='m', fields=('q',), pairs=lambda row: tuple(Pair(row['q'], ' ' + c) for c in row['choices'])"
+TEXTS = "name='g', fields=('q',), pair=lambda row: Pair(row['q'], ' a'), target=p, extract=p, metrics=('exact',)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("MultipleChoice", CHOICE.replace("('q',)", "'q'"), r"'m' has fields='q', which must be .*: fields=\('q',\)"),
+        ("MultipleChoice", CHOICE.replace("('q',)", "(1,)"), r"'m' has fields=\(1,\), which must be a tuple of texts"),
+        ("MultipleChoice", CHOICE.replace("'m'", "None"), r"A task has name=None, which must be a text"),
+        ("MultipleChoice", CHOICE + ", group='q'", r"'m' has group='q', which must be a function of a row"),
+        ("MultipleChoice", CHOICE + ", unfold=3", r"'m' has unfold=3, which must be a function of a row"),
+        ("MultipleChoice", "name='m', fields=('q',), pairs=()", r"'m' has pairs=\(\), which must be a function"),
+        ("Classification", "name='c', fields=('q',), classes='no', metrics=('f1',)", r"classes=\('no',\)"),
+        ("Classification", "name='c', fields=('q',), classes=('n', 'o'), metrics='f1'", r"metrics=\('f1',\)"),
+        ("Classification", "name='c', fields=('q',), classes=(), metrics=('pearson',), bounds=5", "has bounds=5"),
+        ("Generation", TEXTS.replace("target=p", "target='a'"), "has target='a', which must be a function"),
+        ("Generation", TEXTS + ", stop='ab'", r"has stop='ab', which must be a tuple of texts: stop=\('ab',\)"),
+        ("LanguageModelling", "name='l', fields=('q',), spans='q'", "has spans='q', which must be a function"),
+        ("LanguageModelling", "name='l', fields=('q',), spans=p, pieces=4", "has pieces=4, which must be a function"),
+    ],
+)
+def test_a_task_of_the_wrong_types_is_refused_when_it_is_made(kind, options, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"mine\.py, which --task names, .*{message}.*, line 3\)"):
+        tasks.find(of_mine(tmp_path, kind, options))
+
+
+ASKED = [{"q": f"wash {i}", "a": " pot", "choices": ["pot", "soap"], "label": i % 2, "n": i} for i in range(20)]
+NAMED = r"rows\.jsonl line 1: {}= of the task t, in .*mine\.py line 3, gave {}"
+CHOOSES, CLASSES = "MultipleChoice", "Classification classes=('x', 'y'), metrics=('f1',),"
+GENERATES = "Generation target=p, extract=p, metrics=('exact',),"
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        (CHOOSES, "pairs=lambda row: None", NAMED.format("pairs", "None: it must give a Pair")),
+        (CHOOSES, "pairs=lambda row: row['choices']", NAMED.format("pairs", "the list .'pot', 'soap'.")),
+        (CHOOSES, "pairs=lambda row: (Pair('q', 3),) * 2", NAMED.format("pairs", "the tuple .Pair")),
+        (CHOOSES, "pairs=lambda row: (Pair('q', ' a'),)", NAMED.format("pairs", "1 for 2 choices")),
+        (CHOOSES, "pairs=lambda row: (Pair('q', ' a'),) * 3", NAMED.format("pairs", "3 for 2 choices")),
+        (CHOOSES, "pairs=lambda row: 1 / 0", r"line 1 is no row of t \(ZeroDivisionError: .*py line 3\)"),
+        (GENERATES, "pair=lambda row: 3", NAMED.format("pair", "the int 3")),
+        (CLASSES, "group=lambda row: row['n']", NAMED.format("group", "the int 0: a subject must")),
+        (CLASSES, "group=lambda row: None", NAMED.format("group", "None: a subject must be a text")),
+        (CLASSES, "group=lambda row: row['no']", r"KeyError: 'no' in .*mine\.py line 3\): mend the"),
+        (CLASSES, "unfold=lambda row: row", NAMED.format("unfold", "the dict .*: it must give a list")),
+        (CLASSES, "unfold=lambda row: [5]", NAMED.format("unfold", "the list .5.: it must give a")),
+    ],
+)
+def test_what_a_task_makes_of_a_row_is_looked_at_when_it_is_read(kind, option, message, tmp_path):
+    write(tmp_path, ASKED, "rows.jsonl")
+    kind, _, more = kind.partition(" ")
+    named = of_mine(tmp_path, kind, f"name='t', fields=('q',), {more} {option}")
+    with pytest.raises(ValueError, match=message):
+        tasks.read_source(named, str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ("['ab']", r"line 1: spans= of the task t, in .*mine\.py line 3, gave Span\(text='a', learned='b'\)"),
+        ("[(3, True)]", r"line 1: spans= of the task t, in .*mine\.py line 3, gave Span\(text=3, learned=True\)"),
+        ("1 / 0", r"line 1 is no row of t \(ZeroDivisionError: division by zero in .*py line 3\): mend the row, or"),
+    ],
+)
+def test_what_spans_give_is_looked_at(spans, message, tmp_path):
+    write(tmp_path, ASKED, "rows.jsonl")
+    named = of_mine(tmp_path, "LanguageModelling", f"name='t', fields=('q',), spans=lambda row, reader: {spans}")
+    found = tasks.read_source(named, str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ValueError, match=message):
+        tokenize_spans(found.task, sorted(found.train, key=lambda row: row["n"]), tokenizer())
+
+
+def test_tuples_of_two_texts_are_pairs():
+    made = tasks.MultipleChoice(name="t", fields=("q",), pairs=lambda row: [(row["q"], " a"), (row["q"], " b")])
+    assert made.asked({"q": "Q", "choices": ["a", "b"]}) == (tasks.Pair("Q", " a"), tasks.Pair("Q", " b"))
+
+
 # --- whole commands --------------------------------------------------------------------------------------------------
 
 
