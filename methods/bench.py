@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -313,6 +314,8 @@ def prepare(
         processes.tell(f"{untested:,} of {len(source.test):,} rows to test on are not used: no more were asked for")
     if splits.cut:
         processes.tell(f"one text is longer than all outer rows: its last {splits.cut:,} pieces are among these")
+    if remark := tasks.untaught(task, splits):
+        warnings.warn(remark, stacklevel=2)
     bench = Bench(
         pretrained, lora, source, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
     )

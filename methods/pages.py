@@ -13,6 +13,7 @@ from methods.bench import Bench
 from methods.integrity import CONFIG
 from methods.runfolder import RunFolder
 from methods.tasks import units as units_of
+from methods.tasks import untaught
 
 UNTRAINED = "pretrained"
 """The row of the model as it came."""
@@ -102,9 +103,10 @@ between two rows say nothing by themselves. {_compared(results)}"""
 
 
 def _untested(bench: Bench) -> str:
-    """A sentence on test rows that are not used; "" for none."""
+    """A sentence on test rows that are not used, and one on classes that were not learned; "" for none."""
     more = len(bench.source.test) - len(bench.splits.test)
-    return f"{more:,} more rows of it are in no split: no more were asked for." if more else ""
+    unused = f"{more:,} more rows of it are in no split: no more were asked for. " if more else ""
+    return f"{unused}{untaught(bench.task, bench.splits)}"
 
 
 def _made(run: Run, page: Page) -> str:

@@ -25,7 +25,7 @@ from methods.tasks.records import READERS
 from methods.tasks.registry import TASKS, get, register
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
 from methods.tasks.source import Source, check_test, file_of, find, is_own, read_source
-from methods.tasks.splits import Splits, TooFew, check_disjoint, hold_out, load_splits, split, units
+from methods.tasks.splits import Splits, TooFew, check_disjoint, hold_out, load_splits, split, units, untaught
 from methods.tasks.stored import load
 from methods.tasks.task import (
     Classification,
@@ -99,5 +99,6 @@ __all__ = [
     "tokenized",
     "training_pairs",
     "units",
+    "untaught",
     "wilson",
 ]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from methods.tasks.stored import load
-from methods.tasks.task import Generation, LanguageModelling, Row, Task
+from methods.tasks.task import Classification, Generation, LanguageModelling, Row, Task
 
 
 class TooFew(ValueError):
@@ -289,6 +289,25 @@ def check_held_out(task: Task, train: Sequence[Row], test: Sequence[Row], wanted
             f"together, so that {len(held)} {unit} would be kept from it for those {wanted}; {lower}.",
             test=True,
         )
+
+
+def untaught(task: Task, splits: Splits) -> str:
+    """A sentence on classes that outer or test rows have and no training row; "" for none."""
+    if not isinstance(task, Classification) or not task.classes:
+        return ""
+    learned, told, missing = {row["label"] for row in splits.train}, [], set()
+    for name, rows in (("test", splits.test), ("outer", splits.outer)):
+        others = [row["label"] for row in rows if row["label"] not in learned]
+        told += [f"{len(others):,} of {len(rows):,} {name} rows"] * bool(others)
+        missing.update(others)
+    if not missing:
+        return ""
+    names = ", ".join(repr(task.classes[label]) for label in sorted(missing)[:5])
+    rest = f" and {len(missing) - 5:,} others" if len(missing) > 5 else ""
+    return (
+        f"{' and '.join(told)} have a class that no training row has, {names}{rest}: nothing learns it; give more rows "
+        "of it."
+    )
 
 
 def load_splits(

@@ -306,6 +306,27 @@ def test_a_label_that_only_the_test_has(tmp_path):
         tasks.read_source(None, str(train), test_data=str(tmp_path / "held.jsonl"))
 
 
+@pytest.mark.usefixtures("float32_by_default")
+def test_a_class_that_no_training_row_has_is_told(tiny_model, tmp_path):
+    records = numbered("labels", 24)
+    held = {row["text"] for row in tasks.read_source(None, str(records_file(tmp_path, records))).test}
+    for record in records:
+        record["label"] = "rare" if record["text"] in held else record["label"]
+    words = ["lora", "--model", str(tiny_model), "--data", str(records_file(tmp_path, records)), "--quiet"]
+    sizes = "--batch-size 2 --outer-batch-size 2 --finetune-steps 2 --rank 2 --length 24".split()
+    remark = "4 of 4 test rows have a class that no training row has, 'rare': nothing learns it; give more rows of it."
+    with pytest.warns(UserWarning, match=remark):
+        assert cli.run([*words, *sizes, "--out", str(tmp_path / "run")]) == 0
+    assert remark in (tmp_path / "run" / "report.md").read_text()
+
+    made = tasks.Classification(name="t", fields=("text",), classes=("a", "b", "c"), metrics=("accuracy",))
+    of = lambda *labels: [{"text": f"{label}", "label": label} for label in labels]  # noqa: E731
+    told = lambda *parts: tasks.untaught(made, tasks.Splits(*(of(*part) for part in parts), 0))  # noqa: E731
+    assert told((0, 1, 2), (0, 1), (1, 2)) == ""
+    assert told((0, 0), (0, 1, 2, 2), (0, 2)).startswith("1 of 2 test rows and 3 of 4 outer rows have a class that no")
+    assert tasks.untaught(tasks.get("stsb"), tasks.Splits(of(0.5), of(1.0), of(2.0), 0)) == ""
+
+
 def test_a_remedy_is_of_what_was_given_and_rows_that_are_not_tested_are_told(tiny_model, tmp_path, capsys):
     one, more = ([{"prompt": f"q {i % n} {n} ", "completion": f"a {i}"} for i in range(24)] for n in (1, 24))
     file, test, third = (tmp_path / f"{name}.jsonl" for name in ("one", "test", "third"))
