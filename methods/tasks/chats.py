@@ -116,7 +116,7 @@ def _with(messages: Sequence[Record], number: int, content: str) -> list[Record]
 def _closing(messages: Sequence[Record], number: int, whole: str, end: int, tokenizer: Any) -> str:
     """What the template writes behind an answer that ends at `end`, and that belongs to it.
 
-    That is what it writes there whether more follows or not.
+    That is what it writes there whether more follows or not, or the one mark that ends the whole chat.
 
     Raises:
       ValueError: if the template writes the chat up to here differently once more follows, or where it does not tell
@@ -134,10 +134,14 @@ def _closing(messages: Sequence[Record], number: int, whole: str, end: int, toke
     alike = "".join(ours for ours, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     shared = _whole_marks(alike, tails, marks)
     rests = [tail[len(shared) :].lstrip() for tail in tails]
-    if all(rests) and not all(any(rest.startswith(mark) for mark in marks) for rest in rests):
+    if last and not shared.strip() and rests[0].rstrip() in marks:
+        return tails[0]  # a mark of the end that an earlier answer does not have
+    told = bool(shared.strip()) and all(any(rest.startswith(mark) for mark in marks) for rest in rests)
+    if all(rests) and not told:
         raise ValueError(
             f"the model's chat template does not end {content[:40]!r} as it does where {'more' if last else 'nothing'} "
-            "follows, so that the assistant's part cannot be told: take a model with another template."
+            "follows, so that the assistant's part cannot be told: take a model with another template"
+            f"{'' if last else ', or give chats of one answer each'}."
         )
     return shared
 

@@ -127,6 +127,16 @@ def test_a_turn_that_is_left_out_is_told():
         spans_of([("system", "Be brief."), ("user", "a?"), ("assistant", "b")], reader)
 
 
+@pytest.mark.parametrize("earlier", ["<|end|>", ""])
+def test_a_mark_that_ends_the_last_answer_alone_is_learned(earlier):
+    end = "('</s>' if loop.last else '" + earlier + "')"
+    reader = reader_of(LOOP + "{{ '<|' + m['role'] + '|>' + m['content'] + " + end + " }}{% endfor %}")
+    whole, learned, _ = spans_of([("user", "a?"), ("assistant", "fine")], reader)
+    assert whole == "<|user|>a?" + earlier + "<|assistant|>fine</s>" and learned == ["fine</s>"]
+    with pytest.raises(ValueError, match=r"does not end 'fine' as it does where nothing.*or give chats of one answer"):
+        spans_of([("user", "a?"), ("assistant", "fine"), ("user", "b?"), ("assistant", "good")], reader)
+
+
 def test_an_end_that_cannot_be_told_is_refused():
     # Words of no mark follow the answer: they may belong to it, or begin another turn.
     template = LOOP + "{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}### assistant: "
