@@ -151,8 +151,9 @@ def _over_shorter(
     """By how much slopes over shorter steps differ from those that are known best; 0 where they confirm them.
 
     Shorter steps round more. They have a say where they are known well enough to tell the slope that was found from
-    another. Where values jump about over them, by much more than rounding does, waves that are narrower still may have
-    any slope up to that of the jumps.
+    another. Where values jump about over them by much more than rounding does, waves may be narrower than the shortest
+    of them: then the expected slope may be theirs, if jumps of that size have it on so short a way. Other jumps tell
+    nothing: Adam makes whole steps of a gradient that is 0 but for rounding.
 
     Args:
       at: `at(directions, sizes)`, differences along as many directions as there are.
@@ -174,8 +175,9 @@ def _over_shorter(
         noted = np.maximum(apart[which] / 3, NOTED * size)
         doubt = near.doubt + best.doubt[which] + grain * (np.abs(near.slope) + np.abs(best.slope[which]))
         rough = (grain < GRAIN) & (change > noted) & (change > 3 * doubt)
-        uneven = (grain < GRAIN) & (jumps > UNEVEN * near.rounding) & (jumps > noted)
-        most = max([most, *change[rough], *jumps[uneven]])
+        narrowest = STEP * scale[which] * SHORTER**SHORTEST
+        uneven = (grain < GRAIN) & (jumps > UNEVEN * near.rounding) & (jumps * sizes < 10 * narrowest * apart[which])
+        most = max([most, *change[rough], *apart[which][uneven]])
     return most
 
 
