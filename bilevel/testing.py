@@ -221,8 +221,10 @@ def check_hypergradient(
     Steps are taken in the free coordinates of `Problem(domain=...)`, and hypergradients compared there. They are
     relative to the size of a leaf; where the differences are not finite or do not agree, relative to the size of its
     single entries. Much shorter steps along two of the directions, down to 1e-13 of a leaf's size, confirm what was
-    found, or show a training that is rough within a step. Costs about `24 * directions + 3` trainings for each leaf, but at least 45, and
-    `8 * directions + 1` more where the sizes of single entries are tried.
+    found; where the training is rough within a step, or has kinks there, they are taken along all directions, and
+    settle it if they agree. Costs about `24 * directions + 3` trainings for each leaf, but at least 45;
+    `8 * directions + 1` more where the sizes of single entries are tried, and three times that where short steps have
+    to settle it.
 
     Args:
       problem, hypergradient: what to check.

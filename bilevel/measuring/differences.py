@@ -104,8 +104,8 @@ def found(arguments: tuple, leaf: int, directions: np.ndarray, expected: np.ndar
     Steps are relative to the root mean square of the leaf, and no longer than one in free coordinates. Where the
     differences are not finite, or do not agree, steps relative to the single entries, and no longer than one, are
     tried: a leaf may hold entries of several sizes. Where rounding is all that is in doubt, coarse steps are taken as
-    long as they agree. Waves that are narrow beside a step are hidden from it: where the slope is not the expected one,
-    shorter steps have to confirm it.
+    long as they agree. Waves that are narrow beside a step are hidden from it: shorter steps have to confirm the
+    slope, and are taken in its place where they agree with each other.
     """
     path = _Path.of(arguments[0].domain, partition(arguments[3])[0], leaf)
     scale, small = path.scales(directions)
@@ -136,8 +136,40 @@ def found(arguments: tuple, leaf: int, directions: np.ndarray, expected: np.ndar
     is_known = np.linalg.norm(doubt) <= np.linalg.norm(best.slope)
     roughness = _over_shorter(at, path, directions, scale, best, expected) if is_known else 0.0
     hidden = float(np.linalg.norm(best.rounding)) if precision else 0.0
-    doubt, rough = np.maximum(doubt, roughness), doubt < roughness
-    return Found(best.slope, doubt, best.kink, rough, far.slope - best.slope, precision, hidden)
+    rough = doubt < roughness
+    best = best._replace(doubt=np.maximum(doubt, roughness))
+    if not _is_known(best):
+        best, settled = _settled(at, path, directions, scale, best)
+        rough &= ~settled
+    return Found(best.slope, best.doubt, best.kink, rough, far.slope - best.slope, precision, hidden)
+
+
+def _settled(
+    at: Callable[[np.ndarray, np.ndarray], Differences],
+    path: _Path,
+    directions: np.ndarray,
+    scale: np.ndarray,
+    best: Differences,
+) -> tuple[Differences, np.ndarray]:
+    """`best`, with slopes over much shorter steps where two such steps agree on one, and where that is.
+
+    A network of relus has a kink at every few of its steps and is smooth between two of them. Values that stand still
+    settle nothing: over short steps a staircase has no slope.
+    """
+    settled = np.zeros(best.slope.shape, bool)
+    nears = []
+    for n in range(1, SHORTEST + 1):
+        sizes = STEP * scale * SHORTER**n
+        near, grain = at(directions, sizes), path.grain(directions, sizes)
+        lost = np.where(grain < GRAIN, grain * np.abs(near.slope), np.nan)
+        nears.append(near._replace(doubt=near.doubt + lost))
+    for near, nearer in itertools.pairwise(nears):
+        with np.errstate(invalid="ignore"):
+            apart, size = np.abs(near.slope - nearer.slope), np.abs(near.slope)
+            agree = (apart <= 3 * (near.doubt + nearer.doubt)) & (nearer.doubt <= size / 10) & ~near.still & ~near.kink
+            better = ~settled & agree & (near.doubt <= DOUBTED * size) & ~(best.doubt <= near.doubt)
+        best, settled = _chosen(better, near, best), settled | better
+    return best, settled
 
 
 def _over_shorter(
