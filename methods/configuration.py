@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 import subprocess
 import tomllib
@@ -34,10 +35,18 @@ class _Once(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    names = [key.value for key, _ in node.value]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise BadInput(f"A configuration has {twice!r} twice (line {node.start_mark.line + 1} and on): give it once.")
+    _check_once([key.value for key, _ in node.value], f" (line {node.start_mark.line + 1} and on)")
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _check_once([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _check_once(names: list[Any], where: str = "") -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise BadInput(f"A configuration has {twice!r} twice{where}: give it once.")
 
 
 _Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -65,8 +74,10 @@ def read(file: str, command: str) -> tuple[dict[str, Any], bool]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".toml":
             found: Any = tomllib.loads(text)
+        elif path.suffix.lower() == ".json":
+            found = json.loads(text, object_pairs_hook=_pairs)
         else:
-            found = yaml.load(text, _Once)  # which is YAML's safe loader; JSON is YAML too
+            found = yaml.load(text, _Once)  # which is YAML's safe loader
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise BadInput(f"{file} holds no options, but {type(found).__name__}: a line of it is such as rank: 8.")
     of = found.get("command") or command

@@ -13,6 +13,7 @@ import io
 import re
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import docstring_parser
@@ -21,6 +22,10 @@ import tyro
 from methods import configuration, ranges
 from methods.causes import BadInput, reading
 from methods.settings import GROUPS, Settings, unused
+
+_ESCAPE = "\0"
+"""In front of a text of a configuration that would be read as an option; no word of a command line has it."""
+_NULL = "is null, or left empty, which is no value of it: give one, or leave the option out"
 
 
 def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
@@ -42,7 +47,10 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     configured, whole = configuration.read(file, name) if file is not None else ({}, False)
     if whole and preset is not None:
         raise BadInput(f"--preset has no effect here, since {file} says every option: leave one of the two out.")
-    preset = str(configured.pop("preset", "demo")) if preset is None else preset
+    named_preset = configured.pop("preset", "demo")
+    if named_preset is None:
+        raise BadInput(f"{file}: preset {_NULL}.")
+    preset = str(named_preset) if preset is None else preset
     if preset not in command.presets:
         raise BadInput(f"Unknown preset {preset!r}: {name} has {', '.join(command.presets)}.")
     words = [*_words(configured, cls, file, rest), *rest]
@@ -86,10 +94,11 @@ def _parsed(command: Any, name: str, cls: type, default: Any, preset: str, words
         if not exit.code:
             return None
         told = _unknown(words, cls) or _unboxed(said.getvalue())
+        told = told.replace(_ESCAPE, "").replace(repr(_ESCAPE)[1:-1], "")
         raise BadInput(f"{told} (bilevel {name} --help lists the options)") from None
     values: dict[str, Any] = {}
     for group in dataclasses.fields(found):
-        values |= vars(getattr(found, group.name))
+        values |= {name: _unescaped(value) for name, value in vars(getattr(found, group.name)).items()}
     return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
 
@@ -187,6 +196,8 @@ def _words(configured: Mapping[str, Any], cls: type, file: str | None, rest: Seq
             near = difflib.get_close_matches(field, hints, 1, 0.5)
             raise BadInput(f"{file} has the option {name!r}, which is unknown{f': is it {near[0]}?' if near else '.'}")
         option = f"--{field.replace('_', '-')}"
+        if value is None and not ranges.optional(hints[field]):
+            raise BadInput(f"{file}: {name} {_NULL}.")
         if isinstance(value, bool) != (hints[field] is bool):
             what = "true or false" if hints[field] is bool else f"no {value!r}"
             raise BadInput(f"{file}: {name} is {value!r}, but it takes {what}.")
@@ -195,17 +206,40 @@ def _words(configured: Mapping[str, Any], cls: type, file: str | None, rest: Seq
         elif isinstance(value, (list, tuple)):
             if not all(isinstance(each, (str, int, float)) and not isinstance(each, bool) for each in value):
                 raise BadInput(f"{file}: {name} is {value!r}, which is no list of texts or numbers.")
-            words += [option, *map(str, value)]
+            words += [option, *(_escaped(each, hints[field]) for each in value)]
         elif value is None or isinstance(value, (str, int, float)):
             if _is_positional(hints[field]):
                 # A word of the command line stands for it.
                 known = ranges.names(hints[field])
-                first = [] if known is not None and any(word in known for word in rest) else [str(value)]
+                given = known is not None and any(word in known for word in rest)
+                first = [] if given else [_escaped(value, hints[field])]
             else:
-                words.append(f"{option}={value}")
+                words.append(f"{option}={_escaped(value, hints[field])}")
         else:
             raise BadInput(f"{file}: {name} is {type(value).__name__}, which no option is.")
     return [*first, *words]
+
+
+def _escaped(value: Any, hint: Any) -> str:
+    """A value of a configuration as a word, which is no option however it begins."""
+    text = str(value)
+    number = ranges.numeric(hint) is not None and _is_number(text)
+    return _ESCAPE + text if text.startswith(("-", _ESCAPE)) and not number else text
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        float(text)
+        return True
+    return False
+
+
+def _unescaped(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_unescaped, value))
+    if isinstance(value, (str, Path)):
+        return type(value)(str(value).removeprefix(_ESCAPE))
+    return value
 
 
 def _is_positional(hint: Any) -> bool:

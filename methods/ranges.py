@@ -179,6 +179,11 @@ def declared(hint: Any) -> Range | None:
     return next((leaf for leaf in _leaves(hint) if isinstance(leaf, Range)), None)
 
 
+def optional(hint: Any) -> bool:
+    """Whether None is one of the values of a type."""
+    return type(None) in _leaves(hint)
+
+
 def names(hint: Any) -> Names | None:
     """The registry that a type is annotated with."""
     made_by = (getattr(leaf, "constructor_factory", None) for leaf in _leaves(hint))

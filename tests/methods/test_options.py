@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,16 @@ def test_kinds_of_configurations(end, text, tmp_path):
         ("rank: 3\nrank: 4", r"A configuration has 'rank' twice"),
         ("lora-alpha: 3\nlora_alpha: 4", r"has the option 'lora_alpha' twice"),
         ("rank: true", r"rank is True, but it takes no True"),
+        *(
+            (f"{option}: {null}", rf"mine\.yaml: {option} is null, or left empty, which is no value of it: give")
+            for option in ("out", "targets", "rank", "dtype", "remat", "preset")
+            for null in ("null", "~", "")
+        ),
+        ("seed: --quiet", r"mine\.yaml: Error parsing --seed: .*: '--quiet' \("),
+        ("dtype: --quiet", r"mine\.yaml: invalid choice '--quiet' for argument '--dtype'"),
+        ("seed: -5", r"--seed -5 must be at least 0"),
+        ("finetune_lr: -1e-3", r"--finetune-lr -0\.001 must be above 0"),
+        (r'targets: ["\0-x"]', r"--targets has a NUL character in it"),
     ],
 )
 def test_bad_configurations_are_one_sentence(text, message, tmp_path, capsys):
@@ -161,6 +172,56 @@ def test_bad_configurations_are_one_sentence(text, message, tmp_path, capsys):
     assert cli.run(["lora", "--model", "m", "--out", str(tmp_path / "run"), "--config", str(file)]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1, said
+
+
+def read_by(name, text, file):
+    """The options of a command, by a configuration alone."""
+    file.write_text(text)
+    return parse(cli.import_module(cli.COMMANDS[name].module).COMMAND, name, ["--config", str(file)])
+
+
+def test_null_is_none_where_an_option_may_be_none(tmp_path):
+    found = read_by("lora", "model: m\ntask: null\ndata: ~\ntrack:\ntrain_rows: null\n", tmp_path / "a.yaml")
+    assert (found.task, found.data, found.track, found.train_rows) == (None, None, None, None)
+
+
+def test_a_text_of_a_configuration_is_a_value_however_it_begins(tmp_path):
+    texts = ["--rank", "9", "-x", "--", "-1e-3", "--model=x", "-5"]
+    found = read_by("lora", yaml.safe_dump({"model": "--quiet", "targets": texts}), tmp_path / "a.yaml")
+    assert (found.model, found.targets, found.rank, found.quiet) == ("--quiet", tuple(texts), 8, False)
+    found = read_by("lora", yaml.safe_dump({"model": "m", "targets": "--rank", "out": "--quiet"}), tmp_path / "a.yaml")
+    assert (found.targets, found.out) == (("--rank",), Path("--quiet"))
+    with pytest.raises(ValueError, match=r"invalid choice '--quiet' for argument 'baseline\.name'"):
+        read_by("baseline", 'model: m\nname: "--quiet"\n', tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match=r"Error parsing --grid: .*'--quiet'"):
+        read_by("hiddenkey", 'model: m\ngrid: ["--quiet"]\n', tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("indent", [None, "\t"])
+@pytest.mark.parametrize("ascii", [True, False])
+def test_a_configuration_in_json_is_read_as_json(indent, ascii, tmp_path):
+    given = {"model": "m\U0001f600\x7f\xe9", "targets": ["q_proj"], "finetune_lr": 5e-05}
+    text = json.dumps({"settings": given}, indent=indent, ensure_ascii=ascii)
+    found = read_by("lora", text, tmp_path / "mine.json")
+    assert (found.model, found.targets, found.finetune_lr) == (given["model"], ("q_proj",), 5e-05)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rank": 3, "rank": 4}', "A configuration has 'rank' twice: give it once"),
+        ('{"settings": {"rank": 3, "rank": 4}}', "A configuration has 'rank' twice: give it once"),
+        ('{"rank": 3,}', r"mine\.json cannot be read \(JSONDecodeError: "),
+        ("[" * 100_000, r"mine\.json cannot be read \(RecursionError: "),
+        ("rank: 3", r"mine\.json cannot be read \(JSONDecodeError: "),
+        ("[]", "holds no options, but list"),
+        ('{"model": "\\ud83d"}', r"--model '\\ud83d' is not valid UTF-8"),
+        ('{"model": "m", "finetune_lr": NaN}', "--finetune-lr nan must be above 0"),
+    ],
+)
+def test_bad_configurations_in_json_are_one_sentence(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_by("lora", text, tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize("line", ["rank: 0", "rank: many", "seed: -1"])
