@@ -106,8 +106,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of a text, in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` of a text, in UTF-8; half a character, as JSON can have one, is written as its escape."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def append(path: Path, data: bytes, *, synced: bool = True) -> None:
@@ -147,6 +147,9 @@ def check_writable(folder: Path, option: str = "--out") -> None:
     try:
         there = folder.absolute()
         while not there.exists() and there != there.parent:
+            if there.is_symlink():
+                why = f"{option} {folder} cannot be written ({there} is a link to nothing)"
+                raise ValueError(f"{why}: remove it, or name another folder.")
             there = there.parent
         if not there.is_dir():
             raise NotADirectoryError(f"{there} is a file")

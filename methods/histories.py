@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from methods import seconds
-from methods.integrity import CONFIG, FINGERPRINT, METRICS, changed_metrics, read_json
+from methods.integrity import CONFIG, FINGERPRINT, METRICS, changed_metrics, read_json, writable
 
 TOLD = ("outer_loss", "inner_loss", "hypergradient_norm", "hvps")
 """Metrics that are no outer variables."""
@@ -132,7 +132,7 @@ def _stages(file: Path, missing: list[str]) -> list[Stage]:
 def _row(line: str) -> tuple[str, int, dict[str, np.ndarray]] | None:
     """`(stage, step, values)` of a line; None if it is damaged."""
     try:
-        row = json.loads(line)
+        row = writable(json.loads(line))
         values = {name: np.asarray(value, float) for name, value in row.items() if name not in ("stage", "step")}
         step = int(row["step"])
         return (str(row["stage"]), step, values) if 0 < step <= LARGEST else None

@@ -29,16 +29,27 @@ def sha256(file: Path) -> str | None:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file of a run folder holds.
+    """What a JSON file of a run folder holds, its texts as `writable`.
 
     Raises:
       ValueError: if it is damaged.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return writable(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         remedy = OTHERWISE if file.name in (CONFIG, FINGERPRINT) else "delete it to have it made again"
         raise ValueError(f"{file} is damaged ({error}): {remedy}.") from None
+
+
+def writable(value: Any) -> Any:
+    """A value of JSON whose texts can be written and drawn: half a character, which JSON can have, is its escape."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, list):
+        return [each if type(each) in (int, float) else writable(each) for each in value]
+    if isinstance(value, dict):
+        return {writable(name): writable(each) for name, each in value.items()}
+    return value
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -63,6 +63,9 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
         if strangers:
             raise ValueError(f"{path} exists and holds no run: name another folder with --out.")
         return
+    for name in (*FOLDERS, *FILES):
+        if (path / name).is_symlink() and not (path / name).exists():
+            raise ValueError(f"{path / name} is a link to nothing: remove it, or name another folder with --out.")
     for name in FOLDERS:
         if (path / name).exists() and not (path / name).is_dir():
             raise ValueError(f"{path / name} is a file where a run has a folder: {_MOVE}.")

@@ -15,7 +15,7 @@ from methods import files, fingerprint, histories, results, side_by_side_page, u
 from methods.causes import sentence
 from methods.configuration import FILE
 from methods.figures import drawable, pyplot, save
-from methods.integrity import CONFIG, FINGERPRINT, FINISHED, read_json
+from methods.integrity import CONFIG, FINGERPRINT, FINISHED, read_json, writable
 from methods.results import Row
 from methods.runfolder import FREE, RunFolder
 
@@ -77,7 +77,7 @@ def read(runs: Sequence[Path]) -> Read:
         for at, file in enumerate(made):
             try:
                 result = results.read(file)
-                found.rows.append(Row(name, file.stem, config, result, method, run, (number, at), made_of))
+                found.rows.append(Row(name, writable(file.stem), config, result, method, run, (number, at), made_of))
             except (ValueError, OSError) as error:
                 found.left_out.append(sentence(error) or str(error))
     if not found.rows:

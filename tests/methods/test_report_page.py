@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -207,6 +208,20 @@ def test_what_is_missing_or_damaged_is_said_and_the_rest_is_there(tmp_path):
     assert [f for f in page.figures if f.startswith("alpha: 3 entries")]
     assert ["run", "search", "4", "–", "–", "–"] in page.cells
     assert ["seed", "–", "–", "3"] in page.cells
+
+
+def test_half_a_character_is_shown_as_its_escape_and_holds_nothing_up(tmp_path):
+    half = "\ud800"  # which JSON can have, and UTF-8 can not
+    rows = [row | {"stage": f"search{half}", f"alpha{half}": [1.0, 2.0]} for row in steps(count=4)]
+    odd = result(5, 8, {f"q{half}": [1, 0]}) | {"metrics": {f"metric{half}": 0.5}}
+    settings = {"model": f"m{half}", "task": f"t{half}", f"option{half}": half}
+    run = make_run(tmp_path / "run", {"chosen": odd, os.fsdecode(b"\xff"): odd}, rows, **settings)
+    (run / "selection.json").write_text(json.dumps({half: [half, {half: 1}]}))
+    page = report(tmp_path / "page", run, make_run(tmp_path / "other", {"all": result(6, 9)}, steps(count=4)))
+    for words in ("search", "m", "t", "q", "metric", "option"):
+        assert f"{words}\\ud800" in page.text, words
+    told = (tmp_path / "page" / "report.md").read_text()
+    assert "| run |  | \\udcff | m\\ud800 | t\\ud800 | 8 |" in told and "| other |  | all | tiny | piqa | 9 |" in told
 
 
 def test_selections_over_seeds_are_compared(tmp_path):

@@ -237,6 +237,35 @@ def test_a_command_refuses_its_folder_when_data_or_model_changed(tiny_model, tin
     assert "other model files: config.json was sha256" in capsys.readouterr().err
 
 
+def test_a_link_to_nothing_is_told_before_anything_is_read(tmp_path, model, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path / "link", tmp_path / "link" / "run"):
+        for words in (["lora", "--model", "none"], ["report", str(tmp_path / "run")]):
+            assert cli.run([*words, "--out", str(out)]) == 2
+            why = f"{tmp_path / 'link'} is a link to nothing): remove it, or name another folder."
+            assert capsys.readouterr().err == f"bilevel: --out {out} cannot be written ({why}\n"
+    (tmp_path / "link").unlink()  # the remedy
+    files.check_writable(tmp_path / "link")
+    (tmp_path / "link").symlink_to(tmp_path / "there")  # and a link to a folder is none to nothing
+    (tmp_path / "there").mkdir()
+    files.check_writable(tmp_path / "link" / "run")
+    for name in ("results", "metrics.jsonl"):
+        place = opened(tmp_path, model).path / name
+        place.symlink_to(tmp_path / "nowhere" / "x")
+        with pytest.raises(ValueError, match=rf"run/{name} is a link to nothing: remove it, or name another folder"):
+            runfolder.check(tmp_path / "run", Made())
+        place.unlink()
+    opened(tmp_path, model)
+
+
+def test_half_a_character_in_a_file_of_a_run_is_read_as_its_escape(tmp_path):
+    folder = RunFolder(tmp_path, Made())
+    (tmp_path / "x.json").write_text(r'{"\ud800": ["a\udfff", "\ud83d\ude00", 1, {"b": "\u00e9"}]}')
+    assert folder.read("x") == {"\\ud800": ["a\\udfff", "\U0001f600", 1, {"b": "\xe9"}]}
+    folder.write_text("x.md", "\ud800 \xe9")
+    assert (tmp_path / "x.md").read_text(encoding="utf-8") == "\\ud800 \xe9"
+
+
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
