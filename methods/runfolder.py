@@ -120,6 +120,7 @@ class RunFolder:
         check(path, settings)
         self.path, self._known = path, {}
         self._used: set[str] = set()
+        self._touched: set[str] = set()
         self._options, self._track = _config(settings), getattr(settings, "track", None)
         now = {"versions": fingerprint.versions(), "inputs": dict(inputs or {}), "found": sorted(found)}
         processes.agree("Versions", now["versions"])
@@ -157,6 +158,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Writes a text file, whole or not at all."""
         self._check_lock()
+        self._touched.add(name)
         files.write_text(self.path / name, text)
 
     def _check_lock(self) -> None:
@@ -186,6 +188,7 @@ class RunFolder:
         from safetensors.numpy import load_file
 
         processes.decided(lambda: None)  # the first has written
+        self._touched.add(f"{name}.safetensors")
         file = self.path / f"{name}.safetensors"
         try:
             arrays = load_file(file)
@@ -203,6 +206,7 @@ class RunFolder:
           ValueError: if it is damaged.
         """
         self._used.add(name)
+        self._touched.add(f"{name}.json")
         return processes.decided(lambda: read_json(self.path / f"{name}.json"))
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -227,10 +231,14 @@ class RunFolder:
         return processes.decided(lambda: integrity.is_whole(self.path, name))
 
     def made_by(self, make: Callable[[], Any]) -> dict[str, str]:
-        """Calls `make()`; the files of the run that it wrote, without those of every step, and their sha256."""
-        before = self._marks()
+        """Calls `make()`; the files of the run that it wrote, without those of every step, and their sha256.
+
+        What it reads counts as written: a run that goes on finds there what one that was not interrupted writes.
+        """
+        before, self._touched = self._marks(), set()
         make()
-        made = sorted(name for name, mark in self._marks().items() if before.get(name) != mark)
+        now, found = self._marks(), self._touched
+        made = sorted(name for name, mark in now.items() if before.get(name) != mark or name in found)
         return processes.decided(lambda: {name: integrity.sha256(self.path / name) for name in made})
 
     def _marks(self) -> dict[str, list[int]]:
@@ -260,7 +268,8 @@ class RunFolder:
             return None
         finished = integrity.read_finished(self.read(FINISHED), self.path / f"{FINISHED}.json")
         processes.decided(lambda: integrity.check_unchanged(self.path, finished))
-        if not all([self.has_all(name) for name in sorted(finished.results)]):
+        read = sorted({name for name, digest in finished.sha256.items() if digest} - finished.results)
+        if not all([*map(self.has_all, sorted(finished.results)), *map(self.has, read)]):
             processes.decided(lambda: (self.path / f"{FINISHED}.json").unlink())
             return None
         if processes.is_first():

@@ -192,6 +192,44 @@ def test_files_of_a_result_are_known_by_what_they_hold_or_only_by_their_names(tm
     assert not folder.has_all("new") and not folder.has_all("old")
 
 
+def test_files_of_a_result_are_those_of_a_run_that_was_not_interrupted(tmp_path):
+    def made(path):
+        folder = RunFolder(path, Made())
+        assert folder.once("other", lambda: 0) == 0  # which is not made with it
+
+        def make():
+            folder.once("tried/a", lambda: 1)
+            if not (path / "best.safetensors").is_file():
+                folder.write_arrays("best", {"x": np.ones(2)})
+            folder.read_arrays("best", {"x": np.ones(2)})
+            folder.log("search")(1, None, {"loss": np.ones(1)})
+
+        return folder.made_by(make)
+
+    first = made(tmp_path / "run")
+    assert list(first) == ["best.safetensors", "tried/a.json"] and made(tmp_path / "run") == first
+
+
+def test_what_a_finished_run_read_and_was_deleted_is_made_again(tmp_path):
+    """As a trial of which nothing is tested: the remedy for one that is damaged."""
+
+    def run():
+        folder = RunFolder(tmp_path, Made())
+        if folder.finished() is None:
+            tried = folder.once("tried/a", lambda: 1)
+            folder.once("results/a", lambda: tried)
+            folder.finish(["a"], False)
+
+    run()
+    for name in ("tried/a.json", "results/a.json"):
+        (tmp_path / name).write_text("2")
+        with pytest.raises(ValueError, match=rf"{name} is not what it was .*, or delete it to have it made again\."):
+            run()
+        (tmp_path / name).unlink()
+        run()
+        assert (tmp_path / name).read_text() == "1\n"
+
+
 def test_weights_are_read_once_as_long_as_nobody_touched_them(tmp_path, model, monkeypatch):
     opened(tmp_path, model)
     with monkeypatch.context() as patch:
