@@ -55,13 +55,15 @@ from methods.objective import Given
 from methods.pages import Page, Run, number
 from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import NO_OUTER, Settings, Training
 from methods.tasks import METRICS, Classification
 
 SCORES = ("hypergradient", "singular-values")
 """What a unit may be ranked by."""
 HALF, SLOWER = 0.5, 0.1
 """What a unit is multiplied by where its score is 0, and the share of the rate through which it is scored."""
+SEARCHED = "batch_size", "outer_batch_size", "accumulate"
+"""Options of the training that the search has too."""
 START = "start"
 """How the file of the parameters from which units are scored begins."""
 
@@ -155,11 +157,13 @@ def unused(settings: AllocateSettings) -> dict[str, str]:
     if settings.budget_params is None:
         found |= dict.fromkeys(("max_rank", "group"), "without --budget-params no ranks are searched")
     if by_values:
-        search = ("inner_steps", "outer_steps", "outer_lr")
+        search = ("inner_steps", "outer_steps", "outer_lr", *NO_OUTER)
         found |= dict.fromkeys(search, "--score singular-values takes no hypergradient")
     if settings.search_only:
-        trained = ("random_baselines", "finetune_steps", "finetune_epochs")
-        found |= dict.fromkeys(trained, "--search-only trains nothing")
+        trained = [field.name for field in dataclasses.fields(Training) if field.name not in SEARCHED]
+        # Where the test is held out of --data, its size is what the search does not see.
+        tested = ["test_rows"] if settings.data is None or settings.test_data is not None else []
+        found |= dict.fromkeys(["random_baselines", *trained, *tested], "--search-only trains nothing")
     return found
 
 

@@ -29,7 +29,7 @@ from methods.objective import Bound, row_losses, token_losses
 from methods.pages import Page, Run
 from methods.ranges import CountOrNone, NotNegative, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
-from methods.settings import NO_DROPOUT, Settings
+from methods.settings import NO_DROPOUT, NO_OUTER, Settings
 
 SHOWN = 5
 """Rows that the page shows of those that help, and of those that harm."""
@@ -63,7 +63,7 @@ class AttributeSettings(Settings):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {"train_rows": 64, "outer_rows": 16, "outer_batch_size": 8},
+    "demo": {"train_rows": 64, "outer_rows": 16},
     "evidence": {"train_rows": 256, "outer_rows": 16, "finetune_steps": 128, "subsets": 40, "baselines": "all"},
 }
 """Settings that differ from the defaults, by preset."""
@@ -74,8 +74,11 @@ def unused(settings: AttributeSettings) -> dict[str, str]:
     kept = dict.fromkeys(("validate_every", "patience"), "the training that is judged ends with its last step")
     single = {"accumulate": "a step of the training that is judged has one batch"}
     none = {} if settings.subsets else dict.fromkeys(("subset_share", "baselines"), "it takes --subsets to test scores")
-    whole = {"adapter": "--train full has no adapter"} if settings.train == "full" else {}
-    return NO_DROPOUT | kept | single | none | whole
+    adapter = ("adapter", "targets", "rank", "lora_alpha")
+    whole = dict.fromkeys(adapter, "--train full has no adapter") if settings.train == "full" else {}
+    plain = {"eps_root": f"--finetune-optimizer {settings.finetune_optimizer} takes no square root"}
+    plain = {} if settings.finetune_optimizer == "adamw" else plain
+    return NO_OUTER | NO_DROPOUT | kept | single | none | whole | plain
 
 
 def check(settings: AttributeSettings) -> None:
@@ -252,9 +255,10 @@ the row's weight in training, to first order. A row below 0 helps; without it th
 {_rows(mean, texts)}
 
 Of all rows, from the most helpful on, with the influence on each question: `influences.jsonl`.{_unseen(run)}"""
+    smoothed = f", with eps_root {settings.eps_root:g}" if settings.finetune_optimizer == "adamw" else ""
     made = (
         f"What is judged is the training of {'LoRA' if settings.train == 'lora' else 'all weights'}, with batches of "
-        f"{settings.batch_size} rows and eps_root {settings.eps_root:g} in AdamW."
+        f"{settings.batch_size} rows, by {pages.optimizer(settings)}{smoothed}."
     )
     return Page("Attribution", found, shown, made, trust, adapter=settings.train == "lora")
 

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -147,8 +147,12 @@ Check = Callable[[Any, LoRAConfig], None]
 """`check(config, lora)`: raises ValueError where a model's config does not fit a method's settings."""
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, unused: Collection[str] = ()) -> None:
     """All that is wrong with settings whatever the model and the rows are, and a run folder that cannot be written.
+
+    Args:
+      settings: of the command.
+      unused: options that have no effect in it, and so none that is wrong.
 
     Raises:
       ValueError: one sentence on what is wrong with which setting.
@@ -165,11 +169,12 @@ def check(settings: Settings) -> None:
             f"--finetune-steps {settings.finetune_steps} times --accumulate {settings.accumulate} is more than "
             f"the {ranges.LARGEST:,} that a training can have."
         )
-    _check_batches(settings)
+    _check_batches(settings, unused)
     if mesh.sharding(settings.mesh) is not None and settings.mesh is not None:
         axes = mesh.sizes(settings.mesh)
         mesh.rows_divide("--batch-size", settings.batch_size, axes)
-        mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)
+        if "outer_batch_size" not in unused:
+            mesh.rows_divide("--outer-batch-size", settings.outer_batch_size, axes)
     runfolder.check(settings.out, settings, unsettled(settings))
 
 
@@ -179,11 +184,11 @@ def unsettled(settings: Settings) -> list[str]:
     return [name for name in SETTLED if getattr(settings, name) is None] + by_epochs
 
 
-def _check_batches(settings: Settings) -> None:
+def _check_batches(settings: Settings, unused: Collection[str]) -> None:
     """Raises ValueError for a batch of more rows than there are, as far as it is known how many there are."""
     for size, rows in (("batch_size", "train_rows"), ("outer_batch_size", "outer_rows")):
         most = getattr(settings, rows)
-        if most is not None and getattr(settings, size) > most:
+        if size not in unused and most is not None and getattr(settings, size) > most:
             raise ValueError(
                 f"--{size.replace('_', '-')} {getattr(settings, size)} is larger than the data, "
                 f"--{rows.replace('_', '-')} {most}: lower it."
@@ -216,7 +221,12 @@ def check_rank(option: str, rank: int, shapes: Mapping[str, tuple[int, int]], si
 
 
 def prepare(
-    settings: Settings, check_model: Check | None = None, *, end_of_text: bool = False, row_means: bool = False
+    settings: Settings,
+    check_model: Check | None = None,
+    *,
+    end_of_text: bool = False,
+    row_means: bool = False,
+    unused: Collection[str] = (),
 ) -> Bench:
     """Everything that `settings` name, loaded and encoded.
 
@@ -226,12 +236,13 @@ def prepare(
       end_of_text: an answer that is trained on ends with the tokenizer's mark of the end, which belongs to it, and not
         with the text that ends answers of the task.
       row_means: as of `Bench`.
+      unused: as of `check`.
 
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong with which setting.
     """
     # The cheap mistakes first: nobody should wait for a model to load to learn of a misspelt task.
-    check(settings)
+    check(settings, unused)
     lora = adapter(settings)
 
     def check_config(config: Any, model: Any) -> None:
@@ -319,7 +330,7 @@ def prepare(
     bench = Bench(
         pretrained, lora, source, splits, train, outer, width, left_out, head, row_means, inputs, files, sharding
     )
-    _check_batches(settled(settings, bench))
+    _check_batches(settled(settings, bench), unused)
     return bench
 
 

@@ -164,7 +164,8 @@ class Method:
         """
         setup = self.used(settings)
         self.check(setup)
-        return prepare(setup, lambda config, lora: self.check_model(setup, config, lora), **self.reads(setup))
+        reads = {"unused": self.unused(setup), **self.reads(setup)}
+        return prepare(setup, lambda config, lora: self.check_model(setup, config, lora), **reads)
 
     @property
     def command(self) -> str:
@@ -195,7 +196,8 @@ class Method:
                 jax.eval_shape(_start, each.solver.problem, jax.random.key(0))
             else:  # it is made later, and as a rule of these rows
                 larger(bilevel.Batches(bench.train, setup.batch_size), setup.accumulate, BATCH)
-                larger(bilevel.Batches(bench.outer, setup.outer_batch_size), setup.accumulate, OUTER_BATCH)
+                if "outer_batch_size" not in self.unused(setup):
+                    larger(bilevel.Batches(bench.outer, setup.outer_batch_size), setup.accumulate, OUTER_BATCH)
         folder = open_run(setup, bench, found)
         file = folder.path / configuration.FILE
         if processes.decided(lambda: not file.exists()):
@@ -247,13 +249,13 @@ def searching(settings: Any, bench: Bench, solver: Any, *, name: str = "search",
 
     `other` replaces what `Search` has.
     """
-    by_settings = {
-        "key": jax.random.key(settings.seed),
-        "inner_data": bilevel.Batches(bench.train, settings.batch_size),
-        "outer_data": bilevel.Batches(bench.outer, settings.outer_batch_size),
+    by_settings: dict[str, Callable[[], Any]] = {
+        "key": lambda: jax.random.key(settings.seed),
+        "inner_data": lambda: bilevel.Batches(bench.train, settings.batch_size),
+        "outer_data": lambda: bilevel.Batches(bench.outer, settings.outer_batch_size),
+        "steps": lambda: settings.outer_steps,
     }
-    steps = {} if "steps" in other else {"steps": settings.outer_steps}
-    return Search(name, solver, **by_settings | steps | other)
+    return Search(name, solver, **{name: make() for name, make in by_settings.items() if name not in other}, **other)
 
 
 def accumulated(each: Search, settings: Settings, bench: Bench) -> Search:

@@ -43,7 +43,7 @@ from methods.objective import Bound, Given, single_texts
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, one_of
 from methods.runfolder import RunFolder
-from methods.settings import NO_DROPOUT, Settings
+from methods.settings import NO_DROPOUT, NO_OUTER, Settings
 
 Outer = Literal["none", "gates", "sparsity"]
 WIDTH = 0.05
@@ -166,7 +166,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def unused(settings: FineGatesSettings) -> dict[str, str]:
     """Options without effect, and why."""
-    search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
+    search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr", *NO_OUTER)
     return NO_DROPOUT | {
         "none": dict.fromkeys(search, "--outer none searches nothing"),
         "gates": {"outer_lr": "with --outer gates what is outer learns at --gate-lr"},

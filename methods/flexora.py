@@ -44,7 +44,7 @@ from methods.flexora_variants import (
     outer_optimizer,
 )
 from methods.objective import Given
-from methods.pages import Page, Run, number
+from methods.pages import Page, Run, number, optimizer
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.settings import Settings
 from methods.tasks import METRICS, Cycled
@@ -357,8 +357,8 @@ def page(run: Run) -> Page:
         "Flexora",
         f"{len(chosen)} of {count} {setup.per}s, by the rule {rule}: {', '.join(map(str, chosen))}.",
         {"alpha.png": "layer logits over time", "selection.png": "selection"},
-        "The final training is AdamW from scratch, the same for every row of the table. The adapter of the selected "
-        f"{setup.per}s is in `adapter/`, in PEFT's format.",
+        f"The final training is {optimizer(setup)} from scratch, the same for every row of the table. The adapter of "
+        f"the selected {setup.per}s is in `adapter/`, in PEFT's format.",
         trust,
     )
 

@@ -113,6 +113,10 @@ RELEASED_OPTIONS: dict[str, Any] = {
 """What an option is with `--released`."""
 
 
+RELEASED_FINAL: dict[str, Any] = {"finetune_optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.0}
+"""What the final training of the released code is: these options have a default in every command, which is that."""
+
+
 def options(settings: Any) -> dict[str, Any]:
     """The options that were not given, filled in.
 
@@ -121,7 +125,7 @@ def options(settings: Any) -> dict[str, Any]:
     """
     if not settings.released:
         return {name: _or(getattr(settings, name), value) for name, value in PAPER_OPTIONS.items()}
-    for name, value in RELEASED_OPTIONS.items():
+    for name, value in (RELEASED_OPTIONS | RELEASED_FINAL).items():
         if (given := getattr(settings, name)) is not None and given != value:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--released is {flag} {value}, and {flag} {given} contradicts it: leave one of them out.")

@@ -37,7 +37,7 @@ from methods.pages import Page, Run, number
 from methods.ranges import Count, Kept, Positive, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.search_space import SHORTCUTS, Gates, Space, allocation, frozen_where_off
-from methods.settings import NO_DROPOUT, Settings
+from methods.settings import NO_DROPOUT, NO_OUTER, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def unused(settings: HeteroLoRASettings) -> dict[str, str]:
     """Options without effect, and why."""
     static = {"reallocations": "--allocation static scores once"} if settings.allocation == "static" else {}
     without = {"shortcut_alpha": "--shortcuts none has none", "ranking": "--shortcuts none leaves one kind to rank"}
-    blind = {"score_on": f"--proxy {settings.proxy} looks at no rows"}
+    blind = dict.fromkeys(("score_on", *NO_OUTER), f"--proxy {settings.proxy} looks at no rows")
     return (
         static
         | (without if settings.shortcuts == ("none",) else {})
@@ -194,12 +194,13 @@ def searches(settings: HeteroLoRASettings, bench: Bench) -> list[Search]:
     """Trains and reallocates; the history has the gates after every reallocation, `[T, L]` a site."""
     space = search_space(settings, bench)
     rows = bench.train if settings.score_on == "train" else bench.outer
+    blind = settings.proxy in proxies.BLIND  # a row, which it does not look at
     search = searching(
         settings,
         bench,
         solver(settings, bench.given(), space, bench.pretrained.model),
         steps=settings.reallocations if settings.allocation == "dynamic" else 1,
-        outer_data=bilevel.Batches(rows, settings.outer_batch_size),
+        outer_data=bilevel.Batches(rows, 1 if blind else settings.outer_batch_size),
         record=lambda state: {f"{k}.{s}": gate for k, sites in state.outer.items() for s, gate in sites.items()},
     )
     return [search]
@@ -271,9 +272,11 @@ def page(run: Run) -> Page:
     times = settings.reallocations if settings.allocation == "dynamic" else 1
     going = "goes on from there" if settings.allocation == "dynamic" else "starts anew"
     steps = number(settings.interval, "training step")
+    seen = f"{settings.outer_batch_size} of the {settings.score_on} rows"
+    seen = "no rows" if settings.proxy in proxies.BLIND else seen
     made = (
-        f"Scored by {settings.proxy}, {number(times, 'time')}, each after {steps}, on "
-        f"{settings.outer_batch_size} of the {settings.score_on} rows; {settings.share:.0%} of the modules stay on, in "
+        f"Scored by {settings.proxy}, {number(times, 'time')}, each after {steps}, on {seen}; "
+        f"{settings.share:.0%} of the modules stay on, in "
         f"a {settings.ranking} ranking. The last training of the chosen ones {going}. The random allocations have as "
         "many modules. LoRA is in `adapter/`, in PEFT's format; shortcuts, for which that has no place, in "
         "`adapter-shortcuts.safetensors`."

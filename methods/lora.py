@@ -24,7 +24,7 @@ from methods.driver import Arm, Chosen, Method, Tried, finetuning
 from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import NO_OUTER, Settings
 from methods.training import Recipe
 
 Mask = Mapping[str, Any]
@@ -186,10 +186,10 @@ def page(run: Run) -> Page:
     chosen = f"the best of the validations, one every {every} steps," if every else "the last, without validation,"
     made = (
         f"{settings.adapter} on all {run.bench.num_layers} layers; {count} batch{'es' * (count != 1)} of "
-        f"{settings.batch_size} rows a step of AdamW; {chosen} is what was tested. The adapter is in `adapter/`, in "
-        "PEFT's format."
+        f"{settings.batch_size} rows a step of {pages.optimizer(settings)}; {chosen} is what was tested. The adapter "
+        "is in `adapter/`, in PEFT's format."
     )
     return Page("LoRA", "", {file.name: "loss"}, made)
 
 
-COMMAND = Method(LoRASettings, PRESETS, choose=choose, page=page)
+COMMAND = Method(LoRASettings, PRESETS, choose=choose, page=page, unused=lambda settings: NO_OUTER)

@@ -42,7 +42,7 @@ from methods.objective import Bound, Given
 from methods.pages import Page, Run
 from methods.ranges import Count, Kept, Positive, one_of
 from methods.runfolder import RunFolder
-from methods.settings import NO_DROPOUT, Settings
+from methods.settings import NO_DROPOUT, NO_OUTER, Settings
 
 Outer = Literal["none", "vectors", "thresholds", "layers"]
 
@@ -135,7 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def unused(settings: LoRATRFSettings) -> dict[str, str]:
     """Options without effect, and why."""
-    search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr")
+    search = ("inner_steps", "outer_steps", "inner_lr", "outer_lr", *NO_OUTER)
     none = dict.fromkeys(search, "--outer none searches nothing") if settings.outer == "none" else {}
     without = {} if FILTERS[settings.filter].vectors else {"vectors": f"--filter {settings.filter} has no task vectors"}
     return NO_DROPOUT | none | without

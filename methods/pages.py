@@ -156,6 +156,13 @@ def number(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
+def optimizer(settings: Any) -> str:
+    """What the final training's optimizer is called."""
+    named = {"adamw": "AdamW", "sgd": "gradient descent", "momentum": "gradient descent with momentum"}
+    name: str = settings.finetune_optimizer
+    return named.get(name, name)
+
+
 def tested(bench: Bench) -> str:
     """How much was tested, in words: rows, and where texts are written the prompts whose references they are."""
     rows, prompts = len(bench.splits.test), len(units_of(bench.task, bench.splits.test))

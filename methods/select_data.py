@@ -27,7 +27,7 @@ from methods.attribution import WEIGHTS, numbered, problem
 from methods.bench import Bench
 from methods.driver import Chosen, Method, Search, Tried, searching
 from methods.objective import row_losses
-from methods.pages import Page, Run, number
+from methods.pages import Page, Run, number, optimizer
 from methods.ranges import Count, Kept, NotNegative, Positive, Range, RepeatsOrNone
 from methods.settings import Settings
 
@@ -163,9 +163,9 @@ def page(run: Run) -> Page:
 are {min(selection["weights"]):.2f} to {max(selection["weights"]):.2f} after
 {number(settings.outer_steps, "outer step")} of {steps}.{layers} Their numbers, and all weights: `selection.json`."""
     made = (
-        f"The weights are learned by Adam through {steps} from scratch; the final "
-        "training is AdamW from scratch, the same for every row of the table. The adapter of the kept rows is in "
-        "`adapter/`, in PEFT's format."
+        f"The weights are learned by Adam through {steps} from scratch; the final training is {optimizer(settings)} "
+        "from scratch, the same for every row of the table. The adapter of the kept rows is in `adapter/`, in PEFT's "
+        "format."
     )
     return Page("Data selection", found, {"weights.png": "weights of rows"}, made)
 

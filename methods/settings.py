@@ -152,5 +152,7 @@ def unused(settings: object) -> dict[str, str]:
     return {"finetune_steps": "--finetune-epochs says how many there are"} if by_epochs else {}
 
 
+NO_OUTER = {"outer_batch_size": "no outer loss is taken"}
+"""For the `unused` of a command that searches nothing, or not by the rows that are outer."""
 NO_DROPOUT = {"lora_dropout": "no training of this command drops what LoRA reads"}
 """For the `unused` of such a command."""

@@ -20,7 +20,7 @@ from methods.objective import Bound
 from methods.pages import Page, Run
 from methods.ranges import Listed, Share, one_of
 from methods.runfolder import RunFolder
-from methods.settings import Settings
+from methods.settings import NO_OUTER, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def unused(settings: BaselineSettings) -> dict[str, str]:
     published = ("finetune_optimizer", "warmup", "schedule", "weight_decay", "clip", "lora_dropout")
     fixed = dict.fromkeys(published, "a baseline trains as published, by Adam at a constant rate")
     share = {"share": f"{settings.name} has no budget to share"} if settings.name in WITHOUT_BUDGET else {}
-    return fixed | share
+    return NO_OUTER | fixed | share
 
 
 def check(settings: BaselineSettings) -> None:

@@ -1,12 +1,15 @@
 """What several files of tests look at: runs of whole commands, models of torch and ours, a stack of layers."""
 
+import contextlib
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from methods import cli, models
+from methods.settings import Settings
 from tests.conftest import require
 from tests.methods import commands
 from tests.methods.lora_files import L
@@ -26,17 +29,48 @@ def command_line(tiny_model, tiny_data, tiny_glue, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(command_line):
+def options_read():
+    """`options_read[name]`: the options that the run of that command read, but to look at them or to tell of them."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def finished(command_line, options_read):
     """`finished(name)`: the folder of that run, which is made once."""
 
     @functools.cache
     def run(name):
         words, out = command_line(name)
-        with jax.enable_x64(False):
+        with jax.enable_x64(False), listening(options_read.setdefault(name, set())):
             assert cli.run(words) == 0
         return out
 
     return run
+
+
+TELLING = {"dataclasses", "methods.cli", "methods.configuration", "methods.options", "methods.pages", "methods.ranges"}
+TELLING |= {"methods.runfolder", "methods.side_by_side"}
+LOOKING = {"_check_batches", "check", "check_model", "page", "settled", "unsettled", "unused", "used"}
+"""Modules and functions that read options in order to check them, to keep them or to tell of them."""
+
+
+@contextlib.contextmanager
+def listening(names):
+    """Adds to `names` those of the settings that the block reads, but in `TELLING` and for `LOOKING`."""
+
+    def read(settings, name):
+        frame = sys._getframe(1)
+        telling = frame.f_globals["__name__"] in TELLING
+        while frame is not None and not telling:
+            telling, frame = frame.f_code.co_name in LOOKING, frame.f_back
+        names.update(() if telling else [name])
+        return object.__getattribute__(settings, name)
+
+    Settings.__getattribute__ = read
+    try:
+        yield
+    finally:
+        del Settings.__getattribute__
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def vectors(place, seed=0):
 
 def arguments(model, data, out, *more):
     """Sizes for a command on `tiny_model`."""
-    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
+    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --length 24".split()
     steps = "--finetune-steps 3 --rank 2".split()
     return ["--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
 

@@ -13,6 +13,7 @@ import bilevel
 from methods import allocate, budget, cli, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.objective import of_hook
+from methods.options import parse
 from tests.conftest import require
 from tests.methods import small
 from tests.methods.small import arguments
@@ -23,6 +24,32 @@ def setup(per="rank", budget=100, **more):
     defaults = {"score": "hypergradient", "rank": 2, "max_rank": 2, "inner_steps": 3, "outer_steps": 2}
     defaults |= {"batch_size": 2, "outer_batch_size": 2}
     return allocate.Used(model="", per=per, budget=budget, **defaults | more)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--random-baselines 3", "--test-rows 5", "--finetune-steps 9", "--finetune-epochs 2", "--finetune-lr 0.1"),
+        *("--finetune-optimizer sgd", "--warmup 0.5", "--schedule linear", "--weight-decay 0.1", "--clip 1"),
+        *("--validate-every 3", "--patience 2"),
+    ],
+)
+def test_search_only_takes_no_option_of_a_training(words, tmp_path, capsys):
+    given = ["allocate", "--model", "m", "--top-k", "1", "--search-only", "--out", str(tmp_path / "run")]
+    assert cli.run([*given, *words.split()]) == 2
+    said = f"bilevel: {words.split()[0]} has no effect here, since --search-only trains nothing: leave it out.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_what_a_search_reads_is_not_refused_and_what_its_score_does_not_is():
+    given = ["--model", "m", "--top-k", "1", "--search-only", "--data", "rows.jsonl", "--test-rows", "5"]
+    assert parse(allocate.COMMAND, "allocate", [*given, "--accumulate", "2", "--batch-size", "3"]).test_rows == 5
+    given = ["--model", "m", "--top-k", "1", "--score", "singular-values", "--outer-batch-size", "3"]
+    with pytest.raises(ValueError, match="--outer-batch-size has no effect here, since --score singular-values takes"):
+        parse(allocate.COMMAND, "allocate", given)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -283,8 +310,9 @@ def test_the_printed_snippet_makes_the_adapter_in_peft(words, tiny_model, tiny_d
     """It is run as it is, on the model in torch: PEFT then trains what the budget says, and nothing else."""
     peft = require("peft")
     given = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", "--search-only", *words.split())
-    at = given.index("--finetune-steps")
-    del given[at : at + 2]
+    for option in ("--finetune-steps", "--test-rows"):
+        at = given.index(option)
+        del given[at : at + 2]
     assert cli.run(["allocate", *given]) == 0
     said = capsys.readouterr().out
     assert not list((tmp_path / "run").glob("results/*"))

@@ -194,7 +194,7 @@ def test_an_encoder_learns_to_choose_and_peft_loads_it(encoder, tmp_path):
     write(tmp_path / "data", [row(i) for i in range(160)])
     write(tmp_path / "data", [row(i) for i in range(160, 200)], "validation.jsonl")
     words = f"lora --model {encoder} --data {tmp_path / 'data'} --out {tmp_path / 'run'} --targets q_proj up_proj"
-    words += " --length 48 --batch-size 16 --outer-batch-size 8 --finetune-steps 60 --finetune-lr 0.01 --quiet"
+    words += " --length 48 --batch-size 16 --finetune-steps 60 --finetune-lr 0.01 --quiet"
     assert run(words.split()) == 0
     result = read_json(tmp_path / "run/results/lora.json")
     assert result["accuracy"]["correct"] >= 36 and result["accuracy"]["total"] == 40  # by chance 17

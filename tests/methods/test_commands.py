@@ -1,9 +1,10 @@
 """Every command: its run folder, which it continues, its page, and what is particular to it."""
 
-import importlib
+import dataclasses
 import json
 import os
 import shutil
+from importlib import import_module
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ import yaml
 from methods import bench as benches
 from methods import cli, evaluation, flexora, hiddenkey, lora, loratrf
 from methods.adapters import load_edit, load_peft, slicing
+from methods.options import parse
 from tests.methods.commands import TABLE
 from tests.methods.small import arguments, flexora_words
 
@@ -42,7 +44,7 @@ def test_every_command_knows_its_name():
     """By which the configuration of a run that was made from Python is repeated."""
     for name, row in cli.COMMANDS.items():
         if name != "report":
-            assert importlib.import_module(row.module).COMMAND.command == name
+            assert import_module(row.module).COMMAND.command == name
 
 
 def test_a_run_from_python_leaves_the_configuration_of_a_command(finished, tmp_path):
@@ -88,6 +90,26 @@ def test_it_leaves_a_whole_run_folder_and_continues_it(name, finished, command_l
     assert cli.run(words) == 0
     assert capsys.readouterr().out.count("already finished") == 1 and not (out / "checkpoints").exists()
     assert {file: file.read_bytes() for file in before} == before
+
+
+ELSEWHERE = {
+    "": {"out", "quiet", "track", "finetune_epochs"},  # by the run folder, by the command line, and as --finetune-steps
+    "flexora": {"released"},  # as what it says of other options
+    "allocate": {"budget_params", "budget_modules", "top_k"},  # as the budget
+    "baseline": {"accumulate", "validate_every", "patience"},  # which it refuses
+}
+"""Options that a command reads in another way than a run reads them, and how."""
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_an_option_is_read_or_refused_as_one_without_effect(name, finished, command_line, options_read):
+    finished(name)
+    command = import_module(cli.COMMANDS[name].module).COMMAND
+    settings = parse(command, name, command_line(name)[0][1:])
+    options = {field.name for field in dataclasses.fields(command.settings)}
+    without = options - options_read[name] - ELSEWHERE[""] - ELSEWHERE.get(name, set())
+    assert {"model", "rank", "batch_size"} <= options_read[name]
+    assert without <= set(command.unused(settings)), without - set(command.unused(settings))
 
 
 def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(command_line, tmp_path, capsys):

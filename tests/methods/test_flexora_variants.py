@@ -171,10 +171,13 @@ def test_the_papers_inner_loop_is_gradient_descent():
 # --- options ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "value"), flexora_variants.RELEASED_OPTIONS.items())
+SAID = flexora_variants.RELEASED_OPTIONS | flexora_variants.RELEASED_FINAL
+
+
+@pytest.mark.parametrize(("name", "value"), SAID.items())
 def test_an_option_beside_released_agrees_or_is_refused(name, value):
     other = {"hypergradient": "unrolled", "inner_optimizer": "sgd", "inner_start": "cold", "outer_optimizer": "sgd"}
-    other = other | {"per": "module", "warmup": 0.5}
+    other = other | {"per": "module", "warmup": 0.5, "finetune_optimizer": "sgd", "schedule": "linear"}
     used = flexora.used(FlexoraSettings("m", released=True, **{name: value}))
     assert getattr(used, name) == value and used.variant == flexora_variants.RELEASED
     wrong = other.get(name, 7)

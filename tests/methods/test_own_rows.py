@@ -313,7 +313,7 @@ def test_a_class_that_no_training_row_has_is_told(tiny_model, tmp_path):
     for record in records:
         record["label"] = "rare" if record["text"] in held else record["label"]
     words = ["lora", "--model", str(tiny_model), "--data", str(records_file(tmp_path, records)), "--quiet"]
-    sizes = "--batch-size 2 --outer-batch-size 2 --finetune-steps 2 --rank 2 --length 24".split()
+    sizes = "--batch-size 2 --finetune-steps 2 --rank 2 --length 24".split()
     remark = "4 of 4 test rows have a class that no training row has, 'rare': nothing learns it; give more rows of it."
     with pytest.warns(UserWarning, match=remark):
         assert cli.run([*words, *sizes, "--out", str(tmp_path / "run")]) == 0
@@ -344,7 +344,7 @@ def test_a_remedy_is_of_what_was_given_and_rows_that_are_not_tested_are_told(tin
             said.err
         )
         assert said.err.rstrip().endswith(f": {remedy}.")
-    sizes = "--batch-size 2 --outer-batch-size 2 --finetune-steps 2 --rank 2".split()
+    sizes = "--batch-size 2 --finetune-steps 2 --rank 2".split()
     assert cli.run([*words, *sizes, "--data", str(third)]) == 0
     assert "22 of 24 rows to test on are not used: no more were asked for" in capsys.readouterr().out
 
@@ -729,7 +729,7 @@ def chat_model(tiny_model, tmp_path_factory):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_command_trains_on_every_format(name, chat_model, tmp_path, capsys):
     file = records_file(tmp_path, [*numbered(name, 40)])
-    sizes = "--finetune-steps 2 --length 60 --targets q_proj --batch-size 4 --outer-batch-size 4".split()
+    sizes = "--finetune-steps 2 --length 60 --targets q_proj --batch-size 4".split()
     words = ["lora", "--model", str(chat_model), "--data", str(file), "--out", str(tmp_path / "run"), *sizes]
     assert cli.run(words) == 0, capsys.readouterr().err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -821,10 +821,10 @@ def test_a_repeated_run_has_the_same_rows_where_few_fit(sizes, chat_model, tmp_p
     records = [{"prompt": f"wash {i} {long if i % 10 else ''}", "completion": " the pot"} for i in range(300)]
     file = str(records_file(tmp_path, records))
     command, fixed = lora.COMMAND, ["--model", str(chat_model), "--data", file, "--length", "20", "--batch-size", "2"]
-    first = parse(command, "lora", [*fixed, "--outer-batch-size", "2", "--out", str(tmp_path / "run"), *sizes.split()])
-    bench = benches.prepare(first)
+    first = parse(command, "lora", [*fixed, "--out", str(tmp_path / "run"), *sizes.split()])
+    bench = command.prepare(first)
     used = benches.settled(first, bench)
-    again = benches.prepare(used)
+    again = command.prepare(used)
     assert again.splits == bench.splits and len(bench.splits.train) <= 24
     assert benches.settled(used, again) == used
 
@@ -836,9 +836,9 @@ def test_a_task_that_was_changed_is_another_run(chat_model, tmp_path, capsys):
     write(tmp_path, rows, "rows.jsonl")
     words = ["lora", "--model", str(chat_model), "--task", f"{tmp_path / 'mine.py'}:TASK", "--quiet"]
     words += ["--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "run"), "--finetune-steps", "2"]
-    assert cli.run([*words, "--batch-size", "2", "--outer-batch-size", "2"]) == 0
+    assert cli.run([*words, "--batch-size", "2"]) == 0
     (tmp_path / "mine.py").write_text(MINE.replace("Looked for", "Searched"))  # nothing that a row shows
-    assert cli.run([*words, "--batch-size", "2", "--outer-batch-size", "2"]) == 2
+    assert cli.run([*words, "--batch-size", "2"]) == 2
     assert "holds a run of other rows: " in (said := capsys.readouterr().err) and "task file mine.py" in said
 
 
@@ -907,7 +907,7 @@ def test_test_rows_that_do_not_fit_are_said_before_anything_is_trained(chat_mode
     train = records_file(tmp_path, numbered("choices", 40))
     write(tmp_path, [{"question": "q", "choices": [long, "soap"], "label": 0}], "held.jsonl")
     words = ["lora", "--model", str(chat_model), "--data", str(train), "--length", "40", "--batch-size", "2"]
-    words += ["--outer-batch-size", "2", "--out", str(tmp_path / "run")]
+    words += ["--out", str(tmp_path / "run")]
     assert cli.run([*words, "--test-data", str(tmp_path / "held.jsonl")]) == 2
     said = capsys.readouterr().err
     assert "held.jsonl line 1, a test row: An answer of 150 tokens does not fit into 64" in said

@@ -80,7 +80,7 @@ def test_of_short_texts_and_a_book_the_page_tells_of_every_piece(sizes, tiny_mod
     write(tmp_path, [{"text": text} for text in texts])
     write(tmp_path, [{"text": "a text to test"}], "test.jsonl")
     fixed = ["--model", str(tiny_model), "--data", str(tmp_path / "train.jsonl"), "--out", str(tmp_path / "run")]
-    words = "--batch-size 4 --outer-batch-size 4 --length 24 --finetune-steps 2 --rank 2"
+    words = "--batch-size 4 --length 24 --finetune-steps 2 --rank 2"
     assert cli.run(["lora", *fixed, *words.split(), *sizes.split()]) == 0
     page = " ".join((tmp_path / "run" / "report.md").read_text().split())
     found = re.search(r"Trained on (\d+) rows; .* on (\d+) other rows of .* \(([\d,]+) of its rows were not", page)

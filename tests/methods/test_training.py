@@ -194,7 +194,7 @@ def test_recipe_errors_are_one_sentence(make, message):
 
 
 def arguments(model, data, out, *more):
-    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --outer-batch-size 4 --length 24".split()
+    sizes = "--train-rows 16 --outer-rows 8 --test-rows 0 --batch-size 4 --length 24".split()
     steps = "--finetune-steps 4 --rank 2 --validate-every 2".split()
     return ["--model", str(model), "--data", str(data), "--out", str(out), *sizes, *steps, *more]
 
