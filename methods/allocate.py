@@ -433,7 +433,7 @@ def page(run: Run) -> Page:
     outputs = task.outputs if isinstance(task := run.bench.task, Classification) else 0
     told = trainers.snippets(folder, config, selection["modules"], outputs)
     blocks = "\n\n".join(f"{title}:\n\n```{kind}\n{text}\n```" for title, kind, text in told)
-    said = "\n\n".join(f"{title}:\n\n{text}" for title, _, text in told)
+    said = "\n\n".join([_shortly(selection["ranks"]), *(f"{title}:\n\n{text}" for title, _, text in told)])
     return Page("A budget of LoRA", found, {file.name: "rank of each module"}, made, trust, more=blocks, said=said)
 
 
@@ -446,6 +446,23 @@ def _ranks(each: Sequence[int]) -> str:
             parts.append(f"{rank} in {f'layers {at} to {end - 1}' if end - at > 1 else f'layer {at}'}")
         at = end
     return ", ".join(parts) or "none"
+
+
+def _shortly(ranks: Mapping[str, Sequence[int]], width: int = 80, most: int = 8) -> str:
+    """Ranks in a few lines: linears with the same ones share a line, and what is too long for it is summed up."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for site, each in ranks.items():
+        alike.setdefault(tuple(each), []).append(site)
+    lines = []
+    for each, sites in alike.items():
+        on = [rank for rank in each if rank]
+        short = f"{min(on, default=0)} to {max(on, default=0)}, {sum(on)} in all, in {len(on)} of {len(each)} layers"
+        names = sites[0] if len(sites) == 1 else f"each of {', '.join(sites)}"
+        names = names if len(f"  {names}: {short}") <= width else f"each of {len(sites)} linears, {sites[0]} first"
+        whole = f"  {names}: {_ranks(each)}"
+        lines.append(whole if len(whole) <= width else f"  {names}: {short}")
+    rest = [f"  and other ranks of {len(lines) - most + 1} more: report.md"] if len(lines) > most else []
+    return "\n".join(["Ranks:", *(lines[: most - 1] if rest else lines), *rest])
 
 
 def _agreed(settings: Any, selection: Mapping[str, Any]) -> str:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import io
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from methods import units
+from methods.pages import loss_difference
 
 NARROWEST = 60
-NAME = 10
-"""Columns that a model's name has at least."""
+NAME, TITLE = 10, 14
+"""Columns that a model's name has at least, and a line of a title at most."""
 LEFT = {
     "report.md": "the page, with figures",
     "adapter": "the adapter, in PEFT's format",
@@ -38,7 +41,8 @@ def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | No
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=None, highlight=False)
     if results:
-        tables = [_table(results, most) for most in (2, 1)]  # the page has all of the metrics
+        # The page has all of the metrics, and their intervals.
+        tables = [_table(results, most, interval=beside) for most, beside in ((2, True), (1, True), (1, False))]
         folded = max(max(map(len, results)) - NAME, 0)  # names are folded, all other columns stay whole
         wide = Console(width=1000)
         fitting = [table for table in tables if wide.measure(table).maximum - folded <= width]
@@ -49,8 +53,8 @@ def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | No
     return out.getvalue().rstrip()
 
 
-def _table(results: Mapping[str, Mapping[str, Any]], most: int) -> Table:
-    """With so many metrics at most, and the interval of the one that has one."""
+def _table(results: Mapping[str, Mapping[str, Any]], most: int, *, interval: bool) -> Table:
+    """With so many metrics at most, and with the intervals of those that have one."""
     first, *others = map(str, next(iter(results.values()))["metrics"])
     # An interval stands beside the number that it is of, and nowhere else.
     shares = {units.share_of(row) for row in results.values()}
@@ -58,16 +62,27 @@ def _table(results: Mapping[str, Mapping[str, Any]], most: int) -> Table:
     counted = share if share is not None and share in (first, *others) else None
     shown = [first, counted, *others] if counted else [first, *others]
     metrics = list(dict.fromkeys(shown))[:most]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    known = {counted: units.interval} if counted else {}
+    known |= {"loss": _of_loss} if any(_of_loss(row) for row in results.values()) else {}
+    known = known if interval else {}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("model", overflow="fold", min_width=NAME)
-    beside = f"95 % interval\nof {counted}"
-    titles = [title for name in metrics for title in ([name, beside] if name == counted else [name])]
+    titles = [title for name in metrics for title in (name, *[f"95 % interval of {name}"] * (name in known))]
     for title in ("layers", "parameters", *titles):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column("\n".join(textwrap.wrap(title, TITLE)), justify="right", no_wrap=True)
     for name, row in results.items():
         cells = [name, str(len(row["layers"])), f"{row['parameters']:,}"]
         for metric in metrics:
             cells.append(units.shown(metric, row["metrics"][metric]))
-            cells += [units.interval(row)] if metric == counted else []
+            cells += [known[metric](row) or "not known"] if metric in known else []
         table.add_row(*cells)
     return table
+
+
+def _of_loss(row: Mapping[str, Any]) -> str:
+    """The 95 % interval of a model's loss, as that of a difference from 0; "" where it is not known."""
+    losses, counts = row.get("losses"), row.get("tokens")
+    if not losses or not counts or len(losses) < 2 or not np.isfinite(losses).all():
+        return ""
+    mean, half = loss_difference(losses, np.zeros(len(losses)), counts)
+    return f"{units.shown('loss', mean - half)} to {units.shown('loss', mean + half)}"

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -44,7 +45,7 @@ from methods.flexora_variants import (
     outer_optimizer,
 )
 from methods.objective import Given
-from methods.pages import Page, Run, number, optimizer
+from methods.pages import Page, Run, layers, number, optimizer
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.settings import Settings
 from methods.tasks import METRICS, Cycled
@@ -360,7 +361,17 @@ def page(run: Run) -> Page:
         f"The final training is {optimizer(setup)} from scratch, the same for every row of the table. The adapter of "
         f"the selected {setup.per}s is in `adapter/`, in PEFT's format.",
         trust,
+        said=textwrap.fill(f"Selected, by the rule {rule}: {_named(chosen, run.bench, setup.per)}.", 80),
     )
+
+
+def _named(chosen: Sequence[int], bench: Bench, per: str) -> str:
+    """Layers by their numbers; modules by their linears and their layers."""
+    if per == "layer":
+        return layers(chosen)
+    count = bench.num_layers
+    of = {site: [i % count for i in chosen if i // count == at] for at, site in enumerate(bench.sites)}
+    return "; ".join(f"{site} in {layers(each)}" for site, each in of.items() if each)
 
 
 def _halves(alpha: np.ndarray) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,6 +154,18 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def number(count: int, what: str) -> str:
     """So many of something, in words: "1 step", "3 steps"."""
     return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def layers(which: Sequence[int]) -> str:
+    """Layers in words, those that follow each other as a run: "layers 0 to 3, 7"."""
+    runs: list[list[int]] = []
+    for layer in sorted(which):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    told = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return f"layer{'s' * (len(which) > 1)} {told}" if told else "no layer"
 
 
 def optimizer(settings: Any) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 import bilevel
-from methods import figures, flexora, lora
+from methods import figures, flexora, lora, pages
 from methods.attribution import WEIGHTS, numbered, problem
 from methods.bench import Bench
 from methods.driver import Chosen, Method, Search, Tried, searching
@@ -167,7 +167,9 @@ are {min(selection["weights"]):.2f} to {max(selection["weights"]):.2f} after
         "from scratch, the same for every row of the table. The adapter of the kept rows is in `adapter/`, in PEFT's "
         "format."
     )
-    return Page("Data selection", found, {"weights.png": "weights of rows"}, made)
+    said = f"Kept {len(chosen)} of {len(selection['weights'])} training rows, by their weights"
+    said += f"; selected {pages.layers(selection['layers'])}." if settings.layers else "."
+    return Page("Data selection", found, {"weights.png": "weights of rows"}, made, said=said)
 
 
 COMMAND = Method(SelectDataSettings, PRESETS, choose=choose, page=page, searches=searches, check=check)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from importlib import import_module
 
@@ -15,6 +16,8 @@ from methods import bench as benches
 from methods import cli, evaluation, flexora, hiddenkey, lora, loratrf
 from methods.adapters import load_edit, load_peft, slicing
 from methods.options import parse
+from methods.tasks import METRICS
+from methods.tasks.generation import METRICS as WRITTEN
 from tests.methods.commands import TABLE
 from tests.methods.small import arguments, flexora_words
 
@@ -426,6 +429,88 @@ def test_the_table_at_the_end_fits_the_window(tmp_path):
     said = closing.text(tmp_path, {"x": plain | {"metrics": {"accuracy": 0.5, "f1": 0.7}}}, 80)
     assert titles(said) == ["accuracy", "of", "accuracy", "f1"]
     assert said.split("\n")[4].split()[3:] == ["50.0", "40.0", "to", "60.0", "70.0"]
+
+
+OWN = "a_metric_of_ones_own_with_a_name_that_is_longer_than_any_column_of_a_table"
+CASES = [(name,) for name in (*METRICS, *WRITTEN, OWN)] + [("accuracy per character", "accuracy per token")]
+CASES += [("loss", "perplexity", "exact"), ("f1", "accuracy"), (OWN, "accuracy")]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("metrics", CASES)
+def test_no_number_of_the_table_at_the_end_is_cut(metrics, width, tmp_path):
+    """Whatever the task is measured by, and however large its numbers are."""
+    from methods import closing, units
+
+    (tmp_path / "report.md").write_text("")
+    accuracy = {"value": 1.0, "low": 0.965, "high": 1.0, "correct": 100, "total": 100}
+    counts = [40, 30, 50]
+    row = {"layers": [*range(100)], "parameters": 123_456_789_012, "accuracy": accuracy}
+    row |= {"metrics": {name: 123456.78901 if name == "perplexity" else 1.0 for name in metrics}}
+    row |= {"losses": [40.0, 30.0, 50.0], "tokens": counts} if "loss" in metrics else {}
+    said = closing.text(tmp_path, {"pretrained": row, "a name that is rather long for a table": row}, width)
+    *table, _ = said.split("\n")
+    assert max(map(len, table)) <= width, said
+    (shown,) = (line for line in table if line.split()[:1] == ["pretrained"])
+    first = units.shown(metrics[0], row["metrics"][metrics[0]])
+    assert shown.split()[:4] == ["pretrained", "100", "123,456,789,012", first], said
+    assert all(word[:14] in said for word in metrics[0].split()), said
+    beside = " ".join(shown.split()[4:])
+    if metrics[0] == "loss":
+        assert beside.startswith("1.000 to 1.000") or width < 80
+    elif units.share_of(row) == metrics[0]:
+        assert beside.startswith("96.5 to 100.0") or width < 80
+
+
+def test_a_loss_that_leads_has_its_interval_where_it_is_known(tmp_path):
+    from methods import closing
+
+    (tmp_path / "report.md").write_text("")
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 20, 50)
+    losses = rng.normal(1.2, 0.4, 50) * tokens
+    loss = losses.sum() / tokens.sum()
+    row = {"layers": [0], "parameters": 5, "metrics": {"loss": loss, "perplexity": np.exp(loss)}}
+    known = row | {"losses": losses.tolist(), "tokens": tokens.tolist()}
+    unknown = known | {"losses": [float("inf"), *losses.tolist()[1:]]}
+    said = closing.text(tmp_path, {"x": known, "y": unknown}, 80)
+    # By drawing the rows again and again, each with its tokens.
+    drawn = rng.integers(0, 50, (4000, 50))
+    low, high = np.percentile(losses[drawn].sum(axis=1) / tokens[drawn].sum(axis=1), [2.5, 97.5])
+    (found,) = (line.split() for line in said.split("\n") if line.split()[:1] == ["x"])
+    np.testing.assert_allclose([float(found[4]), float(found[6])], [low, high], atol=0.02)
+    assert found[5] == "to" and "95 % interval" in said and "of loss" in said
+    (other,) = (line.split() for line in said.split("\n") if line.split()[:1] == ["y"])
+    assert other[4:6] == ["not", "known"]
+    assert "interval" not in closing.text(tmp_path, {"x": row}, 80)
+
+
+def test_layers_and_ranks_are_told_in_short():
+    from methods.allocate import _shortly
+    from methods.pages import layers
+
+    assert [layers(each) for each in ([], [3], [1, 0], [5, 0, 1, 2, 7])] == [
+        "no layer", "layer 3", "layers 0, 1", "layers 0 to 2, 5, 7"
+    ]  # fmt: skip
+    alike = _shortly({"q_proj": [2, 2, 2, 0], "v_proj": [2, 2, 2, 0], "k_proj": [0, 0, 0, 1]})
+    assert alike.split("\n") == ["Ranks:", "  each of q_proj, v_proj: 2 in layers 0 to 2", "  k_proj: 1 in layer 3"]
+    many = _shortly({f"linear_{i}_proj": [i % 3, *(j % 5 for j in range(63))] for i in range(3)})
+    assert many.split("\n")[1] == "  linear_0_proj: 1 to 4, 123 in all, in 50 of 64 layers"
+    sites = {f"linear_{i}_proj": [1] * i + [0] * (30 - i) for i in range(20)}
+    few = _shortly(sites).split("\n")
+    assert len(few) == 9 and few[-1] == "  and other ranks of 13 more: report.md"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("flexora", "Selected, by the rule alpha"), ("allocate", "Ranks:\n  ")])
+def test_what_was_chosen_is_on_the_screen(name, shown, finished, command_line, capsys):
+    finished(name)
+    capsys.readouterr()
+    assert cli.run(command_line(name)[0]) == 0
+    said = capsys.readouterr().out
+    assert shown in said and max(map(len, said[said.index(shown) :].split("\n\n")[0].split("\n"))) <= 80
+    chosen = read(finished(name) / "selection.json")
+    if name == "flexora":
+        assert re.search(rf"> mean\(alpha\): layers? {', '.join(map(str, chosen['layers']))}\.", said), said
 
 
 def test_one_step_is_no_steps():
