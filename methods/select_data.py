@@ -34,6 +34,8 @@ from methods.settings import Settings
 GATES = "alpha"
 """The entry of the outer variable that holds Flexora's layer logits."""
 METHOD = "select-data"
+START = 1.0
+"""The weight of every row before the search."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +126,22 @@ def searches(settings: SelectDataSettings, bench: Bench) -> list[Search]:
     return [searching(settings, bench, each, inner_data=data, record=lambda state: {WEIGHTS: state.outer[WEIGHTS]})]
 
 
+def largest(weights: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The numbers of so many rows, ascending: those of the largest weights. Equal ones are put in an order by the seed.
+
+    Rows that no batch of the search had all have the weight that they began with; by their order in the file, the
+    first of them would be kept.
+    """
+    order = np.random.default_rng(seed).permutation(len(weights))
+    return np.sort(order[np.argsort(-weights[order], kind="stable")[:count]])
+
+
 def choose(settings: SelectDataSettings, bench: Bench, found: Sequence[bilevel.Result], tried: Tried) -> Chosen:
     """The rows of the largest weights, and the chosen layers; beside them all rows, and random ones of as many."""
     del tried
     (result,), given, count = found, bench.given(), len(bench.splits.train)
     weights, size = np.asarray(result.outer[WEIGHTS]), kept_rows(settings, count)
-    chosen = np.sort(np.argsort(-weights, kind="stable")[:size])
+    chosen = largest(weights, size, settings.seed)
     selection: dict[str, Any] = {"rows": chosen, "weights": weights}
     mask, everywhere = lora.everywhere(given), lora.everywhere(given)
     if settings.layers:
@@ -159,9 +171,19 @@ def page(run: Run) -> Page:
     if settings.layers:
         layers = f" Layers chosen in the same descent: {', '.join(map(str, selection['layers']))}."
     steps = number(settings.inner_steps, "training step")
+    weights = np.asarray(selection["weights"])
+    unmoved = np.flatnonzero(weights == START)
+    idle = ""
+    if len(unmoved):
+        idle = (
+            f" Rows that no batch of the search had, or that had no say in it, have the weight {START:g} still: "
+            f"{len(unmoved):,}, of which {len(np.intersect1d(unmoved, chosen)):,} are kept, drawn at random. More "
+            "--outer-steps, --inner-steps or --batch-size let them have one."
+        )
     found = f"""{len(chosen)} of {len(selection["weights"])} training rows are kept, those of the largest weights, which
 are {min(selection["weights"]):.2f} to {max(selection["weights"]):.2f} after
-{number(settings.outer_steps, "outer step")} of {steps}.{layers} Their numbers, and all weights: `selection.json`."""
+{number(settings.outer_steps, "outer step")} of {steps}.{layers}{idle} Their numbers, and all weights:
+`selection.json`."""
     made = (
         f"The weights are learned by Adam through {steps} from scratch; the final training is {optimizer(settings)} "
         "from scratch, the same for every row of the table. The adapter of the kept rows is in `adapter/`, in PEFT's "

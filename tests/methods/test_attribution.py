@@ -1,6 +1,7 @@
 """Influences of training rows: closed forms, central differences, other ways to the same numbers, and their score."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from scipy.stats import spearmanr
 
 import bilevel
 from benchmarks.lora.planted import auroc
-from methods import attribute, attribution, select_data
+from methods import attribute, attribution, cli, select_data
 from methods.attribution import WEIGHTS, Training, numbered, problem
 from methods.datamodeling import datamodeling_score, subsets
 from tests.methods.small import arguments
@@ -262,3 +263,28 @@ def test_gates_and_rows_are_found_in_one_descent(tiny_model, tiny_data, tmp_path
         search.solver, inner_data=search.inner_data, outer_data=search.outer_data, steps=1, progress=False
     )
     assert all((np.asarray(found.outer[name]) != np.asarray(outer[name])).any() for name in outer)
+
+
+def test_rows_of_equal_weight_are_kept_by_the_seed_and_not_by_their_order():
+    weights = np.ones(1000)
+    weights[990:] = np.linspace(1.1, 1.2, 10)
+    weights[:10] = 0.5
+    kept = select_data.largest(weights, 500, seed=0)
+    assert len(kept) == 500 and (np.diff(kept) > 0).all() and set(range(990, 1000)) <= set(kept) and kept[0] >= 10
+    assert 180 < (kept < 500).sum() < 310  # about half of those of equal weight are in the first half of the file
+    np.testing.assert_array_equal(kept, select_data.largest(weights, 500, seed=0))
+    assert (kept != select_data.largest(weights, 500, seed=1)).any()
+
+
+@pytest.mark.usefixtures("float32_by_default")
+def test_rows_that_no_batch_had_are_told(tiny_model, tiny_data, tmp_path, capsys):
+    words = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", "--train-rows", "16")
+    words += ["--batch-size", "2", "--inner-steps", "1", "--outer-steps", "2", "--random-baselines", "0"]
+    assert cli.run(["select-data", *words]) == 0
+    selection = json.loads((tmp_path / "run" / "selection.json").read_text())
+    weights = np.asarray(selection["weights"])
+    unmoved = np.flatnonzero(weights == 1)
+    assert len(unmoved) == 12  # two batches of two rows are all that was seen
+    both = len(set(unmoved) & set(selection["rows"]))
+    page = " ".join((tmp_path / "run" / "report.md").read_text().split())
+    assert f"have the weight 1 still: 12, of which {both} are kept, drawn at random" in page
