@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -178,7 +179,11 @@ def train(
     if validate is None or not recipe.validate_every:
         return fit(recipe.steps * recipe.accumulate).inner.params
     validation = Validation(validate, recipe, folder, name)
-    if (last := Checkpoints(checkpoint).latest()) and last not in validation.losses:
+    last = Checkpoints(checkpoint).latest()
+    if not validation.is_whole(last or 0):  # what has been deleted of it only a training from the beginning finds
+        processes.decided(lambda: shutil.rmtree(checkpoint, ignore_errors=True))
+        validation.losses, last = {}, None
+    if last and last not in validation.losses:
         # Interrupted between the step and its validation, if it has one: `fit` finds it done, and returns its state.
         validation(last, fit(last, progress=False).state, None)
     callbacks.append(validation)
@@ -199,11 +204,20 @@ class Validation:
         with reading(f"{folder.path / self._name}.json", "delete it to have it made again"):
             self.losses: dict[int, float] = {int(row["step"]): float(row["loss"]) for row in rows}
 
+    def is_whole(self, last: int) -> bool:
+        """Whether all is known of a training that goes on after step `last`: each loss before it, and the best."""
+        best = self._folder.path / f"{self._name}.safetensors"
+        before = {step for step in range(1, last) if self._is_due(step)}
+        return before <= self.losses.keys() and (not self.losses or processes.decided(best.is_file))
+
+    def _is_due(self, step: int) -> bool:
+        number, within = divmod(step, self._recipe.accumulate)
+        return not within and (number % self._recipe.validate_every == 0 or number == self._recipe.steps)
+
     def __call__(self, step: int, state: Any, metrics: Any) -> bool:
-        recipe = self._recipe
-        number, within = divmod(step, recipe.accumulate)
-        if within or (number % recipe.validate_every and number != recipe.steps):
+        if not self._is_due(step):
             return False
+        number = step // self._recipe.accumulate
         if step in self.losses:  # a run that resumes comes by it again
             return (self.stopped_at() or step + 1) <= step
         before = {at: loss for at, loss in self.losses.items() if at < step}

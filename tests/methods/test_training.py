@@ -141,6 +141,10 @@ def test_the_best_parameters_are_kept_and_patience_ends_the_training(tmp_path):
     assert trained(tmp_path / "run", recipe, validate) == result and len(seen) == 6
 
 
+DELETED = "validation/x.json", "validation/x.safetensors"
+"""What sentences say can be deleted, to have it made again."""
+
+
 def test_killed_and_continued_is_never_killed(tmp_path, monkeypatch):
     recipe = Recipe(40, 0.05, 2, validate_every=4, patience=2)
 
@@ -167,9 +171,15 @@ def test_killed_and_continued_is_never_killed(tmp_path, monkeypatch):
             patch.setattr(RunFolder, "log", interrupting)
             with pytest.raises(KeyboardInterrupt):
                 trained(tmp_path / "killed", recipe, validate)
-    result = trained(tmp_path / "killed", recipe, validate)
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    assert result["w"] == whole["w"] and result["b"] == whole["b"]
+    copies = [shutil.copytree(tmp_path / "killed", tmp_path / Path(name).name) for name in DELETED]
+    for copy, name in zip(copies, DELETED, strict=True):  # of what was known at the interruption, and of all in the end
+        (copy / name).unlink()
+        trained(copy, recipe, validate)
+        (copy / name).unlink()
+    for path in (tmp_path / "killed", *copies):
+        result = trained(path, recipe, validate)
+        assert files(path) == files(tmp_path / "whole")
+        assert result["w"] == whole["w"] and result["b"] == whole["b"]
 
 
 @pytest.mark.parametrize(
