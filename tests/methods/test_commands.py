@@ -16,6 +16,7 @@ from methods import bench as benches
 from methods import cli, evaluation, flexora, hiddenkey, lora, loratrf
 from methods.adapters import load_edit, load_peft, slicing
 from methods.options import parse
+from methods.pages import Run
 from methods.tasks import METRICS
 from methods.tasks.generation import METRICS as WRITTEN
 from tests.methods.commands import TABLE
@@ -113,6 +114,22 @@ def test_an_option_is_read_or_refused_as_one_without_effect(name, finished, comm
     without = options - options_read[name] - ELSEWHERE[""] - ELSEWHERE.get(name, set())
     assert {"model", "rank", "batch_size"} <= options_read[name]
     assert without <= set(command.unused(settings)), without - set(command.unused(settings))
+
+
+@pytest.mark.parametrize("name", ["lora", "flexora", "select-data", "attribute"])
+def test_the_page_names_the_optimizer_that_trained(name, finished, command_line, tmp_path):
+    shutil.copytree(finished(name), out := tmp_path / "run")
+    command = import_module(cli.COMMANDS[name].module).COMMAND
+    settings = command.used(parse(command, name, [*command_line(name)[0][1:], "--out", str(out)]))
+    bench = command.prepare(settings)
+    folder = benches.open_run(benches.settled(settings, bench), bench, benches.unsettled(settings))
+    results = {file.stem: read(file) for file in (out / "results").iterdir()}
+    selection = read(out / "selection.json") if (out / "selection.json").exists() else {}
+    for optimizer, said in {"adamw": "AdamW", "sgd": "gradient descent", "momentum": "descent with momentum"}.items():
+        used = dataclasses.replace(settings, finetune_optimizer=optimizer)
+        made = command.page(Run(used, bench, folder, selection, results)).made
+        assert said in made and ("AdamW" in made) == (optimizer == "adamw"), made
+        assert name != "attribute" or ("eps_root" in made) == (optimizer == "adamw")
 
 
 def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(command_line, tmp_path, capsys):
