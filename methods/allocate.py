@@ -161,8 +161,8 @@ def unused(settings: AllocateSettings) -> dict[str, str]:
         found |= dict.fromkeys(search, "--score singular-values takes no hypergradient")
     if settings.search_only:
         trained = [field.name for field in dataclasses.fields(Training) if field.name not in SEARCHED]
-        # Where the test is held out of --data, its size is what the search does not see.
-        tested = ["test_rows"] if settings.data is None or settings.test_data is not None else []
+        # Where the test is held out, its size says what the search does not see.
+        tested = ["test_rows"] if settings.test_data is not None else []
         found |= dict.fromkeys(["random_baselines", *trained, *tested], "--search-only trains nothing")
     return found
 
