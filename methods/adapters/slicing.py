@@ -71,14 +71,18 @@ def removed(gates: Mapping[str, jax.Array], structures: Mapping[str, Structure],
     open rows times the open columns.
     """
     shapes = config.site_shapes()
-    total = sum(a * b for a, b in shapes.values())
     is_open = {name: np.asarray(activation(family, jnp.asarray(l))) > 0 for name, l in gates.items()}
     layers = next(iter(is_open.values())).shape[0]
     kept = 0
     for layer in range(layers):
         rows, columns = _kept_features({name: value[layer] for name, value in is_open.items()}, structures, config)
         kept += sum(int(rows[site].sum()) * int(columns[site].sum()) for site in shapes)
-    return 1.0 - kept / (layers * total)
+    return 1.0 - kept / whole(config)
+
+
+def whole(config: Any) -> int:
+    """Numbers in the kernels of all linears of a model that is not sliced."""
+    return config.num_layers * sum(a * b for a, b in config.site_shapes().values())
 
 
 def parameters(weights: Weights) -> int:

@@ -347,6 +347,9 @@ def test_finegates_leaves_a_smaller_model_that_runs(finished):
     row = read(out / "results" / "sparsity-0.5.json")
     assert row["removed"] > 0 and row["sliced_differs_by"] < 1e-5
     model, weights = slicing.load(out / "sliced-0.5")
+    held = 1 - slicing.parameters(weights) / slicing.whole(model.config)
+    assert row["sliced_removed"] == pytest.approx(held) and held <= row["removed"]
+    assert f"the sliced model has {100 * held:.1f} % fewer" in (out / "report.md").read_text()
     logits = model.apply({"params": weights}, jnp.ones((1, 4), jnp.int32))
     assert jnp.isfinite(logits).all()
 
