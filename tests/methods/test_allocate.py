@@ -32,9 +32,9 @@ def setup(per="rank", budget=100, **more):
 @pytest.mark.parametrize(
     "words",
     [
-        *("--random-baselines 3", "--test-rows 5 --data a.jsonl --test-data b.jsonl", "--finetune-steps 9", "--finetune-lr 0.1"),
+        *("--random-baselines 3", "--test-rows 5 --data a.jsonl --test-data b.jsonl", "--finetune-steps 9"),
         *("--finetune-optimizer sgd", "--warmup 0.5", "--schedule linear", "--weight-decay 0.1", "--clip 1"),
-        *("--validate-every 3", "--patience 2", "--finetune-epochs 2"),
+        *("--validate-every 3", "--patience 2", "--finetune-epochs 2", "--finetune-lr 0.1"),
     ],
 )
 def test_search_only_takes_no_option_of_a_training(words, tmp_path, capsys):
