@@ -375,7 +375,7 @@ def row(arm: Arm, bench: Bench, folder: RunFolder) -> dict[str, Any]:
     processes.tell(f"testing {arm.name} on {pages.tested(bench)}")
     test = evaluation.evaluate(_with_weights(arm, bench, trained), arm.bind(trained))
     counted = arm.count(trained)
-    made = {"layers": _layers(counted["on"])} | counted | evaluation.row(test)
+    made: dict[str, Any] = {"layers": _layers(counted["on"])} | counted | evaluation.row(test)
     sizes = {"layers": len(made["layers"]), "parameters": made["parameters"]}
     folder.track(f"test {arm.name}", {**made["metrics"], **sizes})
     return made | ({"files": left} if left else {})
