@@ -88,8 +88,7 @@ def interrupted(error: BaseException | None, *, meanwhile: bool = False) -> bool
 
 
 def _answer(reading: int, ended: threading.Event) -> None:
-    """Reads signals until the pipe is closed, answers each Ctrl-C that takes its time, and sends those again that were
-    dropped."""
+    """Reads signals until the pipe is closed; answers a Ctrl-C that takes its time, and sends a dropped one again."""
     waits, ours = False, 0
     while numbers := os.read(reading, 1):
         if numbers[0] == _DROPPED and not ended.wait(AGAIN):
