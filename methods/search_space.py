@@ -33,6 +33,7 @@ from bilevel.extend import PyTree
 from methods import proxies
 from methods.adapters.lora import LoRAConfig
 from methods.models.hooks import Chain
+from methods.ranges import part
 
 SHORTCUTS = ("residual_attention", "residual_ffn", "block_hidden", "ffn_input")
 """The sites of the four kinds of shortcuts."""
@@ -143,9 +144,11 @@ def allocation(space: Space, share: float, key: jax.Array, *, separated: bool = 
         raise ValueError(f"The share {share:g} of modules that stay on must be above 0 and at most 1.")
     costs = space.costs(each=True)
     counts = {k: sum(int(np.isfinite(c).sum()) for c in sites.values()) for k, sites in costs.items()}
-    budgets = {"all": int(share * sum(counts.values()))}
+    budgets = {"all": part(share, sum(counts.values()))}
     if separated:
-        budgets = {kind: (int if kind == "lora" else round)(share * count) for kind, count in counts.items()}
+        budgets = {
+            kind: part(share, count) if kind == "lora" else round(share * count) for kind, count in counts.items()
+        }
     if min(budgets.values()) < 1:
         raise ValueError(f"The share {share:g} of {counts} modules is less than one: raise it.")
     if separated:

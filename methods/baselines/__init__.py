@@ -1,5 +1,7 @@
 """Published ways to spend a budget of adapter parameters, each a function `find(setting, key) -> Found`."""
 
+from collections.abc import Callable
+
 from methods.baselines import (
     adalora,
     alora,
@@ -43,4 +45,7 @@ WITHOUT_BUDGET = ("autolora", "bilora", "lorta", "tied-lora")
 LEAST_STEPS = {"alora": alora.ROUNDS + 1, "rac-lora": rac_lora.LINKS}
 """Those that train in several parts, of a step each at least."""
 
-__all__ = ["BASELINES", "LEAST_STEPS", "WITHOUT_BUDGET", "Found", "Setting"]
+BESIDES: dict[str, Callable[[int], int]] = {"lora-drop": lora_drop.measuring}
+"""How many steps those take that train to choose, before the training of so many steps."""
+
+__all__ = ["BASELINES", "BESIDES", "LEAST_STEPS", "WITHOUT_BUDGET", "Found", "Setting"]

@@ -25,6 +25,7 @@ import optax
 from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting
 from methods.baselines.importance import Smoothed, handed_back, product, smooth, train, unsmoothed
+from methods.ranges import part
 
 
 class PruneState(NamedTuple):
@@ -78,7 +79,7 @@ def prune(target: int, steps: int, beta: float = 0.85) -> optax.GradientTransfor
 def find(setting: Setting, key: jax.Array) -> Found:
     """One training, at the end of which only the budget's share of ranks is on."""
     setting.budget()
-    target = max(1, int(setting.share * len(setting.sites) * setting.num_layers * setting.lora.rank))
+    target = max(1, part(setting.share, len(setting.sites) * setting.num_layers * setting.lora.rank))
     state = train(setting, key, prune(target, setting.steps))
     pruned: PruneState = state.opt_state[-1]
     scores = {site: s.sum(1) for site, s in triplets(product(pruned.smoothed)).items()}

@@ -23,6 +23,7 @@ import optax
 import bilevel
 from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting, found
+from methods.ranges import part
 
 ROUNDS = 3
 
@@ -73,7 +74,7 @@ def find(setting: Setting, key: jax.Array) -> Found:
     """One training with three rounds of pruning and handing over."""
     setting.budget()
     shape = setting.num_layers, setting.lora.rank
-    ranks = max(1, int(setting.share * setting.lora.rank))
+    ranks = max(1, part(setting.share, setting.lora.rank))
     mask: PerSite = {site: jnp.broadcast_to(jnp.arange(shape[1])[None, :] < ranks, shape) for site in setting.sites}
 
     def loss(weights: Any, params: PyTree, mask: PerSite, batch: PyTree, key: Any) -> jax.Array:
@@ -82,18 +83,19 @@ def find(setting: Setting, key: jax.Array) -> Found:
     loss = jax.tree_util.Partial(loss, setting.weights)
     start = lambda key, mask: setting.with_head(key, setting.start(key))  # noqa: E731
     problem = bilevel.Problem(loss, loss, start, lambda key: mask)
-    trainer = bilevel.FirstOrder(optax.adam(setting.learning_rate), max(1, setting.steps // (ROUNDS + 1)))
-    train = jax.jit(lambda problem, state, mask, batches, key: trainer.solve(problem, state, mask, batches, key))
+    parts = setting.parts(ROUNDS + 1)
+    of_steps = {steps: bilevel.FirstOrder(optax.adam(setting.learning_rate), steps) for steps in parts}
+    train = {steps: jax.jit(trainer.solve) for steps, trainer in of_steps.items()}
     measure = jax.jit(lambda trained, mask, batch: ablation(setting, trained, mask, batch))
     held_out = jax.tree.map(lambda rows: rows[: 4 * setting.batch_size], setting.outer)
     rows = len(jax.tree.leaves(setting.train)[0])
-    state, importance = trainer.init(problem, mask, key), None
-    for round_key in jax.random.split(key, ROUNDS + 1):
+    state, importance = of_steps[parts[0]].init(problem, mask, key), None
+    for round_key, steps in zip(jax.random.split(key, ROUNDS + 1), parts, strict=True):
         if state.step:
             importance = measure(state.params, mask, held_out)
             mask = hand_over(importance, mask, max(1, ranks * len(mask) * shape[0] // 8))
         draw, step_key = jax.random.split(round_key)
-        index = jax.random.randint(draw, (trainer.steps, setting.batch_size), 0, rows)
-        state = train(problem, state, mask, bilevel.Indexed(setting.train, index), step_key)
+        index = jax.random.randint(draw, (steps, setting.batch_size), 0, rows)
+        state = train[steps](problem, state, mask, bilevel.Indexed(setting.train, index), step_key)
     scores = {site: jnp.where(jnp.isfinite(i), i, 0).sum(1) for site, i in (importance or {}).items()}
     return found(setting, state.params, None, mask, scores)

@@ -19,6 +19,7 @@ import bilevel
 from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.models.hooks import Hook
+from methods.ranges import part
 
 PerSite = dict[str, Any]
 
@@ -82,7 +83,11 @@ class Setting(NamedTuple):
         """
         if not 0 < self.share <= 1:
             raise ValueError(f"The share {self.share:g} of the budget must be above 0 and at most 1.")
-        return int(self.share * sum(cost.sum() for cost in self.costs().values()))
+        return part(self.share, sum(int(cost.sum()) for cost in self.costs().values()))
+
+    def parts(self, count: int) -> list[int]:
+        """The steps in so many parts, as equal as they can be, and of one step at least."""
+        return [max(1, self.steps // count + (i < self.steps % count)) for i in range(count)]
 
 
 class Found(NamedTuple):

@@ -12,7 +12,7 @@ import tyro
 
 import bilevel
 from methods import lora, side_by_side
-from methods.baselines import BASELINES, LEAST_STEPS, WITHOUT_BUDGET, Setting
+from methods.baselines import BASELINES, BESIDES, LEAST_STEPS, WITHOUT_BUDGET, Setting
 from methods.baselines.base import Found
 from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Tried
@@ -116,12 +116,21 @@ def choose(settings: BaselineSettings, bench: Bench, found: Sequence[bilevel.Res
 
 def page(run: Run) -> Page:
     """Which modules are in use."""
-    settings = run.settings
+    settings, bench = run.settings, run.bench
+    head = lora.parameters(bench, {})
+    spent = run.results[settings.name]["parameters"] - head
+    real = spent / (lora.parameters(bench, lora.everywhere(bench.given())) - head)
+    budget = f"with a budget of {settings.share:.0%} of LoRA of rank {settings.rank}, of which it takes {real:.1%}"
+    if settings.name in WITHOUT_BUDGET:
+        budget = f"without a budget: it takes {real:.1%} of LoRA of rank {settings.rank}"
+    elif real > settings.share:
+        budget += ", more than that, since it spends whole ranks"
+    before = BESIDES.get(settings.name, lambda steps: 0)(settings.finetune_steps)
+    besides = f", after {before} steps that choose" if before else ""
     made = (
-        f"Trained for {settings.finetune_steps} steps of Adam at that constant rate, with a budget of "
-        f"{settings.share:.0%} of LoRA of rank {settings.rank}. The docstring of its file in `methods/baselines/` says "
-        "what is published and what is our choice. The scores of the modules, if it has any: `scores.json`. If it is a "
-        "LoRA, it is in `adapter/`, in PEFT's format."
+        f"Trained for {settings.finetune_steps} steps of Adam at that constant rate{besides}, {budget}. The docstring "
+        "of its file in `methods/baselines/` says what is published and what is our choice. The scores of the modules, "
+        "if it has any: `scores.json`. If it is a LoRA, it is in `adapter/`, in PEFT's format."
     )
     return Page(settings.name, "", side_by_side.of_run(run.folder, run.results), made)
 

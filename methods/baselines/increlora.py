@@ -22,6 +22,7 @@ import optax
 from bilevel.extend import PyTree
 from methods.baselines.base import Found, PerSite, Setting
 from methods.baselines.importance import Smoothed, handed_back, smooth, train, unsmoothed
+from methods.ranges import part
 
 RESERVE = 1e-5
 """The value of a component in reserve."""
@@ -90,7 +91,7 @@ def find(setting: Setting, key: jax.Array) -> Found:
     """One training, at the end of which the budget's share of ranks has been given out."""
     setting.budget()
     modules = len(setting.sites) * setting.num_layers
-    target = max(modules, int(setting.share * modules * setting.lora.rank))
+    target = max(modules, part(setting.share, modules * setting.lora.rank))
     at_once = max(1, modules // 8)
     times = -(-(target - modules) // at_once)
     warm_up = max(1, setting.steps // 10)

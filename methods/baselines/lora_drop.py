@@ -65,11 +65,16 @@ def output_norms(loss: Callable[[Hook], jax.Array], lora: LoRA) -> PerSite:
     return jax.grad(lambda probes: loss(Tapped(lora, probes)))(probes)
 
 
+def measuring(steps: int) -> int:
+    """Steps of the training that chooses."""
+    return max(1, steps // 5)
+
+
 def find(setting: Setting, key: jax.Array) -> Found:
     """A fifth of the steps to measure, a choice of layers, and the training with one shared LoRA."""
     short, draw, train = jax.random.split(key, 3)
     start = setting.start
-    first = fit(setting, short, start, setting.lora.bind, steps=max(1, setting.steps // 5)).params
+    first = fit(setting, short, start, setting.lora.bind, steps=measuring(setting.steps)).params
     sample = jax.tree.map(lambda rows: rows[:256], setting.train)
 
     @jax.jit

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, resized, train_kind
+from methods.ranges import part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,5 +68,5 @@ class MELoRA:
 def find(setting: Setting, key: jax.Array) -> Found:
     """Four mini LoRAs a module."""
     setting.budget()
-    rank = max(1, int(setting.share * setting.lora.rank))
+    rank = max(1, part(setting.share, setting.lora.rank))
     return train_kind(setting, key, MELoRA(resized(setting.lora, rank), groups=4))

@@ -22,6 +22,7 @@ import numpy as np
 from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, train_kind
+from methods.ranges import part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +96,6 @@ def find(setting: Setting, key: jax.Array) -> Found:
     """LoRA's rank in every module, from a pool of the budget's share of its vectors."""
     setting.budget()
     layers, rank = setting.num_layers, setting.lora.rank
-    pool = max(2, int(setting.share * layers * rank))
+    pool = max(2, part(setting.share, layers * rank))
     private = min(rank // 4, (pool - 1) // layers)
     return train_kind(setting, key, MoS(setting.lora, layers, pool, private, shards=2))

@@ -20,6 +20,7 @@ from bilevel.extend import PyTree
 from methods.adapters.lora import LoRAConfig
 from methods.baselines.base import Found, Setting, fit, resized
 from methods.models.hooks import Hook
+from methods.ranges import part
 
 LINKS = 4
 
@@ -59,12 +60,12 @@ def extend(setting: Setting, lora: LoRAConfig, before: PyTree, key: jax.Array, s
 
 
 def find(setting: Setting, key: jax.Array, links: int = LINKS) -> Found:
-    """The chain, a training of `setting.steps / links` steps each."""
+    """The chain, a training of `setting.steps / links` steps each, to one."""
     setting.budget()
-    lora = resized(setting.lora, max(1, int(setting.share * setting.lora.rank)))
+    lora = resized(setting.lora, max(1, part(setting.share, setting.lora.rank)))
     chain, trained = setting.with_head(key, None), []
-    for link_key in jax.random.split(key, links):
-        chain, count = extend(setting, lora, chain, link_key, max(1, setting.steps // links))
+    for link_key, steps in zip(jax.random.split(key, links), setting.parts(links), strict=True):
+        chain, count = extend(setting, lora, chain, link_key, steps)
         trained.append(count)
     everywhere = {site: np.ones(setting.num_layers) for site in setting.sites}
     config = resized(lora, lora.rank * links)

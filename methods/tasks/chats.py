@@ -76,7 +76,7 @@ def _spans(row: Row, tokenizer: Any) -> list[Span]:
         end += len(_closing(messages, i, whole, end, tokenizer).rstrip())
         spans += [Span(whole[done:start], False), Span(whole[start:end].rstrip(), True)]
         done = start + len(spans[-1].text)
-    _tell_unwritten(messages, whole)
+    _tell_unwritten(messages, tokenizer)
     return [*spans, Span(whole[done:], False)]
 
 
@@ -86,9 +86,7 @@ def _place(messages: Sequence[Record], number: int, whole: str, tokenizer: Any) 
     Raises:
       ValueError: if the template writes another text than the message's, spaces around it aside.
     """
-    content, mark = messages[number]["content"], "\ue000"
-    while any(mark in message["content"] for message in messages):
-        mark += "\ue000"
+    content, mark = messages[number]["content"], _mark(messages)
     marked = _render(_with(messages, number, mark), tokenizer)
     before, found, behind = marked.partition(mark)
     end = len(whole) - len(behind)
@@ -107,6 +105,14 @@ def _differently(content: str) -> ValueError:
         f"the model's chat template writes what comes before and with {content.strip()[:40]!r} differently once more "
         "follows, so that the assistant's part cannot be told: give chats of one answer each."
     )
+
+
+def _mark(messages: Sequence[Record]) -> str:
+    """A text that no message has."""
+    mark = "\ue000"
+    while any(mark in message["content"] for message in messages):
+        mark += "\ue000"
+    return mark
 
 
 def _with(messages: Sequence[Record], number: int, content: str) -> list[Record]:
@@ -156,13 +162,16 @@ def _whole_marks(shared: str, tails: Sequence[str], marks: Sequence[str]) -> str
     return shared
 
 
-def _tell_unwritten(messages: Sequence[Record], whole: str) -> None:
+def _tell_unwritten(messages: Sequence[Record], tokenizer: Any) -> None:
     """Warns where the template leaves out a turn, such as one of the system."""
-    for message in messages:
-        if message["content"].strip() not in whole:
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" or not message["content"].strip():
+            continue
+        mark = _mark(messages)
+        if mark not in _render(_with(messages, number, mark), tokenizer):
             warnings.warn(
-                f"The model's chat template leaves out, or writes otherwise, what the {message['role']} says in a chat "
-                "or more: the model does not read it as it is.",
+                f"The model's chat template leaves out what the {message['role']} says in a chat or more: the model "
+                "does not read it.",
                 stacklevel=2,
             )
 

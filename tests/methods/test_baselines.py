@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from methods import cli
 from methods.adapters.lora import LoRAConfig
 from methods.baselines import BASELINES, Setting, adalora, alora, autolora, increlora, lora_drop, sparse
 from methods.baselines.importance import start as start_triplets
@@ -18,6 +20,8 @@ from methods.baselines.mos import MoS
 from methods.baselines.rac_lora import beside
 from methods.baselines.tied_lora import TiedLoRA
 from methods.models import identity
+from methods.ranges import part
+from tests.methods.small import arguments
 
 L, D = 3, 8
 SHAPES = {"q_proj": (D, 8), "v_proj": (D, 4)}
@@ -235,3 +239,42 @@ def test_links_side_by_side_are_the_sum_of_their_updates():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), both.delta(beside(one, other)), expected
     )
+
+
+def test_a_share_of_a_count_is_not_one_less_than_it_is():
+    for hundredths in range(1, 101):
+        for count in range(1, 120):
+            assert part(hundredths / 100, count) == hundredths * count // 100
+
+
+def test_parts_of_a_training_are_all_of_its_steps():
+    for steps in range(4, 30):
+        parts = Setting.parts(types.SimpleNamespace(steps=steps), 4)
+        assert sum(parts) == steps and max(parts) - min(parts) <= 1
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("uniform", ["--share", "0.25"], "a budget of 25% of LoRA of rank 2, of which it takes 50.0%, more than that,"),
+        ("tied-lora", [], "without a budget: it takes 75.0% of LoRA of rank 2."),
+        ("lora-drop", ["--share", "0.5"], "constant rate, after 1 steps that choose, with a budget of 50% of LoRA"),
+    ],
+)
+def test_the_page_says_what_a_baseline_took(name, words, said, tiny_model, tiny_data, tmp_path):
+    given = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", *words)
+    assert cli.run(["baseline", name, *given]) == 0
+    assert said in " ".join((tmp_path / "run" / "report.md").read_text().split())
+
+
+@pytest.mark.usefixtures("float32_by_default")
+@pytest.mark.parametrize("name", ["alora", "rac-lora"])
+def test_steps_that_do_not_divide_into_the_parts_are_taken_all_the_same(name, tiny_model, tiny_data, tmp_path):
+    adapters = []
+    for steps in ("4", "7"):
+        given = arguments(tiny_model, tiny_data, tmp_path / steps, "--task", "piqa")
+        given[given.index("--finetune-steps") + 1] = steps
+        assert cli.run(["baseline", name, *given]) == 0
+        adapters.append((tmp_path / steps / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] != adapters[1]

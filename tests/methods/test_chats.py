@@ -123,8 +123,9 @@ def test_an_answer_that_is_written_otherwise_is_refused(written):
 
 def test_a_turn_that_is_left_out_is_told():
     reader = reader_of(TEMPLATES["no words in front of an answer"][0])
-    with pytest.warns(UserWarning, match="leaves out, or writes otherwise, what the system says"):
-        spans_of([("system", "Be brief."), ("user", "a?"), ("assistant", "b")], reader)
+    for said in ("Be brief.", "a", "b"):  # also where the same words are in another turn
+        with pytest.warns(UserWarning, match="leaves out what the system says in a chat or more"):
+            spans_of([("system", said), ("user", "a?"), ("assistant", "b")], reader)
 
 
 @pytest.mark.parametrize("earlier", ["<|end|>", ""])

@@ -316,7 +316,7 @@ def test_what_fails_while_something_is_read_is_of_what_is_read():
 
 
 def test_a_fault_of_ours_shows_its_traceback_and_a_sentence(monkeypatch, capsys, tmp_path):
-    def broken(method, settings, command):
+    def broken(method, settings):
         ranges.check(object())  # a TypeError out of an expression of ours
 
     monkeypatch.setattr(Method, "main", broken)
@@ -359,7 +359,7 @@ def test_a_fault_in_a_task_of_the_users_names_its_file_and_line(tmp_path, tiny_m
 
 
 def test_an_interrupt_before_anything_is_written_promises_nothing(monkeypatch, capsys, tmp_path):
-    def interrupted(method, settings, command):
+    def interrupted(method, settings):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Method, "main", interrupted)
