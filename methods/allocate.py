@@ -55,7 +55,7 @@ from methods.objective import Given
 from methods.pages import Page, Run, number
 from methods.ranges import LARGEST, Count, Kept, Positive, Range, Repeats, RepeatsOrNone, one_of
 from methods.runfolder import RunFolder
-from methods.settings import NO_OUTER, Settings, Training
+from methods.settings import DERIVED, NO_OUTER, Settings, Training
 from methods.tasks import METRICS, Classification
 
 SCORES = ("hypergradient", "singular-values")
@@ -119,8 +119,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Used(AllocateSettings):
     """Settings of which nothing is left open."""
 
-    per: str = "rank"
-    budget: Annotated[int, Range(0, LARGEST)] = 0
+    per: str = dataclasses.field(default="rank", metadata=DERIVED)
+    budget: Annotated[int, Range(0, LARGEST)] = dataclasses.field(default=0, metadata=DERIVED)
 
 
 def used(settings: AllocateSettings) -> Any:

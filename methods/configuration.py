@@ -52,8 +52,12 @@ def _check_once(names: list[Any], where: str = "") -> None:
 _Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def read(file: str, command: str) -> tuple[dict[str, Any], bool]:
-    """The options that a file holds, at its top or under `settings`, and whether a run wrote them, all it had.
+PATHS = ("model", "data", "test_data", "task")
+"""Options that may name a file; a task does before its colon."""
+
+
+def read(file: str, command: str) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """The options that a file holds, at its top or under `settings`, and what a run noted that wrote them, all it had.
 
     Args:
       file: .yaml, .yml, .toml or .json.
@@ -88,7 +92,27 @@ def read(file: str, command: str) -> tuple[dict[str, Any], bool]:
         raise BadInput(f"{file} has settings that are no options, but {type(inner).__name__}.")
     if "settings" in found and (others := sorted(found.keys() - {"command", "settings", "made"})):
         raise BadInput(f"{file} has {others[0]!r} beside its settings: options belong under one of the two.")
-    return dict(inner), "made" in found
+    noted = found.get("made", {})
+    return dict(inner), (noted if isinstance(noted, Mapping) else {}) if "made" in found else None
+
+
+def check_place(file: str, settings: Any, configured: Mapping[str, Any], noted: Mapping[str, Any]) -> None:
+    """Makes sure that the paths of a run's configuration are seen from here.
+
+    Raises:
+      ValueError: for one that is not, but would be from the folder where the run was made.
+    """
+    folder = Path(str(noted.get("folder", "")))
+    for name in PATHS:
+        value = getattr(settings, name, None)
+        if not isinstance(value, str) or value != configured.get(name):
+            continue
+        path = Path(value.rpartition(":")[0] if name == "task" else value)
+        if path.name and not path.is_absolute() and not path.exists() and (folder / path).exists():
+            raise BadInput(
+                f"{file} was made in {folder}, from where its {name} {value} is seen, but not from here: run the "
+                f"command there, or give --{name.replace('_', '-')}."
+            )
 
 
 def text(command: str, settings: Any, options: type) -> str:

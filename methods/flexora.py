@@ -47,7 +47,7 @@ from methods.flexora_variants import (
 from methods.objective import Given
 from methods.pages import Page, Run, layers, number, optimizer
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
-from methods.settings import Settings
+from methods.settings import DERIVED, Settings
 from methods.tasks import METRICS, Cycled
 
 
@@ -181,7 +181,7 @@ class FlexoraSettings(Settings):
 class Used(FlexoraSettings):
     """Settings of which nothing is left open: what `config.json` holds."""
 
-    variant: Variant = PAPER
+    variant: Variant = dataclasses.field(default=PAPER, metadata=DERIVED)
 
 
 def used(settings: FlexoraSettings) -> Any:

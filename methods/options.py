@@ -44,7 +44,8 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     cls: Any = command.settings
     file, rest = _take(list(arguments), "--config", None)
     preset, rest = _take(rest, "--preset", None)
-    configured, whole = configuration.read(file, name) if file is not None else ({}, False)
+    configured, noted = configuration.read(file, name) if file is not None else ({}, None)
+    whole = noted is not None
     if whole and preset is not None:
         raise BadInput(f"--preset has no effect here, since {file} says every option: leave one of the two out.")
     named_preset = configured.pop("preset", "demo")
@@ -69,6 +70,8 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     if settings is None:
         return None
     ranges.check(settings)
+    if file is not None and noted is not None:
+        configuration.check_place(file, settings, configured, noted)
     # What a run wrote are all of its options, those without effect too.
     before = before if whole else default
     for field, reason in (command.unused(settings) | unused(settings)).items():

@@ -80,6 +80,8 @@ def _check(path: Path, settings: Any, unsettled: Sequence[str]) -> None:
     config, there = _config(settings), read_object(path / CONFIG)
     compared = {**config, **there}.keys() - {*FREE, *unsettled}
     changed = sorted(name for name in compared if config.get(name) != there.get(name))
+    derived = {field.name for field in dataclasses.fields(settings) if field.metadata.get("derived")}
+    changed = [name for name in changed if name not in derived] or changed
     if changed:
         first = f"{changed[0]} was {there.get(changed[0])!r} and is {config.get(changed[0])!r}"
         raise ValueError(

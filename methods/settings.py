@@ -154,5 +154,7 @@ def unused(settings: object) -> dict[str, str]:
 
 NO_OUTER = {"outer_batch_size": "no outer loss is taken"}
 """For the `unused` of a command that searches nothing, or not by the rows that are outer."""
+DERIVED = {"derived": True}
+"""Metadata of a field that is no option, but follows from options: a sentence names these."""
 NO_DROPOUT = {"lora_dropout": "no training of this command drops what LoRA reads"}
 """For the `unused` of such a command."""

@@ -1,5 +1,6 @@
 """`bilevel allocate`: scores, budgets, ranks, and what other trainers are told."""
 
+import dataclasses
 import json
 import re
 
@@ -14,6 +15,7 @@ from methods import allocate, budget, cli, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.objective import of_hook
 from methods.options import parse
+from methods.runfolder import RunFolder
 from tests.conftest import require
 from tests.methods import small
 from tests.methods.small import arguments
@@ -338,6 +340,13 @@ def test_layers_are_told_to_trainers_that_take_no_list_of_them():
     told = [title for title, _, _ in trainers.snippets("folder", config | {"rank_pattern": {"a": 1}}, [])]
     one = " (it takes one rank for all modules: this is the commonest)"
     assert told == ["peft", f"axolotl{one}", f"LLaMA-Factory{one}"]
+
+
+def test_another_budget_is_told_by_its_option(tmp_path):
+    settings = allocate.AllocateSettings(model="m", budget_params="1k", out=tmp_path)
+    RunFolder(tmp_path, allocate.used(settings))
+    with pytest.raises(ValueError, match=r"other settings \(budget_params\): budget_params was '1k' and is '2k'"):
+        RunFolder(tmp_path, allocate.used(dataclasses.replace(settings, budget_params="2k")))
 
 
 def test_trainers_are_told_all_that_the_scale_and_the_training_of_an_adapter_depend_on():

@@ -238,6 +238,27 @@ def test_a_mistake_in_a_configuration_is_told_by_its_name_and_one_of_the_words_i
     assert re.search(r"--model", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["model", "data", "test_data", "task"])
+def test_a_path_that_is_seen_from_the_folder_of_the_run_alone_is_told(name, tmp_path, monkeypatch):
+    """`made: folder` says where a relative path of a run's configuration is seen from."""
+    made, here = tmp_path / "made", tmp_path / "here"
+    made.mkdir(), here.mkdir()
+    (made / "mine.py").write_text("")
+    value = "mine.py:TASK" if name == "task" else "mine.py"
+    whole = {"command": "lora", "settings": {"model": "org/model", name: value}, "made": {"folder": str(made)}}
+    (made / "config.yaml").write_text(yaml.safe_dump(whole))
+    words, option = ["--config", str(made / "config.yaml")], "--" + name.replace("_", "-")
+    command = cli.import_module(cli.COMMANDS["lora"].module).COMMAND
+    monkeypatch.chdir(made)
+    assert getattr(parse(command, "lora", words), name) == value
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match=f"made in .*made, from where its {name} {value} is seen.*or give {option}"):
+        parse(command, "lora", words)
+    assert getattr(parse(command, "lora", [*words, option, "other.py:X"]), name) == "other.py:X"
+    (here / "mine.py").write_text("")
+    assert getattr(parse(command, "lora", words), name) == value
+
+
 def test_a_warning_for_the_user_is_a_sentence_and_others_are_not_touched():
     with listening():
         mine, other = (warnings.formatwarning("a b", kind, "x.py", 3) for kind in (UserWarning, RuntimeWarning))
