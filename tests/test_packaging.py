@@ -215,8 +215,11 @@ def test_the_command_without_the_extra_says_what_to_install(light):
     codes, said = ast.literal_eval(done.stdout), done.stderr.splitlines()
     assert "flexora" in codes and set(codes.values()) == {2}
     for name, line in zip(codes, said, strict=True):
-        pattern = rf"bilevel: {name} needs \w+, which is not installed: pip install 'bilevel\[lora\]'\."
-        assert re.fullmatch(pattern, line), line
+        needed = r"\w+, which is not installed: pip install 'bilevel\[lora\]'\."
+        assert re.fullmatch(rf"bilevel: ({name} needs|The methods need) {needed}", line), line
+    # And from Python, where no command is.
+    python = ran(light.bin / "python", "-c", "from methods import flexora", cwd=light.cwd)
+    assert re.search(rf"ModuleNotFoundError: The methods need {needed}", python.stderr.splitlines()[-1]), python.stderr
 
 
 def test_the_engine_knows_nothing_of_methods():
