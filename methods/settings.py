@@ -47,9 +47,10 @@ class Data:
       task: what is asked of the rows, or FILE.py:NAME for a task of your own; by default what the columns of --data
         say, or piqa.
       data: rows of your own, a file (.jsonl, .json, .csv, .tsv, .parquet), a folder with train.jsonl or OWNER/NAME on
-        the hub; or a folder that holds <task>/train.jsonl and the like: by default $BILEVEL_DATA, assets/data, the hub.
-      test_data: rows of your own to test on; by default test.jsonl or validation.jsonl beside train.jsonl, or else a
-        part of --data that nothing else sees.
+        the hub (OWNER/NAME:CONFIGURATION@SPLIT); or a folder that holds <task>/train.jsonl and the like: by default
+        $BILEVEL_DATA, assets/data, the hub.
+      test_data: rows of your own to test on; by default test.jsonl or validation.jsonl beside train.jsonl, the splits
+        of these names on the hub, or else a part of --data that nothing else sees.
       columns: what the columns of your own rows are, such as prompt=question,answer=response.
       length: tokens a training sequence; rows that need more are left out, and plain texts are cut into pieces.
       train_rows: rows the inner loss sees; by default 256 of a task, and of your own rows all that are left.

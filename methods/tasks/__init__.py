@@ -21,10 +21,11 @@ from methods.tasks.generation import Written, check_metrics, evaluate_written
 from methods.tasks.language import Modelled, encode_spans, evaluate_spans, in_pieces, span_lengths
 from methods.tasks.metrics import METRICS
 from methods.tasks.own import FORMATS
+from methods.tasks.places import is_own
 from methods.tasks.records import READERS
 from methods.tasks.registry import TASKS, get, register
 from methods.tasks.scoring import Accuracy, Evaluation, evaluate, wilson
-from methods.tasks.source import Source, check_test, file_of, find, is_own, read_source
+from methods.tasks.source import Source, check_test, file_of, find, read_source
 from methods.tasks.splits import Splits, TooFew, check_disjoint, hold_out, load_splits, split, units, untaught
 from methods.tasks.stored import load
 from methods.tasks.task import (

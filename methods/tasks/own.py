@@ -248,7 +248,10 @@ def _label_final(task: Classification, row: Row, where: str) -> Row:
         has, others = ("a", "have none") if "pair" in row else ("no", "have one")
         raise ValueError(f"{where} has {has} second text 'pair', where the training rows {others}.")
     if classes and str(label) not in classes:
-        raise ValueError(f"{where} has the label {label!r}, which no training row has: {', '.join(classes[:20])}.")
+        raise ValueError(
+            f"{where} has the label {label!r}, which no training row has: {', '.join(classes[:20])}. Mend it, or name "
+            "other rows to test on with --test-data."
+        )
     if classes:
         return row | {"label": classes.index(str(label))}
     if isinstance(label, bool) or (isinstance(label, str) and not _NUMBER.fullmatch(label)):

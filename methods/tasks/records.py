@@ -137,8 +137,12 @@ def read(file: Path) -> Records:
     yield from READERS[file.suffix.lower()](file)
 
 
-def from_hub(path: str, name: str | None, split: str) -> Any:
-    """A `datasets.Dataset`: one split of a data set on the Hugging Face hub, or of its copy in the cache."""
+def from_hub(path: str, name: str | None, split: str | None = None) -> Any:
+    """A data set on the Hugging Face hub, or its copy in the cache.
+
+    Returns:
+      A `datasets.Dataset`, the split that is named; a dictionary of all of them where none is.
+    """
     import datasets  # half a second, and of no use with local files
 
     with _asked_once(path):
@@ -149,16 +153,20 @@ def from_hub(path: str, name: str | None, split: str) -> Any:
 def _asked_once(path: str) -> Iterator[None]:
     """Where the hub does not answer one question about a data set, only what is in the cache is loaded inside.
 
-    `datasets` would ask again for half a minute where there is no network.
+    `datasets` would ask again for half a minute where there is no network. That there is no such data set, or none
+    that this user may read, is an answer.
     """
     import huggingface_hub
     from datasets import config
     from huggingface_hub import constants
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     flags = [(constants, "HF_HUB_OFFLINE"), (config, "HF_HUB_OFFLINE")]
     before = [getattr(module, name) for module, name in flags]
     try:
         huggingface_hub.HfApi().dataset_info(path, timeout=10)
+    except RepositoryNotFoundError:
+        pass
     except Exception:  # whatever stops the hub
         for module, name in flags:
             setattr(module, name, True)

@@ -16,7 +16,7 @@ from methods.tasks.generation import METRICS as WRITTEN_METRICS
 from methods.tasks.language import pad_spans, tokenize_spans
 from methods.tasks.metrics import METRICS
 from methods.tasks.own import FORMATS, Format
-from methods.tasks.records import READERS, Records, from_hub, read
+from methods.tasks.places import Where, are_the_same, beside, is_own, lacks_train, tested_on, trained_on
 from methods.tasks.registry import TASKS, get
 from methods.tasks.splits import check_held_out, hold_out
 from methods.tasks.stored import load, unfolded
@@ -50,27 +50,6 @@ class Source(NamedTuple):
     test: list[Row]
     trained_on: str
     tested_on: str
-
-
-class Where(NamedTuple):
-    """Rows of one's own, in a file or on the hub: `title` says which, and `records` reads them."""
-
-    title: str
-    records: Records
-
-
-def is_own(data: str) -> bool:
-    """Whether `--data` names rows of one's own, and not a folder that holds a folder for each task.
-
-    The folder of a built-in task itself is neither: whoever reads it says that the one above it is wanted.
-    """
-    path = Path(data)
-    return not path.is_dir() or (not _is_built_in(path) and _in_folder(path, "train") is not None)
-
-
-def _is_built_in(folder: Path) -> bool:
-    """Whether a folder has the name of a built-in task's."""
-    return folder.absolute().name in {task.folder or task.name for task in TASKS.values()}
 
 
 def find(task: str) -> Task:
@@ -165,7 +144,7 @@ def read_source(
     Raises:
       ValueError, FileNotFoundError: one sentence on what is wrong, with file and line where it is a row.
     """
-    if data is not None and task is None and not is_own(data) and _lacks_train(Path(data)):
+    if data is not None and task is None and not is_own(data) and lacks_train(Path(data)):
         raise FileNotFoundError(
             f"{data} has no file called train: call its file of training rows train.jsonl or the like, or name that "
             "file itself with --data. The rows of a built-in task are in a folder there, of the name that --task has."
@@ -184,9 +163,9 @@ def read_source(
         if columns is not None:
             raise ValueError(f"--columns is for the formats alone, but the rows are of {fixed.name}: leave it out.")
         rows = lambda where: _of_task(fixed, where)  # noqa: E731
-        return _cut(fixed, rows(where := _where(data, "train")), where.title, data, test_data, rows, test)
+        return _cut(fixed, rows(where := trained_on(data)), where.title, data, test_data, rows, test)
     names = own.renaming(columns)
-    where = _where(data, "train")
+    where = trained_on(data)
     name, format, raw, places = _raw(where, names, task)
     made = format.task(raw)
     train: list[Row] = [Placed(format.final(made, row, place), place) for row, place in zip(raw, places, strict=True)]
@@ -209,15 +188,13 @@ def _cut(
 ) -> Source:
     """A source whose test is a file of its own, or lies beside the training rows, or is held out of them."""
     if test_data is not None:
-        if Path(test_data).exists() and Path(data).exists() and Path(test_data).samefile(data):
+        if are_the_same(data, test_data):
             raise ValueError(f"--test-data {test_data} is --data itself: name other rows, or leave it out.")
-        where = _where(test_data, "test")
+        where = tested_on(test_data)
         return Source(task, rows, tested(where), title, f"{where.title},")
-    # Beside a file called train too, but not beside a file of another name, which may lie anywhere.
-    folder = Path(data).parent if Path(data).is_file() and Path(data).stem == "train" else Path(data)
-    beside = _in_folder(folder, "test") or _in_folder(folder, "validation")
-    if beside is not None:
-        return Source(task, rows, tested(_file(beside)), title, f"{beside},")
+    where = beside(data)
+    if where is not None:
+        return Source(task, rows, tested(where), title, f"{where.title},")
     kept, held = hold_out(task, rows, test)
     check_held_out(task, kept, held, test)
     return Source(task, kept, held, title, f"{title}, held out,")
@@ -257,48 +234,3 @@ def _of_task(task: Task, where: Where) -> list[Row]:
     if not rows:
         raise ValueError(f"{where.title} is empty: {task.name} needs at least one row.")
     return rows
-
-
-def _where(data: str, split: str) -> Where:
-    """What `--data` or `--test-data` names. Raises FileNotFoundError, ValueError."""
-    path = Path(data)
-    if path.is_dir():
-        file = _in_folder(path, split) or (_in_folder(path, "validation") if split == "test" else None)
-        if file is None:
-            raise FileNotFoundError(f"{path} has no file {split} with one of the ends {', '.join(READERS)}.")
-        return _file(file)
-    if path.is_file():
-        return _file(path)
-    repository, _, name = data.partition(":")
-    if repository.count("/") != 1 or repository.startswith(("/", ".", "~")) or path.suffix.lower() in READERS:
-        raise FileNotFoundError(
-            f"There is no {data}: name a file whose name ends in {', '.join(READERS)}, a folder, or a data set on the "
-            "hub as OWNER/NAME."
-        )
-    try:
-        records = from_hub(repository, name or None, split)
-    except Exception as error:  # whatever stops the hub, the remedy is the same
-        raise FileNotFoundError(
-            f"{data!r} is no file here, and the hub gave no data set of that name with a split {split!r} "
-            f"({type(error).__name__}): check the name and the network, or name a file."
-        ) from error
-    return Where(data, ((f"{data} {split} row {i}", record) for i, record in enumerate(records, 1)))
-
-
-def _file(file: Path) -> Where:
-    return Where(str(file), read(file))
-
-
-def _lacks_train(folder: Path) -> bool:
-    """Whether a folder has neither a file of rows called train nor a folder of a built-in task, nor is one."""
-    if _is_built_in(folder) or not folder.is_dir():
-        return False
-    return not any(_is_built_in(each) for each in folder.iterdir() if each.is_dir())
-
-
-def _in_folder(folder: Path, split: str) -> Path | None:
-    """The file of a split that lies in a folder itself. Raises ValueError for several."""
-    files = sorted(file for end in READERS for file in folder.glob(f"{split}{end}") if file.is_file())
-    if len(files) > 1:
-        raise ValueError(f"{folder} has several files called {split}, {files[0].name} and {files[1].name}: name one.")
-    return files[0] if files else None

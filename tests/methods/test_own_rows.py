@@ -556,23 +556,6 @@ def test_a_folder_brings_its_test(tmp_path):
         tasks.read_source(None, str(tmp_path))
 
 
-def test_rows_of_the_hub(monkeypatch):
-    from methods.tasks import source
-
-    asked = []
-    monkeypatch.setattr(source, "from_hub", lambda *of: asked.append(of) or numbered("text"))
-    found = tasks.read_source(None, "owner/texts:small", test=5)
-    assert asked == [("owner/texts", "small", "train")] and len(found.test) == 5
-    assert found.trained_on == "owner/texts:small"
-
-    def fails(*of):
-        raise OSError("no network")
-
-    monkeypatch.setattr(source, "from_hub", fails)
-    with pytest.raises(FileNotFoundError, match=r"'owner/texts' is no file here, and the hub gave no data set"):
-        tasks.read_source(None, "owner/texts")
-
-
 # --- tasks of one's own ----------------------------------------------------------------------------------------------
 
 MINE = '''
