@@ -117,7 +117,7 @@ class Agreement:
         0; or `"undecided"`: the central differences are too uncertain, because a loss is not smooth or rounds to a low
         precision, or an optimizer amplifies rounding, or because they are not finite.
       error: relative error, Euclidean; relative to the hypergradient where the differences are 0.
-      cosine: of the angle between the two.
+      cosine: of the angle between the two; NaN where the differences are 0 and the hypergradient is not.
       uncertainty: how far, relatively, the central differences themselves may be off.
       why: what makes the differences uncertain, or which leaves have the verdict; empty where that is not known.
 
@@ -151,6 +151,11 @@ class Agreement:
             return f"{self.name}: undecided ({known} only: {self.why or UNCERTAIN})"
         if not np.isfinite(self.error):
             return f"{self.name}: wrong, not finite"
+        if np.isnan(self.cosine):
+            return (
+                f"{self.name}: wrong, not 0 where the differences are exactly 0: a derivative's own rule, such as "
+                "a straight-through one, may be why, or all that outer moves is rounded away"
+            )
         if self.error == 1.0 and self.cosine == 0.0:
             return (
                 f"{self.name}: wrong, exactly 0 where the differences are not: outer acts by a way that is not "
@@ -220,11 +225,10 @@ def check_hypergradient(
 
     Steps are taken in the free coordinates of `Problem(domain=...)`, and hypergradients compared there. They are
     relative to the size of a leaf; where the differences are not finite or do not agree, relative to the size of its
-    single entries. Much shorter steps along two of the directions, down to 1e-13 of a leaf's size, confirm what was
-    found; where the training is rough within a step, or has kinks there, they are taken along all directions, and
-    settle it if they agree. Costs about `24 * directions + 3` trainings for each leaf, but at least 45;
-    `8 * directions + 1` more where the sizes of single entries are tried, and three times that where short steps have
-    to settle it.
+    single entries. Much shorter steps, down to 1e-13 of a leaf's size, confirm what was found; where the training is
+    rough within a step, or has kinks there, they settle it if they agree. A staircase settles nothing: its slope as a
+    whole is not that on a stair. Costs `45 * directions` trainings for each leaf; `9 * directions` more where the sizes
+    of single entries are tried, and `81 * directions` more where it is looked beside the point for a staircase.
 
     Args:
       problem, hypergradient: what to check.
@@ -326,6 +330,11 @@ def _reason(verdict: str, row: list[np.ndarray], each: Found | None) -> str:
             "the central differences are not finite: a training a small step away is not; is a loss there outside of "
             "what it is defined for? Problem(domain=...) keeps steps inside"
         )
+    if not np.isfinite(row[2]).all():
+        return (
+            "its entries are of such sizes that a step of the small ones is lost in the rounding of the large ones: is "
+            "one unit right for all of them?"
+        )
     if np.linalg.norm(row[2][each.kink]) > 0.5 * np.linalg.norm(row[2]):
         return "there is a kink here, as of a relu at 0: the differences to both sides disagree"
     if np.linalg.norm(row[2][each.rough]) > 0.5 * np.linalg.norm(row[2]):
@@ -374,7 +383,7 @@ def _compare(columns, tolerance, hidden):
     scale = length or size or 1.0
     error = float(np.linalg.norm(estimated - true) / scale)
     known = float(np.linalg.norm(uncertainty) / scale)
-    cosine = float(estimated @ true / ((length * size) or 1.0))
+    cosine = float(estimated @ true / ((length * size) or 1.0)) if length or not size else float("nan")
     if known > UNKNOWN:  # of a rough training no step is small enough: the differences say nothing of the estimate
         return "undecided", error, cosine, known
     if error <= max(tolerance, MARGIN * known):

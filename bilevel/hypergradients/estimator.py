@@ -132,9 +132,7 @@ class Estimator:
         keys = split_keys(key, self.steps)
         return Query(problem, self.steps, inner_state, outer, inner_batches, outer_batch, keys), params, losses
 
-    def answered(
-        self, query: Query, key: Key, losses: list[TracedLoss], answer_of: Callable[[], Answer]
-    ) -> Estimate:
+    def answered(self, query: Query, key: Key, losses: list[TracedLoss], answer_of: Callable[[], Answer]) -> Estimate:
         """What `answer_of()` answers to a query that was looked over, as an `Estimate`. Raises as `estimate`."""
         try:
             with explained(losses, ORDERS):

@@ -25,7 +25,7 @@ from bilevel.sharding.processes import on_host, put
 from bilevel.trees import PyTree, leaf_names
 
 JOURNAL = "replay.json"
-_VERSION = 1
+_VERSION = 2
 
 
 class Store(Protocol):
@@ -121,8 +121,8 @@ class InFolder:
 
     def put(self, name: str, tree: PyTree) -> None:
         self._count += 1
-        file = f"{name}.{self._count}.npz"
-        arrays = {}
+        file = f"{name}.{self._count}{_STATE}"
+        arrays = {"name": np.frombuffer(file.encode(), np.uint8)}
         for number, (path, leaf) in enumerate(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)):
             array = on_host(leaf)
             words = f"{number} {path} {array.dtype} {list(array.shape)}"
@@ -136,12 +136,14 @@ class InFolder:
         found = []
         try:
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                if arrays["name"].tobytes().decode() != file.name:
+                    raise KeyError(file.name)
                 for number, (path, leaf) in enumerate(zip(leaf_names(like), jax.tree.leaves(like), strict=True)):
                     wanted = f"{number} {path} {np.dtype(leaf.dtype)} {list(leaf.shape)}"
                     if arrays[f"{number} is"].tobytes().decode() != wanted:
                         raise KeyError(number)
                     found.append(arrays[f"{number}"].view(leaf.dtype).reshape(leaf.shape))
-                if len(arrays.files) != 2 * len(found):
+                if len(arrays.files) != 2 * len(found) + 1:
                     raise KeyError(len(found))
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             said = "holds other arrays" if isinstance(error, KeyError) else "is damaged"
@@ -221,15 +223,15 @@ class InFolder:
             ) from error
 
 
-_PART = ".replay-part"
+# Ends that no other program gives its files: what has one of them may be removed.
+_STATE, _PART = ".replay-state.npz", ".replay-part"
 _REMEDY = "remove the folder to begin this estimate anew, unless another estimate uses it just now"
 
 
 def _is_ours(name: Any) -> bool:
     if not isinstance(name, str) or Path(name).name != name:
         return False
-    stem, _, number = name.removesuffix(".npz").rpartition(".")
-    return name.endswith(_PART) or (name.endswith(".npz") and bool(stem) and number.isdigit())
+    return name.endswith((_STATE, _PART))
 
 
 def _placed(tree: PyTree, like: PyTree) -> PyTree:

@@ -26,6 +26,10 @@ SMOOTH, ROUGH = 0.9, 0.5
 """Scores from which a training is called smooth, and below which it is called rough."""
 NOISY = 0.05
 """Share of a movement that rounding may have before the movement says nothing."""
+_NOT_FINITE = (
+    "a training, or its hypergradient, is not finite near this point: lower the inner learning rate or `step`, or look "
+    "for the NaN with run, which names where it begins"
+)
 AMPLIFIED = 1e3
 """How many times its own last digit training must move of a last digit of `outer` before that is no rounding."""
 
@@ -90,6 +94,8 @@ class Smoothness:
     def __str__(self) -> str:
         low, high, count = self.scores.min(), self.scores.max(), len(self.scores)
         where = f"{low:.2f} to {high:.2f} along {count} direction{'s' * (count > 1)}"
+        if np.isnan(self.score):
+            return f"Smoothness unknown at steps of {self.step:g}: {_NOT_FINITE}."
         double = "in double precision (with jax.enable_x64(True))" if self.precision != "float64" else ""
         if np.isinf(self.rounding):
             return (
@@ -321,10 +327,7 @@ def _look(result: Any) -> Any:
     leaves = [np.ravel(on_host(x)) for x in jax.tree.leaves(result)]
     leaves = [part for x in leaves for part in ((x.real, x.imag) if np.iscomplexobj(x) else (x,))]
     if not all(np.isfinite(x.astype(np.float64)).all() for x in leaves):
-        raise FloatingPointError(
-            "smoothness: a training, or its hypergradient, is not finite near this point: lower the inner learning "
-            "rate or `step`, or look for the NaN with run, which names where it begins."
-        )
+        raise FloatingPointError(f"smoothness: {_NOT_FINITE}.")
     if not isinstance(result, tuple):
         return float(leaves[0][0])
     return float(leaves[0][0]), np.concatenate([np.zeros(0), *(x.astype(np.float64) for x in leaves[1:])])

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel.data import Batches, columns, draw, draw_one
 from bilevel.differentiation.captures import forget_outdated
@@ -19,7 +20,8 @@ from bilevel.problem.problem import Problem
 from bilevel.running.holes import not_finite
 from bilevel.settings.fields import checked
 from bilevel.settings.numeric import integer
-from bilevel.trees import Outer, PyTree, global_norm, widened
+from bilevel.sharding.processes import on_host
+from bilevel.trees import Outer, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Variance:
 
     Attributes:
       mean: $\bar g = \frac1n \sum_i g_i$, a tree like the gradient.
-      variance: $\frac{1}{n - 1} \sum_i (g_i - \bar g)^2$ of each entry, likewise.
+      variance: $\frac{1}{n - 1} \sum_i (g_i - \bar g)^2$ of each entry, likewise, in float64 whatever the gradient is
+        in, of which squares may be too small or too large for it.
       total: the sum of `variance` over all entries, $E|g - E g|^2$.
       relative: `total` $/ |\bar g|^2$. A mean over m estimates has a relative error of about
         $\sqrt{\mathrm{relative} / m}$; above 1, a single estimate is mostly noise.
@@ -100,16 +103,14 @@ def variance(
     require_batches("variance", inner_data, outer_data)
     inner, held_out = (jax.tree.map(jnp.asarray, columns(data)) for data in (inner_data, outer_data))
     point.arguments(hypergradient.steps)  # looks at the losses
-    moments = _moments_by_hand if driven_from_host(hypergradient) else _moments
-    mean, spread = moments(point._replace(inner_data=inner, outer_data=held_out), hypergradient, samples)
-    if names := not_finite("outer", mean):
+    sampled = _samples_by_hand if driven_from_host(hypergradient) else _samples
+    grads = sampled(point._replace(inner_data=inner, outer_data=held_out), hypergradient, samples)
+    if names := not_finite("outer", grads):
         raise FloatingPointError(
             f"The hypergradient is not finite at {', '.join(names)} on some of the {samples} batches: train at smaller "
             "step sizes, or look for the NaN with run, which names where it begins."
         )
-    total = float(sum(jnp.sum(x) for x in jax.tree.leaves(widened(spread))))
-    size = float(global_norm(mean)) ** 2
-    return Variance(mean, spread, total, total / size if size else float("inf") if total else 0.0)
+    return _of(grads)
 
 
 def require_batches(what: str, inner_data: Any, outer_data: Any) -> None:
@@ -122,13 +123,13 @@ def require_batches(what: str, inner_data: Any, outer_data: Any) -> None:
 
 
 @partial(jax.jit, static_argnums=(2,))
-def _moments(point: Point, hypergradient: Hypergradient, samples: int):
-    return _of(jax.lax.map(partial(_sample, point, hypergradient), jnp.arange(samples, dtype=jnp.uint32)))
+def _samples(point: Point, hypergradient: Hypergradient, samples: int):
+    return jax.lax.map(partial(_sample, point, hypergradient), jnp.arange(samples, dtype=jnp.uint32))
 
 
-def _moments_by_hand(point: Point, hypergradient: Hypergradient, samples: int):
+def _samples_by_hand(point: Point, hypergradient: Hypergradient, samples: int):
     grads = [_sample(point, hypergradient, i) for i in jnp.arange(samples, dtype=jnp.uint32)]
-    return _of(jax.tree.map(lambda *each: jnp.stack(each), *grads))
+    return jax.tree.map(lambda *each: jnp.stack(each), *grads)
 
 
 def _sample(point: Point, hypergradient: Hypergradient, i: jax.Array):
@@ -138,6 +139,18 @@ def _sample(point: Point, hypergradient: Hypergradient, i: jax.Array):
     return hypergradient.estimate(point.problem, point.inner_state, point.outer, batches, outer_batch, start).grad
 
 
-def _of(grads):
-    mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), grads)
-    return mean, jax.tree.map(lambda g: jnp.real(jnp.var(g, axis=0, ddof=1)), grads)
+def _of(grads: PyTree) -> Variance:
+    """The moments of samples on a leading axis, in double precision on the host, in units of the largest entry."""
+    wide = jax.tree.map(lambda g: on_host(g).astype(np.complex128 if jnp.iscomplexobj(g) else np.float64), grads)
+    unit = max((float(np.abs(g).max(initial=0.0)) for g in jax.tree.leaves(wide)), default=0.0) or 1.0
+    wide = jax.tree.map(lambda g: g / unit, wide)
+    mean = jax.tree.map(lambda g: g.mean(axis=0), wide)
+    spread = jax.tree.map(lambda g: g.var(axis=0, ddof=1), wide)
+    total = float(sum(x.sum() for x in jax.tree.leaves(spread)))
+    size = float(sum((np.abs(x) ** 2).sum() for x in jax.tree.leaves(mean)))
+    return Variance(
+        mean=jax.tree.map(lambda m, g: jnp.asarray(m * unit, g.dtype), mean, grads),
+        variance=jax.tree.map(lambda x: x * unit**2, spread),
+        total=total * unit**2,
+        relative=total / size if size else float("inf") if total else 0.0,
+    )

@@ -43,7 +43,7 @@ class Feed:
             rows(arrays)
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{name} is a {type(data).__name__} that is neither Batches, arrays, an iterator nor None: {error}"
+                f"{title or name} is a {type(data).__name__} that cannot be read as a data set: {error}"
             ) from None
         return cls(name, FullBatch(arrays), key, False)
 

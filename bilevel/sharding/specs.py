@@ -129,9 +129,7 @@ def check(mesh: Mesh, what: str, name: str, x: Any, spec: PartitionSpec, hint: s
         names = (names,) if isinstance(names, str) else names
         used += names
         if len(set(used)) < len(used):
-            raise ValueError(
-                f"Sharding: {spec}{in_leaf(name)} names a mesh axis twice: it can split one axis only."
-            )
+            raise ValueError(f"Sharding: {spec}{in_leaf(name)} names a mesh axis twice: it can split one axis only.")
         if unknown := [n for n in names if n not in mesh.axis_names]:
             raise ValueError(
                 f"Sharding: {spec}{in_leaf(name)} names {', '.join(unknown)}, but the mesh has the axes "

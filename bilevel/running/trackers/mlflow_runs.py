@@ -106,4 +106,3 @@ class MLflow(Tracker):
 
 def _name(name: str) -> str:
     return re.sub(r"[^\w\-. /:]", "_", name)
-

@@ -194,6 +194,15 @@ def damage_swap(folder):
     return rf"{here.name} holds other arrays: remove the folder"
 
 
+def damage_names(folder):
+    """Two files of the same arrays, each under the name of the other."""
+    one, other = sorted(folder.glob("start-*"))[:2]
+    one.rename(folder / "between")
+    other.rename(one)
+    (folder / "between").rename(other)
+    return "holds other arrays: remove the folder"
+
+
 def damage_missing(folder):
     file = next(folder.glob("start-0*"))
     file.unlink()
@@ -212,7 +221,9 @@ def damage_path(folder):
     return "replay.json is damaged"
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_swap, damage_missing, damage_journal, damage_path])
+@pytest.mark.parametrize(
+    "damage", [damage_truncate, damage_swap, damage_names, damage_missing, damage_journal, damage_path]
+)
 def test_what_is_damaged_is_refused_by_name(damage, tmp_path):
     made = interrupted(tmp_path / "kept")
     sentence = damage(tmp_path / "kept")
@@ -225,6 +236,16 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"holds letter\.txt, which is none of Replay's files"):
         estimate(Replay(OPTIMIZERS["adam"], STEPS, store=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize("name", ["epoch.10.npz", "here.1.npz", "notes.part"])
+def test_files_that_look_like_ones_own_are_left_alone_too(name, tmp_path):
+    np.savez(tmp_path / "made.npz", a=np.arange(3))
+    (tmp_path / "made.npz").rename(tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(ValueError, match="is none of Replay's files: name a folder of its own"):
+        estimate(Replay(OPTIMIZERS["adam"], STEPS, store=str(tmp_path)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: before}
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence():

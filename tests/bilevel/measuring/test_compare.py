@@ -157,3 +157,12 @@ def test_names_that_are_not_there(comparison):
         comparison["nope"]
     with pytest.raises(ValueError, match="not among the hypergradients"):
         bilevel.compare(None, {}, reference="nope")  # type: ignore[arg-type]
+
+
+def test_a_training_that_is_not_finite_says_nothing_of_smoothness():
+    problem, train, val = bilevel.testing.ridge()
+    broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), train)
+    ways = {"unrolled": bilevel.Unrolled(optax.sgd(0.5), 20)}
+    found = bilevel.compare(problem, ways, reference="unrolled", inner_data=broken, outer_data=val, repeats=1)
+    assert "Smoothness unknown at steps of 0.01: a training, or its hypergradient, is not finite" in str(found)
+    assert "lower the inner learning rate, raise eps" not in str(found)

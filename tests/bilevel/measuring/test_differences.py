@@ -8,7 +8,8 @@ import pytest
 
 import bilevel
 from bilevel import FirstOrder, Unrolled
-from bilevel.measuring.differences import OFFSETS, differences, lowered
+from bilevel.measuring.casts import lowered
+from bilevel.measuring.differences import OFFSETS, differences
 from bilevel.testing import check_hypergradient
 
 TRAINING = Unrolled(optax.sgd(0.1), 5)
@@ -113,15 +114,12 @@ def test_a_kink_right_at_the_point_is_undecided(function, at):
 def test_a_kink_and_a_bend_are_told_apart():
     sizes = np.array([1e-3])
     ways = {"kink": lambda t: np.abs(t) + t**2, "bend": lambda t: t + 40 * t**2 - 9 * t**4, "none": lambda t: 0 * t}
-    found = {
-        name: differences(way(OFFSETS * sizes)[:, None], way(0.0), sizes, np.finfo(float).eps)
-        for name, way in ways.items()
-    }
+    found = {name: differences(way(OFFSETS * sizes)[:, None], sizes, np.finfo(float).eps) for name, way in ways.items()}
     assert found["kink"].kink[0] and abs(found["kink"].doubt[0] - 1.0) < 1e-2
     assert not found["bend"].kink[0] and found["bend"].doubt[0] < 1e-9
     assert found["none"].still[0] and not found["bend"].still[0]
     # The same map in other units has the same differences in these.
-    small = differences(1e-9 * ways["bend"](OFFSETS * sizes)[:, None], 0.0, sizes, np.finfo(float).eps)
+    small = differences(1e-9 * ways["bend"](OFFSETS * sizes)[:, None], sizes, np.finfo(float).eps)
     np.testing.assert_allclose(small.slope, 1e-9 * found["bend"].slope, rtol=1e-10)
 
 
@@ -283,8 +281,9 @@ def test_between_the_kinks_of_a_network_of_relus_a_hypergradient_is_exact_or_bia
         return jax.nn.relu(x @ w["in"] + w["bias"][None]) @ w["out"]
 
     relus = bilevel.Problem(
-        lambda w, o, b, k: jnp.mean((network(w, x[:8]) - y[:8]) ** 2)
-        + jnp.exp(o) * sum(squares(leaf) for leaf in jax.tree.leaves(w)),
+        lambda w, o, b, k: (
+            jnp.mean((network(w, x[:8]) - y[:8]) ** 2) + jnp.exp(o) * sum(squares(leaf) for leaf in jax.tree.leaves(w))
+        ),
         lambda w, o, b, k: jnp.mean((network(w, x[8:]) - y[8:]) ** 2),
         lambda key, o: {
             "in": jax.random.normal(jax.random.key(0), (4, 8)) / 2,
@@ -296,3 +295,114 @@ def test_between_the_kinks_of_a_network_of_relus_a_hypergradient_is_exact_or_bia
     check = check_hypergradient(relus, Unrolled(optimizer, 100))
     assert check.verdict == "exact" and check.error < 1e-5, str(check)
     assert check_hypergradient(relus, bilevel.OneStep(optimizer, 100)).verdict in ("biased", "wrong")
+
+
+def of_outer(outer, at):
+    """A problem whose outer loss is a function of the outer variable alone, with a closed form, at a point."""
+    return problem(decayed_by_none, lambda w, o: outer(o), at)
+
+
+def decayed_by_none(w, o):
+    return squares(w, 1.0)
+
+
+@jax.custom_jvp
+def floor_through(x):
+    return jnp.floor(x)
+
+
+floor_through.defjvp(lambda primals, tangents: (jnp.floor(primals[0]), tangents[0]))
+
+
+def large_and_back(x, large):
+    """The identity, rounded as a number of the size `large` is."""
+    return jax.lax.optimization_barrier(large + x) - large
+
+
+@pytest.mark.parametrize("outer", [
+    lambda o: 1e-12 * jnp.tanh((o - 0.3) / 1e-12) + o,
+    lambda o: 1e-12 * jnp.tanh((jax.lax.stop_gradient(o) - 0.3) / 1e-12) + o,
+    lambda o: jnp.sin(o) + 1e-12 * jnp.sin(o / 1e-12),
+], ids=["whole", "half", "waves"])  # fmt: skip
+def test_the_shortest_step_is_heard_even_where_two_longer_ones_agree(outer):
+    assert check_hypergradient(of_outer(outer, 0.3), TRAINING).verdict == "undecided"
+
+
+@pytest.mark.parametrize("beside", [0.0, 0.37])
+@pytest.mark.parametrize("stairs", [1e4, 1e5, 1e6, 1e8, 1e10, 1e11])
+def test_a_staircase_contradicts_neither_the_slope_of_a_stair_nor_its_own(stairs, beside):
+    """On a stair the slope is 0.1, over all of them it is 1.1: differences cannot tell which of them is wanted."""
+    at = 0.3 + beside / stairs
+    for floor in (jnp.floor, floor_through):
+        check = check_hypergradient(of_outer(lambda o, f=floor: f(o * stairs) / stairs + 0.1 * o, at), TRAINING)
+        # Stairs that no step but the shortest sees are taken for rounding: of the whole, the slope may be confirmed.
+        confirmed = floor is floor_through and stairs >= 1e8
+        assert check.verdict in (("exact", "undecided") if confirmed else ("undecided",)), str(check)
+
+
+@pytest.mark.parametrize("count", [3, 20])
+def test_an_edge_in_one_entry_of_many_is_an_edge(count):
+    at = np.linspace(-1.0, 1.3, count)
+    for stairs in (1e6, 1e8, 1e10):
+        steps = of_outer(lambda o, n=stairs: jnp.sum(jnp.floor(o * n) / n + 0.5 * o**2), at)
+        assert check_hypergradient(steps, TRAINING).verdict == "undecided"
+
+
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e6, 1e8])
+def test_rounding_within_a_loss_contradicts_no_estimate_and_confirms_none_that_is_blind(large):
+    """Next to a term that does not round: over the shortest steps only its slope is left."""
+    for through, verdicts in ((lambda o: o, ("exact",)), (jax.lax.stop_gradient, ("biased", "undecided"))):
+        outer = lambda o, through=through: large_and_back(jnp.exp(through(o)), large) + 0.1 * o  # noqa: E731
+        assert check_hypergradient(of_outer(outer, 0.3), TRAINING).verdict in verdicts
+
+
+def logs_and_one_large(o):
+    return jnp.sum(jnp.log(o[1:])) + 3e3 * (o[0] - 1e10)
+
+
+def blind_to_the_first(o):
+    return logs_and_one_large(o.at[0].set(jax.lax.stop_gradient(o[0])))
+
+
+@pytest.mark.parametrize(("outer", "at"), [
+    (logs_and_one_large, np.r_[1e10, np.full(19, 1e-3)]),
+    (blind_to_the_first, np.r_[1e10, np.full(19, 1e-3)]),
+    (lambda o: jnp.sum(jnp.sin(o)), np.array([1e15, 0.1, 0.2])),
+    (jnp.sin, 2.0**53),
+    (jnp.sin, 1e15),
+], ids=["sizes", "sizes, blind", "one entry", "2 ** 53", "1e15"])  # fmt: skip
+def test_a_step_that_is_lost_in_rounding_says_nothing(outer, at):
+    check = check_hypergradient(of_outer(outer, at), TRAINING)
+    assert check.verdict == "undecided"
+    if np.size(at) == 20:
+        assert "a step of the small ones is lost in the rounding of the large ones" in str(check)
+
+
+@pytest.mark.parametrize("through", [lambda o: o, jax.lax.stop_gradient], ids=["whole", "blind"])
+def test_what_is_narrow_in_one_entry_is_seen(through):
+    outer = lambda o: jnp.sum(o**2) + 1e-7 * jnp.tanh((through(o[5]) - 0.3) / 1e-7)  # noqa: E731
+    check = check_hypergradient(of_outer(outer, np.full(8, 0.3)), TRAINING)
+    assert check.verdict == ("biased" if through is jax.lax.stop_gradient else "exact")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_constant_that_is_taken_away_changes_no_verdict(dtype):
+    """What was rounded where numbers were larger rounds no less when it is 0 at the end."""
+    for constant in (0.0, 1000.0):
+        rounded = lambda o, c=constant: (dtype(1000) + jnp.sin(o.astype(dtype))).astype(o.dtype) - c  # noqa: E731
+        check = check_hypergradient(of_outer(rounded, 0.3), TRAINING)
+        assert check.verdict == "undecided" and f"rounded to {jnp.dtype(dtype)} on its way" in str(check)
+    two = lambda o: (dtype(1000) + jnp.sin(o[0].astype(dtype))).astype(o.dtype) - 1000.0 + 1e-3 * o[1]  # noqa: E731
+    assert check_hypergradient(of_outer(two, np.array([0.3, 0.3])), TRAINING).verdict == "undecided"
+
+
+def test_which_of_the_two_is_zero_is_told():
+    clip = jax.custom_vjp(lambda x: jnp.clip(x, 0.0, 1.0))
+    clip.defvjp(lambda x: (jnp.clip(x, 0.0, 1.0), None), lambda _, ct: (ct,))
+    training = Unrolled(optax.sgd(0.1), 5, mode="reverse")
+    check = check_hypergradient(of_outer(lambda o: 3 * clip(o) ** 2, 2.3), training)
+    assert check.verdict == "wrong" and np.isnan(check.cosine)
+    assert "wrong, not 0 where the differences are exactly 0" in str(check)
+    nothing = times(0.0)
+    check = check_hypergradient(of_outer(lambda o: nothing(o) ** 2, 2.3), training)
+    assert check.verdict == "wrong" and "wrong, exactly 0 where the differences are not" in str(check)

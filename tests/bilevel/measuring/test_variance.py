@@ -88,3 +88,29 @@ def test_a_hypergradient_that_is_not_finite_is_told():
     data = Batches(jnp.ones((8, 2)).at[3].set(-1.0), 2)
     with pytest.raises(FloatingPointError, match=r"not finite at outer\['a'\] on some of the 8 batches"):
         bilevel.variance(problem, Unrolled(optax.sgd(RATE), 2), outer_data=data, samples=8)
+
+
+def test_no_unit_of_the_loss_and_no_dtype_changes_the_relative_variance():
+    """Squares of a gradient leave the range of its dtype long before the gradient does."""
+
+    def found(dtype, unit):
+        problem = Problem(
+            lambda w, o, b, k: jnp.mean((b @ w - 1.0) ** 2) + jnp.exp(o).astype(jnp.float32) * jnp.sum(w**2),
+            lambda w, o, b, k: unit * jnp.mean((b @ w - 1.0) ** 2),
+            lambda key, o: jnp.zeros(2, jnp.float32),
+            lambda key: jnp.asarray(-1.0, dtype),
+        )
+        data = [Batches(rows.astype(jnp.float32), 3) for rows in (ROWS, HELD_OUT)]
+        given = {"inner_data": data[0], "outer_data": data[1], "samples": 7}
+        return bilevel.variance(problem, Unrolled(optax.sgd(0.1), 5), **given)
+
+    right = found(jnp.float32, 1.0)
+    assert right.relative > 0.1
+    for unit in (1e-25, 1e22):
+        other = found(jnp.float32, unit)
+        np.testing.assert_allclose(other.relative, right.relative, rtol=1e-4)
+        np.testing.assert_allclose(other.total, right.total * unit**2, rtol=1e-4)
+        np.testing.assert_allclose(other.variance, right.variance * unit**2, rtol=1e-4)
+        assert other.mean.dtype == jnp.float32
+    for unit in (1e-2, 1.0, 1e4):
+        np.testing.assert_allclose(found(jnp.float16, unit).relative, right.relative, rtol=0.05)
