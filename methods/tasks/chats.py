@@ -7,6 +7,7 @@ what the template writes around the answer.
 
 from __future__ import annotations
 
+import datetime
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -16,6 +17,15 @@ from methods.tasks.records import Record
 from methods.tasks.task import LanguageModelling, Row, Span, Task, UnfitModelError, check_encodable
 
 ROLES = ("system", "user", "assistant", "tool")
+TODAY = datetime.datetime(2024, 7, 26, 12)
+"""What a template that asks for the time is told, so that a run goes on, and is repeated, on another day."""
+_PARTS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAwdbBmyYHIpMSfjUWGuVcxX"}
+_CALENDAR = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(f" | replace('{directive}', '{part}')" for directive, part in _PARTS.items())
+    + " }}{%- endmacro -%}"
+)
+"""In front of a template it is heard in place of what asks the clock."""
 
 
 def chat_row(record: Record, where: str) -> Row:
@@ -77,6 +87,12 @@ def _spans(row: Row, tokenizer: Any) -> list[Span]:
         spans += [Span(whole[done:start], False), Span(whole[start:end].rstrip(), True)]
         done = start + len(spans[-1].text)
     _tell_unwritten(messages, tokenizer)
+    if "strftime_now" in tokenizer.get_chat_template():
+        warnings.warn(
+            f"The model's chat template writes the date: it is told that of {TODAY:%d %B %Y}, always, so that a run "
+            "can be repeated.",
+            stacklevel=2,
+        )
     return [*spans, Span(whole[done:], False)]
 
 
@@ -92,11 +108,18 @@ def _place(messages: Sequence[Record], number: int, whole: str, tokenizer: Any) 
     end = len(whole) - len(behind)
     around = found and mark not in behind and whole.startswith(before) and whole.endswith(behind)
     if not around or len(before) > end or whole[len(before) : end].strip() != content.strip():
+        text = content.strip()
+        # A template may write its length too, or take its reasoning apart: it is where its text is, if that is there
+        # once, and goes with the answer.
+        if whole.count(text) == 1 and text not in marked:
+            return whole.index(text), whole.index(text) + len(text)
         if number < len(messages) - 1:
             alone = messages[: number + 1]
             _place(alone, number, _render(alone, tokenizer), tokenizer)
             raise _differently(content)  # once more follows
-        raise ValueError(f"the model's chat template does not write the answer {content.strip()[:40]!r} as it is.")
+        raise ValueError(
+            f"the model's chat template does not write the answer {text[:40]!r} as it is, or where cannot be told."
+        )
     return len(before), end
 
 
@@ -130,11 +153,11 @@ def _closing(messages: Sequence[Record], number: int, whole: str, end: int, toke
     """
     content, last = messages[number]["content"].strip(), number == len(messages) - 1
     other = _render([*messages, {"role": "user", "content": "?"}] if last else messages[: number + 1], tokenizer)
+    marks = sorted(tokenizer.get_added_vocab(), key=len)
     if not other.startswith(whole[:end]):
-        if last:  # and nothing can be compared
+        if last and not _without_marks(whole[end:], marks):  # nothing can be compared, but nobody else says anything
             return whole[end:]
         raise _differently(content)
-    marks = sorted(tokenizer.get_added_vocab(), key=len)
     tails = whole[end:], other[end:]
     pairs = zip(*tails, strict=False)
     alike = "".join(ours for ours, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -150,6 +173,13 @@ def _closing(messages: Sequence[Record], number: int, whole: str, end: int, toke
             f"{'' if last else ', or give chats of one answer each'}."
         )
     return shared
+
+
+def _without_marks(text: str, marks: Sequence[str]) -> str:
+    """What is left of a text without the tokenizer's marks and spaces."""
+    for mark in reversed(marks):
+        text = text.replace(mark, "")
+    return text.strip()
 
 
 def _whole_marks(shared: str, tails: Sequence[str], marks: Sequence[str]) -> str:
@@ -179,8 +209,13 @@ def _tell_unwritten(messages: Sequence[Record], tokenizer: Any) -> None:
 def _render(messages: Sequence[Record], tokenizer: Any, asked: bool = False) -> str:
     if not messages and not asked:
         return ""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _CALENDAR + template
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asked)
+        return tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, add_generation_prompt=asked
+        )
     except ModuleNotFoundError:
         raise
     except Exception as error:  # a template raises what it likes on turns that it was not made for

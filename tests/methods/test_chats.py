@@ -139,7 +139,51 @@ def test_a_mark_that_ends_the_last_answer_alone_is_learned(earlier):
 
 
 def test_an_end_that_cannot_be_told_is_refused():
+    # What a template writes behind the last answer may be what somebody else says.
+    backwards = "{% for m in messages[::-1] %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    reminded = (
+        TEMPLATES["marks and roles"][0] + "{% if not add_generation_prompt %}{{ messages[0]['content'] }}{% endif %}"
+    )
+    for template in (backwards, LOOP + "{{ loop.length ~ m['content'] + '<|end|>' }}{% endfor %}Be brief."):
+        with pytest.raises(ValueError, match="differently once more follows"):
+            spans_of([("system", "Be brief."), ("user", "a?"), ("assistant", "fine")], reader_of(template))
+    with pytest.raises(ValueError, match="does not end 'fine' as it does where more follows"):
+        spans_of([("user", "a?"), ("assistant", "fine")], reader_of(reminded))
     # Words of no mark follow the answer: they may belong to it, or begin another turn.
     template = LOOP + "{{ '### ' + m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}### assistant: "
     with pytest.raises(ValueError, match="does not end 'b' as it does where more follows"):
         spans_of([("user", "a?"), ("assistant", "b")], reader_of(template))
+
+
+REASONED = (
+    LOOP + "{% set said = m['content'] %}{% if m['role'] == 'assistant' %}{% set parts = said.split('</think>') %}"
+    "{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
+    "{% set said = '<think>\n' + thought + '\n</think>\n\n' + parts[-1].strip('\n') %}"
+    "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + said + '<|im_end|>\n' }}{% endfor %}"
+)
+COUNTED = (
+    LOOP
+    + "{{ '<|im_start|>' + m['role'] ~ (m['content'] | length) ~ '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(("template", "answer"), [(REASONED, "<think>\nhm\n</think>\n\nans"), (COUNTED, "yes, ok")])
+def test_an_answer_that_changes_what_is_around_it_is_found_by_its_text_where_that_is_there_once(template, answer):
+    reader = reader_of(template)
+    whole, learned, _ = spans_of([("user", "Is it so?"), ("assistant", answer)], reader)
+    assert learned == [answer + "<|im_end|>"] and whole.endswith(answer + "<|im_end|>\n")
+    with pytest.raises(ValueError, match="as it is, or where cannot be told"):
+        spans_of([("user", f"Is it {answer}?"), ("assistant", answer)], reader)
+    # Not where the text is another turn's, and the answer is not written at all.
+    hidden = (
+        LOOP + "{{ '<|im_start|>' + (m['content'] if m['role'] != 'assistant' else '-') + '<|im_end|>' }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="does not write the answer"):
+        spans_of([("user", f"Is it {answer}?"), ("assistant", answer)], reader_of(hidden))
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
+    reader = reader_of("{{ strftime_now('%d %B %Y') }}" + TEMPLATES["marks and roles"][0])
+    with pytest.warns(UserWarning, match="writes the date: it is told that of 26 July 2024, always"):
+        whole, learned, _ = spans_of([("user", "a?"), ("assistant", "b")], reader)
+    assert whole.startswith("26 July 2024<|im_start|>user") and learned == ["b<|im_end|>"]
