@@ -250,7 +250,8 @@ def _is_stuck(bijector: Bijector, x: jax.Array) -> Any:
     u = bijector.inverse(x)
     steps = (1 + jnp.arange(u.size, dtype=u.dtype) / u.size).reshape(u.shape)
     moves = jnp.maximum(jnp.abs(bijector.forward(u + steps) - x), jnp.abs(bijector.forward(u - steps) - x))
-    return bool(jnp.any(moves < 1e-35))
+    # Steps of a positive number are relative: one of 1e-37 moves by as much.
+    return bool(jnp.any((moves < 1e-35) & ((x == 0) | (moves <= 1e-2 * jnp.abs(x)))))
 
 
 def _refuse_complex(bijector: Bijector, x: jax.Array) -> jax.Array:

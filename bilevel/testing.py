@@ -34,7 +34,7 @@ from bilevel.problem.arguments import check_outer
 from bilevel.problem.problem import Problem, is_problem
 from bilevel.settings.fields import check_arguments
 from bilevel.settings.numeric import integer, real
-from bilevel.trees import Batch, Outer, PyTree, is_inexact, leaf_names, named, partition
+from bilevel.trees import Batch, Outer, PyTree, is_inexact, leaf_names, partition
 
 __all__ = [
     "DUTIES",
@@ -310,7 +310,7 @@ def _verdict(
         of_most = max(range(len(rows)), key=lambda i: np.nan_to_num(np.linalg.norm(rows[i][2]), nan=np.inf))
         why = _reason(verdict, rows[of_most], founds[of_most])
         if len(names) > 1 and why:
-            why = f"{named('leaf', names[of_most])}: {why}"
+            why = f"leaf {names[of_most]}: {why}"
     milder = {"exact": ("wrong", "biased"), "undecided": ("wrong", "biased"), "biased": ("wrong",)}
     for worse in milder.get(verdict, ()):
         if culprits := [leaf.name for leaf in agreements if leaf.verdict == worse]:

@@ -208,11 +208,10 @@ class Training:
 
     def through(self, hypergradient: bilevel.Hypergradient) -> np.ndarray:
         """The derivative of each question's loss by the weight of each row as `hypergradient` tells it, `[Q, N]`."""
-        ask = bilevel.value_and_hyperjacobian(self.problem, hypergradient)
         # A replay is driven from the host, and compiles its programs itself.
-        ask = ask if isinstance(hypergradient, bilevel.Replay) else jax.jit(ask)
-        _, jacobian = ask(self.outer, self.start, self.batches, self.questions, self.key)
-        return np.asarray(jacobian[WEIGHTS], np.float64)
+        ask = _jacobian if isinstance(hypergradient, bilevel.Replay) else _jacobian_at_once
+        given = self.outer, self.start, self.batches, self.questions, self.key
+        return np.asarray(ask(hypergradient, self.problem, *given)[WEIGHTS], np.float64)
 
     def answers(self, outer: Any) -> Answers:
         """What training at an outer variable ends with, and what it answers."""
@@ -259,6 +258,14 @@ class Training:
             np.add.at(found.swapaxes(0, 1), np.asarray(batch.number), by_row)
             total += float(np.asarray(counts, np.float64).sum())
         return found / total
+
+
+def _jacobian(hypergradient, problem, *given):
+    return bilevel.value_and_hyperjacobian(problem, hypergradient)(*given)[1]
+
+
+# With the problem as an argument: the weights of a model that it holds would be constants of the program otherwise.
+_jacobian_at_once = jax.jit(_jacobian)
 
 
 @jax.jit

@@ -241,7 +241,7 @@ def _placed(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def refuse_without_room(folder: str | Path, size: int) -> None:
-    """Makes a folder, if it is not there, for so many bytes.
+    """Makes a folder, if it is not there, for so many bytes, those of states that lie there already included.
 
     Raises:
       ValueError: if it cannot be made.
@@ -253,12 +253,13 @@ def refuse_without_room(folder: str | Path, size: int) -> None:
     except OSError as error:
         said = "a file of that name is there" if there.is_file() else error.strerror
         raise ValueError(f"Replay(store={str(folder)!r}): no such folder can be made ({said}): name another.") from None
-    if (free := shutil.disk_usage(there).free) < size:
+    kept = sum(path.stat().st_size for path in there.iterdir() if _is_ours(path.name))
+    if (free := shutil.disk_usage(there).free) < size - kept:
         if not known:
             there.rmdir()
         raise OSError(
-            f"Replay(store={str(folder)!r}) needs {_bytes(size)} there, and the disk has {_bytes(free)} free: make "
-            "room, take longer segments, or a schedule that keeps fewer (keep='sqrt')."
+            f"Replay(store={str(folder)!r}) needs {_bytes(size - kept)} there, and the disk has {_bytes(free)} free: "
+            "make room, take longer segments, or a schedule that keeps fewer (keep='sqrt')."
         )
 
 

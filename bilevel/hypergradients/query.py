@@ -195,7 +195,8 @@ class Answer(NamedTuple):
       state: the inner problem after training; `extra` may hold what the next estimate is to start from.
       trace: the inner losses of training, and what they returned beside their values.
       aux: what the outer loss returned beside its value.
-      info: the estimator's own numbers and arrays, by name.
+      info: the estimator's own numbers and arrays, by name. `hvps` is that of Hessian-vector products, which `compare`
+        shows.
 
     Examples:
       >>> import bilevel, jax

@@ -13,6 +13,8 @@ import numpy as np
 from bilevel.differentiation.captures import forget_outdated
 from bilevel.hypergradients.base import Estimate, Hypergradient, is_hypergradient
 from bilevel.hypergradients.contract import driven_from_host, traceable
+from bilevel.hypergradients.implicit_function import AtSolution
+from bilevel.hypergradients.implicit_solve import ImplicitSolve
 from bilevel.hypergradients.per_task import PerTask
 from bilevel.hypergradients.query import outer_value, split_keys
 from bilevel.hypergradients.training import InnerState
@@ -43,7 +45,8 @@ class Row:
         iterative linear solver counts as many products as it took.
       at_least: whether `gradients` is only a lower bound: a loop without a known length, in a loss or in a solver of
         your own, counts one turn.
-      hvps: Hessian-vector products it took of one batch's loss, of all tasks together.
+      hvps: Hessian-vector products it took of one batch's loss, of all tasks together, as `aux.info["hvps"]` says; 0
+        where an estimator says nothing of it.
       temporary: bytes of temporary memory.
       compile_seconds: of tracing and compiling.
       grad: the gradient.
@@ -258,7 +261,8 @@ def _counts(
     unit = gradient_flops(problem, hypergradient, outer, batches, key)
     each = np.asarray(estimate.aux.info.get("hvps", 0))  # of `PerTask` there is a number for each task
     hvps = int(each.sum())
-    if "linear_iterations" not in estimate.aux.info:
+    single = hypergradient.hypergradient if isinstance(hypergradient, PerTask) else hypergradient
+    if not isinstance(single, (AtSolution, ImplicitSolve)):
         whole = jax.make_jaxpr(_estimate)(hypergradient, problem, inner_state, outer, batches, outer_batch, key).jaxpr
         return {"gradients": operations(whole) / unit + again, "at_least": has_while(whole), "hvps": hvps}
     # The loop of the linear solver has a length that only the run knows: its products are counted by that.

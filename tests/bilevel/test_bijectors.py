@@ -169,3 +169,15 @@ def test_a_start_on_the_border_would_never_move_and_is_refused(bijector, dtype):
     with pytest.raises(ValueError, match=r"in outer, which .*domain.*start inside"):
         starting(0.0).start_outer(KEY)
     assert starting(1e-6).start_outer(KEY) == jnp.asarray(1e-6, dtype)
+
+
+@pytest.mark.parametrize("start", [1e-37, 1e-300])
+def test_a_small_positive_start_is_no_border(start):
+    """Steps of a positive number are relative to it."""
+    free = bijectors.free(bilevel.Positive(), jnp.asarray(start))
+    np.testing.assert_allclose(free, np.log(start), rtol=1e-6)
+    problem = bilevel.Problem(
+        lambda w, o, b, k: jnp.sum(w**2), lambda w, o, b, k: jnp.log(o) + jnp.sum(w), lambda k, o: jnp.zeros(1),
+        lambda k: jnp.asarray(start), domain=bilevel.Positive(),
+    )  # fmt: skip
+    np.testing.assert_allclose(problem.start_outer(jax.random.key(0)), start, rtol=1e-6)

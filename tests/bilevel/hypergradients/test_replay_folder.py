@@ -277,3 +277,14 @@ def test_a_disk_without_room_is_said_before_and_loses_nothing_later(tmp_path, mo
 
 
 SGD = optax.sgd(0.25)
+
+
+def test_states_that_lie_there_already_need_no_more_room(tmp_path, monkeypatch):
+    """Whoever has room for one estimate, and not for two, can go on."""
+    folder = tmp_path / "kept"
+    interrupted(folder)
+    there = sum(path.stat().st_size for path in folder.glob("*.replay-state.npz"))
+    monkeypatch.setattr(kept.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    kept.refuse_without_room(folder, there + 1000)
+    with pytest.raises(OSError, match=r"needs 1\.0\d kB there, and the disk has 1 kB free"):
+        kept.refuse_without_room(folder, there + 1010)

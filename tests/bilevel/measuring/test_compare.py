@@ -9,6 +9,7 @@ import pytest
 
 import bilevel
 from bilevel.measuring.flops import gradient_flops, hvp_flops
+from bilevel.testing import ridge
 
 matplotlib.use("Agg")
 
@@ -160,9 +161,25 @@ def test_names_that_are_not_there(comparison):
 
 
 def test_a_training_that_is_not_finite_says_nothing_of_smoothness():
-    problem, train, val = bilevel.testing.ridge()
+    problem, train, val = ridge()
     broken = jax.tree.map(lambda x: x.at[0].set(jnp.nan), train)
     ways = {"unrolled": bilevel.Unrolled(optax.sgd(0.5), 20)}
     found = bilevel.compare(problem, ways, reference="unrolled", inner_data=broken, outer_data=val, repeats=1)
     assert "Smoothness unknown at steps of 0.01: a training, or its hypergradient, is not finite" in str(found)
     assert "lower the inner learning rate, raise eps" not in str(found)
+
+
+def test_an_estimators_own_numbers_change_no_cost():
+    """Names that estimators of bilevel's use among theirs, in an estimator that is none of them."""
+
+    class Told(bilevel.OneStep):
+        def differentiate(self, query):
+            answer = super().differentiate(query)
+            return answer._replace(info=answer.info | {"linear_iterations": jnp.asarray(20), "hvps": jnp.asarray(3)})
+
+    problem, train, val = ridge()
+    ways = {"own": bilevel.OneStep(optax.sgd(0.5), 20), "told": Told(optax.sgd(0.5), 20)}
+    given = {"inner_data": train, "outer_data": val, "repeats": 1, "step": None}
+    found = bilevel.compare(problem, ways, reference="own", **given)
+    assert found["told"].gradients == found["own"].gradients
+    assert (found["own"].hvps, found["told"].hvps) == (0, 3)
