@@ -122,7 +122,7 @@ class InFolder:
     def put(self, name: str, tree: PyTree) -> None:
         self._count += 1
         file = f"{name}.{self._count}{_STATE}"
-        arrays = {"name": np.frombuffer(file.encode(), np.uint8)}
+        arrays: dict[str, Any] = {"name": np.frombuffer(file.encode(), np.uint8)}
         for number, (path, leaf) in enumerate(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)):
             array = on_host(leaf)
             words = f"{number} {path} {array.dtype} {list(array.shape)}"

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import bilevel
+from bilevel.extend import register
 from bilevel.measuring.flops import gradient_flops, hvp_flops
 from bilevel.testing import ridge
 
@@ -172,6 +173,7 @@ def test_a_training_that_is_not_finite_says_nothing_of_smoothness():
 def test_an_estimators_own_numbers_change_no_cost():
     """Names that estimators of bilevel's use among theirs, in an estimator that is none of them."""
 
+    @register
     class Told(bilevel.OneStep):
         def differentiate(self, query):
             answer = super().differentiate(query)
