@@ -223,6 +223,9 @@ class Checkpoints:
         )
         with uninterrupted():
             try:
+                # What was moved goes on there, and what was removed is not wanted: neither is made anew.
+                if not self._folder.is_dir():
+                    raise FileNotFoundError("its folder was moved or removed")
                 if folder.exists() and not _is_checkpoint(folder):
                     raise FileExistsError("something that is no checkpoint has its name: move it away")
                 with attempt(f"saving checkpoint {folder}"), _quiet():

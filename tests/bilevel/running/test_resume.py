@@ -506,6 +506,18 @@ def test_what_stands_in_the_way_of_a_checkpoint_is_named(tmp_path):
     assert (tmp_path / "4" / "mine.txt").read_text() == "mine"
 
 
+def test_a_folder_that_was_moved_away_is_not_made_anew(tmp_path):
+    folder, away = tmp_path / "run", tmp_path / "away"
+
+    def moves(step, state, metrics):
+        if step == 3:
+            folder.rename(away)
+
+    with pytest.warns(RuntimeWarning, match=r"could not be written \(its folder was moved or removed\)"):
+        run(LINE_SOLVER, 4, checkpoint_dir=folder, checkpoint_every=2, callbacks=[moves], callback_every=1)
+    assert not folder.exists() and away.is_dir()
+
+
 @pytest.mark.parametrize("what", ["moved", "copied"])
 def test_a_checkpoint_of_another_step_than_its_name_is_damaged(line_whole, tmp_path, what):
     folder = shutil.copytree(line_whole, tmp_path / "copy")
