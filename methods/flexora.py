@@ -44,6 +44,7 @@ from methods.flexora_variants import (
     options,
     outer_optimizer,
 )
+from methods.histories import by_chance
 from methods.objective import Given
 from methods.pages import Page, Run, layers, number, optimizer
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
@@ -86,7 +87,9 @@ def select(alpha: Any, top_k: int | None = None, *, threshold: float | None = No
 def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, float]:
     """Mean Jaccard index of all pairs of selections out of `count`, and what random ones of their sizes would have.
 
-    Random: the mean over pairs of E|both| / E|either|, with E|both| = |a| |b| / count.
+    Args:
+      selections: what each chose.
+      count: how many there are to choose from, those that no selection can hold left out.
 
     Raises:
       ValueError: for fewer than two selections.
@@ -94,10 +97,9 @@ def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, floa
     pairs = [(set(a), set(b)) for a, b in itertools.combinations(selections, 2)]
     if not pairs:
         raise ValueError("Stability compares two or more selections.")
-    chance = [len(a) * len(b) / count for a, b in pairs]
     return {
         "jaccard": float(np.mean([len(a & b) / len(a | b) for a, b in pairs])),
-        "random": float(np.mean([c / (len(a) + len(b) - c) for c, (a, b) in zip(chance, pairs, strict=True)])),
+        "random": float(np.mean([by_chance(len(a), len(b), count) for a, b in pairs])),
     }
 
 
