@@ -96,7 +96,7 @@ def _refuse_adapter(folder: Path, whole: bool) -> None:
     """Raises ValueError: for a whole model with an adapter, which other programs load with it, and for one alone."""
     if whole:
         raise ValueError(
-            f"{folder} holds an adapter beside the model ({_ADAPTER}), which is not read: merge it with that, or "
+            f"{folder} holds an adapter beside the model ({_ADAPTER}), which is not read: merge it into the model, or "
             "move it to a folder of its own."
         )
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")

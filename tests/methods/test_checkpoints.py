@@ -161,7 +161,7 @@ def adapter(folder: Path, *, beside: bool, **config) -> None:
     ("damage", "error", "sentence"),
     [
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
-        (lambda f: adapter(f, beside=True), ValueError, "holds an adapter beside the model .* merge it with that, or move"),
+        (lambda f: adapter(f, beside=True), ValueError, "holds an adapter beside the model .* merge it into"),
         (
             lambda f: adapter(f, beside=False, base_model_name_or_path="org/base"),
             ValueError,
