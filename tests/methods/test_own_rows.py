@@ -463,6 +463,10 @@ def test_a_token_across_a_border_is_learned():
     (sequence,) = tokenize_spans(made, [{"t": ""}], reader)
     assert [reader.decode([i]) for i in sequence.ids] == ["a", "bc", "d", "</s>"]
     assert sequence.learned == [False, True, True, True]
+    parts = [Span("a", False), Span("b", True), Span("cd", False)]
+    made = LanguageModelling(name="x", fields=("t",), spans=lambda row, of: parts)
+    (sequence,) = tokenize_spans(made, [{"t": ""}], reader)
+    assert sequence.learned == [False, True, False]  # a, bc, d
 
 
 def test_what_is_too_long_keeps_its_end():
