@@ -335,7 +335,7 @@ def choose(settings: AllocateSettings, bench: Bench, found: Sequence[bilevel.Res
         "spread": {name: np.std([each[name] for each in scores], axis=0) for name in mean},
     }
     if len(found) > 1:
-        selection["agreement"] = agreement(setup, alone, given.sites, given.num_layers)
+        selection["agreement"] = agreement(setup, alone, prices, given.sites, given.num_layers)
     config, mask = budget.adapter(bench.lora, ranks)
     told = peft_settings(config, bench.shapes, bench.hf_names, given.num_layers, mask, bench.peft_task)
     selection["peft"], selection["modules"] = told
@@ -383,17 +383,23 @@ def trained(
 
 
 def agreement(
-    settings: Any, alone: Sequence[Mapping[str, np.ndarray]], sites: Sequence[str], layers: int
+    settings: Any,
+    alone: Sequence[Mapping[str, np.ndarray]],
+    prices: Mapping[str, np.ndarray],
+    sites: Sequence[str],
+    layers: int,
 ) -> dict[str, Any]:
     """How much searches that differ in their seed agree: the Jaccard index of their units, or the rank correlation.
 
     Args:
       settings: as from `used`.
       alone: what each search would have bought.
+      prices: of the units; those of no finite price are not for sale, in a random choice either.
       sites, layers: of the model.
     """
     flat = [np.concatenate([np.ravel(on) for on in each.values()]) for each in alone]
-    found: dict[str, Any] = flexora.stability([np.flatnonzero(each).tolist() for each in flat], flat[0].size)
+    for_sale = sum(int(np.isfinite(price).sum()) for price in prices.values())
+    found: dict[str, Any] = flexora.stability([np.flatnonzero(each).tolist() for each in flat], for_sale)
     if settings.per == "rank":
         ranks = [np.ravel(list(budget.ranks_of(settings, each, sites, layers).values())) for each in alone]
         pairs = itertools.combinations(ranks, 2)

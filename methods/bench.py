@@ -26,6 +26,7 @@ from methods.adapters.lora import LoRAConfig
 from methods.causes import reading
 from methods.models.loading import HFNames, Pretrained, load, locate
 from methods.objective import Given, mean_loss, mean_of_row_means, prediction, room
+from methods.ranges import AtMost
 from methods.runfolder import RunFolder
 from methods.settings import Settings, Training
 from methods.tasks.loss import answer_width
@@ -181,7 +182,12 @@ def check(settings: Settings, unused: Collection[str] = ()) -> None:
 def unsettled(settings: Settings) -> list[str]:
     """The settings whose values only the rows tell."""
     by_epochs = ["finetune_steps"] if settings.finetune_epochs is not None else []
-    return [name for name in SETTLED if getattr(settings, name) is None] + by_epochs
+    return [name for name in SETTLED if _is_open(getattr(settings, name))] + by_epochs
+
+
+def _is_open(value: Any) -> bool:
+    """Whether the rows decide a setting: nobody has asked for this value."""
+    return value is None or isinstance(value, AtMost)
 
 
 def _check_batches(settings: Settings, unused: Collection[str]) -> None:
@@ -323,6 +329,9 @@ def prepare(
     untested = len(source.test) - len(splits.test)
     if untested and _is_own(settings):
         processes.tell(f"{untested:,} of {len(source.test):,} rows to test on are not used: no more were asked for")
+    for name, rows in (("train", splits.train), ("outer", tasks.units(task, splits.outer))):
+        if isinstance(most := getattr(settings, f"{name}_rows"), AtMost) and len(rows) < most:
+            processes.tell(f"--{name}-rows is {len(rows):,}, and not {most:,} as in the preset: there are no more rows")
     if splits.cut:
         processes.tell(f"one text is longer than all outer rows: its last {splits.cut:,} pieces are among these")
     if remark := tasks.untaught(task, splits):
@@ -368,7 +377,7 @@ def settled(settings: Any, bench: Bench) -> Any:
         "outer_rows": len(tasks.units(bench.task, bench.splits.outer)),
         "test_rows": len(tasks.units(bench.task, bench.splits.test)),
     }
-    unsaid = {name: value for name, value in used.items() if getattr(settings, name) is None}
+    unsaid = {name: value for name, value in used.items() if _is_open(getattr(settings, name))}
     if settings.finetune_epochs is not None:
         batch = settings.batch_size * settings.accumulate
         steps = math.ceil(settings.finetune_epochs * len(bench.splits.train) / batch)
@@ -387,7 +396,8 @@ def _split(
     task: Any, fitting: list[Any], looked_at: int, test_rows: list[Any], settings: Settings, sizes: Sizes
 ) -> tasks.Splits:
     """`tasks.split` by the settings. Raises ValueError, with the options in it that say how many rows are wanted."""
-    outer = max(1, len(tasks.units(task, fitting)) // 4) if sizes.outer is None else sizes.outer
+    quarter = max(1, len(tasks.units(task, fitting)) // 4)
+    outer = quarter if sizes.outer is None else sizes.outer
     try:
         return tasks.split(
             task,
@@ -400,18 +410,27 @@ def _split(
             about=sizes.outer is None,
         )
     except tasks.TooFew as error:
+        if not error.test and (fewer := _fewer(sizes, quarter)) is not None:
+            return _split(task, fitting, looked_at, test_rows, settings, fewer)
         said = re.sub(r"\b(train|outer|test)=(\d+) (rows|prompts)", r"--\1-rows \2", str(error).rstrip("."))
         if error.test:
             raise ValueError(f"{said}.") from error
         lower = " and ".join(
             f"--{name}-rows" for name in ("train", "outer") if getattr(sizes, name) is not None
         )  # a number that was not given cannot be lowered
-        remedies = ["raise --length"] * (bool(lower) or len(fitting) < looked_at)
+        remedies = ["raise --length"] * (len(fitting) < looked_at)
         remedies += [f"lower {lower}" if lower else "give rows on more subjects"]
         raise ValueError(
             f"{said}; {len(fitting)} of the {looked_at} training rows that were looked at fit into --length "
             f"{settings.length}: {', or '.join(remedies)}."
         ) from error
+
+
+def _fewer(sizes: Sizes, quarter: int) -> Sizes | None:
+    """What is wanted in place of numbers that nobody asked for, where there are not so many rows; None: the same."""
+    if isinstance(sizes.outer, AtMost) and sizes.outer > quarter:
+        return sizes._replace(outer=None)
+    return sizes._replace(train=None) if isinstance(sizes.train, AtMost) else None
 
 
 def open_run(settings: Settings, bench: Bench, found: Sequence[str] = ()) -> RunFolder:

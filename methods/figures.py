@@ -54,8 +54,8 @@ def training(file: Path, folder: RunFolder, arms: Sequence[str]) -> None:
     save(fig, file)
 
 
-def layer_logits(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
-    """Layer logits over outer steps, colour by depth, the selected ones drawn through, the others dashed."""
+def layer_logits(file: Path, alpha: np.ndarray, chosen: list[int], per: str = "layer") -> None:
+    """Logits of layers, or modules, over outer steps, colour by place, those selected drawn through, others dashed."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     path = np.concatenate([np.zeros((1, alpha.shape[1]), alpha.dtype), alpha])
@@ -64,21 +64,22 @@ def layer_logits(file: Path, alpha: np.ndarray, chosen: list[int]) -> None:
         selected = layer in chosen
         ax.plot(path[:, layer], color=colour, lw=1.6 if selected else 0.8, ls="-" if selected else (0, (3, 2)))
     scale = plt.cm.ScalarMappable(norm=plt.Normalize(0, alpha.shape[1] - 1), cmap="viridis")
-    fig.colorbar(scale, ax=ax, label="layer")
-    ax.set(xlabel="outer step", ylabel=r"layer logit $\alpha$", title="Layer logits (dashed: not selected)")
+    fig.colorbar(scale, ax=ax, label=per)
+    title = f"{per.capitalize()} logits (dashed: not selected)"
+    ax.set(xlabel="outer step", ylabel=rf"{per} logit $\alpha$", title=title)
     ax.spines[["top", "right"]].set_visible(False)
     save(fig, file)
 
 
-def selected_layers(file: Path, alpha: np.ndarray, chosen: list[int], rule: str) -> None:
-    """Final layer logits as bars, the selected ones filled."""
+def selected_layers(file: Path, alpha: np.ndarray, chosen: list[int], rule: str, per: str = "layer") -> None:
+    """Final logits of layers, or modules, as bars, the selected ones filled."""
     plt = pyplot()
     fig, ax = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
     colours = ["#2a6f97" if layer in chosen else "#d0d5da" for layer in range(len(alpha))]
     ax.bar(np.arange(len(alpha)), alpha, color=colours)
     ax.axhline(alpha.mean(), color="black", lw=0.8, ls=":")
-    title = f"Selected: {len(chosen)} of {len(alpha)} layers ({rule}; dotted: mean)"
-    ax.set(xlabel="layer", ylabel=r"$\alpha$", title=title)
+    title = f"Selected: {len(chosen)} of {len(alpha)} {per}s ({rule}; dotted: mean)"
+    ax.set(xlabel=per, ylabel=r"$\alpha$", title=title)
     ax.spines[["top", "right"]].set_visible(False)
     save(fig, file)
 

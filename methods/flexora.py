@@ -44,6 +44,7 @@ from methods.flexora_variants import (
     options,
     outer_optimizer,
 )
+from methods.histories import by_chance
 from methods.objective import Given
 from methods.pages import Page, Run, layers, number, optimizer
 from methods.ranges import Count, CountOrNone, Kept, NotNegative, Positive, Range, Repeats, RepeatsOrNone, one_of
@@ -86,7 +87,9 @@ def select(alpha: Any, top_k: int | None = None, *, threshold: float | None = No
 def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, float]:
     """Mean Jaccard index of all pairs of selections out of `count`, and what random ones of their sizes would have.
 
-    Random: the mean over pairs of E|both| / E|either|, with E|both| = |a| |b| / count.
+    Args:
+      selections: what each chose.
+      count: how many there are to choose from, those that no selection can hold left out.
 
     Raises:
       ValueError: for fewer than two selections.
@@ -94,10 +97,9 @@ def stability(selections: Sequence[Sequence[int]], count: int) -> dict[str, floa
     pairs = [(set(a), set(b)) for a, b in itertools.combinations(selections, 2)]
     if not pairs:
         raise ValueError("Stability compares two or more selections.")
-    chance = [len(a) * len(b) / count for a, b in pairs]
     return {
         "jaccard": float(np.mean([len(a & b) / len(a | b) for a, b in pairs])),
-        "random": float(np.mean([c / (len(a) + len(b) - c) for c, (a, b) in zip(chance, pairs, strict=True)])),
+        "random": float(np.mean([by_chance(len(a), len(b), count) for a, b in pairs])),
     }
 
 
@@ -317,6 +319,9 @@ def choose(settings: FlexoraSettings, bench: Bench, found: Sequence[bilevel.Resu
     alpha, chosen, count = history[0][-1], every[0], history[0].shape[1]
     rule = f"top {setup.top_k}" if setup.top_k else "alpha > 0" if threshold is not None else "alpha > mean(alpha)"
     selection = {"rule": rule, setup.per + "s": chosen, "alpha": alpha, "gate": np.asarray(gate(alpha))}
+    if setup.per == "module":  # what each entry of alpha is
+        places = itertools.product(given.sites, range(given.num_layers))
+        selection["names"] = [bench.hf_names.module(site, layer) for site, layer in places]
     if len(found) > 1:
         selection |= {"searches": every, "stability": stability(every, count)}
 
@@ -343,20 +348,21 @@ def page(run: Run) -> Page:
     """The selection, the way of the logits to it, and how far to trust it."""
     setup: Any = used(run.settings)
     alpha, chosen, rule = np.asarray(run.selection["history"]), run.selection[setup.per + "s"], run.selection["rule"]
-    figures.layer_logits(run.figure("alpha.png"), alpha, chosen)
-    figures.selected_layers(run.figure("selection.png"), alpha[-1], chosen, rule)
+    figures.layer_logits(run.figure("alpha.png"), alpha, chosen, setup.per)
+    figures.selected_layers(run.figure("selection.png"), alpha[-1], chosen, rule, setup.per)
     if setup.released:
         kind = "as the released code computes it (first order, cubed gate)"
     else:
         kind = {"unrolled": "through the unrolled training", "first-order": "first order"}[setup.hypergradient]
     steps, count = alpha.shape
+    which = ", ".join(map(str, chosen)) if setup.per == "layer" else _named(chosen, run.bench, setup.per)
     took = f"{number(steps, 'outer step')} of {number(setup.inner_steps, 'inner step')}{' each' * (steps > 1)}"
     trust = f"""The search took {took}, batches of
 {setup.batch_size} training and {setup.outer_batch_size} validation rows, the hypergradient taken {kind}.
 {_halves(alpha)}{_repetitions(run.selection)}{_warning(steps, count)}"""
     return Page(
         "Flexora",
-        f"{len(chosen)} of {count} {setup.per}s, by the rule {rule}: {', '.join(map(str, chosen))}.",
+        f"{len(chosen)} of {count} {setup.per}s, by the rule {rule}: {which}.",
         {"alpha.png": "layer logits over time", "selection.png": "selection"},
         f"The final training is {optimizer(setup)} from scratch, the same for every row of the table. The adapter of "
         f"the selected {setup.per}s is in `adapter/`, in PEFT's format.",

@@ -281,7 +281,19 @@ def page(run: Run) -> Page:
         "many modules. LoRA is in `adapter/`, in PEFT's format; shortcuts, for which that has no place, in "
         "`adapter-shortcuts.safetensors`."
     )
-    return Page("HeteroLoRA", "Modules that are on:\n\n" + "\n".join(found), shown, made)
+    return Page("HeteroLoRA", "Modules that are on:\n\n" + "\n".join(found), shown, made, _unlike(settings))
+
+
+def _unlike(settings: HeteroLoRASettings) -> str:
+    """What differs in the training of the models that are compared; "" for nothing."""
+    if settings.allocation == "static" or not settings.random_baselines:
+        return ""
+    more = number(settings.reallocations * settings.interval, "training step")
+    return (
+        f"heterolora goes on from the search, and so had {more} of Adam at {settings.search_lr:g} before the "
+        f"{settings.finetune_steps} that the random allocations had as well, which start from scratch: a difference "
+        "from them is that of the choice and of these steps. --allocation static trains all alike."
+    )
 
 
 COMMAND = Method(

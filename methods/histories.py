@@ -163,11 +163,14 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.sum(one & other) / union) if union else 1.0
 
 
-def by_chance(one: np.ndarray, other: np.ndarray) -> float:
-    """About the `jaccard` of choices of as many entries that are drawn at random."""
-    first, second = int(one.sum()), int(other.sum())
-    common = first * second / len(one) if len(one) else 0.0
-    return common / (first + second - common) if first + second else 1.0
+def by_chance(first: int, second: int, count: int) -> float:
+    """The mean `jaccard` of choices of `first` and of `second` out of `count` entries, both drawn at random."""
+    if not first and not second:
+        return 1.0
+    from scipy import stats  # half a second
+
+    common = np.arange(max(0, first + second - count), min(first, second) + 1)
+    return float(stats.hypergeom.pmf(common, count, first, second) @ (common / (first + second - common)))
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

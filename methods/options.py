@@ -57,7 +57,7 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
     words = [*_words(configured, cls, file, rest), *rest]
     named = any(word == "--model" or word.startswith("--model=") for word in words)
     needed = {"model": "" if named else tyro.MISSING} if "model" in {f.name for f in dataclasses.fields(cls)} else {}
-    default = cls(**needed, **command.presets[preset])
+    default = cls(**needed, **_no_demand(command.presets[preset]))
     before = default
     if file is not None:  # by itself, so that a mistake in it is not taken for one of the words
         try:
@@ -78,6 +78,12 @@ def parse(command: Any, name: str, arguments: Sequence[str]) -> Any:
         if getattr(settings, field) != getattr(before, field):
             raise BadInput(f"--{field.replace('_', '-')} has no effect here, since {reason}: leave it out.")
     return settings
+
+
+def _no_demand(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset in which numbers of rows are the most that are taken."""
+    rows = ("train_rows", "outer_rows")
+    return {name: ranges.AtMost(value) if name in rows else value for name, value in preset.items()}
 
 
 def _parsed(command: Any, name: str, cls: type, default: Any, preset: str, words: list[str]) -> Any:

@@ -74,6 +74,10 @@ Share = Annotated[float, Range(0, 1, above=True)]
 """A share of a whole, some of which there must be."""
 
 
+class AtMost(int):
+    """A number of rows that nobody has asked for, but a preset gives: where there are fewer, it is these."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # a dict has no hash
 class Names:
     """The names in a registry, read each time they are asked for: what is registered is a choice from then on."""

@@ -386,6 +386,4 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, jax.Array)) else str(value)

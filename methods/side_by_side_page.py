@@ -86,7 +86,7 @@ def _seeds(several: Sequence[Sequence[Row]], means: tuple[Sequence[str], Sequenc
         pairs = [(a, b) for a, b in combinations(chosen, 2) if len(a) == len(b)]
         if pairs and not (all(on.all() for on in chosen) or not any(on.any() for on in chosen)):
             alike = [histories.jaccard(a, b) for a, b in pairs]
-            chance = [histories.by_chance(a, b) for a, b in pairs]
+            chance = [histories.by_chance(int(a.sum()), int(b.sum()), len(a)) for a, b in pairs]
             first = group[0]
             cells = [first.method, first.arm, first.config["task"], len(pairs)]
             rows.append([*cells, f"{np.mean(alike):.2f}", f"{np.min(alike):.2f}", f"{np.mean(chance):.2f}"])

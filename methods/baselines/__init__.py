@@ -45,7 +45,16 @@ WITHOUT_BUDGET = ("autolora", "bilora", "lorta", "tied-lora")
 LEAST_STEPS = {"alora": alora.ROUNDS + 1, "rac-lora": rac_lora.LINKS}
 """Those that train in several parts, of a step each at least."""
 
-BESIDES: dict[str, Callable[[int], int]] = {"lora-drop": lora_drop.measuring}
+BESIDES: dict[str, Callable[[int], int]] = {"lora-drop": lora_drop.measuring, "autolora": lambda steps: steps}
 """How many steps those take that train to choose, before the training of so many steps."""
+_RANKS = "since its budget is one of ranks, one a module at least, whatever they cost"
+BEYOND = {
+    "lora-drop": "since the LoRA that the other layers share comes on top",
+    "adalora": "since its budget is one of ranks, whatever they cost",
+    "increlora": _RANKS,
+    "alora": _RANKS,
+    "mos": "since a linear has two vectors at least",
+}
+"""Why a budget of parameters does not bind those; all others spend whole ranks, one at least, or stay within it."""
 
-__all__ = ["BASELINES", "BESIDES", "LEAST_STEPS", "WITHOUT_BUDGET", "Found", "Setting"]
+__all__ = ["BASELINES", "BESIDES", "BEYOND", "LEAST_STEPS", "WITHOUT_BUDGET", "Found", "Setting"]

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-import bilevel
 from bilevel.extend import PyTree
-from methods.baselines.base import Found, PerSite, Setting, found
+from methods.baselines.base import Found, PerSite, Setting, fit, found
 from methods.ranges import part
 
 ROUNDS = 3
@@ -76,26 +75,26 @@ def find(setting: Setting, key: jax.Array) -> Found:
     shape = setting.num_layers, setting.lora.rank
     ranks = max(1, part(setting.share, setting.lora.rank))
     mask: PerSite = {site: jnp.broadcast_to(jnp.arange(shape[1])[None, :] < ranks, shape) for site in setting.sites}
-
-    def loss(weights: Any, params: PyTree, mask: PerSite, batch: PyTree, key: Any) -> jax.Array:
-        return setting.loss(weights, setting.lora.bind(params["adapter"], mask=mask), params["head"], batch)
-
-    loss = jax.tree_util.Partial(loss, setting.weights)
-    start = lambda key, mask: setting.with_head(key, setting.start(key))  # noqa: E731
-    problem = bilevel.Problem(loss, loss, start, lambda key: mask)
-    parts = setting.parts(ROUNDS + 1)
-    of_steps = {steps: bilevel.FirstOrder(optax.adam(setting.learning_rate), steps) for steps in parts}
-    train = {steps: jax.jit(trainer.solve) for steps, trainer in of_steps.items()}
     measure = jax.jit(lambda trained, mask, batch: ablation(setting, trained, mask, batch))
     held_out = jax.tree.map(lambda rows: rows[: 4 * setting.batch_size], setting.outer)
-    rows = len(jax.tree.leaves(setting.train)[0])
-    state, importance = of_steps[parts[0]].init(problem, mask, key), None
-    for round_key, steps in zip(jax.random.split(key, ROUNDS + 1), parts, strict=True):
-        if state.step:
+    state: Any = None
+    importance: PerSite = {}
+    parts = zip(jax.random.split(key, ROUNDS + 1), setting.parts(ROUNDS + 1), strict=True)
+    for number, (part_key, steps) in enumerate(parts, 1):
+        if state is not None:
             importance = measure(state.params, mask, held_out)
             mask = hand_over(importance, mask, max(1, ranks * len(mask) * shape[0] // 8))
-        draw, step_key = jax.random.split(round_key)
-        index = jax.random.randint(draw, (steps, setting.batch_size), 0, rows)
-        state = train[steps](problem, state, mask, bilevel.Indexed(setting.train, index), step_key)
-    scores = {site: jnp.where(jnp.isfinite(i), i, 0).sum(1) for site, i in (importance or {}).items()}
+        state = _go_on(setting, part_key, state, mask, steps, f"part {number}")
+    scores = {site: jnp.where(jnp.isfinite(i), i, 0).sum(1) for site, i in importance.items()}
     return found(setting, state.params, None, mask, scores)
+
+
+def _go_on(setting: Setting, key: jax.Array, state: Any, mask: PerSite, steps: int, part: str) -> Any:
+    """The inner state after more steps with the ranks of a mask, Adam's averages kept; from fresh ones without one."""
+    start, optimizer = setting.start, optax.adam(setting.learning_rate)
+    if state is not None:
+        setting = setting._replace(start_head=lambda key: state.params["head"])
+        start = lambda key: state.params["adapter"]  # noqa: E731
+        optimizer = optax.GradientTransformation(lambda params: state.opt_state, optimizer.update)
+    bind = lambda params: setting.lora.bind(params, mask=mask)  # noqa: E731
+    return fit(setting, key, start, bind, optimizer=optimizer, steps=steps, part=part)

@@ -45,5 +45,5 @@ def find(setting: Setting, key: jax.Array) -> Found:
         return {s: jnp.zeros((setting.num_layers, setting.lora.rank), setting.dtype) for s in setting.sites}
 
     estimator = bilevel.FiniteDifference(optax.adam(setting.learning_rate), 1)
-    mask = keep(search(setting, first, gated, start, estimator).outer)
+    mask = keep(search(setting, first, gated, start, estimator, "choice").outer)
     return train_lora(setting, second, mask, {site: m.sum(1) for site, m in mask.items()})

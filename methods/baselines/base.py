@@ -17,9 +17,9 @@ import optax
 
 import bilevel
 from bilevel.extend import PyTree
+from methods import ranges
 from methods.adapters.lora import LoRAConfig
 from methods.models.hooks import Hook
-from methods.ranges import part
 
 PerSite = dict[str, Any]
 
@@ -39,7 +39,8 @@ class Setting(NamedTuple):
       steps, batch_size, learning_rate: of a training, by Adam.
       dtype: of the adapter.
       start_head: `start_head(key)`, a fresh head that is trained beside the adapter; {} where the model's own answers.
-      callbacks: of `bilevel.run`, for every training and search.
+      callbacks: `callbacks(part)`, those of `bilevel.run` for a part of what is trained and searched; "" is the one
+        training that a method has, or its last.
       sharding: likewise.
     """
 
@@ -56,7 +57,7 @@ class Setting(NamedTuple):
     learning_rate: float = 1e-3
     dtype: Any = jnp.float32
     start_head: Callable[[jax.Array], PyTree] = lambda key: {}
-    callbacks: Sequence[Any] = ()
+    callbacks: Callable[[str], Sequence[Any]] = lambda part: ()
     sharding: bilevel.Sharding | None = None
 
     @property
@@ -83,7 +84,7 @@ class Setting(NamedTuple):
         """
         if not 0 < self.share <= 1:
             raise ValueError(f"The share {self.share:g} of the budget must be above 0 and at most 1.")
-        return part(self.share, sum(int(cost.sum()) for cost in self.costs().values()))
+        return ranges.part(self.share, sum(int(cost.sum()) for cost in self.costs().values()))
 
     def parts(self, count: int) -> list[int]:
         """The steps in so many parts, as equal as they can be, and of one step at least."""
@@ -140,6 +141,7 @@ def fit(
     *,
     optimizer: Any = None,
     steps: int | None = None,
+    part: str = "",
     penalty: Callable[[PyTree], jax.Array] = lambda params: jnp.zeros(()),
 ) -> Any:
     """Trains on `setting.train` for `steps` (`setting.steps`): the inner state, with `.params` and `.opt_state`.
@@ -150,6 +152,7 @@ def fit(
       start: `start(key) -> params`, any pytree.
       bind: `bind(params) -> hook`.
       optimizer: Adam at the setting's learning rate by default.
+      part: what it is of all that is trained, as `Setting.callbacks` takes it.
       penalty: added to the loss.
     """
 
@@ -165,7 +168,7 @@ def fit(
         data=bilevel.Batches(setting.train, setting.batch_size),
         steps=steps or setting.steps,
         key=key,
-        callbacks=setting.callbacks,
+        callbacks=setting.callbacks(part),
         progress=False,
         sharding=setting.sharding,
     )
@@ -173,7 +176,12 @@ def fit(
 
 
 def search(
-    setting: Setting, key: jax.Array, gated: Callable[..., jax.Array], outer: Callable[[], PyTree], estimator: Any
+    setting: Setting,
+    key: jax.Array,
+    gated: Callable[..., jax.Array],
+    outer: Callable[[], PyTree],
+    estimator: Any,
+    part: str = "",
 ) -> Any:
     """Alternates one inner step on `train` with one outer step on `outer`, both by Adam: a `bilevel.Result`.
 
@@ -182,6 +190,7 @@ def search(
         level asks.
       outer: the outer variable at the start.
       estimator: the hypergradient.
+      part: as of `fit`.
     """
 
     def level(training: bool) -> Any:
@@ -199,7 +208,7 @@ def search(
         outer_data=bilevel.Batches(setting.outer, setting.batch_size),
         steps=setting.steps,
         key=key,
-        callbacks=setting.callbacks,
+        callbacks=setting.callbacks(part),
         progress=False,
         sharding=setting.sharding,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -12,12 +12,12 @@ import tyro
 
 import bilevel
 from methods import lora, side_by_side
-from methods.baselines import BASELINES, BESIDES, LEAST_STEPS, WITHOUT_BUDGET, Setting
+from methods.baselines import BASELINES, BESIDES, BEYOND, LEAST_STEPS, WITHOUT_BUDGET, Setting
 from methods.baselines.base import Found
 from methods.bench import Bench
 from methods.driver import Arm, Chosen, Method, Tried
 from methods.objective import Bound
-from methods.pages import Page, Run
+from methods.pages import Page, Run, number
 from methods.ranges import Listed, Share, one_of
 from methods.runfolder import RunFolder
 from methods.settings import NO_OUTER, Settings
@@ -64,7 +64,9 @@ def check(settings: BaselineSettings) -> None:
         )
 
 
-def setting_of(settings: BaselineSettings, bench: Bench, callbacks: Any = ()) -> Setting:
+def setting_of(
+    settings: BaselineSettings, bench: Bench, callbacks: Callable[[str], Sequence[Any]] = lambda part: ()
+) -> Setting:
     """What the baselines are given of a bench.
 
     Raises:
@@ -95,7 +97,7 @@ def choose(settings: BaselineSettings, bench: Bench, found: Sequence[bilevel.Res
     del found, tried
 
     def train(folder: RunFolder, name: str) -> Found:
-        setting = setting_of(settings, bench, folder.callbacks(name))
+        setting = setting_of(settings, bench, lambda part: folder.callbacks(f"{name} {part}".rstrip()))
         return BASELINES[name](setting, jax.random.key(settings.seed + 1))
 
     def count(found: Found) -> dict[str, Any]:
@@ -124,13 +126,14 @@ def page(run: Run) -> Page:
     if settings.name in WITHOUT_BUDGET:
         budget = f"without a budget: it takes {real:.1%} of LoRA of rank {settings.rank}"
     elif real > settings.share:
-        budget += ", more than that, since it spends whole ranks"
+        why = BEYOND.get(settings.name, "since it spends whole ranks, one a module at least")
+        budget += f", more than that, {why}"
     before = BESIDES.get(settings.name, lambda steps: 0)(settings.finetune_steps)
-    besides = f", after {before} steps that choose" if before else ""
+    besides = f", after {number(before, 'step')} of choosing" if before else ""
     made = (
-        f"Trained for {settings.finetune_steps} steps of Adam at that constant rate{besides}, {budget}. The docstring "
-        "of its file in `methods/baselines/` says what is published and what is our choice. The scores of the modules, "
-        "if it has any: `scores.json`. If it is a LoRA, it is in `adapter/`, in PEFT's format."
+        f"Trained for {number(settings.finetune_steps, 'step')} of Adam at that constant rate{besides}, {budget}. "
+        "The docstring of its file in `methods/baselines/` says what is published and what is our choice. The scores "
+        "of the modules, if it has any: `scores.json`. If it is a LoRA, it is in `adapter/`, in PEFT's format."
     )
     return Page(settings.name, "", side_by_side.of_run(run.folder, run.results), made)
 

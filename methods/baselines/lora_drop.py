@@ -74,7 +74,7 @@ def find(setting: Setting, key: jax.Array) -> Found:
     """A fifth of the steps to measure, a choice of layers, and the training with one shared LoRA."""
     short, draw, train = jax.random.split(key, 3)
     start = setting.start
-    first = fit(setting, short, start, setting.lora.bind, steps=measuring(setting.steps)).params
+    first = fit(setting, short, start, setting.lora.bind, steps=measuring(setting.steps), part="choice").params
     sample = jax.tree.map(lambda rows: rows[:256], setting.train)
 
     @jax.jit

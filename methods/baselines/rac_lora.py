@@ -38,7 +38,9 @@ def beside(before: PyTree | None, link: PyTree) -> PyTree:
     }
 
 
-def extend(setting: Setting, lora: LoRAConfig, before: PyTree, key: jax.Array, steps: int) -> tuple[PyTree, int]:
+def extend(
+    setting: Setting, lora: LoRAConfig, before: PyTree, key: jax.Array, steps: int, name: str
+) -> tuple[PyTree, int]:
     """`{"adapter": chain, "head": ...}` after one more link of `steps`; and how many numbers that link trained."""
     coin, draw, train = jax.random.split(key, 3)
     frozen, moving = ("a", "b") if jax.random.bernoulli(coin) else ("b", "a")
@@ -55,7 +57,7 @@ def extend(setting: Setting, lora: LoRAConfig, before: PyTree, key: jax.Array, s
         return {site: jnp.zeros(leaves[moving].shape, setting.dtype) for site, leaves in shapes.items()}
 
     here = setting._replace(start_head=lambda key: before["head"])
-    trained = fit(here, train, start, lambda params: _bind(lora, whole(params)), steps=steps).params
+    trained = fit(here, train, start, lambda params: _bind(lora, whole(params)), steps=steps, part=name).params
     return trained | {"adapter": whole(trained["adapter"])}, sum(leaf.size for leaf in trained["adapter"].values())
 
 
@@ -64,8 +66,9 @@ def find(setting: Setting, key: jax.Array, links: int = LINKS) -> Found:
     setting.budget()
     lora = resized(setting.lora, max(1, part(setting.share, setting.lora.rank)))
     chain, trained = setting.with_head(key, None), []
-    for link_key, steps in zip(jax.random.split(key, links), setting.parts(links), strict=True):
-        chain, count = extend(setting, lora, chain, link_key, steps)
+    parts = zip(jax.random.split(key, links), setting.parts(links), strict=True)
+    for number, (link_key, steps) in enumerate(parts, 1):
+        chain, count = extend(setting, lora, chain, link_key, steps, f"link {number}")
         trained.append(count)
     everywhere = {site: np.ones(setting.num_layers) for site in setting.sites}
     config = resized(lora, lora.rank * links)

@@ -16,8 +16,9 @@ import numpy as np
 
 from methods.models.keys import Sizes, shown
 
-_LARGEST_JSON = {"config.json": 2**24, "model.safetensors.index.json": 2**26}
+_LARGEST_JSON = {"config.json": 2**24, "model.safetensors.index.json": 2**26, "adapter_config.json": 2**24}
 """Bytes; the largest that are known have a tenth of it."""
+_ADAPTER = "adapter_config.json"
 
 
 class Stored(NamedTuple):
@@ -73,10 +74,12 @@ def explain(message: str, *errors: type[Exception]) -> Iterator[None]:
 def open_folder(folder: Path) -> Checkpoint:
     """A folder with config.json and model.safetensors, or shards and their model.safetensors.index.json.
 
-    Raises FileNotFoundError if a file is missing, ValueError if one cannot be read or the weights are
-    quantised.
+    Raises FileNotFoundError if a file is missing, ValueError if one cannot be read, the weights are quantised, or the
+    folder is that of an adapter, with its model or without.
     """
     path = folder / "config.json"
+    if (folder / _ADAPTER).is_file():
+        _refuse_adapter(folder, path.is_file())
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: give a folder in Hugging Face layout or a .gguf file.")
     settings = read_json(path)
@@ -87,6 +90,18 @@ def open_folder(folder: Path) -> Checkpoint:
         )
     stored, read = _open_safetensors(*_tensor_files(folder))
     return Checkpoint("hf", str(folder), shown(settings.get("model_type")).strip("'"), settings, stored, read)
+
+
+def _refuse_adapter(folder: Path, whole: bool) -> None:
+    """Raises ValueError: for a whole model with an adapter, which other programs load with it, and for one alone."""
+    if whole:
+        raise ValueError(
+            f"{folder} holds an adapter beside the model ({_ADAPTER}), which is not read: merge it into the model, or "
+            "move it to a folder of its own."
+        )
+    base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
+    name = f"its base, {shown(base)}" if isinstance(base, str) and base else "its base, which it does not name"
+    raise ValueError(f"{folder} is an adapter ({_ADAPTER}, and no config.json), not a model: give {name}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

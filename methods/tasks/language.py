@@ -54,8 +54,8 @@ class Modelled:
 def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any) -> list[SpannedSequence]:
     """Each row's tokens at their natural lengths, of its whole text at once.
 
-    Special tokens are as `methods.tasks.encode` has them. A token that lies across the border of two parts belongs to
-    the second. Behind the text comes the tokenizer's mark of the end, learned, where the task is `ended`.
+    Special tokens are as `methods.tasks.encode` has them. A token that lies across the border of two parts is learned
+    if one of them is. Behind the text comes the tokenizer's mark of the end, learned, where the task is `ended`.
 
     Raises:
       ValueError: for no rows, and for a row with nothing to learn, or nothing to predict it from.
@@ -69,9 +69,8 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
     mark = tokenizer.eos_token_id if task.ended else None
     sequences = []
     for at, (row, whole, places) in enumerate(zip(spans, found["input_ids"], found["offset_mapping"], strict=True)):
-        # Part k ends with character ends[k]; a token belongs to the part in which its last character lies.
         ends = list(itertools.accumulate(len(span.text) for span in row))
-        learned = [row[min(bisect.bisect_left(ends, end), len(row) - 1)].learned for _, end in places]
+        learned = [_is_learned(row, ends, *place) for place in places]
         whole = list(whole)
         ends_here = rows[at].get("ends", True)
         if mark is not None and ends_here and row[-1].learned and whole[-1:] != [mark]:
@@ -85,6 +84,13 @@ def tokenize_spans(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any)
             raise ValueError(f"{place_of(rows[at], texts[at])} has no token to learn that another comes before.")
         sequences.append(SpannedSequence(whole, learned))
     return sequences
+
+
+def _is_learned(spans: Sequence[Span], ends: Sequence[int], begin: int, end: int) -> bool:
+    """Whether a token from one character to another has any of a learned part; part k ends with character `ends[k]`."""
+    last = min(bisect.bisect_left(ends, end), len(spans) - 1)
+    first = min(bisect.bisect_right(ends, begin), last)
+    return any(span.learned for span in spans[first : last + 1])
 
 
 def in_pieces(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any, length: int) -> list[Row]:

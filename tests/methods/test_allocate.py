@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import bilevel
-from methods import allocate, budget, cli, trainers
+from methods import allocate, budget, cli, histories, trainers
 from methods.adapters.lora import LoRAConfig
 from methods.objective import of_hook
 from methods.options import parse
@@ -240,6 +240,14 @@ def test_bad_budgets_are_one_sentence(words, message, tiny_model, tiny_data, tmp
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1, said
     assert not (tmp_path / "run").exists()
+
+
+def test_random_choices_are_of_what_is_for_sale():
+    of = setup(group=1)
+    prices = {"q": np.ones((2, 2)), "v": np.array([[1.0, np.inf]] * 2)}
+    alone = [{"q": np.eye(2) > 0, "v": np.zeros((2, 2), bool)}, {"q": np.ones((2, 2)) > 0, "v": np.zeros((2, 2), bool)}]
+    found = allocate.agreement(of, alone, prices, ("q", "v"), 2)
+    assert found["jaccard"] == 0.5 and found["random"] == pytest.approx(histories.by_chance(2, 4, 6))
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

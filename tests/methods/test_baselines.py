@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import types
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from methods import cli
+from methods import cli, seconds
 from methods.adapters.lora import LoRAConfig
 from methods.baselines import BASELINES, Setting, adalora, alora, autolora, increlora, lora_drop, sparse
 from methods.baselines.importance import start as start_triplets
@@ -255,17 +256,37 @@ def test_parts_of_a_training_are_all_of_its_steps():
 
 @pytest.mark.usefixtures("float32_by_default")
 @pytest.mark.parametrize(
-    ("name", "words", "said"),
+    ("name", "share", "said"),
     [
-        ("uniform", ["--share", "0.25"], "a budget of 25% of LoRA of rank 2, of which it takes 50.0%, more than that,"),
-        ("tied-lora", [], "without a budget: it takes 75.0% of LoRA of rank 2."),
-        ("lora-drop", ["--share", "0.5"], "constant rate, after 1 steps that choose, with a budget of 50% of LoRA"),
+        ("uniform", "0.25", "25% of LoRA of rank 2, of which it takes 50.0%, more than that, since it spends whole ra"),
+        ("tied-lora", None, "without a budget: it takes 75.0% of LoRA of rank 2."),
+        (
+            "lora-drop",
+            "0.5",
+            "rate, after 1 step of choosing, with a budget of 50% of LoRA of rank 2, of which it takes 100.0%, more "
+            "than that, since the LoRA that the other layers share comes on top",
+        ),
     ],
 )
-def test_the_page_says_what_a_baseline_took(name, words, said, tiny_model, tiny_data, tmp_path):
-    given = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", *words)
+def test_the_page_says_what_a_baseline_took(name, share, said, tiny_model, tiny_data, tmp_path):
+    given = arguments(tiny_model, tiny_data, tmp_path / "run", "--task", "piqa", *(["--share", share] if share else []))
     assert cli.run(["baseline", name, *given]) == 0
     assert said in " ".join((tmp_path / "run" / "report.md").read_text().split())
+    if name == "lora-drop":
+        scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+        assert all(np.isclose(sum(each), 1) for each in scores.values())
+        stages = {"lora-drop choice": 1, "lora-drop": 3}
+        assert steps_of(tmp_path / "run") == {stage: [*range(1, count + 1)] for stage, count in stages.items()}
+
+
+def steps_of(out):
+    """The steps of each stage in `metrics.jsonl`."""
+    found = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert "inner_loss" in row
+        found.setdefault(row["stage"], []).append(row["step"])
+    return found
 
 
 @pytest.mark.usefixtures("float32_by_default")
@@ -276,5 +297,8 @@ def test_steps_that_do_not_divide_into_the_parts_are_taken_all_the_same(name, ti
         given = arguments(tiny_model, tiny_data, tmp_path / steps, "--task", "piqa")
         given[given.index("--finetune-steps") + 1] = steps
         assert cli.run(["baseline", name, *given]) == 0
+        found = steps_of(tmp_path / steps)
+        assert len(found) == 4 and sum(map(len, found.values())) == int(steps)
+        assert set(seconds.read(tmp_path / steps / seconds.FILE)) == set(found)
         adapters.append((tmp_path / steps / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] != adapters[1]

@@ -151,10 +151,23 @@ def bad_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
+def adapter(folder: Path, *, beside: bool, **config) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if not beside:
+        (folder / "config.json").unlink()
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "sentence"),
     [
         (lambda f: (f / "config.json").unlink(), FileNotFoundError, "no config.json"),
+        (lambda f: adapter(f, beside=True), ValueError, "holds an adapter beside the model .* merge it into"),
+        (
+            lambda f: adapter(f, beside=False, base_model_name_or_path="org/base"),
+            ValueError,
+            r"is an adapter .*, not a model: give its base, 'org/base'\.",
+        ),
+        (lambda f: adapter(f, beside=False), ValueError, "not a model: give its base, which it does not name"),
         (lambda f: (f / "config.json").write_text("{"), ValueError, "not valid JSON"),
         (
             lambda f: edit(f, model_type="mamba"),

@@ -253,6 +253,8 @@ def test_what_was_deleted_of_a_finished_run_is_made_again_and_is_the_same(comman
 def test_dynamic_heterolora_keeps_its_share_of_the_modules(finished):
     out = finished("heterolora")
     row, selection = read(out / "results" / "heterolora.json"), read(out / "selection.json")
+    page = (out / "report.md").read_text()
+    assert "so had 4 training steps of Adam at 0.0005 before the 3 that the random allocations had" in page
     sites = ["block_hidden", "ffn_input", "q_proj", "residual_attention", "residual_ffn", "v_proj"]
     assert sorted(row["on"]) == sites
     assert sum(map(sum, row["on"].values())) == 2  # a quarter of four LoRA modules and seven shortcuts
@@ -297,7 +299,11 @@ def test_flexora_chooses_modules_and_says_how_stable_the_choice_is(tiny_model, t
     on = read(out / "results" / "flexora.json")["on"]
     flat = np.concatenate([on["q_proj"], on["v_proj"]])
     assert np.flatnonzero(flat).tolist() == selection["modules"]
-    assert "mean Jaccard index" in " ".join((out / "report.md").read_text().split())
+    names = [f"model.layers.{layer}.self_attn.{site}" for site in ("q_proj", "v_proj") for layer in range(2)]
+    assert selection["names"] == names
+    page = " ".join((out / "report.md").read_text().split())
+    assert "mean Jaccard index" in page
+    assert all(f"{site} in layer" in page for site in {names[i].split(".")[-1] for i in selection["modules"]})
 
 
 def test_a_search_with_weights_in_half_precision_is_near_that_in_single(tiny_model, tiny_data, tmp_path):
@@ -316,7 +322,8 @@ def test_a_search_with_weights_in_half_precision_is_near_that_in_single(tiny_mod
 
 def test_stability_is_the_mean_jaccard_index():
     found = flexora.stability([[0, 1], [1, 2], [0, 1]], 4)
-    assert found["jaccard"] == pytest.approx((1 / 3 + 1 + 1 / 3) / 3) and found["random"] == pytest.approx(1 / 3)
+    assert found["jaccard"] == pytest.approx((1 / 3 + 1 + 1 / 3) / 3)
+    assert found["random"] == pytest.approx((1 + 4 / 3) / 6)  # one of six pairs is the same, four share one of three
     with pytest.raises(ValueError, match="Stability compares two or more"):
         flexora.stability([[0]], 4)
 

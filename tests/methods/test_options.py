@@ -162,6 +162,7 @@ def test_kinds_of_configurations(end, text, tmp_path):
         ("dtype: --quiet", r"mine\.yaml: invalid choice '--quiet' for argument '--dtype'"),
         ("seed: -5", r"--seed -5 must be at least 0"),
         ("finetune_lr: -1e-3", r"--finetune-lr -0\.001 must be above 0"),
+        *((f"rank: {text}", f"--rank.*'{text}'") for text in ("1:30", "0x10", "0b11")),
         (r'targets: ["\0-x"]', r"--targets has a NUL character in it"),
     ],
 )
@@ -183,6 +184,13 @@ def read_by(name, text, file):
 def test_null_is_none_where_an_option_may_be_none(tmp_path):
     found = read_by("lora", "model: m\ntask: null\ndata: ~\ntrack:\ntrain_rows: null\n", tmp_path / "a.yaml")
     assert (found.task, found.data, found.track, found.train_rows) == (None, None, None, None)
+
+
+def test_a_number_of_yaml_is_read_as_on_the_command_line(tmp_path):
+    text = "model: 007\ndata: 1.10\nseed: 010\nrank: 1_0\nfinetune_lr: 1.0e-4\nfinetune_steps: +20\n"
+    found = read_by("lora", text, tmp_path / "a.yaml")
+    assert (found.model, found.data, found.seed, found.rank) == ("007", "1.10", 10, 10)
+    assert (found.finetune_lr, found.finetune_steps) == (1e-4, 20)
 
 
 def test_a_text_of_a_configuration_is_a_value_however_it_begins(tmp_path):

@@ -12,6 +12,7 @@ from tokenizers import normalizers
 from methods import bench as benches
 from methods import cli, evaluation, lora, models, objective, tasks
 from methods.models.hooks import identity
+from methods.options import parse
 from methods.tasks import FORMATS, LanguageModelling, Span
 from methods.tasks.language import evaluate_spans, pad_spans, tokenize_spans
 from methods.tasks.loss import answer_scores_at, answer_width, extents
@@ -307,6 +308,20 @@ def test_a_label_that_only_the_test_has(tmp_path):
 
 
 @pytest.mark.usefixtures("float32_by_default")
+def test_a_preset_demands_no_rows(tiny_model, tmp_path):
+    file = records_file(tmp_path, [{"prompt": f"question {i}", "completion": f" a{i % 5}"} for i in range(40)])
+    command = cli.import_module(cli.COMMANDS["attribute"].module).COMMAND
+    words = ["--model", str(tiny_model), "--data", str(file), "--length", "32", "--out", str(tmp_path / "run")]
+    settings = parse(command, "attribute", words)
+    bench = command.prepare(settings)
+    assert (len(bench.splits.train), len(bench.splits.outer), len(bench.splits.test)) == (24, 8, 8)
+    used = benches.settled(settings, bench)
+    assert (settings.train_rows, used.train_rows, used.outer_rows) == (64, 24, 8)
+    assert benches.unsettled(settings) == ["task", "train_rows", "outer_rows", "test_rows"]
+    with pytest.raises(ValueError, match=r"cannot give --train-rows 64: it must be between 1 and 32"):
+        command.prepare(parse(command, "attribute", [*words, "--train-rows", "64"]))
+
+
 def test_a_class_that_no_training_row_has_is_told(tiny_model, tmp_path):
     records = numbered("labels", 24)
     held = {row["text"] for row in tasks.read_source(None, str(records_file(tmp_path, records))).test}
@@ -336,7 +351,7 @@ def test_a_remedy_is_of_what_was_given_and_rows_that_are_not_tested_are_told(tin
     words = ["lora", "--model", str(tiny_model), "--data", str(file), "--test-data", str(test), "--test-rows", "2"]
     words += ["--out", str(tmp_path / "run"), "--length", "24"]
     asked = ["--train-rows", "16", "--outer-rows", "8"]
-    lower = "raise --length, or lower --train-rows and --outer-rows"
+    lower = "lower --train-rows and --outer-rows"  # all of them fit
     for given, remedy in (([], "give rows on more subjects"), (asked, lower)):
         assert cli.run([*words, *given]) == 2
         said = capsys.readouterr()
@@ -463,6 +478,10 @@ def test_a_token_across_a_border_is_learned():
     (sequence,) = tokenize_spans(made, [{"t": ""}], reader)
     assert [reader.decode([i]) for i in sequence.ids] == ["a", "bc", "d", "</s>"]
     assert sequence.learned == [False, True, True, True]
+    parts = [Span("a", False), Span("b", True), Span("cd", False)]
+    made = LanguageModelling(name="x", fields=("t",), spans=lambda row, of: parts)
+    (sequence,) = tokenize_spans(made, [{"t": ""}], reader)
+    assert sequence.learned == [False, True, False]  # a, bc, d
 
 
 def test_what_is_too_long_keeps_its_end():

@@ -1,6 +1,7 @@
 """`report.html`: one file that asks for nothing, with what a run folder tells, and a sentence for what it does not."""
 
 import html
+import itertools
 import json
 import os
 import re
@@ -269,7 +270,10 @@ def test_steadiness_by_hand():
     np.testing.assert_allclose(steady["what is on (Jaccard)"], [0, 0.5, 1])
     np.testing.assert_allclose(steady["the 2 largest of alpha (Jaccard)"], [1 / 3, 1, 1])
     np.testing.assert_allclose(steady["the order of alpha (rank correlation)"], [-1, 0.5, 1])
-    assert histories.by_chance(np.array([1, 1, 0, 0], bool), np.array([1, 1, 0, 0], bool)) == 1 / 3
+    assert histories.by_chance(0, 0, 4) == 1
+    pairs = itertools.product(itertools.combinations(range(5), 2), itertools.combinations(range(5), 4))
+    every = [len({*a} & {*b}) / len({*a} | {*b}) for a, b in pairs]
+    np.testing.assert_allclose(histories.by_chance(2, 4, 5), np.mean(every), rtol=1e-12)
     assert histories.jaccard(np.zeros(2, bool), np.zeros(2, bool)) == 1
     assert np.isnan(histories.rank_correlation(np.ones(3), np.arange(3.0)))
 
