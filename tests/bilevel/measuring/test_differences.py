@@ -329,7 +329,7 @@ def test_the_shortest_step_is_heard_even_where_two_longer_ones_agree(outer):
 
 
 @pytest.mark.parametrize("beside", [0.0, 0.37])
-@pytest.mark.parametrize("stairs", [1e4, 1e5, 1e6, 1e8, 1e10, 1e11])
+@pytest.mark.parametrize("stairs", [1e4, 1e6, 1e8, 1e11])
 def test_a_staircase_contradicts_neither_the_slope_of_a_stair_nor_its_own(stairs, beside):
     """On a stair the slope is 0.1, over all of them it is 1.1: differences cannot tell which of them is wanted."""
     at = 0.3 + beside / stairs
