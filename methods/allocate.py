@@ -309,6 +309,7 @@ def _start(settings: Any, bench: Bench, folder: RunFolder, search: str, key: jax
             steps=settings.warmup_steps,
             key=key,
             progress=not settings.quiet,
+            callbacks=folder.callbacks(f"warm-up of {search}"),
             title=f"warm-up of {search}",
             sharding=bench.sharding,
         ).inner.params

@@ -30,6 +30,7 @@ from methods.pages import Page, Run
 from methods.ranges import CountOrNone, NotNegative, RepeatsOrNone, Share, one_of
 from methods.runfolder import RunFolder
 from methods.settings import NO_DROPOUT, NO_OUTER, Settings
+from methods.tasks.task import handed
 
 SHOWN = 5
 """Rows that the page shows of those that help, and of those that harm."""
@@ -291,7 +292,8 @@ def texts_of(bench: Bench) -> list[str]:
     rows = bench.splits.train
     if isinstance(task, tasks.LanguageModelling):
         tokenizer = bench.pretrained.tokenizer
-        return ["".join(span.text for span in task.spans(row, tokenizer)) for row in rows]
+        parts = [task.spans(handed(task.spans, row), tokenizer) for row in rows]
+        return ["".join(span.text for span in row) for row in parts]
     if not isinstance(task, tasks.Classification):  # of a question the right choice alone
         return [pair.prompt + pair.answer for pair in tasks.training_pairs(task, rows, stopped=False)]
     label = lambda value: task.classes[value] if task.classes else f"{value:g}"  # noqa: E731

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from methods import units
-from methods.pages import loss_difference
+from methods.pages import loss_difference, number
 
 NARROWEST = 60
 NAME, TITLE = 10, 14
@@ -41,12 +41,15 @@ def text(folder: Path, results: Mapping[str, Mapping[str, Any]], width: int | No
     out = io.StringIO()
     console = Console(file=out, width=width, color_system=None, highlight=False)
     if results:
-        # The page has all of the metrics, and their intervals.
         tables = [_table(results, most, interval=beside) for most, beside in ((2, True), (1, True), (1, False))]
         folded = max(max(map(len, results)) - NAME, 0)  # names are folded, all other columns stay whole
         wide = Console(width=1000)
         fitting = [table for table in tables if wide.measure(table).maximum - folded <= width]
-        console.print(fitting[0] if fitting else tables[-1])
+        shown = fitting[0] if fitting else tables[-1]
+        console.print(shown)
+        whole = _table(results, len(next(iter(results.values()))["metrics"]), interval=True)
+        if left_out := len(whole.columns) - len(shown.columns):
+            console.print(f"Left out here: {number(left_out, 'column')}; every metric is in report.md.\n")
     for name, what in LEFT.items():
         if (folder / name).exists():
             console.print(f"{folder / name}  ({what})", overflow="ignore", no_wrap=True, crop=False)

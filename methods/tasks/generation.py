@@ -20,7 +20,7 @@ import numpy as np
 
 from methods.tasks.metrics import checked
 from methods.tasks.splits import units
-from methods.tasks.task import Generation, Row
+from methods.tasks.task import Generation, Row, handed
 
 Write = Callable[[Sequence[str]], Sequence[str]]
 """From prompts to what is written after them."""
@@ -63,8 +63,9 @@ def evaluate_written(write: Write, task: Generation, rows: Sequence[Row]) -> Wri
     if len(found) != len(groups):
         raise ValueError(f"{len(found)} texts were written to the {len(groups)} prompts of {task.name}.")
     texts = [truncate(text, task.stop) for text in found]
-    predictions = [task.extract(text, group[0]) for text, group in zip(texts, groups, strict=True)]
-    targets = [[task.target(row) for row in group] for group in groups]
+    firsts = [handed(task.extract, group[0]) for group in groups]
+    predictions = [task.extract(text, row) for text, row in zip(texts, firsts, strict=True)]
+    targets = [[task.target(handed(task.target, row)) for row in group] for group in groups]
     # No answer in a text is an empty one to a metric of texts, and the wrong one to `exact`.
     told = ["" if p is None and isinstance(group[0], str) else p for p, group in zip(predictions, targets, strict=True)]
     metrics = checked(task.name, {name: METRICS[name](told, targets) for name in task.metrics})

@@ -13,7 +13,7 @@ import numpy as np
 
 from methods.tasks.batches import Watch, by_length
 from methods.tasks.encode import Encoded, TokenBatch, marks, opening, prefix
-from methods.tasks.task import LanguageModelling, Row, Span, UnfitModelError, place_of
+from methods.tasks.task import LanguageModelling, Row, Span, UnfitModelError, handed, place_of
 from methods.tasks.tokens import tokenized
 
 ScoreFn = Callable[[TokenBatch], tuple[Any, Any]]
@@ -103,7 +103,7 @@ def in_pieces(task: LanguageModelling, rows: Sequence[Row], tokenizer: Any, leng
     lengths = span_lengths(task, rows, tokenizer)
     found: list[Row] = []
     for row, count in zip(rows, lengths, strict=True):
-        pieces = [row] if count <= length else task.pieces(row, tokenizer, length)
+        pieces = [row] if count <= length else task.pieces(handed(task.pieces, row), tokenizer, length)
         found += pieces if len(pieces) == 1 else [piece | {"piece": at} for at, piece in enumerate(pieces)]
     return found
 
@@ -149,7 +149,7 @@ def _spans(task: LanguageModelling, row: Row, tokenizer: Any) -> list[Span]:
     """The parts of a row. Raises ValueError, with the place of the row, where the task makes none of it."""
     where = place_of(row, next(iter(row.values()), ""))
     try:
-        found = [Span(*span) for span in task.spans(row, tokenizer)]
+        found = [Span(*span) for span in task.spans(handed(task.spans, row), tokenizer)]
     except UnfitModelError:
         raise
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import traceback
@@ -114,7 +115,7 @@ class Task:
         """
         function = getattr(self, option)
         try:
-            return function(row)
+            return function(handed(function, row))
         except Exception as error:
             raise self.failed(function, error, where) from error
 
@@ -170,7 +171,7 @@ class MultipleChoice(Task):
         """The pairs of a row. Raises ValueError, with its place, unless there is one for each of its choices."""
         where = place_of(row, next(iter(row.values()), "")) if where is None else where
         try:
-            found = self.pairs(row)
+            found = self.pairs(handed(self.pairs, row))
         except ValueError as error:  # which says by itself what is wrong
             raise ValueError(f"{where}: {error}") from error
         except Exception as error:
@@ -351,10 +352,22 @@ def shown(value: Any) -> str:
     return "None" if value is None else f"the {type(value).__name__} {value!r:.80}"
 
 
+def handed(function: Callable[..., Any], row: Row) -> Row:
+    """The row that a function of a task is given: a copy, unless it is one of ours, since a user's may change it.
+
+    Functions are called several times on a row, and each call has to see what the others saw.
+    """
+    return row if _is_ours(getattr(function, "__code__", None)) else copy.deepcopy(row)
+
+
+def _is_ours(code: Any) -> bool:
+    return code is not None and Path(code.co_filename).parent == Path(__file__).parent
+
+
 def line_of(function: Callable[..., Any], error: BaseException | None = None) -> str:
     """The file and the line where a function of a user's is, or where an error left it; "" for one of ours."""
     code = getattr(function, "__code__", None)
-    if code is None or Path(code.co_filename).parent == Path(__file__).parent:
+    if code is None or _is_ours(code):
         return ""
     lines = [code.co_firstlineno]
     steps = traceback.walk_tb(None if error is None else error.__traceback__)

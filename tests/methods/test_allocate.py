@@ -285,6 +285,8 @@ def test_ranks_are_trained_and_exported_as_they_were_bought(finished):
     out = finished("allocate")
     selection = read(out / "selection.json")
     shapes = {"q_proj": 32, "v_proj": 24}
+    logged = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged.count("warm-up of search") == read(out / "config.json")["warmup_steps"]
     spent = sum(shapes[site] * rank for site, each in selection["ranks"].items() for rank in each)
     assert spent == selection["spent"] <= selection["budget"] == 400
     result = read(out / "results" / "allocate.json")

@@ -447,8 +447,10 @@ def test_the_table_at_the_end_fits_the_window(tmp_path):
         said = closing.text(tmp_path, {"flexora": texts | {"accuracy": accuracy}}, width)
         assert titles(said) == columns and ("40.0 to 60.0" in said) == ("exact" in said) == ("95 % interval" in said)
         assert "1.234" in said or "1.235" in said
-    said = closing.text(tmp_path, {"flexora": texts}, 80)
-    assert titles(said) == ["loss", "perplexity"]
+        left_out = {80: "1 column", 60: "3 columns"}[width]
+        assert f"\nLeft out here: {left_out}; every metric is in report.md.\n" in said
+    said = closing.text(tmp_path, {"flexora": texts | {"metrics": {"loss": 1.2345, "perplexity": 3.4}}}, 80)
+    assert titles(said) == ["loss", "perplexity"] and "Left out" not in said
     assert closing.text(tmp_path, {}, 80).startswith(str(tmp_path / "report.md"))
     # An interval stands right of the metric that it is of: CoLA's is of accuracy, and not of Matthews' correlation.
     said = closing.text(tmp_path, {"x": plain | {"metrics": {"matthews": 0.05}}}, 80)

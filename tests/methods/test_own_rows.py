@@ -612,6 +612,23 @@ def test_a_task_of_ones_own_reads_a_file_or_a_folder(tmp_path):
         tasks.read_source(named, str(tmp_path / "rows.jsonl"))
 
 
+def test_a_function_that_changes_its_row_sees_the_same_row_each_time():
+    def spans(row, of):
+        row["t"] += "?"
+        return [Span(row["t"], False), Span(" ok", True)]
+
+    made, rows = LanguageModelling(name="x", fields=("t",), spans=spans), [{"t": "a"}]
+    first, again = (tokenize_spans(made, rows, tokenizer()) for _ in range(2))
+    assert first == again and rows == [{"t": "a"}]
+
+    def pairs(row):
+        row["choices"].reverse()
+        return tuple(tasks.Pair("q", choice) for choice in row["choices"])
+
+    chosen, row = tasks.MultipleChoice(name="c", fields=("q",), pairs=pairs), {"q": "", "choices": ["a", "b"]}
+    assert chosen.asked(row) == chosen.asked(row) and row["choices"] == ["a", "b"]
+
+
 def test_registered_tasks_are_known_by_their_names(monkeypatch):
     from methods.tasks import registry
 
