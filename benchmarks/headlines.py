@@ -229,7 +229,7 @@ def _peft(found: dict[str, Any]) -> Iterator[Headline]:
     yield Headline(
         "Plain LoRA beside peft",
         f"From the same start the losses of both agree to {max(gaps):.1e} over {len(found)} tasks.{slower}",
-        "lora.md",
+        "lora.md#beside-peft",
         "python -m benchmarks.lora.peft_comparison",
     )
 
