@@ -90,7 +90,8 @@ def _solvers(records: Path) -> Iterator[Headline]:
         parts.append(f"{data} ({label}): {best} {ends[best]:.3g}, {unrolled} {ends[unrolled]:.3g}")
     yield Headline(
         "Solvers at equal oracle calls",
-        f"The best solver of each data set, and the best unrolled one: {'; '.join(parts)}.",
+        f"The best solver of each data set, and the best unrolled one: {'; '.join(parts)}. h is the outer loss at the "
+        "exact solution of the inner problem.",
         "solver-benchmark.md",
         "python benchmarks/solvers/record.py",
     )
@@ -228,7 +229,7 @@ def _peft(found: dict[str, Any]) -> Iterator[Headline]:
     yield Headline(
         "Plain LoRA beside peft",
         f"From the same start the losses of both agree to {max(gaps):.1e} over {len(found)} tasks.{slower}",
-        "lora.md",
+        "lora.md#beside-peft",
         "python -m benchmarks.lora.peft_comparison",
     )
 

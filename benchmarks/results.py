@@ -22,7 +22,7 @@ from benchmarks.attribution import report as attribution
 from benchmarks.hypergradients import report as hypergradients
 from benchmarks.hypergradients import sections
 from benchmarks.lora import low_data_report as low_data
-from benchmarks.lora import planted_page
+from benchmarks.lora import peft_comparison, planted_page
 from benchmarks.lora import report as allocation
 from benchmarks.record import Record
 from benchmarks.solvers import report as solvers
@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 SECTIONS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"peers": lambda: hypergradients.front_table(Record(hypergradients.RECORD))},
     "docs/index.md": {"search": lambda: search.table(Record(search.RECORD))},
+    "docs/lora.md": {"peft": lambda: peft_comparison.report(_read(peft_comparison.RECORD))},
     "docs/optuna.md": {"joined": lambda: solvers.joined_table(_read(solvers.HERE / "records" / "joined.json"))},
     "docs/scaling.md": {
         "compiled": lambda: scaling.table(Record(scaling.RECORD)),

@@ -5,7 +5,7 @@
 
 The machine needs no such devices and no such memory: weights and batches are shapes with a place on a mesh. Without
 `--chip` the host's processor is told to be as many devices. With it the compiler of that TPU is asked, which comes with
-`pip install 'bilevel[lora,tpu]'` and runs on any Linux machine: what it says is what the chip will hold. The row says
+`pip install '.[lora,tpu]'` and runs on any Linux machine: what it says is what the chip will hold. The row says
 bytes of one device, and what the compiled program sends between them; it is added to `benchmarks/scaling.jsonl`, and
 the table of the page *Scaling* is printed.
 """

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Which layers of a language model deserve LoRA?
 #
-# Flexora (Wei et al. 2024) gives every transformer layer $l$ a gate $g_l = n \, \mathrm{softmax}(\alpha)_l$ on its
+# Flexora (Wei et al., ACL 2025) gives every transformer layer $l$ a gate $g_l = n \, \mathrm{softmax}(\alpha)_l$ on its
 # LoRA update $B_l A_l$, learns $\alpha$ on validation rows by differentiating through the training of LoRA, and keeps
 # the layers whose $\alpha_l$ is above the mean:
 #
@@ -62,7 +62,8 @@ share = [100 * len(kept) / size.layers for kept in chosen]
 pairs = [(set(a), set(b)) for i, a in enumerate(chosen) for b in chosen[:i]]
 overlap = [len(a & b) / len(a | b) for a, b in pairs]
 print(f"layers kept: {[len(kept) for kept in chosen]} of {size.layers}")
-print(f"two searches share {100 * np.mean(overlap):.0f} % of their layers")
+print("Jaccard index of two searches, the layers of both over those of either: "
+      f"{np.mean(overlap):.2f}")
 
 # %% [markdown]
 # **A rank pattern for peft.** `bilevel allocate` spends a budget of parameters on the ranks of single modules, by the
@@ -71,24 +72,28 @@ print(f"two searches share {100 * np.mean(overlap):.0f} % of their layers")
 
 # %%
 ranks_folder = command("allocate", budget_params=size.budget, search_only=True, warmup_steps=size.inner)
+bought = json.loads((ranks_folder / "selection.json").read_text())["ranks"]
+ranks = [rank for site in bought.values() for rank in site]
 config = json.loads((ranks_folder / "peft" / "adapter_config.json").read_text())
-ranks = config["rank_pattern"]
-print(f"{len(ranks)} modules have a rank of their own, for example {dict(list(ranks.items())[:3])}")
+pattern = config["rank_pattern"]
+print(f"{len(ranks)} modules have ranks from {min(ranks)} to {max(ranks)}. For peft r is "
+      f"{config['r']}, and {len(pattern)} modules have another rank, such as "
+      f"{dict(list(pattern.items())[:2])}")
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, gridspec_kw={"width_ratios": [1.3, 1]})
 marks = np.array([[layer in kept for layer in range(size.layers)] for kept in chosen])
 left.imshow(marks, aspect="auto", cmap="Blues", vmax=1.5)
 left.set(xlabel="layer", ylabel="search", yticks=range(size.seeds), title="layers that Flexora keeps")
-right.hist(list(ranks.values()), bins=np.arange(0.5, max(ranks.values(), default=1) + 1))
-right.set(xlabel="rank", ylabel="modules", title="rank pattern of 100k parameters")
+right.hist(ranks, bins=np.arange(-0.5, max(ranks) + 1))
+right.set(xlabel="rank", ylabel="modules", title=f"ranks for {size.budget} parameters")
 gallery.show(figure)
 
 # %% [markdown]
-# Fewer layers are kept than in the published lists. Two searches share two thirds of their layers, where two random
-# choices of that size would share a quarter; whether these are the layers that matter is another question.
-# [Flexora](../flexora.md) has the long search, and [Allocation measured](../allocation-benchmark.md) says how many
-# steps it takes to rank layers whose worth is known.
+# Fewer layers are kept than in the published lists. The layers that two searches both keep are two thirds of those
+# that either of them keeps; of two random choices of that size they would be a quarter. Whether these are the layers
+# that matter is another question. [Flexora](../flexora.md) has the long search, and
+# [Allocation measured](../allocation-benchmark.md) says how many steps it takes to rank layers whose worth is known.
 
 # %%
 gallery.record(

@@ -113,7 +113,7 @@ def show(figure) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison: a published number and ours.
+    """One comparison: a number that is published, known or measured by other means, and ours.
 
     Args:
       what: what is measured, with its unit.

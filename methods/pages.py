@@ -49,7 +49,7 @@ class Page(NamedTuple):
       figures: file name in `figures/` -> caption.
       made: what the method adds to what is said of every run of how it was made.
       trust: how far to trust what was found, a section of its own; "" for none.
-      adapter: whether what is trained is LoRA, whose settings are told.
+      adapter: whether what is trained is LoRA, whose settings are told; or what to say in place of the settings.
       more: how other programs are told of it, a section of its own, line by line as it is; "" for none.
       said: what the command says of it at its end.
     """
@@ -59,7 +59,7 @@ class Page(NamedTuple):
     figures: Mapping[str, str]
     made: str
     trust: str = ""
-    adapter: bool = True
+    adapter: bool | str = True
     more: str = ""
     said: str = ""
 
@@ -113,8 +113,10 @@ def _made(run: Run, page: Page) -> str:
     settings, bench = run.settings, run.bench
     chosen = " What was chosen: `selection.json`." if run.selection else ""
     train, outer = len(bench.splits.train), len(bench.splits.outer)
-    rank, alpha = settings.rank, settings.lora_alpha
-    adapter = f"LoRA rank {rank}, alpha {alpha:g} on {', '.join(bench.sites)}; " if page.adapter else ""
+    lora = page.adapter
+    if lora is True:
+        lora = f"LoRA rank {settings.rank}, alpha {settings.lora_alpha:g} on {', '.join(bench.sites)}"
+    adapter = f"{lora}; " if lora else ""
     kept = configuration.FILE if (run.folder.path / configuration.FILE).is_file() else CONFIG
     steps = ""
     if any(name != UNTRAINED for name in run.results):

@@ -85,7 +85,9 @@ def write(records: Path, out: Path) -> list[Path]:
         parts.append(table(("data", "solver", "benchmark_bilevel", "bilevel", "ratio"), rows))
     head = (
         "# Solvers measured\n\nWritten by `python benchmarks/solvers/report.py` from `benchmarks/solvers/records`; the "
-        "README there says how everything is measured. [Which solver](which-solver.md) draws the conclusions.\n"
+        "README there says how everything is measured. [Which solver](which-solver.md) says what the problems are and "
+        "draws the conclusions. h is the outer loss at the exact solution of the inner problem, as a function of the "
+        "outer variable.\n"
     )
     (out / PAGE).write_text("\n".join([head, *parts]), encoding="utf-8")
     return [*written, out / PAGE]

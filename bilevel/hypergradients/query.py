@@ -195,8 +195,9 @@ class Answer(NamedTuple):
       state: the inner problem after training; `extra` may hold what the next estimate is to start from.
       trace: the inner losses of training, and what they returned beside their values.
       aux: what the outer loss returned beside its value.
-      info: the estimator's own numbers and arrays, by name. `hvps` is that of Hessian-vector products, which `compare`
-        shows.
+      info: the estimator's own numbers and arrays, by name. `hvps`, Hessian-vector products taken, is shown by
+        `compare` and by the metrics of `Nested`; `stationarity_relative` and `linear_residual` are metrics, of which
+        `run` warns where they are not small.
 
     Examples:
       >>> import bilevel, jax

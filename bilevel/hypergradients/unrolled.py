@@ -52,7 +52,8 @@ class Unrolled(Trained):
 
     `mode="forward"` carries $dw_t/d\lambda$ along instead of going back, `chunk` columns at a time: its memory
     does not depend on K; for n outer numbers its time is that of n / chunk trainings and n Hessian-vector products a
-    step (1.07 gradients each in a LoRA transformer, 1.6 in an MLP). It pays for a few.
+    step, without the gradient that all of them share (1.07 gradients each in a LoRA transformer, 1.0 to 1.7 in an MLP).
+    It pays for a few.
 
     Args:
       optimizer: an optax transformation, or `outer -> transformation` where its settings are outer variables.

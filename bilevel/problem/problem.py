@@ -36,6 +36,7 @@ from bilevel.trees import (
 
 _MISFITS = (TypeError, ValueError, AttributeError, LookupError)
 """What a function raises for arguments of another structure or shape."""
+_LEAF = jax.tree.structure(0)
 
 Loss = Callable[[Inner, Outer, Batch, Key], Any]
 """`loss(inner, outer, batch, key)`: a scalar, or a pair as `Problem` says."""
@@ -151,6 +152,7 @@ class Problem:
                 inner = self.init_inner(key, outer)
             except _MISFITS as error:
                 _refuse_unlike(self, "init_inner", outer, error)
+                _refuse_list("init_inner", error, outer=outer)
                 raise
         refuse_modules("init_inner returned", inner, self.mutable)
         inner = as_arrays(inner, "init_inner returned")
@@ -274,6 +276,29 @@ def _refuse_unlike(problem: Problem, name: str, outer: Outer, error: Exception) 
         ) from error
 
 
+def _refuse_list(name: str, error: Exception, **variables: PyTree) -> None:
+    """Raises TypeError if a function has failed on a list of numbers, which was meant to be an array."""
+    if not isinstance(error, TypeError) or not any(word in str(error) for word in ("list", "tuple", "sequence")):
+        return
+    for what, tree in variables.items():
+        for path, part in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_row)[0]:
+            if _is_row(part):
+                raise TypeError(
+                    f"{name} failed ({error}), and {what}{jax.tree_util.keystr(path)} is a {type(part).__name__} of "
+                    f"{len(part)} numbers, each a leaf of its own: let init_{what} return an array, "
+                    "jnp.array([...]), where one is meant."
+                ) from error
+
+
+def _is_row(tree: PyTree) -> bool:
+    """Whether `tree` is a list of nothing but numbers."""
+    return (
+        type(tree) in (list, tuple)
+        and len(tree) > 0
+        and all(jax.tree.structure(x) == _LEAF and np.ndim(x) == 0 for x in tree)
+    )
+
+
 def _value(problem, name, is_pair, inner, outer, batch, key):
     batch, loss, sharding = resolve(batch), getattr(problem, name), problem.sharding
     batch = batch if sharding is None else sharding.pin_batch(batch)
@@ -294,6 +319,7 @@ def _value(problem, name, is_pair, inner, outer, batch, key):
                     "none."
                 ) from error
             _refuse_unlike(problem, name, outer, error)
+            _refuse_list(name, error, inner=inner, outer=outer)
             raise
     for what, tree in arguments.items():
         if (leaf := before[what].changed(tree)) is not None:

@@ -22,7 +22,7 @@ from bilevel.running.holes import holding_nan, named_leaves, newly, not_finite
 from bilevel.running.replay import Instead, asked_for
 from bilevel.running.steep import REMEDY, steep_leaves, why
 from bilevel.sharding.processes import on_host
-from bilevel.trees import PyTree, at_step, combine, global_norm, named
+from bilevel.trees import PyTree, at_step, combine, global_norm, leaf_names, named
 
 _AT_ZERO = "look for a root, norm, logarithm or division at 0"
 
@@ -148,17 +148,33 @@ def _range(tree: PyTree) -> str:
     return " (float16 holds no number above 65504: compute in float32)" if short else ""
 
 
-def _look(name: str, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, key: Any, when: str = ""):
+def _origin(name: str, value: jax.Array, batch: PyTree, fresh: bool) -> str:
+    """Where to look for what makes the loss `name` not finite; `fresh` says that no step was taken before it.
+
+    An index that is out of range, of a label too, gives NaN in JAX, and no error.
+    """
+    numbers = [
+        leaf
+        for leaf, x in zip(leaf_names(batch, "the batch"), jax.tree.leaves(batch), strict=True)
+        if jnp.issubdtype(jnp.result_type(x), jnp.integer) and jnp.ndim(x)
+    ]
+    index = f", or for an index or a label out of range, as {' or '.join(numbers[:3])} may hold" if numbers else ""
+    rate = "" if fresh else "lower the step size if training diverges, and "
+    return f": {rate}{_AT_ZERO} in {name}{index if np.isnan(value) else ''}"
+
+
+def _look(name: str, problem: Problem, params: PyTree, outer: PyTree, batch: PyTree, key: Any, when="", fresh=False):
     moving, rest = split_inner(problem, params)
     value, grad = _evaluated(name, problem, moving, rest, outer, batch, key)
     leaves, said = ", ".join(not_finite("inner", grad)), None
     if not np.isfinite(value):
         at = f" (its gradient not finite at {leaves})" if leaves else ""
         what = f"{name} is {value}{when} at a finite point{at}{_range(value)}"
-        if found := not_finite("the batch", resolve(batch)):
+        rows = resolve(batch)
+        if found := not_finite("the batch", rows):
             said = _Said(f"{what}; {', '.join(found)} holds values that are not finite", ": check the data")
         else:
-            said = _Said(what, f": lower the step size if training diverges, and {_AT_ZERO} in {name}")
+            said = _Said(what, _origin(name, value, rows, fresh))
     elif leaves:
         said = _Said(
             f"the gradient of {name} is not finite{when} at {leaves} while {name} is {value:.3g}{_range(grad)}",
@@ -187,7 +203,8 @@ def _training(solver: Any, state: Any, data: Any) -> _Said | None:
     at_inner = lambda t: "" if alone else f" at inner step {t}"  # noqa: E731
     for t in range(estimator.steps):
         batch, seen = bind(jax.tree.map(lambda x: x[t], xs)), at_step(outer, t)  # noqa: B023
-        looked = _look("inner_loss", problem, params, seen, batch, keys.inner[t], at_inner(t))
+        fresh = t == 0 and (warm is None or int(state.step) == 0)
+        looked = _look("inner_loss", problem, params, seen, batch, keys.inner[t], at_inner(t), fresh)
         if looked.said:
             began = not_finite("inner", params) if t == 0 and warm is None else []
             return _began(began) if began else looked.said
@@ -229,7 +246,8 @@ def _losses(solver: Any, state: Any, data: Any) -> _Said | None:
         xs, bind = slots(given, count) if name == "inner_loss" or count > 1 else (None, lambda x: given)  # noqa: B023
         for t in range(count):
             batch = bind(jax.tree.map(lambda x: x[t], xs))  # noqa: B023
-            if said := _look(name, solver.problem, inner_of(state), at_step(state.outer, t), batch, state.key).said:
+            at = inner_of(state), at_step(state.outer, t), batch, state.key
+            if said := _look(name, solver.problem, *at, fresh=int(state.step) == 0).said:
                 return said
     return None
 

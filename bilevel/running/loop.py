@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -205,7 +206,7 @@ class Loop:
             return
         # Copies: what a callback writes into them is its own.
         rows = {name: rows.copy() for name, rows in self.history.rows(self.called, self.done).items()}
-        with attempt("calling its callbacks"):
+        with attempt("calling its callbacks"), _telling_names(self.solver, rows):
             stop = any([_truth(callback(self.done, self.state, rows)) for callback in self.callbacks])
         if any(everyone(stop)):
             self.due = self.stop = True
@@ -265,6 +266,17 @@ class Loop:
 
     def _positions(self) -> list[Any]:
         return [feed.position() for feed in self.feeds]
+
+
+@contextlib.contextmanager
+def _telling_names(solver: Solver, rows: Mapping[str, Any]) -> Iterator[None]:
+    """Adds to a KeyError, of a metric that a solver does not have, those that it has."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args and isinstance(error.args[0], str) and error.args[0] not in rows:
+            error.add_note(f"The metrics of a step of {type(solver).__name__} here are {', '.join(rows)}.")
+        raise
 
 
 def _truth(answer: Any) -> bool:

@@ -30,9 +30,9 @@ class F2SA(Stochastic):
     every call on a batch of its own.
 
     The paper's steps are, with `Power`, of exponent 4/7 inside, 5/7 for y and 4/7 outside, and its multiplier
-    $\sigma_k$ grows as $k^{1/7}$: the ratio $\rho / \sigma$ of the step of y to that of w is built in
-    here. With a constant $\sigma$ the hypergradient is biased by $O(1 / \sigma)$; noise in $\lambda$
-    grows with $\sigma$.
+    $\sigma_k$ grows as $k^{1/7}$: the step of y is $\rho / \sigma$, of exponent 4/7 + 1/7, along
+    $\sigma\, \partial_w f + \partial_w F$, which is built in here. With a constant $\sigma$ the hypergradient is biased
+    by $O(1 / \sigma)$; noise in $\lambda$ grows with $\sigma$.
     Cost per iteration: 2T + 2 inner gradients (the last two in $\lambda$), T + 1 outer gradients; 2T + 2 inner
     and T + 1 outer batches. `State.memory` is y.
 

@@ -50,8 +50,8 @@ class Nested:
     Raises:
       ValueError: for an unknown `inner_start`.
 
-    Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`; of an implicit
-    estimator also `stationarity_relative`, `linear_residual` and `hvps`.
+    Metrics of a step: `outer_loss`, `inner_loss` (of the last inner step), `hypergradient_norm`, and of the estimators
+    that take Hessian-vector products `hvps`; of an implicit one also `stationarity_relative` and `linear_residual`.
 
     Examples:
       >>> import math, bilevel, optax

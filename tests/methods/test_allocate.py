@@ -306,6 +306,8 @@ def test_ranks_are_trained_and_exported_as_they_were_bought(finished):
     costs = {"q_proj": 32 * 2, "v_proj": 24 * 2}  # two layers
     is_there = "uniform" in {file.stem for file in (out / "results").iterdir()}
     assert is_there == (sum(costs.values()) <= 400) == ("One rank in every module costs more" not in page)
+    assert is_there == ("Uniform LoRA has the largest rank for all modules that fits: " in page)
+    assert "each module of the rank above" in page and "LoRA rank 8" not in page
 
 
 def test_amounts_are_read_to_the_last_parameter():

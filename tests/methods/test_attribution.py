@@ -243,6 +243,14 @@ def test_influences_of_tokens_add_up_to_those_of_rows(tiny_model, tiny_data, tmp
     np.testing.assert_allclose(attribute.by_row(tokens), rows, rtol=1e-3, atol=1e-4 * np.abs(rows).max())
 
 
+def test_texts_are_shown_from_where_they_differ_with_the_line_that_they_are_from():
+    template = "system: you are a helpful assistant\nuser: "
+    table = attribute.rows_table(np.arange(4.0), [f"{template}Why {n}?" for n in "abcd"], ["in/f.jsonl line 7", *"BCD"])
+    assert "| 0 (f.jsonl line 7) | +0.00e+00 | …user: Why a? |" in table and table.count("helpful") == 1
+    short = attribute.rows_table(np.arange(4.0), [f"Question: {n}" for n in "abcd"], [None] * 4)
+    assert "| 3 | +3.00e+00 | Question: d |" in short
+
+
 def test_all_weights_of_a_model_may_be_what_is_trained(tiny_model, tiny_data, tmp_path, float32_by_default):
     given = {"questions": 0, "train": "full", "finetune_lr": 1e-2}
     settings, bench = bench_of(tiny_model, tiny_data, tmp_path, attribute.AttributeSettings, **given)

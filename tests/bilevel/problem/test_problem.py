@@ -50,6 +50,18 @@ def test_shapes_that_do_not_fit_are_told_with_the_loss_and_the_leaves():
     assert "outer: float64[3]" in note
 
 
+@pytest.mark.parametrize("key", ["outer", "a"])
+def test_a_list_where_an_array_is_meant_is_told_with_its_place(key):
+    start = {"outer": lambda k: [0.0, 0.0], "a": lambda k: {"a": [0.0, 0.0]}}[key]
+    loss = lambda w, o, b, k: jnp.sum(w * jnp.exp(o["a"] if key == "a" else o))  # noqa: E731
+    problem = Problem(loss, loss, lambda k, o: jnp.zeros(2), start)
+    place = {"outer": "outer", "a": r"outer\['a'\]"}[key]
+    with pytest.raises(
+        TypeError, match=rf"^inner_loss failed \(exp .*, and {place} is a list of 2 numbers.*init_outer"
+    ):
+        Unrolled(optax.sgd(0.1), 2).estimate(problem, None, problem.start_outer(KEY), None, None, KEY)
+
+
 def test_numbers_of_python_and_numpy_become_arrays_of_fixed_type():
     problem = Problem(
         lambda w, o, b, k: (w["w"] - o["a"]) ** 2 * o["n"].astype(float),

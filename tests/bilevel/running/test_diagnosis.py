@@ -73,6 +73,21 @@ def test_a_start_that_is_not_finite_is_told():
         run(Nested(problem, Unrolled(optax.sgd(0.1), 2), optax.sgd(0.1)), 2, key=KEY)
 
 
+@pytest.mark.parametrize("name", ["Nested", "SOBA"])
+def test_a_label_that_is_no_class_is_looked_for_and_no_step_is_blamed_before_there_was_one(name):
+    def loss(w, outer, batch, key):  # to such a label JAX answers NaN
+        said = optax.softmax_cross_entropy_with_integer_labels(batch[0] @ w, batch[1])
+        return jnp.mean(said) + outer * jnp.sum(w**2)
+
+    problem = bilevel.Problem(loss, loss, lambda k, o: jnp.ones((2, 3)), lambda k: jnp.zeros(()))
+    nested = Nested(problem, Unrolled(optax.sgd(0.1), 3), optax.sgd(0.1))
+    data = jnp.eye(3, 2), jnp.asarray([1, 2, 3])
+    with pytest.raises(
+        FloatingPointError, match=r"a finite point: look for .* a label out of range, as the batch\[1\] "
+    ):
+        run(nested if name == "Nested" else bilevel.SOBA(problem, 0.1, 0.1), 4, inner_data=data, outer_data=data)
+
+
 def counting(inner_loss=None, outer_loss=None, init_inner=None, start=0.3):
     """A problem whose outer leaf `n` counts the outer steps, by a solver that moves it by 1 a step."""
     return bilevel.Problem(

@@ -140,6 +140,15 @@ def test_callbacks_see_new_rows_and_can_stop():
     assert 3 <= steps[-1] < 500 and len(result.history["outer_loss"]) == steps[-1] == int(result.state.step)
 
 
+def test_a_metric_that_a_solver_does_not_have_is_told_with_those_that_it_has():
+    with pytest.raises(KeyError, match="direction_norm") as raised:
+        run(LINE_SOLVER, 2, callbacks=[lambda step, state, metrics: metrics["direction_norm"]])
+    assert raised.value.__notes__[-1].startswith("The metrics of a step of Nested here are hvps, hypergradient_norm, ")
+    with pytest.raises(KeyError) as raised:
+        run(LINE_SOLVER, 2, callbacks=[lambda step, state, metrics: {}[0]])
+    assert not getattr(raised.value, "__notes__", None)
+
+
 def test_what_is_recorded_is_in_the_history():
     result = run(LINE_SOLVER, 5, record=lambda state: {"outer": state.outer, "step": state.step})
     np.testing.assert_array_equal(result.history["step"], np.arange(1, 6))
