@@ -308,6 +308,7 @@ def _start(settings: Any, bench: Bench, folder: RunFolder, search: str, key: jax
             key=key,
             progress=not settings.quiet,
             callbacks=folder.callbacks(f"warm-up of {search}"),
+            checkpoint_dir=folder.path / "checkpoints" / f"warm-up-{search}",
             title=f"warm-up of {search}",
             sharding=bench.sharding,
         ).inner.params
