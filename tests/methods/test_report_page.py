@@ -230,7 +230,7 @@ def test_selections_over_seeds_are_compared(tmp_path):
     found = [{"chosen": result(5 + i, 8, {"q": each})} for i, each in enumerate(on)]
     runs = [make_run(tmp_path / f"s{i}", each, (), seed=i) for i, each in enumerate(found)]
     page = report(tmp_path / "page", *runs)
-    # Pairs: 1/3, 1 and 1/3; two of four drawn twice have one in common, of three.
+    # Pairs: 1/3, 1 and 1/3; of two of four drawn twice one pair in six is the same, and four share one of three.
     assert ["", "chosen", "piqa", "3", "0.56", "0.33", "0.39"] in page.cells
     assert ["", "chosen", "piqa", "3", "accuracy", "60.0 %", "10.0 %"] in page.cells
     assert "No two runs differ" not in page.text
