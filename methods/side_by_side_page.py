@@ -253,6 +253,7 @@ def _short(value: Any) -> Any:
 
 
 def _trainings(stages: list[Stage], name: str) -> str:
+    stages = sorted(stages, key=lambda stage: not stage.name.startswith("finetune"))  # what the tables are of
     with axes(6.0, 2.9) as (fig, ax):
         for i, stage in enumerate(stages[:LINES]):
             loss = drawable(stage.series["inner_loss"]).reshape(len(stage.steps), -1).mean(1)
@@ -262,7 +263,7 @@ def _trainings(stages: list[Stage], name: str) -> str:
             style = "-" if i < len(NAMED.light) else "--"
             ax.plot(stage.steps[window - 1 :][keep], smooth[keep], style, color=colour(NAMED, i), lw=1.2)
         ax.set(xlabel="batch", ylabel="training loss")
-        words = "Final trainings: the loss of their batches, smoothed over a twentieth of them"
+        words = "Trainings: the loss of their batches, smoothed over a twentieth of them"
         words += f"; the first {LINES} of {len(stages)}" * (len(stages) > LINES)
         return figure(fig, name, f"{words}.", [stage.name.removeprefix("finetune ") for stage in stages[:LINES]])
 
@@ -328,7 +329,8 @@ def _cost(runs: Sequence[History]) -> str:
         "Steps: of a training, of its optimizer; of a search, outer ones. Gradients of a batch: of a training, its "
         "batches; of a search, outer steps times the inner steps of each, as set, times --accumulate. Hessian-vector "
         "products: as the estimator counted them, times --accumulate. Seconds: of these steps, on the clock, "
-        "compilation included. A dash: not recorded."
+        "compilation included. A dash: not recorded. Not in any stage, and so not counted: what looks at rows without "
+        "training on them, and of attribute the influences and the trainings on subsets."
     )
     return table(titles, rows, (2, 3, 4, 5)) + paragraph(note, "note")
 
@@ -338,8 +340,10 @@ def _counted(run: History, stage: Stage) -> list[str]:
     accumulate = run.config.get("accumulate")
     batches = accumulate if isinstance(accumulate, int) and accumulate > 0 else 1
     logged = len(stage.steps)
-    if not stage.is_search:  # whose every batch is logged
+    if stage.name.startswith("finetune"):  # whose every batch is logged
         return [f"{-(-logged // batches):,}", f"{logged:,}", "0"]
+    if not stage.is_search:
+        return [f"{logged:,}", f"{logged * batches:,}", "0"]
     inner = run.config.get("inner_steps", run.config.get("interval"))
     gradients = f"{logged * inner * batches:,}" if isinstance(inner, int) else "–"
     hvps = stage.series.get("hvps")

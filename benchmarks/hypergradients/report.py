@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.ticker import LogLocator
 
 from benchmarks.hypergradients import side_by_side
 from benchmarks.hypergradients.goals import disagreements, goals
@@ -275,8 +276,10 @@ def _schedules(record: Record) -> Any:
             shown = side_by_side.written(name, "log2(K)")
             style = {"color": f"C{i}", "marker": "o", "ms": 3, "lw": 1.3, "label": shown}
             style["ls"] = "--" if name.startswith("reverse") else "-"
-            axes[0, column].plot(*_series(record, problem, name, "ratio"), **style)
-            axes[1, column].plot(*_series(record, problem, name, "temporary", 1e-6), **style)
+            for axis, (field, *scale) in zip(axes[:, column], (("ratio",), ("temporary", 1e-6)), strict=True):
+                series = _series(record, problem, name, field, *scale)
+                if len(series[0]):  # what was not measured has no place in the legend
+                    axis.plot(*series, **style)
         axes[0, column].set(title=problem, yscale="log")
         axes[1, column].set(yscale="log", xlabel="K")
     axes[0, 0].set_ylabel("time / training")
@@ -361,6 +364,10 @@ def _finish(figure: Any, axes: Any, also: Any = ()) -> None:
         axis.set_xscale("log")
         axis.set_xticks(ks, [str(k) for k in ks], minor=False)
         axis.minorticks_off()
+        low, high = axis.get_ylim()
+        if axis.get_yscale() == "log" and high < 300 * low:  # the powers of ten would be one number, or none
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
     for axis in [*axes.flat, *(axis for row in also for axis in row)]:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, lw=0.6)

@@ -309,7 +309,7 @@ def _tables(record: Record, tasks: list[str], figure: str) -> Iterable[str]:
             f"**{task}**: {plan['test_rows']} test rows; always the commonest label is right in "
             f"{100 * plan['majority']:.1f} %. Said before the runs: with {plan['discordance']:.0%} of the "
             f"questions answered differently, a difference of {100 * plan['detectable']:.1f} points is found in 80 % "
-            f"of pairs of runs at the 5 % level; over {plan['seeds']} seeds it is "
+            f"of pairs of runs at the 5 % level (the grey band); over {plan['seeds']} seeds it is "
             f"{100 * plan['detectable_at_best']:.1f} at best, if every seed erred on questions of its own.\n"
         )
         body = [_line(record, task, method) for method in methods(record, task)]
@@ -351,7 +351,7 @@ def _real_figure(record: Record, tasks: list[str]) -> Any:
             error = 100 * np.array([[max(mean - low, 0)], [max(high - mean, 0)]])
             ax.errorbar(100 * mean, place, xerr=error, fmt="o", color="#2a6f97", ms=5, capsize=3)
             ax.plot(100 * difference.mean(1), np.full(len(seeds), place - 0.22), ".", color="#9fb8c8", ms=5)
-        ax.set(title=task, xlabel="accuracy − uniform, points", ylim=(-0.6, len(others) - 0.4))
+        ax.set(title=task, ylim=(-0.6, len(others) - 0.4))
         ax.set_yticks(range(len(others)), others)
         ax.spines[["top", "right"]].set_visible(False)
     fig.supxlabel("accuracy − uniform, points", fontsize="medium")

@@ -112,7 +112,7 @@ def test_every_command_has_its_figures(name, finished, tmp_path, capsys):
         for variable in rows[0]:
             if variable not in ("stage", "step", *histories.TOLD):
                 assert any(figure.startswith(variable) for figure in page.figures), variable
-    assert len([f for f in page.figures if f.startswith("Final trainings")]) == bool(stages.keys() - searches.keys())
+    assert len([f for f in page.figures if f.startswith("Trainings: ")]) == bool(stages.keys() - searches.keys())
     assert len([f for f in page.figures if "no smaller model is as good" in f]) == 1
     for arm in TABLE[name].arms:
         assert any(row[:3] == [name, name, arm] for row in page.cells), arm
@@ -230,8 +230,8 @@ def test_selections_over_seeds_are_compared(tmp_path):
     found = [{"chosen": result(5 + i, 8, {"q": each})} for i, each in enumerate(on)]
     runs = [make_run(tmp_path / f"s{i}", each, (), seed=i) for i, each in enumerate(found)]
     page = report(tmp_path / "page", *runs)
-    # Pairs: 1/3, 1 and 1/3; two of four drawn twice have one in common, of three.
-    assert ["", "chosen", "piqa", "3", "0.56", "0.33", "0.33"] in page.cells
+    # Pairs: 1/3, 1 and 1/3; of two of four drawn twice one pair in six is the same, and four share one of three.
+    assert ["", "chosen", "piqa", "3", "0.56", "0.33", "0.39"] in page.cells
     assert ["", "chosen", "piqa", "3", "accuracy", "60.0 %", "10.0 %"] in page.cells
     assert "No two runs differ" not in page.text
     assert "What the runs differ in:" in page.text and ["seed", "0", "1", "2"] in page.cells
@@ -299,12 +299,14 @@ def test_long_searches_of_many_variables_stay_small(tmp_path):
 def test_what_stages_took_is_counted_in_batches(tmp_path):
     search = [row | {"hvps": 3} for row in steps(count=4)]
     training = [{"stage": "finetune a", "step": i + 1, "inner_loss": 1.0} for i in range(10)]  # a row for each batch
-    run = make_run(tmp_path / "run", {"a": result(1, 1)}, [*search, *training], inner_steps=5, accumulate=2)
+    rows = [*search, *training, {"stage": "warm-up of search", "step": 1, "inner_loss": 1.0}]  # a row for each step
+    run = make_run(tmp_path / "run", {"a": result(1, 1)}, rows, inner_steps=5, accumulate=2)
     page = report(tmp_path / "page", run)
     titles = ["run", "stage", "steps", "gradients of a batch", "Hessian-vector products of a batch", "seconds"]
     assert titles in page.cells
     assert ["run", "search", "4", "40", "24", "–"] in page.cells
     assert ["run", "finetune a", "5", "10", "0", "–"] in page.cells
+    assert ["run", "warm-up of search", "1", "2", "0", "–"] in page.cells
 
 
 def test_a_metric_and_its_interval_on_the_page(tmp_path):
