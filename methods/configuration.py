@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import yaml
 
+from methods import ranges
 from methods.causes import BadInput, reading
 from methods.fingerprint import versions
 
@@ -192,4 +193,6 @@ def _plain(value: Any) -> Any:
     """A value as YAML has it."""
     if isinstance(value, tuple):
         return [_plain(each) for each in value]
+    if isinstance(value, ranges.AtMost):
+        return int(value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
