@@ -58,6 +58,20 @@ class Row(NamedTuple):
         return Path(self.config["model"]).name
 
 
+class Read(NamedTuple):
+    """What was found in run folders.
+
+    Attributes:
+      rows: every finished model, run by run.
+      left_out: a sentence for each folder, or file in it, that gives none.
+      unfinished: runs whose own page is not written yet, so that models may be missing.
+    """
+
+    rows: list[Row]
+    left_out: list[str]
+    unfinished: list[Path]
+
+
 def read(file: Path) -> dict[str, Any]:
     """What a file holds, `checked`. Raises ValueError."""
     return checked(file, read_json(file))

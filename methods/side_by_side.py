@@ -16,7 +16,7 @@ from methods.causes import sentence
 from methods.configuration import FILE
 from methods.figures import drawable, pyplot, save
 from methods.integrity import CONFIG, FINGERPRINT, FINISHED, read_json, writable
-from methods.results import Row
+from methods.results import Read, Row
 from methods.runfolder import FREE, RunFolder
 
 _RUNS = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")
@@ -38,20 +38,6 @@ class ReportSettings:
 FIGURE = "side_by_side.png"
 PLACES = ("model", "data", "test_data")
 """Settings that say where something lies that the fingerprint of a run tells by what it holds."""
-
-
-class Read(NamedTuple):
-    """What was found in run folders.
-
-    Attributes:
-      rows: every finished model, run by run.
-      left_out: a sentence for each folder, or file in it, that gives none.
-      unfinished: runs whose own page is not written yet, so that models may be missing.
-    """
-
-    rows: list[Row]
-    left_out: list[str]
-    unfinished: list[Path]
 
 
 def read(runs: Sequence[Path]) -> Read:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from methods import histories, markdown, results, units, webpage
 from methods.figures import drawable
 from methods.histories import History, Stage
-from methods.results import Row
+from methods.results import Read, Row
 from methods.webpage import LINE, NAMED, ORDERED, axes, colour, figure, figures, heading, paragraph, table
-
-if TYPE_CHECKING:
-    from methods.side_by_side import Read
 
 POINTS, LINES, PANELS = 200, 40, 24
 """Most points of a line, lines of a panel and panels of a search that are drawn."""

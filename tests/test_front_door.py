@@ -1,6 +1,7 @@
 """What is public, and who may enter by which door: read from the sources, nothing is run."""
 
 import ast
+import graphlib
 import re
 import types
 from pathlib import Path
@@ -106,3 +107,33 @@ def test_what_tests_share_is_in_no_file_of_tests():
     pattern = re.compile(r"^\s*(?:from tests[\w.]*\.test_\w+ import|from tests[\w.]* import .*\btest_\w+)", re.M)
     found = [str(p.relative_to(ROOT)) for p in (ROOT / "tests").rglob("*.py") if pattern.search(p.read_text())]
     assert found == []
+
+
+def room(file: Path) -> str:
+    """The folder or file right below the package that a source of the engine is in."""
+    return file.relative_to(ROOT / "bilevel").parts[0].removesuffix(".py")
+
+
+def test_no_room_of_the_engine_stands_above_another_that_stands_above_it():
+    """Not for types alone either: whoever reads one of them would have to read the other first."""
+    below: dict[str, set[str]] = {}
+    for file in sources("bilevel"):
+        used = {name.split(".")[1] for name in of_engine(file.read_text(encoding="utf-8")) if "." in name}
+        below.setdefault(room(file), set()).update(used - {room(file)})
+    assert len(below) > 10
+    tuple(graphlib.TopologicalSorter(below).static_order())  # raises CycleError, which names the circle
+
+
+def test_no_files_of_the_methods_import_each_other():
+    def name_of(file: Path) -> str:
+        return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+    modules = {name_of(file): file for file in sources("methods")}
+    below: dict[str, set[str]] = {name: set() for name in modules}
+    for name, file in modules.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                inside = {f"{node.module}.{alias.name}" for alias in node.names}
+                below[name] |= {each if each in modules else str(node.module) for each in inside} & set(modules)
+    assert sum(map(len, below.values())) > 100
+    tuple(graphlib.TopologicalSorter(below).static_order())

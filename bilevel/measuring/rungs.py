@@ -114,7 +114,7 @@ def _stair(
     # An edge may be right at the point, so that no short step tells anything there: beside it the shortest do that can.
     sizes = [beside[rungs.index(here)]] if here is not None else beside[::-1]
     told = ([rung for rung in places if rung.tells(long)] for places in sizes)  # the others are at an edge themselves
-    telling = next((rungs for rungs in told if 2 * len(rungs) > len(beside[0])), [])
+    telling = next((most for most in told if 2 * len(most) > len(beside[0])), [])
     if here is None and not telling:
         return None
     step = here.slope if here is not None else telling[0].slope

@@ -14,19 +14,12 @@ from typing import Any
 
 import jax
 
-from bilevel.problem.module_losses import InnerStart, ModuleLoss, OuterStart, source
-from bilevel.problem.modules import divided
+from bilevel.nnx.losses import InnerStart, ModuleLoss, OuterStart, source
+from bilevel.nnx.modules import divided, nnx
 from bilevel.problem.problem import Problem
 from bilevel.settings.fields import checked, shown
 from bilevel.settings.rules import boolean, function, optional
 from bilevel.trees import Batch, Key, PyTree
-
-try:
-    from flax import nnx
-except ModuleNotFoundError as error:
-    if error.name != "flax":
-        raise
-    raise ModuleNotFoundError("flax is not installed, which bilevel.nnx needs: pip install 'bilevel[nnx]'.") from None
 
 __all__ = ["Outer", "merge", "problem"]
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from bilevel.differentiation.carried import beside, handed_on, hidden_in, read_by_cuts, undetached
 from bilevel.differentiation.tracing import evaluate_closed
-from bilevel.problem.arguments import telling
-from bilevel.problem.modules import (
+from bilevel.nnx.modules import (
     Arrays,
     Path,
     Structure,
@@ -26,6 +25,7 @@ from bilevel.problem.modules import (
     said,
     typed,
 )
+from bilevel.problem.arguments import telling
 from bilevel.settings.fields import register, setting, shown
 from bilevel.settings.rules import as_pytree
 from bilevel.trees import Batch, Inner, Key, PyTree, is_inexact
